@@ -1,0 +1,247 @@
+"""What a model is built from: `ModelConfig`, the 12 backbones of the published config.yml, and the paper's names."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+MAX_CLASSES = 65_535
+MAX_IMAGE_SIZE = 16_384
+NORMALIZATIONS = ("vit", "deit")
+
+
+class ConfigError(ValueError):
+    """A model configuration that cannot be built; the message says which value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One encoder of the published config.yml. `image_size` is what its ImageNet weights were trained at."""
+
+    image_size: int
+    patch_size: int
+    d_model: int
+    n_heads: int
+    n_layers: int
+    normalization: str
+    distilled: bool = False
+
+
+BACKBONES = {
+    "deit_tiny_distilled_patch16_224": Backbone(224, 16, 192, 3, 12, "deit", True),
+    "deit_small_distilled_patch16_224": Backbone(224, 16, 384, 6, 12, "deit", True),
+    "deit_base_distilled_patch16_224": Backbone(224, 16, 768, 12, 12, "deit", True),
+    "deit_base_distilled_patch16_384": Backbone(384, 16, 768, 12, 12, "deit", True),
+    "vit_base_patch8_384": Backbone(384, 8, 768, 12, 12, "vit"),
+    "vit_tiny_patch16_384": Backbone(384, 16, 192, 3, 12, "vit"),
+    "vit_small_patch16_384": Backbone(384, 16, 384, 6, 12, "vit"),
+    "vit_base_patch16_384": Backbone(384, 16, 768, 12, 12, "vit"),
+    "vit_large_patch16_384": Backbone(384, 16, 1024, 16, 24, "vit"),
+    "vit_small_patch32_384": Backbone(384, 32, 384, 6, 12, "vit"),
+    "vit_base_patch32_384": Backbone(384, 32, 768, 12, 12, "vit"),
+    "vit_large_patch32_384": Backbone(384, 32, 1024, 16, 24, "vit"),
+}
+
+DECODERS = {
+    "linear": {},
+    "mask_transformer": {"drop_path_rate": 0.0, "dropout": 0.1, "n_layers": 2},
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network part (`net_kwargs`) of a variant.yml, checked.
+
+    Fields up to `decoder` are those of the published files. The last three describe encoders trained elsewhere:
+    `norm_eps` (1e-6 for timm, mmsegmentation and DINOv2 weights), `pos_embed_mode` ("bilinear" or "bicubic") and
+    `pos_embed_check` ("tokens": bug-compatible; "grid": see `encoder.VisionTransformer`).
+    """
+
+    backbone: str
+    image_size: tuple[int, int]
+    patch_size: int
+    d_model: int
+    n_heads: int
+    n_layers: int
+    n_cls: int
+    normalization: str = "vit"
+    distilled: bool = False
+    dropout: float = 0.0
+    drop_path_rate: float = 0.1
+    decoder: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "linear"})
+    norm_eps: float = 1e-5
+    pos_embed_mode: str = "bilinear"
+    pos_embed_check: str = "tokens"
+
+    @classmethod
+    def from_dict(cls, net_kwargs: dict[str, Any]) -> "ModelConfig":
+        """Reads `net_kwargs` as published: image_size a scalar, list or tuple; unknown keys are ignored.
+
+        Raises:
+            ConfigError: a key is missing, has the wrong type, or is out of range.
+        """
+        if not isinstance(net_kwargs, dict):
+            raise ConfigError(f"net_kwargs must be a mapping, found {type(net_kwargs).__name__}")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        kwargs = {k: v for k, v in net_kwargs.items() if k in fields and v is not None}
+        missing = [n for n, f in fields.items() if n not in kwargs and _required(f)]
+        if "backbone" in missing:  # only a name
+            kwargs["backbone"] = "vit"
+            missing.remove("backbone")
+        if missing:
+            raise ConfigError(f"net_kwargs lacks {', '.join(missing)}")
+        for name in ("patch_size", "d_model", "n_heads", "n_layers", "n_cls"):
+            kwargs[name] = _integer(name, kwargs[name])
+        for name in ("dropout", "drop_path_rate", "norm_eps"):
+            if name in kwargs:
+                kwargs[name] = _real(name, kwargs[name])
+        kwargs["image_size"] = _size(kwargs["image_size"])
+        kwargs["decoder"] = _decoder(kwargs.get("decoder"))
+        config = cls(**kwargs)
+        config._check()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only; `from_dict` reads it back."""
+        return {**dataclasses.asdict(self), "image_size": list(self.image_size)}
+
+    def _check(self) -> None:
+        _in_range("n_cls", self.n_cls, 1, MAX_CLASSES)
+        _in_range("patch_size", self.patch_size, 1, 256)
+        _in_range("n_layers", self.n_layers, 1, 1024)
+        _in_range("d_model", self.d_model, 1, 65_536)
+        _in_range("n_heads", self.n_heads, 1, self.d_model)
+        for side in self.image_size:
+            _in_range("image_size", side, 1, MAX_IMAGE_SIZE)
+            if side % self.patch_size:
+                raise ConfigError(f"image_size {self.image_size} must be divisible by patch_size {self.patch_size}")
+        if self.d_model % self.n_heads:
+            raise ConfigError(f"d_model {self.d_model} must be divisible by n_heads {self.n_heads}")
+        for name in ("dropout", "drop_path_rate"):
+            _in_range(name, getattr(self, name), 0.0, 1.0)
+        _one_of("normalization", self.normalization, NORMALIZATIONS)
+        _one_of("pos_embed_mode", self.pos_embed_mode, ("bilinear", "bicubic"))
+        _one_of("pos_embed_check", self.pos_embed_check, ("tokens", "grid"))
+        if self.decoder["name"] == "mask_transformer":
+            if self.d_model % 64:
+                raise ConfigError(f"the mask transformer has heads of 64: d_model {self.d_model} is no multiple of 64")
+            if self.n_cls == 1:
+                raise ConfigError("the mask transformer needs n_cls >= 2 (3 or more work well); use the linear decoder")
+            _in_range("decoder.n_layers", self.decoder["n_layers"], 0, 1024)
+
+
+def backbone_config(
+    backbone: str,
+    decoder: str = "mask_transformer",
+    n_cls: int = 150,
+    image_size: int | tuple[int, int] = 512,
+    **overrides: Any,
+) -> ModelConfig:
+    """A configuration from one of the 12 published backbones and a decoder name.
+
+    Args:
+        backbone: a key of BACKBONES. decoder: "linear" or "mask_transformer". n_cls: classes.
+        image_size: pixels the position embedding is made for (the crop size in training).
+        overrides: any other ModelConfig field, and `n_decoder_layers`.
+    Raises:
+        ConfigError: unknown names or values that cannot be built.
+    """
+    _one_of("backbone", backbone, tuple(BACKBONES))
+    _one_of("decoder", decoder, tuple(DECODERS))
+    decoder_kwargs = {"name": decoder, **DECODERS[decoder]}
+    if "n_decoder_layers" in overrides:
+        decoder_kwargs["n_layers"] = overrides.pop("n_decoder_layers")
+    preset = dataclasses.asdict(BACKBONES[backbone])
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    for name in overrides:
+        _one_of("argument", name, tuple(sorted(known)))
+    return ModelConfig.from_dict(
+        {"backbone": backbone, **preset, "n_cls": n_cls, "decoder": decoder_kwargs, "image_size": image_size, **overrides}
+    )
+
+
+_SIZES = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
+_PRESET_NAME = re.compile(r"Seg-(T|S|B|L|B†|B\+)(-Mask)?/(8|16|32)$")
+
+
+def preset_names() -> list[str]:
+    """The models of the paper and its poster that have a published backbone, by the paper's names."""
+    encoders = ["T/16", "S/32", "S/16", "B/32", "B/16", "B/8", "B†/16", "L/32", "L/16"]
+    return [f"Seg-{e.replace('/', mask + '/')}" for e in encoders for mask in ("", "-Mask")]
+
+
+def preset(name: str, n_cls: int = 150, image_size: int | tuple[int, int] | None = None, **overrides: Any) -> ModelConfig:
+    """A configuration by the paper's name: "Seg-B-Mask/16", "Seg-B/8", "Seg-B†/16" (or "Seg-B+/16", DeiT) ...
+
+    Any of T, S, B, L goes with any of the patch sizes 8, 16 and 32. Without "-Mask" the decoder is linear.
+    The default image size is the paper's for ADE20K: 640 for L, 512 otherwise.
+    """
+    match = _PRESET_NAME.match(name)
+    if not match or (match[1] in ("B†", "B+") and match[3] != "16"):
+        raise ConfigError(f"{name!r} is no preset; try one of {', '.join(preset_names())}")
+    size, mask, patch = match.groups()
+    decoder = "mask_transformer" if mask else "linear"
+    image_size = image_size or (640 if size == "L" else 512)
+    if size in ("B†", "B+"):
+        return backbone_config("deit_base_distilled_patch16_384", decoder, n_cls, image_size, **overrides)
+    backbone = f"vit_{_SIZES[size]}_patch{patch}_384"
+    if backbone in BACKBONES:
+        return backbone_config(backbone, decoder, n_cls, image_size, **overrides)
+    base = f"vit_{_SIZES[size]}_patch16_384"  # same widths at a patch size that has no published backbone
+    return dataclasses.replace(
+        backbone_config(base, decoder, n_cls, image_size, patch_size=int(patch), **overrides), backbone=backbone
+    )
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ConfigError(f"{name} must be an integer, found {value!r}")
+    return int(value)
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, str):  # YAML reads 1e-5, without a dot, as text
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number, found {value!r}")
+    return float(value)
+
+
+def _size(value: Any) -> tuple[int, int]:
+    pair = list(value) if isinstance(value, list | tuple) else [value, value]
+    if len(pair) != 2:
+        raise ConfigError(f"image_size must be one number or (height, width), found {value!r}")
+    return (_integer("image_size", pair[0]), _integer("image_size", pair[1]))
+
+
+def _decoder(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ConfigError(f"net_kwargs.decoder must be a mapping with a name, found {value!r}")
+    if "linear" in value["name"]:
+        return {"name": "linear"}
+    if value["name"] != "mask_transformer":
+        raise ConfigError(f"decoder {value['name']!r} is unknown; choose one of {', '.join(DECODERS)}")
+    merged = {k: value.get(k, default) for k, default in DECODERS["mask_transformer"].items()}
+    return {
+        "name": "mask_transformer",
+        "n_layers": _integer("decoder.n_layers", merged["n_layers"]),
+        "drop_path_rate": _real("decoder.drop_path_rate", merged["drop_path_rate"]),
+        "dropout": _real("decoder.dropout", merged["dropout"]),
+    }
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name} {value} is out of range {low}..{high}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} {value!r} is unknown; choose one of {', '.join(allowed)}")

@@ -1,0 +1,155 @@
+"""The parts that encoder and decoder share, with the parameter names of the published checkpoints (and of timm)."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from segmenter.implementation import Operators, select
+from segmenter.kernels import reference
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linear: truncated normal of std 0.02, bias 0. LayerNorm: 1 and 0. For `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def pad_to_multiple(im: torch.Tensor, patch_size: int, value: float = 0.0) -> torch.Tensor:
+    """Pads (B, C, H, W) on the right and at the bottom so that H and W are multiples of `patch_size`."""
+    H, W = im.shape[-2:]
+    pad_h, pad_w = -H % patch_size, -W % patch_size
+    return F.pad(im, (0, pad_w, 0, pad_h), value=value) if pad_h or pad_w else im
+
+
+def resize_pos_embed(
+    pos_embed: torch.Tensor,
+    grid_old: tuple[int, int] | None,
+    grid_new: tuple[int, int],
+    n_extra: int,
+    mode: str = "bilinear",
+) -> torch.Tensor:
+    """Resamples a position embedding (1, n_extra + gh*gw, d) to another grid.
+
+    The leading `n_extra` rows (CLS, DIST) are kept. `grid_old=None` means square. Resampling is without antialiasing
+    and with align_corners=False: bilinear in the published Segmenter, bicubic in mmsegmentation and DINOv2.
+    """
+    extra, grid = pos_embed[:, :n_extra], pos_embed[:, n_extra:]
+    if grid_old is None:
+        side = round(grid.shape[1] ** 0.5)
+        grid_old = (side, side)
+    if grid_old[0] * grid_old[1] != grid.shape[1]:
+        raise ValueError(f"the position embedding has {grid.shape[1]} patches, which is not a {grid_old} grid")
+    grid = grid.reshape(1, *grid_old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=grid_new, mode=mode, align_corners=False)
+    return torch.cat([extra, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches and projects each: (B, C, H, W) -> (B, H/P * W/P, d), row by row."""
+
+    def __init__(self, image_size: tuple[int, int], patch_size: int, embed_dim: int, channels: int = 3):
+        super().__init__()
+        if image_size[0] % patch_size or image_size[1] % patch_size:
+            raise ValueError(f"image_size {tuple(image_size)} must be divisible by patch_size {patch_size}")
+        self.image_size = tuple(image_size)
+        self.patch_size = patch_size
+        self.grid_size = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(channels, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, im: torch.Tensor) -> torch.Tensor:
+        return self.proj(im).flatten(2).transpose(1, 2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops the residual branch of a whole sample with probability `rate`."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused qkv projection: (B, N, d) -> (B, N, d)."""
+
+    def __init__(self, dim: int, heads: int, dropout: float, ops: Operators | None = None):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"d_model {dim} must be divisible by n_heads {heads}")
+        self.heads = heads
+        self.ops = ops or select("auto")
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.attn_drop = nn.Dropout(dropout)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(x)  # (B, N, 3 d)
+        if self.training and self.attn_drop.p > 0:
+            x = reference.attention(qkv, self.heads, dropout_p=self.attn_drop.p)
+        else:
+            x = self.ops.attention(qkv, self.heads)
+        return self.proj_drop(self.proj(x))
+
+    def probabilities(self, x: torch.Tensor) -> torch.Tensor:
+        """The attention map (B, heads, N, N) for the same input as `forward`."""
+        return self.attn_drop(reference.attention_probabilities(self.qkv(x), self.heads))
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))) with the exact GELU."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x += attn(norm1(x)); x += mlp(norm2(x))."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_dim: int,
+        dropout: float,
+        drop_path: float,
+        eps: float = 1e-5,
+        ops: Operators | None = None,
+    ):
+        super().__init__()
+        self.ops = ops or select("auto")
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, dropout, self.ops)
+        self.mlp = Mlp(dim, mlp_dim, dropout)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
+        """(B, N, d) -> (B, N, d), or the attention map (B, heads, N, N) of this block."""
+        if return_attention:
+            return self.attn.probabilities(self.norm1(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        if self.training:  # dropout and stochastic depth sit inside what the fused operator computes
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        return self.ops.layernorm_mlp(
+            x, self.norm2.weight, self.norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.norm2.eps
+        )

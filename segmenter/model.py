@@ -1,0 +1,180 @@
+"""`Segmenter`: encoder, decoder, upsampling; and the factory that builds one from a configuration."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from segmenter.config import ModelConfig
+from segmenter.decoder import DecoderLinear, MaskTransformer
+from segmenter.encoder import VisionTransformer
+from segmenter.layers import pad_to_multiple
+
+ENCODER_HEAD_CLASSES = 1000  # the ImageNet head that every published checkpoint holds
+
+
+@dataclass
+class ModelInfo:
+    """What goes with the weights and is no part of the network. Attribute `info` of a model.
+
+    Attributes:
+        normalization: "vit" or "deit", the statistics of the input.
+        window_size, window_stride: sliding windows in pixels.
+        classes: key of the class names and palette ("ade20k", "camvid" ...), path of a class file, or None.
+        weights: "random", "encoder" (pretrained encoder, random decoder) or "trained".
+        source: where the weights came from, for people.
+    """
+
+    normalization: str = "vit"
+    window_size: int = 512
+    window_stride: int = 512
+    classes: str | None = None
+    weights: str = "random"
+    source: str = "random initialisation"
+
+
+class Segmenter(nn.Module):
+    """Transformer for semantic segmentation (Strudel et al., ICCV 2021).
+
+    Args:
+        encoder: a `VisionTransformer`. decoder: a `DecoderLinear` or `MaskTransformer`. n_cls: classes.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, n_cls: int):
+        super().__init__()
+        self.n_cls = n_cls
+        self.patch_size = encoder.patch_size
+        self.encoder = encoder
+        self.decoder = decoder
+        self.config: ModelConfig | None = None
+        window = max(encoder.patch_embed.image_size)
+        self.info = ModelInfo(window_size=window, window_stride=window)
+
+    @property
+    def impl(self) -> str:
+        """Name of the implementation that runs: "eager" or "triton"."""
+        return self.encoder.blocks[0].ops.name
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone."""
+        parts = {"encoder": self.encoder, "decoder": self.decoder}
+        return {f"{prefix}.{name}" for prefix, part in parts.items() for name in part.no_weight_decay()}
+
+    def masks(self, im: torch.Tensor) -> torch.Tensor:
+        """Low-resolution class masks, before any upsampling.
+
+        Args:
+            im: (B, 3, H, W), normalised, any H and W >= 1; padded with zeros to multiples of the patch size P.
+        Returns:
+            (B, n_cls, ceil(H/P), ceil(W/P)) logits.
+        Raises:
+            ValueError, TypeError: im has another shape or is not floating point.
+        """
+        _check_image(im, self.encoder.patch_embed.proj.in_channels)
+        im = pad_to_multiple(im, self.patch_size)
+        x = self.encoder(im, return_features=True)[:, self._n_extra_tokens :]
+        return self.decoder(x, im.shape[-2:])
+
+    def forward(self, im: torch.Tensor) -> torch.Tensor:
+        """Normalised image (B, 3, H, W) -> logits (B, n_cls, H, W); see `masks` for the checks.
+
+        Masks are upsampled bilinearly (align_corners=False) to the padded size, then the padding is cut off.
+        Full-resolution logits are large: `segment` gives labels without them.
+        """
+        masks = self.masks(im)
+        size = (masks.shape[-2] * self.patch_size, masks.shape[-1] * self.patch_size)
+        logits = F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
+        return logits[..., : im.shape[-2], : im.shape[-1]]
+
+    def segment(self, image: Any, **kwargs: Any) -> Any:
+        """Labels of a picture at its own size; see `segmenter.segment.segment_image`."""
+        from segmenter.segment import segment_image
+
+        return segment_image(self, image, **kwargs)
+
+    def get_attention_map_enc(self, im: torch.Tensor, layer_id: int) -> torch.Tensor:
+        """Encoder attention (B, heads, T, T), T = extra tokens + patches; `im` is not padded."""
+        return self.encoder.get_attention_map(im, layer_id)
+
+    def get_attention_map_dec(self, im: torch.Tensor, layer_id: int) -> torch.Tensor:
+        """Mask transformer attention (B, heads, T, T), T = patches + n_cls; `im` is not padded."""
+        if not hasattr(self.decoder, "get_attention_map"):
+            raise ValueError("the linear decoder has no attention; ask for the encoder's map")
+        x = self.encoder(im, return_features=True)[:, self._n_extra_tokens :]
+        return self.decoder.get_attention_map(x, layer_id)
+
+    def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
+        """Writes a folder with model.safetensors and config.json; see `segmenter.pretrained.save_pretrained`."""
+        from segmenter.pretrained import save_pretrained
+
+        save_pretrained(self, folder, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, **kwargs: Any) -> "Segmenter":
+        """Reads what `save_pretrained` wrote; see `segmenter.pretrained.from_pretrained`."""
+        from segmenter.pretrained import from_pretrained
+
+        return from_pretrained(folder, **kwargs)
+
+    @property
+    def _n_extra_tokens(self) -> int:
+        return 1 + self.encoder.distilled
+
+
+def create_segmenter(net_kwargs: dict[str, Any] | ModelConfig, impl: str = "auto") -> Segmenter:
+    """Builds a model with random weights.
+
+    Args:
+        net_kwargs: `net_kwargs` of a variant.yml, or a ModelConfig (`segmenter.config.preset("Seg-S-Mask/16")`).
+            The argument is not changed.
+        impl: "eager", "triton" or "auto".
+    Raises:
+        ConfigError: the configuration cannot be built. ImplementationError: impl cannot run.
+    """
+    config = net_kwargs if isinstance(net_kwargs, ModelConfig) else ModelConfig.from_dict(net_kwargs)
+    d, patch_size = config.d_model, config.patch_size
+    encoder = VisionTransformer(
+        config.image_size,
+        patch_size,
+        config.n_layers,
+        d,
+        4 * d,
+        config.n_heads,
+        ENCODER_HEAD_CLASSES,
+        config.dropout,
+        config.drop_path_rate,
+        config.distilled,
+        norm_eps=config.norm_eps,
+        pos_embed_mode=config.pos_embed_mode,
+        pos_embed_check=config.pos_embed_check,
+        impl=impl,
+    )
+    decoder_kwargs = dict(config.decoder)
+    if decoder_kwargs.pop("name") == "linear":
+        decoder = DecoderLinear(config.n_cls, patch_size, d)
+    else:
+        if config.n_cls == 2:
+            warnings.warn(
+                "mask transformer with 2 classes: the LayerNorm over classes leaves only the sign and no gradient; "
+                "use 3 classes or the linear decoder",
+                stacklevel=2,
+            )
+        decoder = MaskTransformer(
+            config.n_cls, patch_size, d, n_heads=d // 64, d_model=d, d_ff=4 * d, impl=impl, **decoder_kwargs
+        )
+    model = Segmenter(encoder, decoder, config.n_cls)
+    model.config = config
+    model.info.normalization = config.normalization
+    return model
+
+
+def _check_image(im: torch.Tensor, channels: int) -> None:
+    if not isinstance(im, torch.Tensor):
+        raise TypeError(f"expected a tensor (B, {channels}, H, W), got {type(im).__name__}; for pictures use segment()")
+    if im.ndim != 4 or im.shape[1] != channels or 0 in im.shape[2:]:
+        raise ValueError(f"expected an image batch (B, {channels}, H, W), got {tuple(im.shape)}")
+    if not im.is_floating_point():
+        raise TypeError(f"expected a normalised float image, got {im.dtype}; for uint8 pictures use segment()")

@@ -1,0 +1,39 @@
+"""Packaging. The folder kernels/ is installed as segmenter.kernels, never as a top-level module.
+
+Hugging Face publishes a package whose top-level module is called `kernels`; shipping one of our own would overwrite it.
+So the packages are listed by hand, kernels/ has no __init__.py (a folder without one loses to any real `kernels`
+package), and git holds segmenter/kernels as a symbolic link so that the code also runs from a bare checkout.
+"""
+
+from setuptools import setup
+
+setup(
+    name="segmenter-triton",
+    version="0.1.0",
+    description="Segmenter (Strudel et al., ICCV 2021): a plain ViT for semantic segmentation, exact and fast",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["segmenter", "segmenter.cli", "segmenter.classes", "segmenter.kernels"],
+    package_dir={"segmenter": "segmenter", "segmenter.kernels": "kernels"},
+    package_data={"segmenter.classes": ["*.yml"]},
+    install_requires=[
+        "torch>=2.6",
+        'triton>=3.2; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")',
+        "numpy>=1.24",
+        "timm>=1.0",
+        "pillow>=9.1",
+        "pyyaml>=6.0",
+        "safetensors>=0.4",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        # Triton's interpreter breaks with numpy 2.4 up to triton 3.6.
+        "test": ["pytest>=8", "pytest-cov", "pytest-benchmark>=4", "hypothesis>=6.100", "numpy<2.4", "ruff==0.14.5"],
+        "bench": ["pytest-benchmark>=4", "psutil", "matplotlib"],
+        "train": ["torchvision", "tensorboard", "matplotlib"],
+        "hub": ["huggingface_hub"],
+    },
+    entry_points={"console_scripts": ["segmenter=segmenter.cli:main"]},
+)

@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         # Triton's interpreter breaks with numpy 2.4 up to triton 3.6.
-        "test": ["pytest>=8", "pytest-cov", "pytest-benchmark>=4", "hypothesis>=6.100", "numpy<2.4", "ruff==0.14.5"],
+        "test": ["pytest>=8", "pytest-cov", "pytest-benchmark>=4", "hypothesis>=6.100", "numpy<2.4", "setuptools>=68", "ruff"],
         "bench": ["pytest-benchmark>=4", "psutil", "matplotlib"],
         "train": ["torchvision", "tensorboard", "matplotlib"],
         "hub": ["huggingface_hub"],

@@ -1,0 +1,133 @@
+"""Rules about the whole: who imports whom, what an import costs, what a wheel holds, what runs with nothing installed."""
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {  # top-level folder -> what it may import of this project
+    "kernels": {"segmenter.kernels"},
+    "segmenter": {"segmenter"},
+    "examples": {"segmenter"},
+    "bench": {"segmenter", "bench"},
+    "tests": {"segmenter", "bench", "tests"},
+}
+FOLDERS = [*ALLOWED]
+
+
+def sources(folder):
+    files = (ROOT / folder).rglob("*.py")
+    return [f for f in files if "kernels" not in f.parts[len(ROOT.parts) + 1 :] and "golden" not in f.parts]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module, [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_import_rule(folder):
+    files = sources(folder)
+    assert files
+    for path in files:
+        for module, names in imports(path):
+            top = module.split(".")[0]
+            assert top != "kernels", f"{path} imports {module}; say segmenter.kernels"
+            if top not in {"segmenter", "bench", "tests", "examples"}:
+                continue
+            assert any(module == a or module.startswith(a + ".") for a in ALLOWED[folder]), f"{path} imports {module}"
+            if folder not in ("tests",) and not module.startswith(folder):
+                private = [n for n in [*names, *module.split(".")] if n.startswith("_") and n != "__version__"]
+                assert not private, f"{path} imports {private} of another folder"
+
+
+def test_no_environment_variable_is_read():
+    for folder in ("kernels", "segmenter"):
+        for path in sources(folder):
+            assert "environ" not in path.read_text() and "getenv" not in path.read_text(), path
+
+
+def test_files_stay_short():
+    long = {str(p): n for f in FOLDERS for p in sources(f) if (n := len(p.read_text().splitlines())) > 500}
+    assert long == {}
+
+
+def run(code, **env):
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_the_package_loads_nothing_heavy_and_prints_nothing():
+    out = run("import sys, segmenter; heavy = {'torch', 'triton', 'timm', 'torchvision', 'numpy', 'PIL'} & set(sys.modules);"
+              "assert not heavy, heavy")  # fmt: skip
+    assert out == ""
+
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {blocked}:
+            raise ImportError(name + ' is blocked')
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_everything_imports_and_runs_without_triton_timm_and_torchvision():
+    code = BLOCK.format(blocked={"triton", "timm", "torchvision", "matplotlib", "huggingface_hub"}) + (
+        "import importlib, pkgutil, segmenter\n"
+        "for m in pkgutil.walk_packages(segmenter.__path__, 'segmenter.'):\n"
+        "    if m.name != 'segmenter.__main__': importlib.import_module(m.name)\n"
+        "import torch, numpy\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "model = segmenter.create_segmenter(segmenter.preset('Seg-T-Mask/16', n_cls=4, image_size=64)).eval()\n"
+        "print(segmenter.segment_image(model, numpy.zeros((64, 64, 3), numpy.uint8)).shape)\n"
+    )
+    assert run(code).strip() == "torch.Size([64, 64])"
+
+
+def test_public_names_resolve():
+    code = "import segmenter; print(sorted(n for n in dir(segmenter) if getattr(segmenter, n) is None))"
+    assert run(code).strip() == "[]"
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        import segmenter
+
+        _ = segmenter.nothing
+
+
+def test_kernels_folder_is_a_link_and_no_package():
+    assert (ROOT / "segmenter" / "kernels").resolve() == ROOT / "kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_wheel_holds_the_package_and_no_top_level_kernels(tmp_path):
+    pytest.importorskip("setuptools", reason="building a wheel offline needs setuptools")
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
+    clone = tmp_path / "source"
+    tracked = subprocess.run(["git", "ls-files", "-z", "setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels",
+                              "segmenter"], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    if tracked.returncode:
+        pytest.skip("not a git checkout, so the list of files is unknown")
+    for name in filter(None, tracked.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            (clone / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(command, cwd=clone, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith("segmenter_triton-")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"segmenter"}
+    for needed in ("kernels/reference.py", "model.py", "cli/__init__.py", "classes/ade20k.yml", "classes/camvid.yml"):
+        assert f"segmenter/{needed}" in names

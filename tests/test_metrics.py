@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+import torch
+
+from segmenter.metrics import ConfusionMatrix, mean_iou, percent
+
+
+def histogram_scores(predictions, labels, n_cls, ignore):
+    """mmsegmentation's own recipe, written with histograms over lists of images."""
+    intersect, pred_area, label_area = np.zeros(n_cls), np.zeros(n_cls), np.zeros(n_cls)
+    for prediction, label in zip(predictions, labels, strict=True):
+        keep = label != ignore
+        prediction, label = prediction[keep], label[keep]
+        for area, values in (
+            (intersect, prediction[prediction == label]), (pred_area, prediction), (label_area, label),
+        ):  # fmt: skip
+            area += np.histogram(values, bins=np.arange(n_cls + 1) - 0.5)[0]
+    with np.errstate(invalid="ignore"):
+        acc, iou = intersect / label_area, intersect / (pred_area + label_area - intersect)
+    return {
+        "aAcc": intersect.sum() / label_area.sum(), "mAcc": np.nanmean(acc), "mIoU": np.nanmean(iou),
+        "Acc": acc, "IoU": iou,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("out_of_range", [False, True])
+def test_equals_the_histogram_definition(out_of_range):
+    rng = np.random.default_rng(0)
+    high = 9 if out_of_range else 6  # classes 6 and 7 of 8 occur only out of range of n_cls=6
+    labels = [rng.integers(0, high, (7 + i, 11), dtype=np.uint8) for i in range(4)]
+    predictions = [np.where(rng.random(l.shape) < 0.6, l, rng.integers(0, high, l.shape)).astype(np.uint8) for l in labels]
+    for label in labels:
+        label[rng.random(label.shape) < 0.2] = 255
+    got, want = mean_iou(predictions, labels, 6), histogram_scores(predictions, labels, 6, 255)
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-12, err_msg=name)
+
+
+def test_classes_that_do_not_occur_are_nan_and_left_out():
+    got = mean_iou([np.array([[0, 1, 1, 3]])], [np.array([[0, 1, 0, 1]])], 5)
+    np.testing.assert_array_equal(got["Acc"], [0.5, 0.5, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(got["IoU"], [0.5, 1 / 3, np.nan, 0.0, np.nan])  # 3 was predicted, so it has a union
+    assert got["mAcc"] == 0.5
+    assert got["mIoU"] == pytest.approx((0.5 + 1 / 3 + 0) / 3)
+
+
+def test_predictions_under_ignored_pixels_do_not_count():
+    got = mean_iou([np.array([0, 4, 1])], [np.array([0, 255, 1])], 5)
+    assert np.isnan(got["IoU"][4])
+    assert got["mIoU"] == got["aAcc"] == 1.0
+
+
+def test_merge_equals_one_stream_and_counts_are_exact():
+    rng = np.random.default_rng(1)
+    pairs = [(rng.integers(0, 3, 50), rng.integers(0, 3, 50)) for _ in range(4)]
+    whole, a, b = ConfusionMatrix(3), ConfusionMatrix(3), ConfusionMatrix(3)
+    for i, pair in enumerate(pairs):
+        whole.update(*pair)
+        (a if i % 2 else b).update(*pair)
+    a.merge(b)
+    np.testing.assert_array_equal(a.counts, whole.counts)
+    assert whole.counts.sum() == 200
+    assert whole.counts[1, 2] == sum(((label == 1) & (prediction == 2)).sum() for prediction, label in pairs)
+
+
+def test_percent_rounds_to_two_decimals():
+    scores = percent(mean_iou([torch.tensor([0, 1, 1])], [torch.tensor([0, 0, 1])], 2))
+    assert scores["aAcc"] == 66.67
+    np.testing.assert_array_equal(scores["IoU"], [50.0, 50.0])
+
+
+def test_empty_is_nan():
+    assert np.isnan(mean_iou([np.array([0])], [np.array([255])], 2)["mIoU"])
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="must have the same shape"):
+        mean_iou([np.zeros((2, 2), int)], [np.zeros((2, 3), int)], 2)
+    with pytest.raises(TypeError, match="prediction must hold integers, found float64"):
+        mean_iou([np.zeros((2, 2))], [np.zeros((2, 2), int)], 2)
+    with pytest.raises(ValueError, match="2 predictions for 1 labels"):
+        mean_iou([1, 2], [1], 2)
+    with pytest.raises(ValueError, match="different n_cls"):
+        ConfusionMatrix(2).merge(ConfusionMatrix(3))

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+import torch
+
+from segmenter.schedule import PolynomialLR
+from tests import golden_adapter
+
+
+def rates(steps, base=1e-3, step_size=1, warmup=0, total=100, power=0.9, min_lr=1e-5):
+    return golden_adapter.poly_lr(base, step_size, warmup, total, power, min_lr, steps).numpy()
+
+
+def test_published_figures():
+    got = rates(1, total=161_728)
+    assert got[0] == 1e-3
+    assert got[1] == pytest.approx(0.00099999449, abs=5e-12)
+
+
+def test_formula_floor_and_freeze():
+    got, t = rates(103), np.arange(101)
+    np.testing.assert_allclose(got[:101], (1e-3 - 1e-5) * (1 - t / 100) ** 0.9 + 1e-5, rtol=1e-12)
+    np.testing.assert_allclose(got[101:], 1e-5)
+
+
+def test_step_size_keeps_the_rate_between_multiples():
+    got = rates(20, step_size=5)
+    assert len(set(got.tolist())) == 5
+    np.testing.assert_array_equal(got[5:10], got[5])
+    np.testing.assert_allclose(got[15], rates(15)[15])
+
+
+def test_warm_up():
+    got = rates(12, warmup=10)
+    np.testing.assert_allclose(got[5], (1e-3 - 1e-5) * 0.5 * 0.9**0.9 + 1e-5)
+    np.testing.assert_allclose(got[10], rates(10)[10])
+
+
+def test_resumes_where_it_stopped():
+    def build():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        return optimizer, PolynomialLR(optimizer, 1, 0, 10, 0.9, 1e-3)
+
+    optimizer, scheduler = build()
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    other, resumed = build()
+    other.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(scheduler.state_dict())
+    for a, b in ((optimizer, scheduler), (other, resumed)):
+        a.step()
+        b.step()
+    assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"] < 0.1
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="need step_size >= 1 and 0 <= iter_warmup <= iter_max"):
+        rates(1, step_size=0)

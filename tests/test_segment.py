@@ -1,0 +1,155 @@
+"""Pictures to labels: `segment_image` and `model.segment`."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import segmenter.inference as inference_module
+from bench.published import published_inference
+from segmenter import segment_image
+from segmenter.images import ImageError, normalize
+from segmenter.segment import cpu_has_bfloat16, resolve_dtype
+from tests.tiny import tiny_model
+
+
+def picture(h=70, w=91, seed=0):
+    """Smooth random colours, so that neighbouring pixels get neighbouring labels."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (h // 12 + 2, w // 12 + 2, 3), dtype=np.uint8))
+    return np.asarray(small.resize((w, h), Image.BICUBIC))
+
+
+def published_labels(model, pixels, window, stride, flips=(False,)):
+    im = normalize(pixels, "vit")[None]
+    ims = [im.flip(3) if flip else im for flip in flips]
+    return published_inference(model, ims, list(flips), pixels.shape[:2], window, stride, 2).argmax(0)
+
+
+@pytest.mark.parametrize(("h", "w"), [(70, 91), (64, 64), (40, 50), (33, 200), (1, 1), (1, 9)])
+@pytest.mark.parametrize("stride", [64, 40])
+def test_labels_are_the_published_ones_at_the_pictures_own_size(model, h, w, stride):
+    pixels = picture(h, w)
+    got = model.segment(pixels, window_stride=stride)
+    assert got.dtype == torch.uint8
+    assert got.shape == (h, w)
+    assert torch.equal(got.long(), published_labels(model, pixels, 64, stride))
+    if min(h, w) > 30:
+        assert len(got.unique()) >= 3
+
+
+def test_labels_do_not_depend_on_bands_or_batches(model, monkeypatch):
+    pixels = picture(90, 130)
+    want = model.segment(pixels, window_stride=40)
+    monkeypatch.setitem(inference_module.BAND_BYTES, "cpu", 1)
+    assert torch.equal(model.segment(pixels, window_stride=40, batch_size=5), want)
+
+
+def test_every_kind_of_source_gives_the_same_labels(model, tmp_path):
+    pixels = picture()
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    want = model.segment(pixels)
+    sources = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels), torch.from_numpy(pixels.copy())]
+    for source in [*sources, torch.from_numpy(pixels.copy()).permute(2, 0, 1)]:
+        assert torch.equal(segment_image(model, source), want)
+
+
+def test_flip_and_scales(model):
+    pixels = picture()
+    flipped = model.segment(pixels, flip=True)
+    assert torch.equal(flipped.long(), published_labels(model, pixels, 64, 64, (False, True)))
+    assert torch.equal(flipped, model.segment(pixels[:, ::-1].copy(), flip=True).flip(1))
+    multi, p = model.segment(pixels, scales=(1.0, 1.5), return_probabilities=True)
+    one, two = (model.segment(pixels, scales=(s,), return_probabilities=True)[1] for s in (1.0, 1.5))
+    torch.testing.assert_close(p, (one + two) / 2)
+    assert torch.equal(multi.long(), p.argmax(0))
+    assert (one - two).abs().max() > 0.01
+
+
+def test_probabilities_only_when_asked(model):
+    pixels = picture()
+    labels, probabilities = model.segment(pixels, return_probabilities=True)
+    assert probabilities.shape == (5, 70, 91)
+    torch.testing.assert_close(probabilities.sum(0), torch.ones(70, 91))
+    assert torch.equal(labels, model.segment(pixels))
+
+
+@pytest.mark.parametrize(("n_cls", "dtype"), [(256, torch.uint8), (257, torch.int16)])
+def test_label_type_holds_every_class(n_cls, dtype):
+    model = tiny_model(n_cls=n_cls, decoder={"name": "linear"})
+    with torch.no_grad():
+        model.decoder.head.bias[-1] = 1e4
+    labels = model.segment(picture(20, 20))
+    assert labels.dtype == dtype
+    assert (labels == n_cls - 1).all()
+
+
+def test_windows_of_the_checkpoint_are_the_default(model):
+    pixels = picture(130, 150)
+    model.info.window_size, model.info.window_stride = 64, 32
+    assert torch.equal(model.segment(pixels), model.segment(pixels, window_size=64, window_stride=32))
+    assert torch.equal(model.segment(pixels, window_size=48).long(), published_labels(model, pixels, 48, 32))
+
+
+def test_normalization_of_the_checkpoint_is_used():
+    model = tiny_model()
+    pixels = picture()
+    vit = model.segment(pixels)
+    model.info.normalization = "deit"
+    assert not torch.equal(model.segment(pixels), vit)
+
+
+def test_the_full_score_map_is_never_held(model, monkeypatch):
+    """No tensor as large as n_cls * H * W appears while labels are made."""
+    seen = []
+    original = inference_module.View.rows
+
+    def spy(self, top, bottom, ori_shape):
+        result = original(self, top, bottom, ori_shape)
+        seen.append(result.numel())
+        return result
+
+    monkeypatch.setattr(inference_module.View, "rows", spy)
+    monkeypatch.setitem(inference_module.BAND_BYTES, "cpu", 20_000)
+    model.segment(picture(200, 200), window_size=200, window_stride=200)
+    assert sum(seen) == 5 * 200 * 200
+    assert max(seen) <= 5000
+
+
+def test_training_mode_is_refused(model):
+    with pytest.raises(RuntimeError, match=r"call model\.eval"):
+        model.train().segment(picture())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"scales": ()}, "scales must be positive"),
+        ({"scales": (0.0,)}, "scales must be positive"),
+        ({"dtype": "int8"}, "choose one of auto, float32, bfloat16, float16"),
+        ({"window_stride": 100}, "would leave pixels out"),
+        ({"batch_size": -1}, "batch_size must be at least 1"),
+    ],
+)
+def test_bad_arguments(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        model.segment(picture(), **kwargs)
+
+
+def test_bad_picture(model, tmp_path):
+    with pytest.raises(ImageError, match=r"none\.jpg"):
+        model.segment(tmp_path / "none.jpg")
+
+
+def test_dtypes(model):
+    cpu = torch.device("cpu")
+    assert resolve_dtype(None, cpu, torch.float64) == torch.float64
+    assert resolve_dtype("float16", cpu, torch.float32) == torch.float16
+    assert resolve_dtype(torch.bfloat16, cpu, torch.float32) == torch.bfloat16
+    assert resolve_dtype("auto", cpu, torch.float32) == (torch.bfloat16 if cpu_has_bfloat16() else torch.float32)
+    pixels = picture()
+    full, half = model.segment(pixels), model.segment(pixels, dtype="bfloat16")
+    assert 0.9 < (full == half).float().mean() <= 1
+    _, p32 = model.segment(pixels, return_probabilities=True)
+    _, p16 = model.segment(pixels, dtype="bfloat16", return_probabilities=True)
+    assert 0 < (p32 - p16).abs().max() < 0.2  # it did run in half precision

@@ -5,13 +5,15 @@ So the packages are listed by hand, kernels/ has no __init__.py (a folder withou
 package), and git holds segmenter/kernels as a symbolic link so that the code also runs from a bare checkout.
 """
 
+from pathlib import Path
+
 from setuptools import setup
 
 setup(
     name="segmenter-triton",
     version="0.1.0",
     description="Segmenter (Strudel et al., ICCV 2021): a plain ViT for semantic segmentation, exact and fast",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
@@ -30,7 +32,15 @@ setup(
     ],
     extras_require={
         # Triton's interpreter breaks with numpy 2.4 up to triton 3.6.
-        "test": ["pytest>=8", "pytest-cov", "pytest-benchmark>=4", "hypothesis>=6.100", "numpy<2.4", "setuptools>=68", "ruff"],
+        "test": [
+            "pytest>=8",
+            "pytest-cov",
+            "pytest-benchmark>=4",
+            "hypothesis>=6.100",
+            "numpy<2.4",
+            "setuptools>=68",
+            "ruff",
+        ],
         "bench": ["pytest-benchmark>=4", "psutil", "matplotlib"],
         "train": ["torchvision", "tensorboard", "matplotlib"],
         "hub": ["huggingface_hub"],

@@ -52,7 +52,7 @@ def published_inference(
             for top in window_anchors(H, window_size, window_stride)
             for left in window_anchors(W, window_size, window_stride)
         ]
-        crops = torch.stack([im[0, :, t : t + window_size, l : l + window_size] for t, l in anchors])
+        crops = torch.stack([im[0, :, top : top + window_size, left : left + window_size] for top, left in anchors])
         seg_maps = torch.zeros(len(crops), model.n_cls, window_size, window_size)
         with published_attention(model):
             for i in range(0, len(crops), batch_size):

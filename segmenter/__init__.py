@@ -16,7 +16,15 @@ _PUBLIC = {
     "preset": "segmenter.config",
     "preset_names": "segmenter.config",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "Segmenter",
+    "__version__",
+    "create_segmenter",
+    "load_model",
+    "preset",
+    "preset_names",
+    "segment_image",
+]
 
 if TYPE_CHECKING:
     from segmenter.config import preset, preset_names

@@ -1,5 +1,6 @@
 """What a model is built from: `ModelConfig`, the 12 backbones of the published config.yml, and the paper's names."""
 
+import contextlib
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -156,7 +157,14 @@ def backbone_config(
     for name in overrides:
         _one_of("argument", name, tuple(sorted(known)))
     return ModelConfig.from_dict(
-        {"backbone": backbone, **preset, "n_cls": n_cls, "decoder": decoder_kwargs, "image_size": image_size, **overrides}
+        {
+            "backbone": backbone,
+            **preset,
+            "n_cls": n_cls,
+            "decoder": decoder_kwargs,
+            "image_size": image_size,
+            **overrides,
+        }
     )
 
 
@@ -170,7 +178,9 @@ def preset_names() -> list[str]:
     return [f"Seg-{e.replace('/', mask + '/')}" for e in encoders for mask in ("", "-Mask")]
 
 
-def preset(name: str, n_cls: int = 150, image_size: int | tuple[int, int] | None = None, **overrides: Any) -> ModelConfig:
+def preset(
+    name: str, n_cls: int = 150, image_size: int | tuple[int, int] | None = None, **overrides: Any
+) -> ModelConfig:
     """A configuration by the paper's name: "Seg-B-Mask/16", "Seg-B/8", "Seg-B†/16" (or "Seg-B+/16", DeiT) ...
 
     Any of T, S, B, L goes with any of the patch sizes 8, 16 and 32. Without "-Mask" the decoder is linear.
@@ -205,10 +215,8 @@ def _integer(name: str, value: Any) -> int:
 
 def _real(name: str, value: Any) -> float:
     if isinstance(value, str):  # YAML reads 1e-5, without a dot, as text
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} must be a number, found {value!r}")
     return float(value)

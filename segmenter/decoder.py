@@ -70,9 +70,7 @@ class MaskTransformer(nn.Module):
         self.cls_emb = nn.Parameter(torch.zeros(1, n_cls, d_model))
         self.proj_patch = nn.Parameter(self.scale * torch.randn(d_model, d_model))
         self.proj_classes = nn.Parameter(self.scale * torch.randn(d_model, d_model))
-        self.blocks = nn.ModuleList(
-            Block(d_model, n_heads, d_ff, dropout, rate, ops=self.ops) for rate in rates
-        )
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, dropout, rate, ops=self.ops) for rate in rates)
         self.proj_dec = nn.Linear(d_encoder, d_model)
         self.decoder_norm = nn.LayerNorm(d_model)
         self.mask_norm = nn.LayerNorm(n_cls)

@@ -67,9 +67,7 @@ class VisionTransformer(nn.Module):
             self.head_dist = nn.Linear(d_model, n_cls)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.n_extra_tokens + self.patch_embed.num_patches, d_model))
         rates = [drop_path_rate * i / max(n_layers - 1, 1) for i in range(n_layers)]
-        self.blocks = nn.ModuleList(
-            Block(d_model, n_heads, d_ff, dropout, rate, norm_eps, ops) for rate in rates
-        )
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, dropout, rate, norm_eps, ops) for rate in rates)
         self.norm = nn.LayerNorm(d_model, eps=norm_eps)
         self.head = nn.Linear(d_model, n_cls)
 
@@ -96,8 +94,10 @@ class VisionTransformer(nn.Module):
         extra = [self.cls_token] + ([self.dist_token] if self.distilled else [])
         x = torch.cat([token.expand(B, -1, -1) for token in extra] + [x], dim=1)
         pos_embed, grid = self.pos_embed, (H // P, W // P)
-        differs = x.shape[1] != pos_embed.shape[1] if self.pos_embed_check == "tokens" else (
-            grid != self.patch_embed.grid_size
+        differs = (
+            x.shape[1] != pos_embed.shape[1]
+            if self.pos_embed_check == "tokens"
+            else (grid != self.patch_embed.grid_size)
         )
         if differs:
             pos_embed = resize_pos_embed(

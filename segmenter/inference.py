@@ -79,14 +79,14 @@ class View:
     def rows(self, top: int, bottom: int, ori_shape: tuple[int, int]) -> torch.Tensor:
         """Logits of rows top..bottom of the image at `ori_shape` (H0, W0), mirrored back: (bottom - top, W0, n_cls)."""
         H, W = self.shape
-        if H == ori_shape[0]:
+        if ori_shape[0] == H:
             logits = self._merged_rows(top, bottom)
         else:
             low, high, weight = _source_rows(top, bottom, H, ori_shape[0], self.masks.device)
             first = int(low[0])
             merged = self._merged_rows(first, int(high[-1]) + 1)
             logits = _lerp(merged, low - first, high - first, weight)
-        if W != ori_shape[1]:
+        if ori_shape[1] != W:
             logits = _resize_width(logits, ori_shape[1])
         return logits.flip(1) if self.flip else logits
 
@@ -139,7 +139,10 @@ def predict_view(
     masks = []
     with torch.inference_mode():
         for i in range(0, len(anchors), batch_size):
-            crops = [im[0, :, t : t + window_size, l : l + window_size] for t, l in anchors[i : i + batch_size]]
+            crops = [
+                im[0, :, top : top + window_size, left : left + window_size]
+                for top, left in anchors[i : i + batch_size]
+            ]
             masks.append(model.masks(torch.stack(crops)).float().permute(0, 2, 3, 1))
         return View(torch.cat(masks).contiguous(), tops, lefts, (H, W), window_size, model.patch_size, flip)
 
@@ -182,7 +185,9 @@ def inference(
         (n_cls, H0, W0) float32: softmax per image, averaged over images.
     """
     if not ims or len(ims) != len(ims_metas):
-        raise ValueError(f"need one ims_metas entry for each of at least one image, got {len(ims_metas)} and {len(ims)}")
+        raise ValueError(
+            f"need one ims_metas entry for each of at least one image, got {len(ims_metas)} and {len(ims)}"
+        )
     ori_shape = (int(ori_shape[0]), int(ori_shape[1]))
     device = next(model.parameters()).device
     views = [

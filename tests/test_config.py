@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from segmenter import create_segmenter, preset, preset_names
 from segmenter.config import BACKBONES, ConfigError, ModelConfig, backbone_config
 from tests.tiny import tiny_config
@@ -39,7 +40,12 @@ def test_parameter_counts_of_presets(name):
         decoder = d * K + K if n is None else K * d + 2 * d * d + n * block + d * d + d + 2 * d + 2 * K
         side = config.image_size[0] // config.patch_size
         encoder = (
-            d + (1 + side * side) * d + d * (3 * config.patch_size**2 + 1) + config.n_layers * block + 2 * d + 1000 * (d + 1)
+            d
+            + (1 + side * side) * d
+            + d * (3 * config.patch_size**2 + 1)
+            + config.n_layers * block
+            + 2 * d
+            + 1000 * (d + 1)
         )
         assert parameters == encoder + decoder
 

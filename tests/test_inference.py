@@ -172,7 +172,7 @@ def test_merging_averages_logits_not_probabilities():
 def test_mean_of_probabilities_over_views():
     a, b = torch.randn(2, 1, 2, 2, 3).unbind(0)
     views = [View(m, [0], [0], (2, 2), 2, 1, False) for m in (a, b)]
-    (_, scores), = bands(views, (2, 2), probabilities=False)  # several views: probabilities anyway
+    ((_, scores),) = bands(views, (2, 2), probabilities=False)  # several views: probabilities anyway
     torch.testing.assert_close(scores, (a.softmax(-1) + b.softmax(-1))[0] / 2)
 
 

@@ -28,7 +28,9 @@ def test_equals_the_histogram_definition(out_of_range):
     rng = np.random.default_rng(0)
     high = 9 if out_of_range else 6  # classes 6 and 7 of 8 occur only out of range of n_cls=6
     labels = [rng.integers(0, high, (7 + i, 11), dtype=np.uint8) for i in range(4)]
-    predictions = [np.where(rng.random(l.shape) < 0.6, l, rng.integers(0, high, l.shape)).astype(np.uint8) for l in labels]
+    predictions = [
+        np.where(rng.random(t.shape) < 0.6, t, rng.integers(0, high, t.shape)).astype(np.uint8) for t in labels
+    ]
     for label in labels:
         label[rng.random(label.shape) < 0.2] = 255
     got, want = mean_iou(predictions, labels, 6), histogram_scores(predictions, labels, 6, 255)

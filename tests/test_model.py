@@ -72,7 +72,9 @@ def plain_forward(model, im):
 
 @pytest.mark.parametrize("patch_size", [8, 16, 32])
 @pytest.mark.parametrize("distilled", [False, True])
-@pytest.mark.parametrize("decoder", [{"name": "linear"}, {"name": "mask_transformer", "n_layers": 2}], ids=["lin", "mask"])
+@pytest.mark.parametrize(
+    "decoder", [{"name": "linear"}, {"name": "mask_transformer", "n_layers": 2}], ids=["lin", "mask"]
+)
 def test_forward_equals_the_written_out_network(patch_size, distilled, decoder):
     model = tiny_model(
         patch_size=patch_size, distilled=distilled, decoder=decoder, d_model=128, n_heads=2, normalization="deit"
@@ -211,16 +213,20 @@ def test_public_attributes_of_the_published_model(model):
 
 def test_state_dict_keys_and_order():
     keys = list(tiny_model(distilled=True).state_dict())
-    assert keys[:4] == ["encoder.cls_token", "encoder.dist_token", "encoder.pos_embed", "encoder.patch_embed.proj.weight"]
+    assert keys[:4] == [
+        "encoder.cls_token",
+        "encoder.dist_token",
+        "encoder.pos_embed",
+        "encoder.patch_embed.proj.weight",
+    ]
     assert keys.index("encoder.head_dist.bias") < keys.index("encoder.blocks.0.norm1.weight")
     block = [k.removeprefix("encoder.blocks.0.") for k in keys if k.startswith("encoder.blocks.0.")]
     names = ["norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
     assert block == [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
     decoder = [k for k in keys if k.startswith("decoder.") and ".blocks." not in k]
-    assert decoder == [
-        "decoder.cls_emb", "decoder.proj_patch", "decoder.proj_classes", "decoder.proj_dec.weight", "decoder.proj_dec.bias",
-        "decoder.decoder_norm.weight", "decoder.decoder_norm.bias", "decoder.mask_norm.weight", "decoder.mask_norm.bias",
-    ]  # fmt: skip
+    names = ["cls_emb", "proj_patch", "proj_classes"]
+    names += [f"{n}.{kind}" for n in ("proj_dec", "decoder_norm", "mask_norm") for kind in ("weight", "bias")]
+    assert decoder == [f"decoder.{name}" for name in names]
 
 
 def test_layer_norm_epsilon_reaches_every_encoder_norm_and_no_decoder_norm():
@@ -232,7 +238,9 @@ def test_layer_norm_epsilon_reaches_every_encoder_norm_and_no_decoder_norm():
 
 def test_initialisation_statistics():
     torch.manual_seed(0)
-    model = create_segmenter(ModelConfig.from_dict({**tiny_config().to_dict(), "d_model": 256, "n_heads": 4, "n_cls": 150}))
+    model = create_segmenter(
+        ModelConfig.from_dict({**tiny_config().to_dict(), "d_model": 256, "n_heads": 4, "n_cls": 150})
+    )
     weights = model.state_dict()
     for name in ("encoder.blocks.0.attn.qkv.weight", "encoder.blocks.1.mlp.fc1.weight", "encoder.pos_embed",
                  "decoder.cls_emb", "decoder.proj_dec.weight"):  # fmt: skip

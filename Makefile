@@ -1,0 +1,30 @@
+.PHONY: help install test test-gpu golden lint format bench bench-smoke
+
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+install:         ## editable install with everything that tests need
+	pip install -e ".[test]"
+
+test:            ## all tests that need no GPU, with the coverage gate
+	python -m pytest -m "not gpu" --cov --cov-report=term --cov-fail-under=90
+
+test-gpu:        ## the tests that need a GPU
+	python -m pytest -m gpu
+
+golden:          ## the stand-alone checker on the golden cases
+	python tests/golden/check.py tests/golden --adapter tests/golden_adapter.py --quiet
+
+lint:            ## ruff: rules and format, nothing is changed
+	ruff check .
+	ruff format --check .
+
+format:          ## ruff: fix and format
+	ruff check --fix .
+	ruff format .
+
+bench:           ## the benchmark on this machine; writes bench/results/local.json
+	python -m pytest bench --benchmark-json bench/results/local.json
+
+bench-smoke:     ## every kind of benchmark once, nothing timed
+	python -m pytest bench --benchmark-disable -q -k "patch32 or argmax"

@@ -1,0 +1,333 @@
+"""Models from files: `load_model` as in the published code, `load_any` for everything else, and conversion.
+
+Nothing here opens a network connection, except `from_pretrained` and `load_any` with hub=True.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from segmenter.checkpoint import CheckpointError, listing, read_state_dict
+from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, preset
+from segmenter.convert import Converted, convert, recognise
+from segmenter.folder import WEIGHTS, from_pretrained, is_ours, save_pretrained
+from segmenter.model import ModelInfo, Segmenter, create_segmenter
+from segmenter.state import build, load_state
+from segmenter.variant import read_variant
+
+__all__ = [
+    "CheckpointError",
+    "ConversionReport",
+    "convert_checkpoint",
+    "from_pretrained",
+    "load_any",
+    "load_model",
+    "load_state",
+    "save_pretrained",
+]
+
+_WEIGHT_FILES = ("checkpoint.pth", WEIGHTS, "pytorch_model.bin")
+_CLASSES = {  # (data set, number of classes) -> key of the class set
+    ("ade20k", 150): "ade20k",
+    ("pascal_context", 60): "pascal_context",
+    ("pascal_context", 59): "pascal_context_59",
+    ("cityscapes", 19): "cityscapes",
+    ("camvid", 11): "camvid",
+}
+_FIRST_CLASS = {"wall": "ade20k", "background": "pascal_context", "aeroplane": "pascal_context", "road": "cityscapes"}
+
+
+@dataclasses.dataclass
+class ConversionReport:
+    """What `convert_checkpoint` did; str() of it is for people."""
+
+    source: str
+    folder: str
+    kind: str
+    weights: str
+    n_parameters: int
+    config: ModelConfig
+    notes: list[str]
+
+    def __str__(self) -> str:
+        c = self.config
+        model = (
+            f"{c.n_layers} layers of width {c.d_model}, patch {c.patch_size}, image size {c.image_size}, "
+            f"{c.decoder['name']} decoder, {c.n_cls} classes, {self.n_parameters:,} parameters"
+        )
+        lines = [f"{self.source} ({self.kind}) -> {self.folder}", f"  {model}", *(f"  {note}" for note in self.notes)]
+        if self.weights == "encoder":
+            lines.append("  the file has no decoder: the decoder's weights are RANDOM, train before use")
+        return "\n".join(lines)
+
+
+def load_model(
+    model_path: str | os.PathLike,
+    impl: str = "auto",
+    device: str | torch.device | None = None,
+    *,
+    allow_pickle: bool = False,
+    verify: bool = True,
+    allow_nonfinite: bool = False,
+) -> tuple[Segmenter, dict[str, Any]]:
+    """Loads a segmentation model, strictly and offline; it is in evaluation mode.
+
+    Args:
+        model_path: checkpoint.pth with variant.yml beside it, or the folder of both; a folder of `save_pretrained`; or
+            a whole model of another project (mmsegmentation), whose configuration is read off the weights.
+        impl: "eager", "triton" or "auto". device: where the model goes, by default the CPU.
+        allow_pickle: "I trust this file", see `read_state_dict`. verify: compares checksums where there are any.
+        allow_nonfinite: accepts NaN weights.
+    Returns:
+        (model, variant): variant is the whole variant.yml, or the same made up where there is none.
+    Raises:
+        CheckpointError: the file or what is beside it is unusable, or has no decoder. ConfigError, in variant.yml.
+    """
+    options = {"allow_pickle": allow_pickle, "verify": verify, "allow_nonfinite": allow_nonfinite}
+    model, variant, _, _ = _from_path(Path(model_path), impl, options, {})
+    return (model.to(device) if device is not None else model), variant
+
+
+def load_any(
+    source: str | os.PathLike | nn.Module,
+    *,
+    impl: str = "auto",
+    device: str | torch.device | None = None,
+    classes: str | None = None,
+    hub: bool = False,
+    allow_pickle: bool = False,
+    verify: bool = True,
+    allow_nonfinite: bool = False,
+    **request: Any,
+) -> Segmenter:
+    """A Segmenter, in evaluation mode, from whatever `source` is. See `model.info.weights` for what is trained in it.
+
+    Args:
+        source: anything `load_model` takes; a file with an encoder only (timm, augreg .npz, Hugging Face,
+            mmsegmentation), which gets a random decoder; a folder of Hugging Face; a live model of timm or
+            transformers; or the name of a preset such as "Seg-S-Mask/16", for random weights.
+        classes: key of a class set or a class file, for `model.info.classes`.
+        hub: a `source` that is nothing else is taken for a repository on the Hugging Face hub.
+        request: n_cls, decoder, image_size, patch_size, kind, normalization ... of `segmenter.convert.convert`.
+            For encoders, n_cls is needed. For presets: n_cls, image_size and fields of ModelConfig.
+        others: as in `load_model`.
+    Raises:
+        CheckpointError, ConfigError: source is nothing of the kind, damaged, or does not agree with the request.
+    """
+    options = {"allow_pickle": allow_pickle, "verify": verify, "allow_nonfinite": allow_nonfinite}
+    model, _, _ = _load(source, impl, hub, options, request)
+    if classes is not None:
+        model.info.classes = classes
+    return model.to(device) if device is not None else model
+
+
+def convert_checkpoint(
+    source: str | os.PathLike | nn.Module,
+    out_folder: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    classes: str | None = None,
+    hub: bool = False,
+    allow_pickle: bool = False,
+    verify: bool = True,
+    allow_nonfinite: bool = False,
+    **request: Any,
+) -> ConversionReport:
+    """Reads `source` as `load_any` does and writes a folder of our format.
+
+    Args:
+        dtype: how the weights are stored, see `save_pretrained`. Others: as in `load_any`.
+    Raises:
+        CheckpointError, ConfigError: as `load_any`. OSError: the folder cannot be written.
+    """
+    options = {"allow_pickle": allow_pickle, "verify": verify, "allow_nonfinite": allow_nonfinite}
+    model, kind, notes = _load(source, "eager", hub, options, request)
+    save_pretrained(model, out_folder, dtype=dtype, classes=classes)
+    name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return ConversionReport(name, str(out_folder), kind, model.info.weights, n_parameters, model.config, notes)
+
+
+def _load(
+    source: str | os.PathLike | nn.Module, impl: str, hub: bool, options: dict[str, bool], request: dict[str, Any]
+) -> tuple[Segmenter, str, list[str]]:
+    """(model, kind, notes)"""
+    request = {name: value for name, value in request.items() if value is not None}
+    if isinstance(source, nn.Module):
+        converted = convert(source, **request)
+        return _assemble(converted, impl, f"live {type(source).__name__}"), converted.kind, converted.notes
+    if Path(source).exists():
+        model, _, kind, notes = _from_path(Path(source), impl, options, request)
+        return model, kind, notes
+    if hub:
+        model = from_pretrained(source, impl=impl, hub=True, verify=options["verify"])
+        return _reshaped(model, impl, request, notes := []), "segmenter", notes
+    if fixed := [name for name in ("kind", "decoder", "patch_size") if name in request]:
+        raise ConfigError(f"{source}: no such file or folder, and a preset takes no {listing(fixed)}; its name says it")
+    try:
+        config = preset(str(source), **request)
+    except ConfigError as error:
+        if str(source).startswith("Seg-"):
+            raise
+        raise CheckpointError(
+            f"{source}: no such file or folder, and no preset such as Seg-S-Mask/16; "
+            f"hub=True would look for it on the Hugging Face hub"
+        ) from error
+    return create_segmenter(config, impl).eval(), "preset", ["random weights"]
+
+
+def _from_path(
+    path: Path, impl: str, options: dict[str, bool], request: dict[str, Any]
+) -> tuple[Segmenter, dict[str, Any], str, list[str]]:
+    """(model, variant, kind, notes) of a file or folder."""
+    notes: list[str] = []
+    folder = path if path.is_dir() else path.parent
+    if (path.is_dir() or path.name == WEIGHTS) and is_ours(folder):
+        kept = {name: options[name] for name in ("verify", "allow_nonfinite")}
+        model = _reshaped(from_pretrained(folder, impl=impl, **kept), impl, request, notes)
+        return model, _variant_of(model), "segmenter", notes
+    if path.is_dir():
+        path = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+        if path is None:
+            raise CheckpointError(f"{folder}: has none of {', '.join(_WEIGHT_FILES)}; give the weight file itself")
+    state, extra = read_state_dict(path, **options)
+    source = "/".join(path.absolute().parts[-2:])
+    kind = request.get("kind") or recognise(state)
+    variant_path = folder / "variant.yml"
+    has_decoder = any(name.startswith("decoder.") for name in state)
+    if kind == "segmenter" and has_decoder and variant_path.is_file():
+        variant = read_variant(variant_path)
+        model = build(_config_of(variant, variant_path), state, impl, str(path))
+        model.info = _info_of(variant, model.config, source)
+        return _reshaped(model, impl, request, notes), variant, kind, notes
+    if kind == "hf":
+        request = {**_hf_fields(folder), **request}
+    try:
+        converted = convert(state, **request)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    model = _assemble(converted, impl, source)
+    if kind == "mmseg":
+        model.info.window_stride = max(model.info.window_size - 32, 1)
+        model.info.classes = _mmseg_classes(extra, model.n_cls)
+    return model, _variant_of(model), converted.kind, converted.notes
+
+
+def _assemble(converted: Converted, impl: str, source: str) -> Segmenter:
+    if converted.has_decoder:
+        model = build(converted.config, converted.state, impl, source)
+    else:
+        model = create_segmenter(converted.config, impl).eval()
+        encoder = {name.removeprefix("encoder."): tensor for name, tensor in converted.state.items()}
+        load_state(model.encoder, encoder, source)
+    window = max(converted.config.image_size)
+    model.info = ModelInfo(
+        normalization=converted.config.normalization,
+        window_size=window,
+        window_stride=window,
+        weights="trained" if converted.has_decoder else "encoder",
+        source=f"{source} ({converted.kind})",
+    )
+    return model
+
+
+def _reshaped(model: Segmenter, impl: str, request: Mapping[str, Any], notes: list[str]) -> Segmenter:
+    """The model itself if `request` asks for nothing, else one of another image or patch size with its weights."""
+    request = {name: value for name, value in request.items() if name != "kind"}
+    if not request:
+        return model
+    config = dataclasses.asdict(model.config)
+    for derived in ("image_size", "patch_size", "d_model", "n_layers", "n_cls", "distilled"):
+        del config[derived]
+    grid = model.encoder.patch_embed.grid_size
+    converted = convert(model.state_dict(), kind="segmenter", grid=grid, **{**config, **request})
+    notes += converted.notes
+    reshaped = build(converted.config, converted.state, impl, "the weights")
+    reshaped.info = dataclasses.replace(model.info, normalization=converted.config.normalization)
+    return reshaped
+
+
+def _config_of(variant: dict[str, Any], path: Path) -> ModelConfig:
+    net_kwargs = dict(variant["net_kwargs"])
+    net_kwargs.setdefault("normalization", _section(variant, "dataset_kwargs").get("normalization"))
+    try:
+        return ModelConfig.from_dict(net_kwargs)
+    except (ConfigError, ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _info_of(variant: dict[str, Any], config: ModelConfig, source: str) -> ModelInfo:
+    dataset, windows = _section(variant, "dataset_kwargs"), _section(variant, "inference_kwargs")
+    size = _positive(windows.get("window_size")) or max(config.image_size)
+    normalization = dataset.get("normalization")
+    return ModelInfo(
+        normalization=normalization if normalization in NORMALIZATIONS else config.normalization,
+        window_size=size,
+        window_stride=_positive(windows.get("window_stride")) or size,
+        classes=_CLASSES.get((str(dataset.get("dataset")), config.n_cls)),
+        weights="trained",
+        source=source,
+    )
+
+
+def _variant_of(model: Segmenter) -> dict[str, Any]:
+    """A variant.yml for a model that came without one."""
+    config, info = model.config.to_dict(), model.info
+    config["decoder"] = {**config["decoder"], "n_cls": config["n_cls"]}
+    size = min(config["image_size"])
+    return {
+        "net_kwargs": config,
+        "dataset_kwargs": {"dataset": info.classes, "image_size": size, "normalization": info.normalization},
+        "inference_kwargs": {
+            "im_size": size,
+            "window_size": info.window_size,
+            "window_stride": info.window_stride,
+        },
+    }
+
+
+def _section(variant: dict[str, Any], name: str) -> dict[str, Any]:
+    return variant[name] if isinstance(variant.get(name), dict) else {}
+
+
+def _positive(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None
+
+
+def _mmseg_classes(extra: dict[str, Any], n_cls: int) -> str | None:
+    """The class set by the names that mmsegmentation stores: meta.CLASSES (0.x) or meta.dataset_meta.classes (1.x)."""
+    meta = extra.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    newer = meta.get("dataset_meta")
+    names = meta.get("CLASSES") or (newer.get("classes") if isinstance(newer, dict) else None)
+    if not isinstance(names, list | tuple) or len(names) != n_cls:
+        return None
+    return _CLASSES.get((_FIRST_CLASS.get(names[0]), n_cls))
+
+
+def _hf_fields(folder: Path) -> dict[str, Any]:
+    """What config.json and preprocessor_config.json of a Hugging Face folder add to its weights."""
+    fields: dict[str, Any] = {}
+    path = folder / "config.json"
+    try:
+        if path.is_file():
+            content = json.loads(path.read_bytes())
+            if content.get("hidden_act", "gelu") != "gelu":
+                raise CheckpointError(f"{path}: hidden_act {content['hidden_act']!r}; the encoder needs the exact gelu")
+            fields = {"norm_eps": content.get("layer_norm_eps"), "n_heads": content.get("num_attention_heads")}
+        path = folder / "preprocessor_config.json"
+        if path.is_file():
+            mean = json.loads(path.read_bytes()).get("image_mean")
+            if mean is not None:
+                fields["normalization"] = "vit" if mean == [0.5, 0.5, 0.5] else "deit"
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    return {name: value for name, value in fields.items() if value is not None}

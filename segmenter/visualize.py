@@ -1,0 +1,177 @@
+"""Labels and attention as pictures: colours, overlay, legend, label files, grids of attention maps."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from segmenter.classes import ClassSet
+
+# 16 equally spaced colours of matplotlib's "viridis".
+_VIRIDIS = np.array(
+    [(68, 1, 84), (72, 26, 108), (71, 47, 125), (65, 68, 135), (57, 86, 140), (49, 104, 142), (42, 120, 142)]
+    + [(35, 136, 142), (31, 152, 139), (34, 168, 132), (53, 183, 121), (84, 197, 104), (122, 209, 81)]
+    + [(165, 219, 54), (210, 226, 27), (253, 231, 37)]
+)
+_LONGEST_NAME = 28
+_RED = (255, 0, 0)
+
+
+def class_shares(labels: np.ndarray, classes: ClassSet) -> list[dict[str, Any]]:
+    """The classes present, largest first: {"id", "name", "pixels", "share"}; the shares sum to 1."""
+    ids, counts = np.unique(np.asarray(labels), return_counts=True)
+    rows = []
+    for i, pixels in sorted(zip(ids.tolist(), counts.tolist(), strict=True), key=lambda row: (-row[1], row[0])):
+        name = classes.names[i] if 0 <= i < len(classes) else f"label {i}"
+        rows.append({"id": i, "name": name, "pixels": pixels, "share": pixels / counts.sum().item()})
+    return rows
+
+
+def colorize(labels: np.ndarray, classes: ClassSet) -> np.ndarray:
+    """Labels (H, W), any integer type, none negative -> RGB (H, W, 3) uint8; ids beyond the classes are black."""
+    labels = np.asarray(labels)
+    return classes.palette_array(int(labels.max()) + 1)[labels]
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, classes: ClassSet, alpha: float = 0.5) -> np.ndarray:
+    """RGB bytes (H, W, 3) with the class colours laid over them; alpha 0 is the picture, 1 the colours alone."""
+    if image.shape[:2] != np.shape(labels):
+        raise ValueError(f"picture {image.shape[:2]} and labels {np.shape(labels)} differ in size")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha {alpha} must lie in 0..1")
+    blended = image * np.float32(1 - alpha) + colorize(labels, classes) * np.float32(alpha)
+    return np.round(blended).astype(np.uint8)
+
+
+def legend(labels: np.ndarray, classes: ClassSet) -> np.ndarray:
+    """A panel to stand right of the picture: colour, name and share of the classes present, largest first.
+
+    Letters grow with the picture. What does not fit in its height is summed in a last line.
+
+    Returns:
+        RGB (at least H, width of the text, 3) uint8.
+    """
+    height, width = np.shape(labels)
+    size = min(max(min(height, 2 * width) // 28, 12), 96)
+    font, line, margin = _font(size), round(1.6 * size), size
+    rows = [(classes.palette_array(s["id"] + 1)[-1], s["name"], s["share"]) for s in class_shares(labels, classes)]
+    fitting = max((height - 2 * margin) // line, 8)
+    if len(rows) > fitting:
+        rest = rows[fitting - 1 :]
+        rows = [*rows[: fitting - 1], (None, f"{len(rest)} more", sum(share for _, _, share in rest))]
+    rows = [(color, _short(name), _percent(share)) for color, name, share in rows]
+
+    name_width = math.ceil(max(font.getlength(name) for _, name, _ in rows))
+    share_width = math.ceil(max(font.getlength(share) for _, _, share in rows))
+    names_at = margin + round(1.6 * size)
+    shares_end = names_at + name_width + size + share_width
+    panel = Image.new("RGB", (shares_end + margin, max(height, 2 * margin + len(rows) * line)), "white")
+    draw = ImageDraw.Draw(panel)
+    for i, (color, name, share) in enumerate(rows):
+        middle = margin + i * line + line // 2
+        if color is not None:
+            top = middle - size // 2
+            draw.rectangle((margin, top, margin + size, top + size), tuple(color.tolist()), "black")
+        draw.text((names_at, middle), name, "black", font, anchor="lm")
+        draw.text((shares_end, middle), share, "black", font, anchor="rm")
+    return np.array(panel)
+
+
+def with_legend(image: np.ndarray, labels: np.ndarray, classes: ClassSet) -> np.ndarray:
+    """The RGB picture with the `legend` of its labels on its right; a low picture gets white below."""
+    panel = legend(labels, classes)
+    canvas = np.full((panel.shape[0], image.shape[1] + panel.shape[1], 3), 255, np.uint8)
+    canvas[: image.shape[0], : image.shape[1]] = image
+    canvas[:, image.shape[1] :] = panel
+    return canvas
+
+
+def save_png(image: np.ndarray, path: str | Path) -> None:
+    """Writes (H, W, 3) or (H, W) uint8, or (H, W) uint16."""
+    _write_png(Image.fromarray(image), path)
+
+
+def save_label_png(labels: np.ndarray, path: str | Path, classes: ClassSet | None = None) -> None:
+    """Writes labels (H, W) as a PNG whose pixel values are the labels.
+
+    With `classes` its colours go in as the palette, so that viewers show them and readers get the labels. Without, or
+    with labels above 255, it is a plain grey picture of 8 or 16 bits.
+    """
+    labels = np.asarray(labels)
+    wide = labels.max() > 255 or (classes is not None and len(classes) > 256)
+    image = Image.fromarray(labels.astype(np.uint16 if wide else np.uint8))
+    if classes is not None and not wide:
+        image.putpalette(classes.palette_array(256).tobytes())
+    _write_png(image, path)
+
+
+def heat_colors(values: np.ndarray) -> np.ndarray:
+    """Numbers of any shape -> RGB uint8 (..., 3): viridis from the smallest (dark blue) to the largest (yellow)."""
+    values = np.asarray(values, dtype=np.float64)
+    low, high = values.min(), values.max()
+    position = (values - low) / (high - low if high > low else 1) * (len(_VIRIDIS) - 1)
+    anchors = np.arange(len(_VIRIDIS))
+    return np.stack([np.interp(position, anchors, channel) for channel in _VIRIDIS.T], -1).round().astype(np.uint8)
+
+
+def enlarge(grid: np.ndarray, patch_size: int) -> np.ndarray:
+    """Each cell of (gh, gw, ...) becomes a square of `patch_size` pixels."""
+    return grid.repeat(patch_size, 0).repeat(patch_size, 1)
+
+
+def mark_patch(image: np.ndarray, x: int, y: int, patch_size: int) -> np.ndarray:
+    """A copy of the picture with the patch in column x, row y painted red."""
+    marked = image.copy()
+    marked[y * patch_size : (y + 1) * patch_size, x * patch_size : (x + 1) * patch_size] = _RED
+    return marked
+
+
+def attention_grid(tiles: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Pictures (h, w, 3) of one size, each with a line of text above it, in a nearly square grid with few gaps."""
+    h, w = tiles[0][1].shape[:2]
+    side = math.ceil(math.sqrt(len(tiles)))
+    columns = min(side, side + 1, key=lambda c: -len(tiles) % c)
+    font = _font(min(max(w // 20, 11), 40))
+    longest = max(font.getlength(text) for text, _ in tiles)
+    gap, header = max(w // 32, 4), math.ceil(font.getbbox("Ag")[3] * 1.4)
+    step_x, step_y = max(w, math.ceil(longest)) + gap, h + header + gap
+    canvas = Image.new("RGB", (gap + columns * step_x, gap + math.ceil(len(tiles) / columns) * step_y), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (text, tile) in enumerate(tiles):
+        left, top = gap + i % columns * step_x, gap + i // columns * step_y
+        draw.text((left, top + header // 2), text, "black", font, anchor="lm")
+        canvas.paste(Image.fromarray(tile), (left, top + header))
+    return np.array(canvas)
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Calls `write(file)` on a temporary file beside `path` and renames it: never a half-written file at `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_png(image: Image.Image, path: str | Path) -> None:
+    write_atomically(path, lambda file: image.save(file, format="PNG"))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=size)
+
+
+def _short(name: str) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 else "< 0.1 %"

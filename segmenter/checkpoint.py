@@ -177,7 +177,8 @@ def _safe_globals() -> list[Any]:
     multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
     scalars = [(multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     dtypes = [type(np.dtype(name)) for name in _NUMPY_DTYPES]
-    return [*scalars, np.dtype, *dtypes, argparse.Namespace]
+    already = torch.serialization.get_safe_globals()  # leaving the context would take them from whoever added them
+    return [entry for entry in (*scalars, np.dtype, *dtypes, argparse.Namespace) if entry not in already]
 
 
 def _refused_globals(path: Path, error: Exception) -> list[str]:

@@ -20,7 +20,7 @@ import torch.nn as nn
 
 from segmenter.checkpoint import CheckpointError, listing
 from segmenter.config import ConfigError, ModelConfig
-from segmenter.foreign import DEFAULTS, KINDS, State, live_timm, recognise, to_ours
+from segmenter.foreign import DEFAULTS, KINDS, State, hugging_face_fields, live_timm, recognise, to_ours
 from segmenter.layers import resize_pos_embed
 
 __all__ = ["KINDS", "Converted", "architecture", "change_patch_size", "convert", "recognise"]
@@ -75,8 +75,12 @@ def convert(
         raise ConfigError(f"argument {listing(unknown)} is unknown")
     found: dict[str, Any] = {}
     if isinstance(weights, nn.Module):
-        is_timm = hasattr(weights, "blocks")
-        weights, found = live_timm(weights) if is_timm else (weights.state_dict(), {})
+        if hasattr(weights, "blocks"):
+            weights, found = live_timm(weights)
+        else:
+            described = getattr(weights, "config", None)
+            found = hugging_face_fields(described.to_dict()) if hasattr(described, "to_dict") else {}
+            weights = weights.state_dict()
     kind = kind or recognise(weights)
     if kind not in KINDS:
         what = "weights of no known kind" if kind is None else f"kind {kind!r} is unknown"

@@ -52,11 +52,12 @@ def save_pretrained(
         dtype: how the weights are stored, torch.float16 for half the size; loading makes them float32 again.
         classes: key of a class set, a class file or a ClassSet; default `model.info.classes`. A file is copied.
     Raises:
-        ValueError: the model has no configuration, or weights overflow in `dtype`. OSError: it cannot be written.
+        CheckpointError: weights overflow in `dtype`. ClassesError: the classes do not fit the model. ValueError: the
+            model has no configuration. OSError: the folder cannot be written.
     """
     from safetensors.torch import save_file
 
-    from segmenter.classes import CLASS_SETS, ClassSet, load_classes
+    from segmenter.classes import CLASS_SETS, ClassesError, ClassSet, load_classes
 
     if model.config is None:
         raise ValueError("model.config is None; set it to the ModelConfig that builds this model, then save")
@@ -65,7 +66,7 @@ def save_pretrained(
     classes = classes if classes is not None else model.info.classes
     class_set = classes if classes is None or isinstance(classes, ClassSet) else load_classes(classes)
     if class_set is not None and len(class_set) != model.n_cls:
-        raise ValueError(f"the class set {class_set.name} has {len(class_set)} classes, the model {model.n_cls}")
+        raise ClassesError(f"the class set {class_set.name} has {len(class_set)} classes, the model {model.n_cls}")
     is_key = class_set is not None and str(classes) in CLASS_SETS
     info["classes"] = None if class_set is None else str(classes) if is_key else CLASSES
 
@@ -137,7 +138,7 @@ def from_pretrained(
 def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
     if dtype is not None and not torch.isfinite(stored).all() and torch.isfinite(tensor).all():
-        raise ValueError(f"{name} overflows in {dtype}; store float32 or bfloat16")
+        raise CheckpointError(f"{name} overflows in {dtype}; store float32 or bfloat16")
     return stored
 
 

@@ -95,7 +95,7 @@ def live_timm(model: nn.Module) -> tuple[State, dict[str, Any]]:
         CheckpointError: the model is no plain ViT.
     """
     try:
-        block, eps = model.blocks[0], model.norm.eps
+        block, eps = model.blocks[0], getattr(model.norm, "eps", None)  # no norm: its absence is told by the names
         heads, acts = block.attn.num_heads, [b.mlp.act for b in model.blocks]
     except (AttributeError, IndexError, TypeError) as error:
         raise CheckpointError(f"{type(model).__name__} is no plain VisionTransformer of timm ({error})") from error
@@ -106,6 +106,19 @@ def live_timm(model: nn.Module) -> tuple[State, dict[str, Any]]:
     if mean is not None:
         fields["normalization"] = "vit" if tuple(mean) == (0.5, 0.5, 0.5) else "deit"
     return dict(model.state_dict()), fields
+
+
+def hugging_face_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configuration of a Hugging Face ViT tells beyond its weights, as ModelConfig fields.
+
+    Raises:
+        CheckpointError: the MLP does not use the exact GELU.
+    """
+    act = config.get("hidden_act", "gelu")
+    if act != "gelu":
+        raise CheckpointError(f"hidden_act is {act!r}; the Segmenter encoder needs the exact gelu")
+    fields = {"norm_eps": config.get("layer_norm_eps"), "n_heads": config.get("num_attention_heads")}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _rename(weights: State, rules: list[tuple[str, str]]) -> State:
@@ -257,13 +270,13 @@ def _complete(state: State, notes: list[str]) -> None:
     for head in ("head", "head_dist")[:n_extra]:
         wanted[f"encoder.{head}.weight"] = (ENCODER_HEAD_CLASSES, d_model)
         wanted[f"encoder.{head}.bias"] = (ENCODER_HEAD_CLASSES,)
-    for name, shape in wanted.items():
-        if "head" in name and name in state and state[name].shape != shape:
-            notes.append(f"{name} of {state[name].shape[0]} classes replaced by zeros (not used in segmentation)")
-            state[name] = torch.zeros(shape)
-        elif name not in state:
-            notes.append(f"{name} was not in the file: zeros")
-            state[name] = torch.zeros(shape)
+    absent = [name for name in wanted if name not in state]
+    other = [name for name in wanted if ".head" in name and name in state and state[name].shape != wanted[name]]
+    state.update({name: torch.zeros(wanted[name]) for name in absent + other})
+    if absent:
+        notes.append(f"not in the file, zeros: {listing(absent)}")
+    if other:
+        notes.append(f"replaced by zeros, an ImageNet head that segmentation does not use: {listing(other)}")
     if n_extra == 1:
         for name in [n for n in state if n.startswith("encoder.head_dist.")]:
             del state[name]

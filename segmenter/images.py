@@ -7,11 +7,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 # Pillow knows more than 40 formats, some of which start other programs (EPS calls Ghostscript). JPEG covers MPO.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 64 * 1024 * 1024
+
+_EXIF_ORIENTATION = 0x0112
+_TRANSPOSE = {  # EXIF orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 NORMALIZATION = {
     "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -28,8 +39,8 @@ def read_image(source: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Transparent pixels are laid over white. 16-bit samples are divided by 257, so that nothing saturates. Pillow's
     32-bit mode "I" does not tell its depth: values up to 255 count as 8-bit, up to 65,535 as 16-bit, and others are
-    stretched from their own range to 0..255. Of an animation or a file with several pages the first is taken, with a
-    warning.
+    stretched from their own range to 0..255. Of a file with several pictures (animation, pages) the first is taken,
+    with a warning.
 
     Args:
         source: one of
@@ -93,31 +104,34 @@ def _read_file(path: str, max_pixels: int) -> np.ndarray:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and an error
             image = Image.open(path, formats=FORMATS)
         with image:
-            return _from_pil(image, max_pixels, path)
+            pixels = _from_pil(image, max_pixels)
+            several = image.format != "MPO" and getattr(image, "is_animated", False)  # an MPO's others are previews
     except UnidentifiedImageError as error:
         raise ImageError(f"{path}: not a picture, or not one of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders raise nearly every exception there is on damaged files
         raise ImageError(f"{path}: {_cause(error)}") from error
+    if several:
+        warnings.warn(f"{path}: an animation or several pages, only the first is used", stacklevel=3)
+    return pixels
 
 
-def _from_pil(image: Image.Image, max_pixels: int, name: str = "picture") -> np.ndarray:
+def _from_pil(image: Image.Image, max_pixels: int) -> np.ndarray:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels}; shrink the picture")
     if 0 in image.size:
         raise ImageError("the picture has no pixels")
-    if image.format != "MPO" and getattr(image, "is_animated", False):  # an MPO's other pictures are previews
-        warnings.warn(f"{name}: an animation or several pages, only the first is used", stacklevel=4)
-        image.seek(0)
     image.load()
     return np.array(_to_rgb(_upright(image)))
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF rotation. (ImageOps.exif_transpose also rewrites the EXIF, which fails when it is damaged.)"""
     try:
-        return ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # a damaged EXIF block is no reason to refuse good pixels
         return image
+    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

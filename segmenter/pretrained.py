@@ -17,6 +17,7 @@ from segmenter.checkpoint import CheckpointError, listing, read_state_dict
 from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, preset
 from segmenter.convert import Converted, convert, recognise
 from segmenter.folder import WEIGHTS, from_pretrained, is_ours, save_pretrained
+from segmenter.foreign import hugging_face_fields
 from segmenter.model import ModelInfo, Segmenter, create_segmenter
 from segmenter.state import build, load_state
 from segmenter.variant import read_variant
@@ -317,17 +318,14 @@ def _hf_fields(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         if path.is_file():
-            content = json.loads(path.read_bytes())
-            if content.get("hidden_act", "gelu") != "gelu":
-                raise CheckpointError(f"{path}: hidden_act {content['hidden_act']!r}; the encoder needs the exact gelu")
-            fields = {"norm_eps": content.get("layer_norm_eps"), "n_heads": content.get("num_attention_heads")}
+            fields = hugging_face_fields(json.loads(path.read_bytes()))
         path = folder / "preprocessor_config.json"
         if path.is_file():
             mean = json.loads(path.read_bytes()).get("image_mean")
             if mean is not None:
                 fields["normalization"] = "vit" if mean == [0.5, 0.5, 0.5] else "deit"
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
-    return {name: value for name, value in fields.items() if value is not None}
+    return fields

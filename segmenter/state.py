@@ -20,7 +20,7 @@ _FOREIGN = {
 _COMPARED = ("n_cls", "patch_size", "d_model", "n_layers", "distilled", "image_size", "decoder")
 
 
-def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str = "the weights") -> None:
+def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str = "the state dict") -> None:
     """Copies every tensor of `state` into `model`, converted to the dtype of the parameter.
 
     A model on the meta device takes the tensors themselves instead of copies.

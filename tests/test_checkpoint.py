@@ -65,7 +65,7 @@ def test_safetensors_whatever_its_name(tmp_path, name):
     from safetensors.torch import save_file
 
     save_file(weights(), tmp_path / name)
-    assert same({k: v for k, v in sorted(read_state_dict(tmp_path / name)[0].items())}, weights())
+    assert same(dict(sorted(read_state_dict(tmp_path / name)[0].items())), weights())
 
 
 def test_npz_plain_and_compressed(tmp_path):
@@ -117,6 +117,13 @@ def test_golden_training_snapshot():
     state, extra = read_state_dict(GOLDEN / "02_linear_p16_distilled" / "checkpoint.pth")
     assert state["encoder.dist_token"].shape == (1, 1, 64) and state["decoder.head.weight"].shape[0] == 5
     assert {"optimizer", "lr_scheduler", "epoch", "loss_scaler"} <= set(extra)
+
+
+def test_what_the_user_allowed_stays_allowed(tmp_path):
+    torch.save({"model": weights(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pth")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        assert read_state_dict(tmp_path / "a.pth")[1]["args"].lr == 0.1
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
 # -- code in pickles ------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from segmenter.classes import CLASS_SETS, ClassesError, generic_classes, load_cl
 
 FACTS = {  # key -> classes, {id: (name, colour)}
     "ade20k": (150, {0: ("wall", (120, 120, 120)), 1: ("building", (180, 120, 120)), 2: ("sky", (6, 230, 230)),
-                     8: ("windowpane", (230, 230, 230)), 56: ("pool table", (255, 71, 0)), 149: ("flag", (92, 0, 255))}),
+                     8: ("windowpane", (230, 230, 230)), 56: ("pool table", (255, 71, 0)),
+                     149: ("flag", (92, 0, 255))}),
     "pascal_context": (60, {0: ("background", (120, 120, 120)), 1: ("aeroplane", (180, 120, 120)),
                             37: ("person", None), 59: ("wood", (31, 0, 255))}),
     "pascal_context_59": (59, {0: ("aeroplane", (180, 120, 120)), 36: ("person", None), 58: ("wood", (31, 0, 255))}),

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -155,9 +156,20 @@ def test_exif_orientation(tmp_path, orientation, format):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_does_not_cost_the_picture(tmp_path):
-    path = write(tmp_path, encode(picture(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
+@pytest.mark.parametrize("exif", [b"II*\0\xff\xff\xff\xff", b"garbage", b"II*\0\x08\0\0\0\xff\xff\0"])
+def test_damaged_exif_does_not_cost_the_picture(tmp_path, exif):
+    path = write(tmp_path, encode(picture(), "PNG", exif=b"Exif\0\0" + exif))
     np.testing.assert_array_equal(read_image(path), picture())
+
+
+def test_rotation_is_applied_although_other_exif_tags_make_no_sense(tmp_path):
+    rotate = struct.pack("<HHII", 0x0112, 3, 1, 6)
+    nonsense = struct.pack("<HHII", 0x829A, 5, 1, 0xFFFFFF)  # exposure time, stored far behind the end
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + rotate + nonsense + struct.pack("<I", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = read_image(write(tmp_path, encode(picture(), "PNG", exif=exif)))
+    np.testing.assert_array_equal(got, np.rot90(picture(), -1))
 
 
 def test_animation_gives_the_first_frame_and_a_warning(tmp_path):

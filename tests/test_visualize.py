@@ -1,5 +1,7 @@
 """Colours, overlays, legends, label files, attention grids."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -57,7 +59,10 @@ def test_legend_has_a_swatch_a_class_in_order_and_text():
         assert above[1] < below[0], "swatches do not overlap"
     text = panel[:, panel.shape[1] // 3 :]
     inked = (text < 128).all(2).any(1)
-    assert np.count_nonzero(np.diff(inked.astype(int)) == 1) == 4, "four lines of text with gaps between"
+    starts, ends = (np.flatnonzero(np.diff(inked.astype(int)) == step) for step in (1, -1))
+    assert len(starts) == 4, "four lines of text with gaps between"
+    for swatch, start, end in zip(spans, starts, ends, strict=False):
+        assert abs(sum(swatch) - start - end) <= 8, "a name is level with its swatch"
     border = np.concatenate([panel[0], panel[-1], panel[:, 0], panel[:, -1]])
     assert (border == 255).all(), "nothing is cut off"
 
@@ -98,9 +103,13 @@ def test_label_png_is_indexed_with_the_palette(tmp_path):
 
 @pytest.mark.parametrize(
     ("labels", "classes", "dtype"),
-    [(LABELS, None, np.uint8), (np.int16([[0, 299]]), None, np.uint16), (np.int16([[0, 7]]), generic_classes(300), np.uint16),
-     (np.int32([[1, 65_534]]), None, np.uint16)],
-)  # fmt: skip
+    [
+        (LABELS, None, np.uint8),
+        (np.int16([[0, 299]]), None, np.uint16),
+        (np.int16([[0, 7]]), generic_classes(300), np.uint16),
+        (np.int32([[1, 65_534]]), None, np.uint16),
+    ],
+)
 def test_label_png_without_palette(tmp_path, labels, classes, dtype):
     visualize.save_label_png(labels, tmp_path / "labels.png", classes)
     with Image.open(tmp_path / "labels.png") as image:
@@ -162,4 +171,9 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         visualize.write_atomically(path, fail)
     assert path.read_bytes() == b"old"
+    os.link(path, tmp_path / "link")
+    visualize.write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert (tmp_path / "link").read_bytes() == b"old", "the old file is replaced, never written into"
+    (tmp_path / "link").unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

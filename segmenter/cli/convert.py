@@ -1,0 +1,26 @@
+"""`segmenter convert`: weights of any known kind to our folder format."""
+
+import argparse
+
+import torch
+
+from segmenter.classes import ClassesError
+from segmenter.cli.errors import OK, CommandError
+from segmenter.cli.loading import errors_of_loading, loading_options, warn_unless_trained
+from segmenter.pretrained import convert_checkpoint
+
+
+def run(args: argparse.Namespace) -> int:
+    request = {"decoder": args.decoder, "image_size": args.image_size, "patch_size": args.patch_size}
+    dtype = torch.float16 if args.half else None
+    options = loading_options(args)
+    with errors_of_loading():
+        try:
+            report = convert_checkpoint(
+                args.source, args.output, dtype=dtype, classes=args.classes, **options, **request
+            )
+        except ClassesError as error:
+            raise CommandError(str(error)) from error
+    print(report)
+    warn_unless_trained(report.weights)
+    return OK

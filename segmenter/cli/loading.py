@@ -1,0 +1,94 @@
+"""Device, model and class names for the commands that need them; what goes wrong ends in a CommandError."""
+
+import argparse
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from segmenter.checkpoint import CheckpointError
+from segmenter.classes import ClassesError, ClassSet, generic_classes, load_classes
+from segmenter.cli.errors import CHECKPOINT, DEVICE, CommandError
+from segmenter.config import ConfigError
+from segmenter.implementation import ImplementationError
+from segmenter.model import Segmenter
+from segmenter.pretrained import load_any
+
+WEIGHTS_WARNING = {
+    "random": "RANDOM WEIGHTS: the labels and maps mean nothing; give a trained checkpoint to --model",
+    "encoder": "RANDOM DECODER: only the encoder is trained, the labels mean nothing; train it or use another model",
+}
+LOADING = ("n_cls", "hub", "allow_pickle", "allow_nonfinite", "verify")
+_FLAGS = {  # what messages of the library call an argument -> its name here
+    "allow_pickle=True": "--allow-pickle",
+    "allow_nonfinite=True": "--allow-nonfinite",
+    "verify=False": "--no-verify",
+    "hub=True": "--hub",
+    "give n_cls": "give --n-cls",
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`, tried out; "auto" is a GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # RuntimeError, AssertionError or NotImplementedError, depending on how torch was built
+        reason = str(error).strip().split("\n")[0]
+        raise CommandError(f"device {name!r} cannot be used here: {reason}", DEVICE) from error
+    return device
+
+
+def load(args: argparse.Namespace, device: torch.device) -> Segmenter:
+    """The model of --model, with a loud warning unless its weights are trained."""
+    with errors_of_loading():
+        model = load_any(args.model, impl=args.impl, device=device, **loading_options(args))
+    warn_unless_trained(model.info.weights)
+    return model
+
+
+def loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for the functions of `segmenter.pretrained`."""
+    return {name: getattr(args, name) for name in LOADING}
+
+
+def warn_unless_trained(weights: str) -> None:
+    """Says on stderr that results of random weights mean nothing; `weights` is `ModelInfo.weights`."""
+    if weights in WEIGHTS_WARNING:
+        print(f"segmenter: WARNING: {WEIGHTS_WARNING[weights]}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def errors_of_loading() -> Iterator[None]:
+    """Turns what loading raises into a CommandError that speaks of command line options."""
+    try:
+        yield
+    except (CheckpointError, ConfigError) as error:
+        message = str(error)
+        for argument, flag in _FLAGS.items():
+            message = message.replace(argument, flag)
+        raise CommandError(message, CHECKPOINT) from error
+    except (ImplementationError, torch.OutOfMemoryError) as error:
+        raise CommandError(str(error), DEVICE) from error
+
+
+def choose_classes(asked: str | None, model: Segmenter) -> ClassSet:
+    """Names and colours that `asked` (--classes) or else the model names; generated ones if there are none that fit."""
+    key = asked or model.info.classes
+    if key is None:
+        return generic_classes(model.n_cls)
+    try:
+        classes = load_classes(key)
+        if len(classes) != model.n_cls:
+            raise ClassesError(f"{key} names {len(classes)} classes, the model has {model.n_cls}")
+        return classes
+    except ClassesError as error:
+        if asked:
+            raise CommandError(str(error)) from error
+        warnings.warn(f"{error}; colours are generated instead", stacklevel=2)
+        return generic_classes(model.n_cls)

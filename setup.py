@@ -25,7 +25,7 @@ setup(
         'triton>=3.2; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")',
         "numpy>=1.24",
         "timm>=1.0",
-        "pillow>=9.1",
+        "pillow>=10.1",
         "pyyaml>=6.0",
         "safetensors>=0.4",
         "tqdm>=4.60",

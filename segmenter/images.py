@@ -86,7 +86,7 @@ def normalize(image: np.ndarray, stats: str, rounded: bool = False) -> torch.Ten
     if stats not in NORMALIZATION:
         raise ValueError(f"normalization {stats!r} is unknown; choose one of {', '.join(NORMALIZATION)}")
     mean, std = np.array(NORMALIZATION[stats])[:, :, None, None]
-    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()
+    pixels = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C")).float()
     if rounded:
         mean, std = np.round(mean * 255, 2), np.round(std * 255, 2)
         return (pixels - torch.from_numpy(mean).float()) * torch.from_numpy(1 / std).float()

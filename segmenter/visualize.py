@@ -43,8 +43,8 @@ def overlay(image: np.ndarray, labels: np.ndarray, classes: ClassSet, alpha: flo
         raise ValueError(f"picture {image.shape[:2]} and labels {np.shape(labels)} differ in size")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha} must lie in 0..1")
-    blended = image * np.float32(1 - alpha) + colorize(labels, classes) * np.float32(alpha)
-    return np.round(blended).astype(np.uint8)
+    colors = Image.fromarray(colorize(labels, classes))
+    return np.array(Image.blend(Image.fromarray(image), colors, alpha))  # in bytes: floats would take 12 a pixel
 
 
 def legend(labels: np.ndarray, classes: ClassSet) -> np.ndarray:

@@ -379,6 +379,14 @@ def test_normalize_with_rounded_statistics(stats, mean, std):
         assert np.abs(got.numpy() - normalize(A, stats).numpy()).max() > 1e-5
 
 
+def test_normalize_takes_arrays_that_cannot_be_written():
+    image = np.array([[[255, 0, 51]]], np.uint8)  # one pixel: contiguous in any order, so not copied on the way
+    image.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(normalize(image, "vit")[:, 0, 0], [1, -1, -0.6], rtol=1e-6)
+
+
 def test_normalize_refuses_other_things():
     with pytest.raises(ValueError, match="choose one of vit, deit"):
         normalize(A, "imagenet")

@@ -196,5 +196,5 @@ def _report(output: str, total: int, skipped: int, failed: list[dict[str, str]],
 
 
 def _write_json(path: Path, data: Any) -> None:
-    text = json.dumps(data, indent=2, ensure_ascii=False)
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape") + b"\n"))
+    text = json.dumps(data, indent=2) + "\n"  # pure ASCII: file names need not be valid Unicode
+    write_atomically(path, lambda file: file.write(text.encode()))

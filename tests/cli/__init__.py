@@ -1,0 +1,1 @@
+"""Tests of the command line, run in-process on a tiny model."""

@@ -1,0 +1,37 @@
+"""A saved model and pictures to label."""
+
+import pytest
+from PIL import Image
+
+from tests.cli.tools import picture
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="session")
+def trained():
+    model = tiny_model(n_cls=11)
+    model.info.weights, model.info.classes = "trained", "camvid"
+    return model
+
+
+@pytest.fixture(scope="session")
+def folder(trained, tmp_path_factory):
+    """A saved model of 11 classes, said to be trained."""
+    path = tmp_path_factory.mktemp("model")
+    trained.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """photos/{a,b}.png and photos/sub/a.png, all different."""
+    root = tmp_path / "photos"
+    (root / "sub").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "b.png", "sub/a.png")):
+        Image.fromarray(picture(seed=i)).save(root / name)
+    return root
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"

@@ -43,12 +43,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def square_input(pixels: np.ndarray, image_size: int, patch_size: int) -> np.ndarray:
-    """The top left square of a picture, resized so that its short side is `image_size`, in whole patches."""
-    short = min(pixels.shape[:2])
-    size = (image_size, image_size)
-    square = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=(0, 0, short, short))
+    """A picture resized so that its short side is `image_size`, and of that the top left square in whole patches."""
+    h, w = pixels.shape[:2]
+    short = min(h, w)
+    size = (image_size * w // short, image_size * h // short)
+    resized = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
     side = image_size - image_size % patch_size
-    return np.array(square)[:side, :side]
+    return np.array(resized)[:side, :side]
 
 
 def attention_maps(model: Segmenter, im: torch.Tensor, part: str, layer: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,8 @@ class ModelConfig:
         for name in ("dropout", "drop_path_rate", "norm_eps"):
             if name in kwargs:
                 kwargs[name] = _real(name, kwargs[name])
+        if not isinstance(kwargs.get("distilled", False), bool):
+            raise ConfigError(f"distilled must be true or false, found {kwargs['distilled']!r}")
         kwargs["image_size"] = _size(kwargs["image_size"])
         kwargs["decoder"] = _decoder(kwargs.get("decoder"))
         config = cls(**kwargs)
@@ -208,7 +211,7 @@ def _required(field: dataclasses.Field) -> bool:
 
 
 def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value % 1:
         raise ConfigError(f"{name} must be an integer, found {value!r}")
     return int(value)
 

@@ -90,6 +90,7 @@ def save_pretrained(
         }
         _write_json(folder / CONFIG, content)
     except BaseException:
+        _finish_interrupted_save(folder)  # Ctrl-C just after config.json was replaced
         new.unlink(missing_ok=True)
         raise
     os.replace(new, folder / WEIGHTS)

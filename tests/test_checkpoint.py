@@ -373,6 +373,13 @@ def test_a_storage_larger_than_its_record_cannot_be_read(tmp_path):
         read_state_dict(tmp_path / "b.pth")
 
 
+def test_zip_files_are_mapped_so_that_no_claim_reaches_beyond_them(torch_file, monkeypatch):
+    real, seen = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: seen.append(kwargs) or real(*args, **kwargs))
+    read_state_dict(torch_file)  # torch up to 2.9 believed the size that the pickle claims
+    assert seen == [{"weights_only": True, "map_location": "cpu", "mmap": True}]
+
+
 @pytest.mark.parametrize(
     "tensor",
     [

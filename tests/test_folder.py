@@ -257,6 +257,23 @@ def test_full_disk_leaves_the_old_save(tmp_path, monkeypatch):
     assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
 
 
+def test_ctrl_c_just_after_the_commit_keeps_the_new_save(tmp_path, monkeypatch):
+    save_pretrained(tiny_model(0), tmp_path)
+    real = os.replace
+
+    def replace(source, target):
+        real(source, target)
+        if Path(target).name == CONFIG:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            save_pretrained(model := tiny_model(1), tmp_path)
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_sigkill_while_saving_leaves_a_readable_folder(tmp_path):
     models = [tiny_model(0), tiny_model(1)]

@@ -14,7 +14,7 @@ from segmenter.model import Segmenter, create_segmenter
 from segmenter.pretrained import from_pretrained
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = "camvid-seg-s-mask-16"
+SHIPPED = "camvid-seg-s-16"
 SIZE = 512
 N_CLS = 150
 

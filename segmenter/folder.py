@@ -75,7 +75,10 @@ def save_pretrained(
     _finish_interrupted_save(folder)
     new = folder / NEW_WEIGHTS
     try:
+        new.touch()
+        mode = new.stat().st_mode
         save_file(state, new, metadata={"format": "pt"})
+        new.chmod(mode)  # save_file makes files that nobody else may read
         _flush(new)
         if info["classes"] == CLASSES:
             colors = zip(class_set.names, class_set.palette, strict=True)
@@ -129,7 +132,7 @@ def from_pretrained(
     state, _ = read_state_dict(weights, verify=verify, allow_nonfinite=allow_nonfinite)
     try:
         config = ModelConfig.from_dict(content.get("model"))
-    except (ConfigError, ValueError, TypeError, OverflowError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{path / CONFIG}: {error}") from error
     model = build(config, state, impl, str(weights))
     model.info = _info(path, content.get("info"))

@@ -259,7 +259,7 @@ def _config_of(variant: dict[str, Any], path: Path) -> ModelConfig:
     net_kwargs.setdefault("normalization", _section(variant, "dataset_kwargs").get("normalization"))
     try:
         return ModelConfig.from_dict(net_kwargs)
-    except (ConfigError, ValueError, TypeError, OverflowError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

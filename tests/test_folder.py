@@ -26,6 +26,12 @@ def logits(model):
         return model(torch.randn(1, 3, 70, 70, generator=torch.Generator().manual_seed(3)))
 
 
+def test_files_are_as_readable_as_any_other(tmp_path):
+    """safetensors by itself writes files that only their owner may read."""
+    tiny_model().save_pretrained(tmp_path)
+    assert (tmp_path / WEIGHTS).stat().st_mode == (tmp_path / CONFIG).stat().st_mode
+
+
 # -- our folder -----------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ Scores are kept class-last here: on a CPU, upsampling and argmax are then severa
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -75,9 +75,13 @@ class View:
     window_size: int
     patch_size: int
     flip: bool
+    _buffers: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def rows(self, top: int, bottom: int, ori_shape: tuple[int, int]) -> torch.Tensor:
-        """Logits of rows top..bottom of the image at `ori_shape` (H0, W0), mirrored back: (bottom - top, W0, n_cls)."""
+        """Logits of rows top..bottom of the image at `ori_shape` (H0, W0), mirrored back: (bottom - top, W0, n_cls).
+
+        The result may lie in a buffer that the next call overwrites.
+        """
         H, W = self.shape
         if ori_shape[0] == H:
             logits = self._merged_rows(top, bottom)
@@ -87,7 +91,7 @@ class View:
             merged = self._merged_rows(first, int(high[-1]) + 1)
             logits = _lerp(merged, low - first, high - first, weight)
         if ori_shape[1] != W:
-            logits = _resize_width(logits, ori_shape[1])
+            logits = self._resize_width(logits, ori_shape[1], "resized")
         return logits.flip(1) if self.flip else logits
 
     def _merged_rows(self, top: int, bottom: int) -> torch.Tensor:
@@ -95,7 +99,7 @@ class View:
         size, W = self.window_size, self.shape[1]
         if len(self.masks) == 1:
             return self._window_rows(0, top, bottom)
-        merged = self.masks.new_zeros(bottom - top, W, self.masks.shape[-1])
+        merged = self._buffer("merged", bottom - top, W).zero_()
         count = self.masks.new_zeros(bottom - top, W, 1)
         for i, window_top in enumerate(self.tops):
             start, stop = max(top, window_top), min(bottom, window_top + size)
@@ -113,7 +117,23 @@ class View:
         masks = self.masks[window]
         grid_h, grid_w, _ = masks.shape
         rows = _lerp(masks, *_source_rows(top, bottom, grid_h, grid_h * self.patch_size, masks.device))
-        return _resize_width(rows, grid_w * self.patch_size)[:, : self.window_size]
+        return self._resize_width(rows, grid_w * self.patch_size, "window")[:, : self.window_size]
+
+    def _resize_width(self, x: torch.Tensor, width: int, buffer: str) -> torch.Tensor:
+        """Bilinear resize of the middle axis of (rows, W, n_cls), in class-last memory: the fast path on a CPU."""
+        out = self._buffer(buffer, x.shape[0], width)
+        # unsqueezed first, so that the strides are those that torch takes for channels_last: else it copies in and out
+        source, target = x[None].permute(0, 3, 1, 2), out[None].permute(0, 3, 1, 2)
+        torch.ops.aten.upsample_bilinear2d.out(source, target.shape[2:], False, None, None, out=target)
+        return out
+
+    def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
+        """Uninitialised (rows, width, n_cls), reused: on a CPU fresh pages cost more than what is written to them."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape[0] < rows or buffer.shape[1] != width:
+            with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside it
+                buffer = self._buffers[name] = torch.empty(rows, width, self.masks.shape[-1], device=self.masks.device)
+        return buffer[:rows]
 
 
 def predict_view(
@@ -150,7 +170,8 @@ def predict_view(
 def bands(views: Sequence[View], ori_shape: tuple[int, int], probabilities: bool) -> Iterator[tuple[int, torch.Tensor]]:
     """Scores of the views, a few rows at a time: yields (first row, scores (rows, W0, n_cls)).
 
-    Scores are the mean softmax over views if `probabilities` or if there are several views; else the logits.
+    Scores are the mean softmax over views if `probabilities` or if there are several views; else the logits. Each band
+    may overwrite the one before.
     """
     masks = views[0].masks
     bytes_per_row = max(max(v.shape[1] for v in views), ori_shape[1]) * masks.shape[-1] * 4
@@ -220,9 +241,3 @@ def _lerp(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, weight: torch.
     weight = weight[:, None, None]
     return x[low] * (1 - weight) + x[high] * weight
 
-
-def _resize_width(x: torch.Tensor, width: int) -> torch.Tensor:
-    """Bilinear resize of the middle axis of (rows, W, n_cls). Class-last memory makes this the fast path on a CPU."""
-    x = x.permute(2, 0, 1)[None]
-    x = F.interpolate(x, size=(x.shape[2], width), mode="bilinear", align_corners=False)
-    return x[0].permute(1, 2, 0)

@@ -1,9 +1,10 @@
 """Peak memory of one call on a CPU: python -m bench.peak_memory MODEL PROVIDER -> bytes beyond the loaded model.
 
 A process of its own, so that neither another provider's leftovers nor the loading of the model count. Linux only: the
-kernel's high-water mark of resident memory is reset just before the call.
+kernel's high-water mark of resident memory is reset just before the call, and free memory is given back (glibc).
 """
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def main() -> None:
     model = build(name)
     pixels = picture(None if name == SHIPPED else 512)
     PROVIDERS[provider](build("Seg-T-Mask/32"), picture(64))  # loads libraries and thread pools
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory freed just now would be reused without being counted
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     with torch.inference_mode():

@@ -2,7 +2,7 @@
 
 Score matrices are written out in attention, every window is upsampled to full resolution, all windows are kept, and the
 (n_cls, H, W) map is merged, resized and put through a softmax before the argmax. Written from the description of
-github.com/rstrudel/segmenter in our own words; `tests/test_inference.py` checks it against the golden cases.
+github.com/rstrudel/segmenter in our own words; `tests/test_golden.py` checks it against the golden cases.
 """
 
 import contextlib

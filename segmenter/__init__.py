@@ -12,6 +12,7 @@ _PUBLIC = {
     "Segmenter": "segmenter.model",
     "create_segmenter": "segmenter.model",
     "load_model": "segmenter.pretrained",
+    "load_any": "segmenter.pretrained",
     "segment_image": "segmenter.segment",
     "preset": "segmenter.config",
     "preset_names": "segmenter.config",
@@ -20,6 +21,7 @@ __all__ = [
     "Segmenter",
     "__version__",
     "create_segmenter",
+    "load_any",
     "load_model",
     "preset",
     "preset_names",
@@ -29,7 +31,7 @@ __all__ = [
 if TYPE_CHECKING:
     from segmenter.config import preset, preset_names
     from segmenter.model import Segmenter, create_segmenter
-    from segmenter.pretrained import load_model
+    from segmenter.pretrained import load_any, load_model
     from segmenter.segment import segment_image
 
 

@@ -92,24 +92,31 @@ class ModelConfig:
             missing.remove("backbone")
         if missing:
             raise ConfigError(f"net_kwargs lacks {', '.join(missing)}")
-        for name in ("patch_size", "d_model", "n_heads", "n_layers", "n_cls"):
-            kwargs[name] = _integer(name, kwargs[name])
-        for name in ("dropout", "drop_path_rate", "norm_eps"):
-            if name in kwargs:
-                kwargs[name] = _real(name, kwargs[name])
-        if not isinstance(kwargs.get("distilled", False), bool):
-            raise ConfigError(f"distilled must be true or false, found {kwargs['distilled']!r}")
-        kwargs["image_size"] = _size(kwargs["image_size"])
-        kwargs["decoder"] = _decoder(kwargs.get("decoder"))
-        config = cls(**kwargs)
-        config._check()
-        return config
+        if "decoder" not in kwargs:
+            raise ConfigError("net_kwargs lacks decoder")
+        return cls(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; `from_dict` reads it back."""
         return {**dataclasses.asdict(self), "image_size": list(self.image_size)}
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
+        """Brings every value to its type and checks it.
+
+        Raises:
+            ConfigError: a value has the wrong type or is out of range.
+        """
+        for name in ("patch_size", "d_model", "n_heads", "n_layers", "n_cls"):
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+        for name in ("dropout", "drop_path_rate", "norm_eps"):
+            object.__setattr__(self, name, _real(name, getattr(self, name)))
+        object.__setattr__(self, "image_size", _size(self.image_size))
+        object.__setattr__(self, "decoder", _decoder(self.decoder))
+        if not isinstance(self.distilled, bool):
+            raise ConfigError(f"distilled must be true or false, found {self.distilled!r}")
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
         _in_range("n_cls", self.n_cls, 1, MAX_CLASSES)
         _in_range("patch_size", self.patch_size, 1, 256)
         _in_range("n_layers", self.n_layers, 1, 1024)
@@ -121,8 +128,10 @@ class ModelConfig:
                 raise ConfigError(f"image_size {self.image_size} must be divisible by patch_size {self.patch_size}")
         if self.d_model % self.n_heads:
             raise ConfigError(f"d_model {self.d_model} must be divisible by n_heads {self.n_heads}")
-        for name in ("dropout", "drop_path_rate"):
-            _in_range(name, getattr(self, name), 0.0, 1.0)
+        for name in ("dropout", "drop_path_rate"):  # at 1 nothing is left to rescale
+            _in_range(name, getattr(self, name), 0.0, 0.999)
+            _in_range(f"decoder.{name}", self.decoder.get(name, 0.0), 0.0, 0.999)
+        _in_range("norm_eps", self.norm_eps, 0.0, 1.0)
         _one_of("normalization", self.normalization, NORMALIZATIONS)
         _one_of("pos_embed_mode", self.pos_embed_mode, ("bilinear", "bicubic"))
         _one_of("pos_embed_check", self.pos_embed_check, ("tokens", "grid"))
@@ -158,7 +167,7 @@ def backbone_config(
     preset = dataclasses.asdict(BACKBONES[backbone])
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     for name in overrides:
-        _one_of("argument", name, tuple(sorted(known)))
+        _one_of("argument", name, tuple(sorted(known - {"backbone", "decoder", "n_cls", "image_size"})))
     return ModelConfig.from_dict(
         {
             "backbone": backbone,
@@ -194,7 +203,10 @@ def preset(
         raise ConfigError(f"{name!r} is no preset; try one of {', '.join(preset_names())}")
     size, mask, patch = match.groups()
     decoder = "mask_transformer" if mask else "linear"
-    image_size = image_size or (640 if size == "L" else 512)
+    if image_size is None:
+        image_size = 640 if size == "L" else 512
+    if "decoder" in overrides:
+        raise ConfigError(f"the name {name!r} says the decoder; n_decoder_layers sets its depth")
     if size in ("B†", "B+"):
         return backbone_config("deit_base_distilled_patch16_384", decoder, n_cls, image_size, **overrides)
     backbone = f"vit_{_SIZES[size]}_patch{patch}_384"

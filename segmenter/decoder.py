@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from segmenter.implementation import select
-from segmenter.layers import Block, init_weights
+from segmenter.layers import Block, init_weights, stochastic_depth
 
 
 def to_grid(tokens: torch.Tensor, im_size: tuple[int, int], patch_size: int) -> torch.Tensor:
@@ -66,7 +66,7 @@ class MaskTransformer(nn.Module):
         self.d_ff = d_ff
         self.scale = d_model**-0.5
 
-        rates = [drop_path_rate * i / max(n_layers - 1, 1) for i in range(n_layers)]
+        rates = stochastic_depth(drop_path_rate, n_layers)
         self.cls_emb = nn.Parameter(torch.zeros(1, n_cls, d_model))
         self.proj_patch = nn.Parameter(self.scale * torch.randn(d_model, d_model))
         self.proj_classes = nn.Parameter(self.scale * torch.randn(d_model, d_model))

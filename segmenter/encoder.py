@@ -4,9 +4,7 @@ import torch
 import torch.nn as nn
 
 from segmenter.implementation import select
-from segmenter.layers import Block, PatchEmbed, init_weights, resize_pos_embed
-
-POS_EMBED_CHECKS = ("tokens", "grid")
+from segmenter.layers import Block, PatchEmbed, init_weights, resize_pos_embed, stochastic_depth
 
 
 class VisionTransformer(nn.Module):
@@ -46,10 +44,11 @@ class VisionTransformer(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
-        if pos_embed_check not in POS_EMBED_CHECKS:
-            raise ValueError(f"pos_embed_check={pos_embed_check!r} is unknown; choose one of {POS_EMBED_CHECKS}")
+        if pos_embed_check not in ("tokens", "grid"):
+            raise ValueError(f"pos_embed_check={pos_embed_check!r} is unknown; choose tokens or grid")
         ops = select(impl)
         self.patch_embed = PatchEmbed(image_size, patch_size, d_model, channels)
+        self.channels = channels
         self.patch_size = patch_size
         self.n_layers = n_layers
         self.d_model = d_model
@@ -66,7 +65,7 @@ class VisionTransformer(nn.Module):
             self.dist_token = nn.Parameter(torch.zeros(1, 1, d_model))
             self.head_dist = nn.Linear(d_model, n_cls)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.n_extra_tokens + self.patch_embed.num_patches, d_model))
-        rates = [drop_path_rate * i / max(n_layers - 1, 1) for i in range(n_layers)]
+        rates = stochastic_depth(drop_path_rate, n_layers)
         self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, dropout, rate, norm_eps, ops) for rate in rates)
         self.norm = nn.LayerNorm(d_model, eps=norm_eps)
         self.head = nn.Linear(d_model, n_cls)

@@ -87,10 +87,10 @@ def normalize(image: np.ndarray, stats: str, rounded: bool = False) -> torch.Ten
         raise ValueError(f"normalization {stats!r} is unknown; choose one of {', '.join(NORMALIZATION)}")
     mean, std = np.array(NORMALIZATION[stats])[:, :, None, None]
     pixels = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C")).float()
-    if rounded:
+    if rounded:  # in place throughout: pictures can be large
         mean, std = np.round(mean * 255, 2), np.round(std * 255, 2)
-        return (pixels - torch.from_numpy(mean).float()) * torch.from_numpy(1 / std).float()
-    return (pixels / 255 - torch.from_numpy(mean).float()) / torch.from_numpy(std).float()
+        return pixels.sub_(torch.from_numpy(mean).float()).mul_(torch.from_numpy(1 / std).float())
+    return pixels.div_(255).sub_(torch.from_numpy(mean).float()).div_(torch.from_numpy(std).float())
 
 
 def _read_file(path: str, max_pixels: int) -> np.ndarray:

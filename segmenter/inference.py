@@ -35,13 +35,20 @@ def resize(im: torch.Tensor, window_size: int) -> torch.Tensor:
     """
     h, w = im.shape[-2:]
     shape = resized_shape(h, w, window_size)
+    return resize_to(im, shape, f"to fill a window of {window_size}; pad or cut it, or use a smaller window_size")
+
+
+def resize_to(im: torch.Tensor, shape: tuple[int, int], why: str) -> torch.Tensor:
+    """Bilinear resize of (B, C, h, w) to `shape`, larger or smaller; `im` itself if it has that shape.
+
+    Raises:
+        ValueError: it would grow beyond MAX_RESIZED_PIXELS; the message ends with `why`.
+    """
+    h, w = im.shape[-2:]
     if shape == (h, w):
         return im
-    if shape[0] * shape[1] > MAX_RESIZED_PIXELS:
-        raise ValueError(
-            f"a picture of {w}x{h} would be enlarged to {shape[1]}x{shape[0]} to fill a window of {window_size}; "
-            "pad or cut it, or use a smaller window_size"
-        )
+    if shape[0] * shape[1] > max(MAX_RESIZED_PIXELS, h * w):
+        raise ValueError(f"a picture of {w}x{h} would be enlarged to {shape[1]}x{shape[0]} {why}")
     return F.interpolate(im, shape, mode="bilinear", align_corners=False)
 
 
@@ -145,13 +152,13 @@ def predict_view(
         model: has `masks(im)`, `patch_size`. im: (1, 3, h, w), normalised, on the model's device.
         flip: im is mirrored left to right. window_size, window_stride: pixels. batch_size: windows a forward call.
     Raises:
-        ValueError: sizes that make no sense.
+        ValueError: sizes that make no sense, or scores that are not finite (float16 overflows with large weights).
     """
     if im.ndim != 4 or im.shape[0] != 1:
         raise ValueError(f"expected one image (1, 3, h, w), got {tuple(im.shape)}")
     if window_size < 1 or batch_size < 1:
         raise ValueError(f"window_size and batch_size must be at least 1, got {window_size} and {batch_size}")
-    im = resize(im, window_size)
+    im = resize(im, window_size).to(next(model.parameters()).dtype)
     H, W = im.shape[-2:]
     tops = window_anchors(H, window_size, window_stride)
     lefts = window_anchors(W, window_size, window_stride)
@@ -164,7 +171,12 @@ def predict_view(
                 for top, left in anchors[i : i + batch_size]
             ]
             masks.append(model.masks(torch.stack(crops)).float().permute(0, 2, 3, 1))
-        return View(torch.cat(masks).contiguous(), tops, lefts, (H, W), window_size, model.patch_size, flip)
+        all_masks = torch.cat(masks).contiguous()
+    if not torch.isfinite(all_masks).all():
+        raise ValueError(
+            "the network gave NaN or infinite scores; in float16 try bfloat16 or float32, else the weights"
+        )
+    return View(all_masks, tops, lefts, (H, W), window_size, model.patch_size, flip)
 
 
 def bands(views: Sequence[View], ori_shape: tuple[int, int], probabilities: bool) -> Iterator[tuple[int, torch.Tensor]]:
@@ -231,13 +243,12 @@ def _source_rows(
     scale = torch.tensor(n_in / n_out, dtype=torch.float32, device=device)
     source = scale * (torch.arange(top, bottom, device=device, dtype=torch.float32) + 0.5) - 0.5
     source = source.clamp_(min=0)
-    low = source.long().clamp_(max=n_in - 1)
+    low = source.long()
     high = (low + 1).clamp_(max=n_in - 1)
-    return low, high, (source - low).clamp_(0, 1)
+    return low, high, source - low
 
 
 def _lerp(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows low * (1 - weight) + high * weight of x (rows, W, n_cls)."""
     weight = weight[:, None, None]
     return x[low] * (1 - weight) + x[high] * weight
-

@@ -19,6 +19,11 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def stochastic_depth(rate: float, n_layers: int) -> list[float]:
+    """Drop rates of the layers, rising linearly from 0 to `rate`."""
+    return [rate * i / max(n_layers - 1, 1) for i in range(n_layers)]
+
+
 def pad_to_multiple(im: torch.Tensor, patch_size: int, value: float = 0.0) -> torch.Tensor:
     """Pads (B, C, H, W) on the right and at the bottom so that H and W are multiples of `patch_size`."""
     H, W = im.shape[-2:]
@@ -81,7 +86,11 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused qkv projection: (B, N, d) -> (B, N, d)."""
+    """Multi-head self-attention with a fused qkv projection: (B, N, d) -> (B, N, d).
+
+    Dropout of the attention probabilities (training with a rate above 0) exists in the eager definition only, which is
+    then what runs, whatever `ops` is.
+    """
 
     def __init__(self, dim: int, heads: int, dropout: float, ops: Operators | None = None):
         super().__init__()
@@ -147,7 +156,8 @@ class Block(nn.Module):
         if return_attention:
             return self.attn.probabilities(self.norm1(x))
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        if self.training:  # dropout and stochastic depth sit inside what the fused operator computes
+        if self.training and (self.mlp.drop.p > 0 or isinstance(self.drop_path, DropPath)):
+            # dropout and stochastic depth sit inside what the operator computes
             return x + self.drop_path(self.mlp(self.norm2(x)))
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         return self.ops.layernorm_mlp(

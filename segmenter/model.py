@@ -40,7 +40,8 @@ class Segmenter(nn.Module):
     """Transformer for semantic segmentation (Strudel et al., ICCV 2021).
 
     Args:
-        encoder: a `VisionTransformer`. decoder: a `DecoderLinear` or `MaskTransformer`. n_cls: classes.
+        encoder: a `VisionTransformer`, or a module with `patch_size`, `distilled`, `no_weight_decay()` and
+            `forward(im, return_features=True)`. decoder: `DecoderLinear`, `MaskTransformer` or alike. n_cls: classes.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, n_cls: int):
@@ -50,13 +51,15 @@ class Segmenter(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.config: ModelConfig | None = None
-        window = max(encoder.patch_embed.image_size)
+        patch_embed = getattr(encoder, "patch_embed", None)
+        window = max(getattr(patch_embed, "image_size", (512, 512)))
         self.info = ModelInfo(window_size=window, window_stride=window)
 
     @property
     def impl(self) -> str:
-        """Name of the implementation that runs: "eager" or "triton"."""
-        return self.encoder.blocks[0].ops.name
+        """Name of the implementation that runs: "eager" or "triton"; "unknown" for a foreign encoder and decoder."""
+        names = {module.ops.name for module in self.modules() if hasattr(module, "ops")}
+        return " and ".join(sorted(names)) or "unknown"
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone."""
@@ -73,7 +76,7 @@ class Segmenter(nn.Module):
         Raises:
             ValueError, TypeError: im has another shape or is not floating point.
         """
-        _check_image(im, self.encoder.patch_embed.proj.in_channels)
+        _check_image(im, getattr(self.encoder, "channels", 3))
         im = pad_to_multiple(im, self.patch_size)
         x = self.encoder(im, return_features=True)[:, self._n_extra_tokens :]
         return self.decoder(x, im.shape[-2:])
@@ -124,17 +127,18 @@ class Segmenter(nn.Module):
         return 1 + self.encoder.distilled
 
 
-def create_segmenter(net_kwargs: dict[str, Any] | ModelConfig, impl: str = "auto") -> Segmenter:
-    """Builds a model with random weights.
+def create_segmenter(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto") -> Segmenter:
+    """Builds a model with random weights. (The published function of this name downloads a pretrained encoder; here
+    `segmenter.pretrained.load_any` puts a decoder on one.)
 
     Args:
-        net_kwargs: `net_kwargs` of a variant.yml, or a ModelConfig (`segmenter.config.preset("Seg-S-Mask/16")`).
+        model_cfg: `net_kwargs` of a variant.yml, or a ModelConfig (`segmenter.config.preset("Seg-S-Mask/16")`).
             The argument is not changed.
         impl: "eager", "triton" or "auto".
     Raises:
         ConfigError: the configuration cannot be built. ImplementationError: impl cannot run.
     """
-    config = net_kwargs if isinstance(net_kwargs, ModelConfig) else ModelConfig.from_dict(net_kwargs)
+    config = model_cfg if isinstance(model_cfg, ModelConfig) else ModelConfig.from_dict(model_cfg)
     d, patch_size = config.d_model, config.patch_size
     encoder = VisionTransformer(
         config.image_size,

@@ -6,6 +6,7 @@ Nothing here opens a network connection, except `from_pretrained` and `load_any`
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def load_model(
 
     Args:
         model_path: checkpoint.pth with variant.yml beside it, or the folder of both; a folder of `save_pretrained`; or
-            a whole model of another project (mmsegmentation), whose configuration is read off the weights.
+            a whole model of another project (mmsegmentation), whose configuration is read off the weights. That is
+            also done, with a warning, for a checkpoint.pth that has lost its variant.yml.
         impl: "eager", "triton" or "auto". device: where the model goes, by default the CPU.
         allow_pickle: "I trust this file", see `read_state_dict`. verify: compares checksums where there are any.
         allow_nonfinite: accepts NaN weights.
@@ -205,8 +207,11 @@ def _from_path(
     if kind == "segmenter" and has_decoder and variant_path.is_file():
         variant = read_variant(variant_path)
         model = build(_config_of(variant, variant_path), state, impl, str(path))
-        model.info = _info_of(variant, model.config, source)
+        model.info = _info_of(variant, model.config, source, variant_path)
         return _reshaped(model, impl, request, notes), variant, kind, notes
+    if kind == "segmenter" and has_decoder:
+        text = "no variant.yml beside it: sizes are read off the weights; normalization and windows are guessed"
+        warnings.warn(f"{path}: {text}", stacklevel=3)
     if kind == "hf":
         request = {**_hf_fields(folder), **request}
     try:
@@ -256,21 +261,25 @@ def _reshaped(model: Segmenter, impl: str, request: Mapping[str, Any], notes: li
 
 def _config_of(variant: dict[str, Any], path: Path) -> ModelConfig:
     net_kwargs = dict(variant["net_kwargs"])
-    net_kwargs.setdefault("normalization", _section(variant, "dataset_kwargs").get("normalization"))
+    implied = "deit" if net_kwargs.get("distilled") else "vit"  # of files that do not say it, which none published is
+    net_kwargs.setdefault("normalization", _section(variant, "dataset_kwargs").get("normalization") or implied)
     try:
         return ModelConfig.from_dict(net_kwargs)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _info_of(variant: dict[str, Any], config: ModelConfig, source: str) -> ModelInfo:
+def _info_of(variant: dict[str, Any], config: ModelConfig, source: str, path: Path) -> ModelInfo:
     dataset, windows = _section(variant, "dataset_kwargs"), _section(variant, "inference_kwargs")
-    size = _positive(windows.get("window_size")) or max(config.image_size)
+    size = _pixels(windows, "window_size", max(config.image_size), path)
+    stride = _pixels(windows, "window_stride", size, path)
+    if stride > size:
+        raise ConfigError(f"{path}: window_stride {stride} beyond window_size {size} would leave pixels out")
     normalization = dataset.get("normalization")
     return ModelInfo(
         normalization=normalization if normalization in NORMALIZATIONS else config.normalization,
         window_size=size,
-        window_stride=_positive(windows.get("window_stride")) or size,
+        window_stride=stride,
         classes=_CLASSES.get((str(dataset.get("dataset")), config.n_cls)),
         weights="trained",
         source=source,
@@ -297,8 +306,13 @@ def _section(variant: dict[str, Any], name: str) -> dict[str, Any]:
     return variant[name] if isinstance(variant.get(name), dict) else {}
 
 
-def _positive(value: Any) -> int | None:
-    return value if type(value) is int and value > 0 else None
+def _pixels(section: dict[str, Any], name: str, default: int, path: Path) -> int:
+    value = section.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{path}: {name} must be a number of pixels from 1, found {value!r}")
+    return value
 
 
 def _mmseg_classes(extra: dict[str, Any], n_cls: int) -> str | None:

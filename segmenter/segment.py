@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from segmenter.images import normalize, read_image
-from segmenter.inference import View, bands, predict_view
+from segmenter.inference import View, bands, predict_view, resize_to
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,7 +31,8 @@ def segment_image(
         image: a path, a PIL image, a uint8 array or a tensor; see `segmenter.images.read_image`.
         scales: sizes to run at, relative to the picture; probabilities are averaged over them.
         flip: also run mirrored left to right.
-        window_size, window_stride: sliding windows in pixels; by default those of the checkpoint.
+        window_size, window_stride: sliding windows in pixels; by default those of the checkpoint, a stride that is
+            not given in the same proportion to window_size.
         batch_size: windows a forward call; by default 1 on a CPU, 8 elsewhere.
         dtype: compute type of the network: None for the model's own, "float32", "bfloat16", "float16", or "auto":
             half precision where the processor gains from it. Scores are merged in float32 always.
@@ -41,11 +41,13 @@ def segment_image(
         labels (H, W) on the CPU, uint8 (int16 above 256 classes, int32 above 32,768); with `return_probabilities`
         a pair (labels, probabilities (n_cls, H, W) float32).
     Raises:
-        ImageError: the picture cannot be read. ValueError: arguments that make no sense. RuntimeError: training mode.
+        ImageError: the picture cannot be read. RuntimeError: training mode. ValueError: arguments that make no sense,
+            a scale that makes the picture too large, or scores that are not finite.
 
     Memory: the (n_cls, H, W) scores are never held whole unless asked for. Beyond the weights and one batch of
-    windows, the peak is about 15 bytes a pixel of the picture at its largest scale, 4 * n_cls / P**2 bytes a pixel
-    of every view (the masks), and some bands of 8 MB (256 MB on a GPU).
+    windows, the peak is about 20 bytes a pixel of the picture (as much again, 12 bytes each, for a copy at another
+    scale and for a mirrored one), 4 * n_cls / P**2 bytes a pixel of all windows of all views (the masks), and a few
+    bands of 8 MB (256 MB on a GPU).
     """
     if model.training:
         raise RuntimeError("the model is in training mode: dropout would make the labels random; call model.eval()")
@@ -53,13 +55,17 @@ def segment_image(
         raise ValueError(f"scales must be positive and at least one, got {scales!r}")
     info = model.info
     device = next(model.parameters()).device
-    window_size = window_size or info.window_size
-    window_stride = window_stride or min(info.window_stride, window_size)
-    batch_size = batch_size or (1 if device.type == "cpu" else 8)
+    if window_size is None:
+        window_size = info.window_size
+    if window_stride is None:
+        window_stride = max(1, round(info.window_stride * window_size / info.window_size))
+    if batch_size is None:
+        batch_size = 1 if device.type == "cpu" else 8
 
     pixels = read_image(image)
     shape = pixels.shape[:2]
     im = normalize(pixels, info.normalization)[None].to(device)
+    del pixels
     views: list[View] = []
     with compute_dtype(model, dtype):
         for scale in scales:
@@ -81,11 +87,19 @@ def segment_image(
 
 
 def compute_dtype(model: torch.nn.Module, dtype: str | torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Autocast for the `dtype` argument of `segment_image`; nothing where the model already has that type."""
+    """Autocast for the `dtype` argument of `segment_image`; nothing where the model already has that type.
+
+    Raises:
+        ValueError: an unknown name, or another type than that of a model that is not float32.
+    """
     parameter = next(model.parameters())
     dtype = resolve_dtype(dtype, parameter.device, parameter.dtype)
     if dtype == parameter.dtype:
         return contextlib.nullcontext()
+    if parameter.dtype != torch.float32:
+        raise ValueError(
+            f"the model holds {parameter.dtype} weights and cannot run in {dtype}; call model.float() first"
+        )
     return torch.autocast(parameter.device.type, dtype=dtype)
 
 
@@ -99,8 +113,8 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, default
         return default
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype == "auto":
-        return _fastest_dtype(device) or default
+    if dtype == "auto":  # a model that was converted stays what it is
+        return (_fastest_dtype(device) if default == torch.float32 else None) or default
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
@@ -124,7 +138,5 @@ def _label_dtype(n_cls: int) -> torch.dtype:
 
 def _rescale(im: torch.Tensor, scale: float) -> torch.Tensor:
     """Bilinear, sides rounded half up, as the published multi-scale pipeline does."""
-    if scale == 1:
-        return im
-    size = [max(1, int(side * scale + 0.5)) for side in im.shape[-2:]]
-    return F.interpolate(im, size=size, mode="bilinear", align_corners=False)
+    h, w = (max(1, int(side * scale + 0.5)) for side in im.shape[-2:])
+    return resize_to(im, (h, w), f"by the scale {scale}; use a smaller one")

@@ -128,6 +128,11 @@ def test_arguments_are_not_changed():
         ({"d_model": 96, "n_heads": 5}, "must be divisible by n_heads 5"),
         ({"d_model": 96, "n_heads": 2}, "d_model 96 is no multiple of 64"),
         ({"dropout": 2}, "dropout 2.0 is out of range"),
+        ({"drop_path_rate": 1}, "drop_path_rate 1.0 is out of range"),
+        ({"decoder": {"name": "mask_transformer", "dropout": 5.0}}, "decoder.dropout 5.0 is out of range"),
+        ({"norm_eps": -1}, "norm_eps -1.0 is out of range"),
+        ({"norm_eps": float("nan")}, "norm_eps nan is out of range"),
+        ({"decoder": None}, "lacks decoder"),
         ({"dropout": "none"}, "dropout must be a number"),
         ({"normalization": "imagenet"}, "choose one of vit, deit"),
         ({"pos_embed_check": "maybe"}, "choose one of tokens, grid"),
@@ -140,6 +145,17 @@ def test_arguments_are_not_changed():
 def test_bad_values_name_the_value_and_the_way_out(change, message):
     with pytest.raises(ConfigError, match=message):
         tiny_config(**change)
+
+
+def test_a_configuration_is_checked_however_it_is_made():
+    with pytest.raises(ConfigError, match="n_cls 0 is out of range"):
+        dataclasses.replace(tiny_config(), n_cls=0)
+    with pytest.raises(ConfigError, match="decoder 'foo' is unknown"):
+        dataclasses.replace(tiny_config(), decoder={"name": "foo"})
+    with pytest.raises(ConfigError, match="image_size 0 is out of range"):
+        preset("Seg-S/16", image_size=0)
+    with pytest.raises(ConfigError, match="'Seg-S/16' says the decoder"):
+        preset("Seg-S/16", decoder={"name": "mask_transformer"})
 
 
 def test_misspelt_override():

@@ -52,6 +52,23 @@ def test_predictions_under_ignored_pixels_do_not_count():
     assert got["mIoU"] == got["aAcc"] == 1.0
 
 
+def test_only_the_ignore_index_is_ignored():
+    matrix = ConfusionMatrix(3, ignore_index=11)
+    matrix.update(np.array([0, 1, 1, 2, 2]), np.array([0, 1, 1, 11, 255]))
+    np.testing.assert_array_equal(matrix.counts, np.diag([1, 2, 0]))
+    # the 2 under label 11 is left out; the one under 255 counts as predicted, so class 2 has a union
+    np.testing.assert_array_equal(matrix.scores()["IoU"], [1.0, 1.0, 0.0])
+
+
+def test_negative_values_are_out_of_range():
+    """-1 must not wrap round into the row of another class."""
+    matrix = ConfusionMatrix(3)
+    matrix.update(np.array([0, 1, -1, 2, -1]), np.array([0, 1, 1, -1, -1]))
+    np.testing.assert_array_equal(matrix.counts, np.diag([1, 1, 0]))
+    np.testing.assert_array_equal(matrix.scores()["Acc"], [1.0, 0.5, np.nan])
+    np.testing.assert_array_equal(matrix.scores()["IoU"], [1.0, 0.5, 0.0])
+
+
 def test_merge_equals_one_stream_and_counts_are_exact():
     rng = np.random.default_rng(1)
     pairs = [(rng.integers(0, 3, 50), rng.integers(0, 3, 50)) for _ in range(4)]

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segmenter import create_segmenter
+from segmenter import Segmenter, create_segmenter
 from segmenter.config import ModelConfig
+from segmenter.decoder import DecoderLinear
 from segmenter.implementation import ImplementationError, explain, select
 from segmenter.kernels import reference
 from segmenter.layers import DropPath, pad_to_multiple, resize_pos_embed
@@ -296,6 +297,24 @@ def test_bfloat16_stays_close(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = model(im).float()
     assert 0 < (got - want).abs().max() < 0.2 * want.abs().max()
+
+
+def test_encoders_of_others_fit():
+    """What the published class asks of an encoder, and no more."""
+
+    class Foreign(torch.nn.Module):
+        patch_size, distilled = 16, False
+
+        def forward(self, im, return_features=False):
+            return F.avg_pool2d(im, 16).flatten(2).mT[:, [0, *range(im.shape[2] * im.shape[3] // 256)]]
+
+        def no_weight_decay(self):
+            return {"x"}
+
+    model = Segmenter(Foreign(), DecoderLinear(4, 16, 3), 4)
+    assert model(image(40, 64)).shape == (1, 4, 40, 64)
+    assert model.no_weight_decay() == {"encoder.x"}
+    assert (model.impl, model.info.window_size) == ("unknown", 512)
 
 
 def test_implementation_switch():

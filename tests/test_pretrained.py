@@ -172,7 +172,8 @@ def test_without_variant_the_shapes_tell(tmp_path):
     model = tiny_model(decoder={"name": "linear"}, distilled=True, normalization="deit")
     path = publish(tmp_path / "a", model)
     (path.parent / "variant.yml").unlink()
-    loaded, variant = load_model(path)
+    with pytest.warns(UserWarning, match="no variant.yml beside it"):
+        loaded, variant = load_model(path)
     assert torch.equal(logits(loaded), logits(model)) and loaded.info.normalization == "deit"
     assert variant["net_kwargs"]["decoder"] == {"name": "linear", "n_cls": 5}
     assert variant["inference_kwargs"] == {"im_size": 64, "window_size": 64, "window_stride": 64}

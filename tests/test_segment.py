@@ -1,16 +1,24 @@
 """Pictures to labels: `segment_image` and `model.segment`."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import segmenter.inference as inference_module
+import segmenter.segment as segment_module
 from bench.published import published_inference
 from segmenter import segment_image
 from segmenter.images import ImageError, normalize
+from segmenter.inference import inference
 from segmenter.segment import cpu_has_bfloat16, resolve_dtype
 from tests.tiny import tiny_model
+
+ROOT = Path(__file__).parent.parent
 
 
 def picture(h=70, w=91, seed=0):
@@ -66,6 +74,16 @@ def test_flip_and_scales(model):
     assert (one - two).abs().max() > 0.01
 
 
+def test_scaled_sides_are_rounded_half_up(model, monkeypatch):
+    shapes = []
+    original = segment_module.predict_view
+    monkeypatch.setattr(
+        segment_module, "predict_view", lambda m, im, *a: shapes.append(im.shape) or original(m, im, *a)
+    )
+    model.segment(picture(70, 91), scales=(0.5, 1.5, 0.001))
+    assert [tuple(s[2:]) for s in shapes] == [(35, 46), (105, 137), (1, 1)]  # 45.5 and 136.5 go up
+
+
 def test_probabilities_only_when_asked(model):
     pixels = picture()
     labels, probabilities = model.segment(pixels, return_probabilities=True)
@@ -88,7 +106,8 @@ def test_windows_of_the_checkpoint_are_the_default(model):
     pixels = picture(130, 150)
     model.info.window_size, model.info.window_stride = 64, 32
     assert torch.equal(model.segment(pixels), model.segment(pixels, window_size=64, window_stride=32))
-    assert torch.equal(model.segment(pixels, window_size=48).long(), published_labels(model, pixels, 48, 32))
+    # the overlap stays in proportion when only the window is given
+    assert torch.equal(model.segment(pixels, window_size=48).long(), published_labels(model, pixels, 48, 24))
 
 
 def test_normalization_of_the_checkpoint_is_used():
@@ -116,6 +135,48 @@ def test_the_full_score_map_is_never_held(model, monkeypatch):
     assert max(seen) <= 5000
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_another_type_run_in_their_own(model, dtype):
+    pixels = picture()
+    want, other = model.segment(pixels), tiny_model().to(dtype)
+    for choice in (None, dtype, "auto"):
+        assert (other.segment(pixels, dtype=choice) == want).float().mean() > 0.9
+    probabilities = inference(other, [normalize(pixels, "vit")[None]], [{"flip": False}], (70, 91), 64, 64, 2)
+    assert probabilities.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"cannot run in torch.float32; call model\.float\(\) first"):
+        other.segment(pixels, dtype="float32")
+
+
+def test_scores_that_are_not_finite_are_no_labels(model):
+    with torch.no_grad():
+        model.encoder.blocks[0].mlp.fc2.weight.fill_(1e38)
+    with pytest.raises(ValueError, match="the network gave NaN or infinite scores"):
+        model.segment(picture())
+
+
+MEASURE = """
+import numpy, sys, torch
+from pathlib import Path
+from segmenter import create_segmenter
+from tests.tiny import tiny_model
+model = tiny_model(decoder={"name": "linear"}, n_layers=1, patch_size=32, image_size=256)
+pixels = numpy.zeros((3000, 4000, 3), numpy.uint8)
+model.segment(pixels[:300, :300])
+status = lambda name: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name)) * 1024
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+model.segment(pixels)
+print((status("VmHWM") - before) / pixels[..., 0].size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_memory_is_what_the_docstring_says():
+    """Bytes a pixel of a 12 megapixel picture; the array itself is the caller's."""
+    result = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 12 < float(result.stdout) < 23
+
+
 def test_training_mode_is_refused(model):
     with pytest.raises(RuntimeError, match=r"call model\.eval"):
         model.train().segment(picture())
@@ -126,6 +187,8 @@ def test_training_mode_is_refused(model):
     [
         ({"scales": ()}, "scales must be positive"),
         ({"scales": (0.0,)}, "scales must be positive"),
+        ({"scales": (1e4,)}, "would be enlarged to 910000x700000 by the scale 10000.0; use a smaller one"),
+        ({"window_size": 0}, "window_size and batch_size must be at least 1"),
         ({"dtype": "int8"}, "choose one of auto, float32, bfloat16, float16"),
         ({"window_stride": 100}, "would leave pixels out"),
         ({"batch_size": -1}, "batch_size must be at least 1"),

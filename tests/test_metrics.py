@@ -53,11 +53,11 @@ def test_predictions_under_ignored_pixels_do_not_count():
 
 
 def test_only_the_ignore_index_is_ignored():
-    matrix = ConfusionMatrix(3, ignore_index=11)
-    matrix.update(np.array([0, 1, 1, 2, 2]), np.array([0, 1, 1, 11, 255]))
-    np.testing.assert_array_equal(matrix.counts, np.diag([1, 2, 0]))
-    # the 2 under label 11 is left out; the one under 255 counts as predicted, so class 2 has a union
-    np.testing.assert_array_equal(matrix.scores()["IoU"], [1.0, 1.0, 0.0])
+    matrix = ConfusionMatrix(2, ignore_index=11)
+    matrix.update(np.array([0, 1, 1, 0, 1]), np.array([0, 1, 1, 11, 255]))
+    np.testing.assert_array_equal(matrix.counts, np.diag([1, 2]))
+    # the 0 under label 11 is left out; the 1 under 255 adds to the area predicted as 1
+    np.testing.assert_array_equal(matrix.scores()["IoU"], [1.0, 2 / 3])
 
 
 def test_negative_values_are_out_of_range():

@@ -35,6 +35,14 @@ def test_warm_up():
     np.testing.assert_allclose(got[10], rates(10)[10])
 
 
+def test_warm_up_rises_linearly_to_the_decay_that_follows():
+    got, t = rates(20, warmup=10), np.arange(21)
+    factor = np.where(t < 10, t / 10 * 0.9**0.9, (1 - t / 100) ** 0.9)
+    np.testing.assert_allclose(got[1:], (1e-3 - 1e-5) * factor[1:] + 1e-5, rtol=1e-12)
+    assert got[0] == 1e-3  # as published: the first update is at the full rate
+    assert got.argmax() == 0 and got[1:].argmax() == 9
+
+
 def test_resumes_where_it_stopped():
     def build():
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)

@@ -38,7 +38,11 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="picture, folder (with sub-folders) or glob")
     _add_model(parser)
     parser.add_argument("-o", "--output", default="out", metavar="DIR", help="folder of the results (default: out)")
-    parser.add_argument("--resume", action="store_true", help="skip pictures already done with the same settings")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="skip pictures already done, if picture, model, classes and options are still the same",
+    )
     what = parser.add_argument_group("what to write")
     what.add_argument("--overlay", action=argparse.BooleanOptionalAction, default=True, help="the overlay picture")
     what.add_argument("--legend", action=argparse.BooleanOptionalAction, default=True, help="a legend beside it")
@@ -66,7 +70,12 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="compute type; auto: half precision where the processor gains from it (default: float32)",
     )
     how.add_argument("--window-size", type=_positive_int, metavar="PIXELS", help="(default: the model's)")
-    how.add_argument("--window-stride", type=_positive_int, metavar="PIXELS", help="(default: the model's)")
+    how.add_argument(
+        "--window-stride",
+        type=_positive_int,
+        metavar="PIXELS",
+        help="(default: the model's, scaled with --window-size)",
+    )
     how.add_argument("--batch-size", type=_positive_int, metavar="N", help="windows a forward call")
     how.add_argument(
         "--scales", type=_scales, default=(1.0,), metavar="S[,S]", help="average over these sizes (default: 1)"
@@ -95,8 +104,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def _add_attention(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     text = (
-        "Writes attention maps as pictures: one a head, and a grid of all heads. The picture is resized so that its "
-        "short side is the model's image size, and cut to a square from the top left."
+        "Writes attention maps as pictures: one a head, and a grid of all heads. They are of the top left square of "
+        "the picture, resized from its short side to the model's image size."
     )
     parser = commands.add_parser("attention", help="attention maps as pictures", description=text)
     parser.add_argument("image", metavar="IMAGE")

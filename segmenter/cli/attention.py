@@ -43,13 +43,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def square_input(pixels: np.ndarray, image_size: int, patch_size: int) -> np.ndarray:
-    """A picture resized so that its short side is `image_size`, and of that the top left square in whole patches."""
-    h, w = pixels.shape[:2]
-    short = min(h, w)
-    size = (image_size * w // short, image_size * h // short)
-    resized = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
+    """The top left square of a picture, resized from its short side to `image_size`, then cut to whole patches."""
+    short = min(pixels.shape[:2])
+    size = (image_size, image_size)  # the kept square alone: all of a long thin picture could fill the memory
+    square = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=(0, 0, short, short))
     side = image_size - image_size % patch_size
-    return np.array(resized)[:side, :side]
+    return np.array(square)[:side, :side]
 
 
 def attention_maps(model: Segmenter, im: torch.Tensor, part: str, layer: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """`segmenter convert`: weights of any known kind to our folder format."""
 
 import argparse
+import os
 
 import torch
 
@@ -11,6 +12,8 @@ from segmenter.pretrained import convert_checkpoint
 
 
 def run(args: argparse.Namespace) -> int:
+    if os.path.isfile(args.output):
+        raise CommandError(f"{args.output}: is a file; give a folder")
     request = {"decoder": args.decoder, "image_size": args.image_size, "patch_size": args.patch_size}
     dtype = torch.float16 if args.half else None
     options = loading_options(args)

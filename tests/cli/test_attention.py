@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from segmenter.cli import main
 from segmenter.cli.attention import square_input
@@ -86,6 +87,25 @@ def test_attention_input_is_the_top_left_square_at_the_models_size():
     assert (square[22:] == 0).all()
     assert (square[:, 22:] == 0).all()
     np.testing.assert_array_equal(square_input(picture(64, 64), 64, 16), picture(64, 64))
+
+
+def test_attention_input_of_a_long_thin_picture_takes_no_more_memory_than_a_square(monkeypatch):
+    sizes = []
+    resize = Image.Image.resize
+
+    def watched(self, size, *args, **kwargs):
+        sizes.append(size)
+        assert max(size) <= 64, f"{size}: more than the square"
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    for shape in ((1, 60_000, 3), (60_000, 1, 3)):
+        thin = np.full(shape, 200, np.uint8)
+        thin[:1, :1] = (10, 20, 30)
+        square = square_input(thin, 64, 16)
+        assert square.shape == (64, 64, 3)
+        assert (square[0, 0] == (10, 20, 30)).all()
+    assert sizes
 
 
 def test_attention_of_a_linear_decoder_and_of_a_bad_picture(folder, photos, out, tmp_path, capsys):

@@ -223,6 +223,19 @@ def test_convert_options(tmp_path, capsys):
     assert "neither a file nor one of" in capsys.readouterr().err
 
 
+def test_convert_does_not_write_over_a_file(tmp_path, capsys):
+    source = GOLDEN / "02_linear_p16_distilled" / "checkpoint.pth"
+    (tmp_path / "notes").write_text("mine")
+    assert main(["convert", str(source), str(tmp_path / "notes")]) == 2
+    assert capsys.readouterr().err == f"segmenter: error: {tmp_path / 'notes'}: is a file; give a folder\n"
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_help_says_where_the_stride_comes_from(capsys):
+    assert main(["predict", "--help"]) == 0
+    assert "default: the model's, scaled with --window-size" in " ".join(capsys.readouterr().out.split())
+
+
 def test_help_needs_no_torch():
     code = "import sys; from segmenter.cli import main; main(['predict', '--help']); assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -1,5 +1,6 @@
 """`segmenter predict`."""
 
+import errno
 import json
 import os
 import warnings
@@ -7,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from segmenter.cli import main
 from segmenter.cli import predict as predict_module
+from segmenter.cli.resume import model_fingerprint
 from segmenter.images import read_image
 from segmenter.model import Segmenter
 from segmenter.visualize import overlay, with_legend
 from tests.cli.tools import files, labels_of, load_json, picture
+from tests.tiny import tiny_model
 
 
 def test_predict_writes_what_the_model_says(trained, folder, photos, out, capsys):
@@ -108,6 +112,42 @@ def test_results_inside_the_input_folder_are_no_input(folder, photos):
     assert len(before) == 3 + 9
 
 
+@pytest.mark.parametrize("way", ["{photos}", "{photos}/sub/..", "{link}"])
+def test_the_output_folder_is_no_input_folder(folder, photos, tmp_path, capsys, way):
+    (tmp_path / "link").symlink_to(photos)
+    output = way.format(photos=photos, link=tmp_path / "link")
+    before = files(photos)
+    assert main(["predict", str(photos / "sub"), str(photos), "-m", folder, "-o", output]) == 2
+    assert "the input folder is the output folder; choose another --output" in capsys.readouterr().err
+    assert files(photos) == before
+
+
+@pytest.mark.parametrize(
+    ("other", "options"),
+    [("a_labels.png", []), ("A_overlay.png", []), ("a_labels_raw.png", ["--labels", "raw"]), ("failed.json", [])],
+)
+def test_no_result_is_written_over_an_input(folder, tmp_path, capsys, monkeypatch, other, options):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture(seed=1)).save("a.jpg")
+    Image.fromarray(picture(seed=2)).save(other, format="PNG")
+    before = Path(other).read_bytes()
+    argv = ["predict", other, "a.jpg", "-m", folder]
+    assert main([*argv, "-o", ".", *options]) == 2
+    assert f"{other}: a result would be written over this input; choose another --output" in capsys.readouterr().err
+    assert Path(other).read_bytes() == before
+    assert files(tmp_path) == sorted([other, "a.jpg"])
+    assert main([*argv, "-o", "out", *options]) == 0
+
+
+def test_an_input_that_no_result_is_written_over_may_lie_in_the_output_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jpg", "a_labels.png"):
+        Image.fromarray(picture()).save(name)
+    assert main(["predict", "a_labels.png", "a.jpg", "-m", folder, "-o", ".", "--labels", "raw"]) == 0
+    assert "a_labels_labels_raw.png" in files(tmp_path)
+    np.testing.assert_array_equal(read_image("a_labels.png"), picture())
+
+
 def test_unreadable_files_are_reported_and_the_rest_is_done(folder, photos, out, capsys):
     (photos / "bad.png").write_bytes((photos / "a.png").read_bytes()[:100])
     argv = ["predict", str(photos), str(photos / "missing.png"), "-m", folder, "-o", str(out)]
@@ -138,6 +178,51 @@ def test_a_picture_too_thin_for_the_window_fails_alone(folder, photos, out, caps
     Image.new("L", (30_000, 1)).save(photos / "thin.png")
     assert main(["predict", str(photos), "-m", folder, "-o", str(out), "--window-size", "512"]) == 3
     assert "thin.png: " in load_json(out / "failed.json")[0]["error"]
+
+
+def test_a_name_too_long_for_its_results_fails_alone(folder, photos, out, runs, capsys):
+    long = "x" * 241 + ".png"  # its overlay fits in 255 bytes, its raw labels do not
+    (photos / "a.png").rename(photos / long)
+    given = str(photos / ("y" * 300 + ".png"))
+    assert main(["predict", given, str(photos), "-m", folder, "-o", str(out), "--labels", "png,raw"]) == 3
+    captured = capsys.readouterr()
+    assert "2 done, 0 skipped, 2 failed of 4" in captured.out
+    assert f"{long}: the names of its results are too long; rename it" in captured.err
+    assert [f["image"] for f in load_json(out / "failed.json")] == [given, str(photos / long)]
+    assert len(runs) == 2, "known before the model runs"
+    assert {f.split("/")[-1][0] for f in files(out)} == {"a", "b", "f"}, "nothing left of it"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_full_disk_stops_the_run_and_tells_what_was_done(folder, photos, out, monkeypatch, capsys, code):
+    (photos / "a0.png").write_bytes(b"no picture")
+    save = predict_module.save_png
+
+    def full(image, path):
+        if path.name.startswith("b_"):
+            raise OSError(code, os.strerror(code))
+        save(image, path)
+
+    monkeypatch.setattr(predict_module, "save_png", full)
+    assert main(["predict", str(photos), "-m", folder, "-o", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith("stopped early, --resume goes on: 1 done, 0 skipped, 1 failed of 4 in ")
+    failure, error = captured.err.splitlines()
+    assert "a0.png: not a picture" in failure
+    assert error == f"segmenter: error: {out / 'b'}: cannot write: {os.strerror(code)}"
+    assert [Path(f["image"]).name for f in load_json(out / "failed.json")] == ["a0.png"]
+
+
+def test_a_report_that_cannot_be_written_hides_no_interrupt(folder, photos, out, monkeypatch, capsys):
+    def interrupted(*args):
+        (out / "failed.json").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict_module, "save_png", interrupted)
+    assert main(["predict", str(photos), "-m", folder, "-o", str(out)]) == 130
+    captured = capsys.readouterr()
+    assert "0 done, 0 skipped, 0 failed of 3" in captured.out
+    assert captured.err == "segmenter: error: interrupted\n"
 
 
 @pytest.fixture
@@ -179,6 +264,72 @@ def test_resume_does_not_take_another_picture_for_done(folder, photos, out, runs
         assert load_json(out / "a.json")["image"] == str(photos / name)
 
 
+def change_picture(photos):
+    Image.fromarray(picture(seed=7)).save(photos / "a.png")
+
+
+def change_time_only(photos):
+    status = (photos / "a.png").stat()
+    os.utime(photos / "a.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000_000))
+
+
+def change_size_only(photos):
+    status = (photos / "a.png").stat()
+    with (photos / "a.png").open("ab") as file:
+        file.write(b"more")
+    os.utime(photos / "a.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [change_picture, change_time_only, change_size_only])
+def test_resume_does_a_changed_picture_again(trained, folder, photos, out, runs, change):
+    argv = ["predict", str(photos), "-m", folder, "-o", str(out), "--resume"]
+    assert main(argv) == 0
+    change(photos)
+    assert main(argv) == 0
+    assert len(runs) == 3 + 1
+    assert main(argv) == 0
+    assert len(runs) == 3 + 1
+    expected = trained.segment(read_image(photos / "a.png")).numpy()
+    np.testing.assert_array_equal(labels_of(out / "a_labels.png"), expected)
+    (photos / "a.png").unlink()
+    argv[1:2] = [str(photos / "a.png"), str(photos / "b.png")]
+    assert main(argv) == 3, "a picture that is gone is not done"
+
+
+def test_resume_does_all_again_for_other_weights_at_the_same_path(photos, out, runs, tmp_path):
+    argv = ["predict", str(photos), "-m", str(tmp_path / "model"), "-o", str(out), "--resume"]
+    for seed in (0, 1):
+        tiny_model(seed=seed).save_pretrained(tmp_path / "model")
+        runs.clear()
+        assert main(argv) == main(argv) == 0
+        assert len(runs) == 3
+
+
+def test_resume_does_all_again_for_other_classes_in_the_same_file(folder, photos, out, runs, tmp_path):
+    own = [{"id": i, "name": f"thing {i}", "color": [i, 20 * i, 7]} for i in range(11)]
+    argv = ["predict", str(photos), "-m", folder, "-o", str(out), "--resume", "--classes", str(tmp_path / "own.json")]
+    for change in ({}, {"name": "other"}, {"color": [1, 2, 3]}):
+        own[4].update(change)
+        (tmp_path / "own.json").write_text(json.dumps(own))
+        runs.clear()
+        assert main(argv) == main(argv) == 0
+        assert len(runs) == 3, change
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fingerprint_of_a_model_changes_with_every_tensor(dtype):
+    model = tiny_model().to(dtype)
+    seen = {model_fingerprint(model)}
+    assert seen == {model_fingerprint(tiny_model().to(dtype))}
+    tensors = list(model.state_dict().values())
+    for tensor in tensors:
+        tensor.view(-1)[-1] += 1
+        seen.add(model_fingerprint(model))
+    model.info.normalization = "deit"
+    seen.add(model_fingerprint(model))
+    assert len(seen) == len(tensors) + 2
+
+
 def test_file_names_that_are_no_unicode(folder, tmp_path, out, capsys):
     path = os.path.join(tmp_path, "caf\udce9 ü.png")
     try:
@@ -204,6 +355,7 @@ def test_interrupted_run_leaves_whole_results_and_resumes(folder, photos, out, r
         assert main(["predict", str(photos), "-m", folder, "-o", str(out)]) == 130
     captured = capsys.readouterr()
     assert captured.err == "segmenter: error: interrupted\n"
+    assert captured.out.startswith("stopped early, --resume goes on: 1 done, 0 skipped, 0 failed of 3 in ")
     assert (out / "a.json").exists()
     assert not (out / "b.json").exists(), "the JSON comes last"
     assert main(["predict", str(photos), "-m", folder, "-o", str(out), "--resume"]) == 0

@@ -1,0 +1,60 @@
+"""What --resume compares: the picture, the model, the class names, and the options of the run that wrote a result."""
+
+import argparse
+import dataclasses
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segmenter.classes import ClassSet
+from segmenter.model import Segmenter
+
+_OPTIONS = ("overlay", "legend", "alpha", "labels", "dtype", "window_size", "window_stride", "scales", "flip", "model")
+
+
+def run_settings(args: argparse.Namespace, model: Segmenter, classes: ClassSet) -> dict[str, Any]:
+    """All that the results depend on besides the picture, as it reads back from JSON."""
+    settings = {name: getattr(args, name) for name in _OPTIONS}
+    settings |= {
+        "classes": classes.name,
+        "n_cls": model.n_cls,
+        "weights": model.info.weights,
+        "impl": model.impl,
+        "model_crc32": model_fingerprint(model),
+        "classes_crc32": f"{zlib.crc32(json.dumps(dataclasses.astuple(classes)).encode()):08x}",
+    }
+    return json.loads(json.dumps(settings))
+
+
+def model_fingerprint(model: Segmenter) -> str:
+    """CRC-32, in hex, of configuration, information and the bytes of every tensor: other weights, another one."""
+    crc = zlib.crc32(repr((model.config, model.info)).encode(errors="surrogateescape"))
+    for tensor in model.state_dict().values():
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy has no bfloat16
+        crc = zlib.crc32(data.numpy(), crc)
+    return f"{crc:08x}"
+
+
+def picture_facts(path: Path) -> dict[str, int] | None:
+    """Size in bytes and time of the last change, or None: no such file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def is_done(json_file: Path, source: Path, settings: dict[str, Any]) -> bool:
+    """Whether `json_file` tells of this picture as it is now, with these settings, and all its files are there."""
+    facts = picture_facts(source)
+    try:
+        result = json.loads(json_file.read_text(encoding="utf-8"))
+        then = (result["image"], result["picture"], result["settings"])
+        same = facts is not None and then == (str(source), facts, settings)
+        return same and all((json_file.parent / Path(file).name).is_file() for file in result["files"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False

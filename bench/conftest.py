@@ -11,6 +11,7 @@ from bench.models import ROOT
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    machine_info.pop("node", None)  # the host's name is nobody's business
     machine_info.update(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -20,3 +21,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         commit=commit.stdout.strip() or "unknown",
     )
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    commit_info.clear()  # the commit stands in machine_info

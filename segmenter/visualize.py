@@ -2,6 +2,7 @@
 
 import math
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -151,7 +152,7 @@ def attention_grid(tiles: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
     """Calls `write(file)` on a temporary file beside `path` and renames it: never a half-written file at `path`."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # any name of its own: that of path may be at the limit
     try:
         with temporary.open("wb") as file:
             write(file)

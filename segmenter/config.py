@@ -54,7 +54,7 @@ DECODERS = {
 class ModelConfig:
     """The network part (`net_kwargs`) of a variant.yml, checked.
 
-    Fields up to `decoder` are those of the published files. The last three describe encoders trained elsewhere:
+    All fields but the last three are those of the published files. Those describe encoders trained elsewhere:
     `norm_eps` (1e-6 for timm, mmsegmentation and DINOv2 weights), `pos_embed_mode` ("bilinear" or "bicubic") and
     `pos_embed_check` ("tokens": bug-compatible; "grid": see `encoder.VisionTransformer`).
     """
@@ -66,11 +66,11 @@ class ModelConfig:
     n_heads: int
     n_layers: int
     n_cls: int
+    decoder: dict[str, Any]
     normalization: str = "vit"
     distilled: bool = False
     dropout: float = 0.0
     drop_path_rate: float = 0.1
-    decoder: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "linear"})
     norm_eps: float = 1e-5
     pos_embed_mode: str = "bilinear"
     pos_embed_check: str = "tokens"
@@ -92,8 +92,6 @@ class ModelConfig:
             missing.remove("backbone")
         if missing:
             raise ConfigError(f"net_kwargs lacks {', '.join(missing)}")
-        if "decoder" not in kwargs:
-            raise ConfigError("net_kwargs lacks decoder")
         return cls(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,7 +217,7 @@ def preset(
 
 
 def _required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    return field.default is dataclasses.MISSING
 
 
 def _integer(name: str, value: Any) -> int:

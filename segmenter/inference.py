@@ -7,6 +7,7 @@ into the full map, and `segmenter.segment` takes the labels of each band and nev
 Scores are kept class-last here: on a CPU, upsampling and argmax are then several times faster.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,7 +187,9 @@ def bands(views: Sequence[View], ori_shape: tuple[int, int], probabilities: bool
     may overwrite the one before.
     """
     masks = views[0].masks
-    bytes_per_row = max(max(v.shape[1] for v in views), ori_shape[1]) * masks.shape[-1] * 4
+    # an enlarged picture needs several rows of a view for each row of the result
+    pixels_per_row = max(max(1, v.shape[0] / ori_shape[0]) * max(v.shape[1], ori_shape[1]) for v in views)
+    bytes_per_row = math.ceil(pixels_per_row) * masks.shape[-1] * 4
     n_rows = max(1, BAND_BYTES.get(masks.device.type, BAND_BYTES["cuda"]) // bytes_per_row)
     for top in range(0, ori_shape[0], n_rows):
         bottom = min(top + n_rows, ori_shape[0])

@@ -177,6 +177,18 @@ def test_memory_is_what_the_docstring_says():
     assert 12 < float(result.stdout) < 23
 
 
+def test_bands_stay_small_for_small_pictures_that_are_enlarged(model, monkeypatch):
+    """A row of a tiny picture needs many rows of the enlarged one; those are what must fit into a band."""
+    sizes = []
+    original = inference_module.View._buffer
+    monkeypatch.setattr(inference_module.View, "_buffer", lambda *a: sizes.append((b := original(*a)).numel() * 4) or b)
+    monkeypatch.setitem(inference_module.BAND_BYTES, "cpu", 60_000)
+    pixels = picture(24, 30)
+    labels = model.segment(pixels, window_size=240)
+    assert torch.equal(labels.long(), published_labels(model, pixels, 240, 240))
+    assert max(sizes) < 2 * 60_000 < 240 * 300 * 5 * 4
+
+
 def test_training_mode_is_refused(model):
     with pytest.raises(RuntimeError, match=r"call model\.eval"):
         model.train().segment(picture())

@@ -3,7 +3,9 @@
 import torch
 import torch.nn as nn
 
+from segmenter.fusable import why_not_bypass
 from segmenter.implementation import select
+from segmenter.kernels import reference
 from segmenter.layers import Block, init_weights, stochastic_depth
 
 
@@ -91,15 +93,12 @@ class MaskTransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.decoder_norm(x)
-        masks = self.ops.mask_head(
-            x[:, : -self.n_cls],
-            x[:, -self.n_cls :],
-            self.proj_patch,
-            self.proj_classes,
-            self.mask_norm.weight,
-            self.mask_norm.bias,
-            self.mask_norm.eps,
-        )
+        inputs = (x[:, : -self.n_cls], x[:, -self.n_cls :], self.proj_patch, self.proj_classes)
+        norm = self.mask_norm
+        if why_not_bypass(norm, (nn.LayerNorm,)) is None:
+            masks = self.ops.on(x).mask_head(*inputs, norm.weight, norm.bias, norm.eps)
+        else:
+            masks = norm(reference.class_cosines(*inputs))
         return to_grid(masks, im_size, self.patch_size)
 
     def get_attention_map(self, x: torch.Tensor, layer_id: int) -> torch.Tensor:

@@ -1,15 +1,22 @@
 """The one switch between eager PyTorch and the Triton kernels.
 
 It is an argument (`impl`), decided when a module is constructed and visible as `model.impl`; no environment variable.
+"auto" looks at the tensors of each call instead: kernels on a capable GPU, eager PyTorch elsewhere.
 """
 
+import functools
 from collections.abc import Callable
+from importlib import metadata
 from typing import NamedTuple
+
+import torch
 
 from segmenter.kernels import reference
 
 IMPLEMENTATIONS = ("auto", "eager", "triton")
-_NO_TRITON = "this version has no Triton kernels yet"
+MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
+MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Operators(NamedTuple):
@@ -17,19 +24,58 @@ class Operators(NamedTuple):
 
     name: str
     attention: Callable
+    layernorm_linear: Callable
+    linear: Callable
     layernorm_mlp: Callable
     mask_head: Callable
 
-
-EAGER = Operators("eager", reference.attention, reference.layernorm_mlp, reference.mask_head)
+    def on(self, x: torch.Tensor) -> "Operators":
+        """The operators for this input: these, whatever it is."""
+        return self
 
 
 class ImplementationError(RuntimeError):
     """The implementation asked for cannot run here."""
 
 
-def select(impl: str = "auto") -> Operators:
-    """The operators that `impl` stands for.
+EAGER = Operators(
+    "eager",
+    reference.attention,
+    reference.layernorm_linear,
+    reference.linear,
+    reference.layernorm_mlp,
+    reference.mask_head,
+)
+
+
+class Automatic:
+    """`impl="auto"`: the operators for a call are chosen by its input."""
+
+    name = "auto"
+
+    def on(self, x: torch.Tensor) -> Operators:
+        """Kernels for bfloat16, float16 and float32 on a GPU that has what they need; eager otherwise."""
+        if not x.is_cuda or x.dtype not in KERNEL_DTYPES or why_not_triton(x.device.index) is not None:
+            return EAGER
+        return triton_operators()
+
+
+AUTO = Automatic()
+
+
+@functools.cache
+def triton_operators() -> Operators:
+    """The kernels. Imports Triton."""
+    from segmenter.kernels.attention import attention
+    from segmenter.kernels.layernorm_mlp import layernorm_mlp
+    from segmenter.kernels.linear import layernorm_linear, linear
+    from segmenter.kernels.mask_head import mask_head
+
+    return Operators("triton", attention, layernorm_linear, linear, layernorm_mlp, mask_head)
+
+
+def select(impl: str = "auto") -> Operators | Automatic:
+    """What `impl` stands for: an object whose `on(x)` gives the operators for an input.
 
     Args:
         impl: "eager" (plain PyTorch, any device), "triton" (our GPU kernels), or "auto" (Triton where it can run).
@@ -40,14 +86,87 @@ def select(impl: str = "auto") -> Operators:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "triton":
-        raise ImplementationError(f'impl="triton": {_NO_TRITON}; use impl="eager" or impl="auto"')
-    return EAGER
+        reason = _why_no_triton() or (None if torch.cuda.is_available() or _interpreting() else "no CUDA device")
+        if reason:
+            raise ImplementationError(f'impl="triton": {reason}; use impl="eager" or impl="auto"')
+        return triton_operators()
+    return EAGER if impl == "eager" else AUTO
+
+
+@functools.cache
+def why_not_triton(device: int = 0) -> str | None:
+    """Why the kernels cannot run on this CUDA device, or None if they can."""
+    reason = _why_no_triton()
+    if reason:
+        return reason
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if not torch.version.hip and capability < MIN_CAPABILITY:
+        needed = ".".join(map(str, MIN_CAPABILITY))
+        return f"the GPU has compute capability {'.'.join(map(str, capability))}, the kernels need {needed}"
+    return None
 
 
 def explain(impl: str = "auto") -> tuple[str, str]:
-    """(name of what would run for `impl`, the reason), for `segmenter info`."""
+    """(name of what would run for `impl` on this machine's GPU, or without one, the reason), for `segmenter info`."""
+    if impl == "auto":
+        reason = why_not_triton()
+        return ("eager", reason) if reason else ("triton", "for tensors on the GPU, eager on the CPU")
     try:
-        operators = select(impl)
+        return select(impl).name, "asked for"
     except ImplementationError as error:
         return "none", str(error)
-    return operators.name, _NO_TRITON if impl == "auto" else "asked for"
+
+
+def parts(model: torch.nn.Module) -> dict[str, str]:
+    """Which implementation each part of a model uses, for people: {"attention": "triton", ...}.
+
+    A block whose layers hold something that fused operators would bypass (hooks, adapters, quantised weights) calls
+    them one by one instead; it is counted with the reason.
+    """
+    parameter = next(model.parameters())
+    counts: dict[str, dict[str, int]] = {"attention": {}, "layernorm_linear": {}, "layernorm_mlp": {}, "mask_head": {}}
+
+    def count(part: str, what: str) -> None:
+        counts[part][what] = counts[part].get(what, 0) + 1
+
+    for module in model.modules():
+        if not hasattr(module, "ops"):
+            continue
+        name = module.ops.on(parameter).name
+        if hasattr(module, "why_not_fused"):  # a Block
+            count("attention", name)
+            for part, half in (("layernorm_linear", "attention"), ("layernorm_mlp", "mlp")):
+                reason = module.why_not_fused(half)
+                count(part, name if reason is None else f"layer by layer ({reason})")
+        elif hasattr(module, "mask_norm"):
+            count("mask_head", name)
+    described = {}
+    for part, found in counts.items():
+        total = sum(found.values())
+        texts = [what if n == total else f"{what} ({n} of {total})" for what, n in found.items()]
+        if texts:
+            described[part] = ", ".join(texts)
+    return {**described, "patch embedding, upsampling, argmax": "eager"}
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
+        return f"triton {version} is too old, the kernels need {'.'.join(map(str, MIN_TRITON))} (PyTorch 2.10)"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # whatever a broken installation raises
+        return f"triton cannot be imported ({str(error).strip().splitlines()[0]})"
+    return None
+
+
+def _interpreting() -> bool:
+    from segmenter.kernels.launch import INTERPRETED
+
+    return INTERPRETED

@@ -4,7 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from segmenter.implementation import Operators, select
+from segmenter.fusable import why_not_bypass
+from segmenter.implementation import Automatic, Operators, select
 from segmenter.kernels import reference
 
 
@@ -92,7 +93,7 @@ class Attention(nn.Module):
     then what runs, whatever `ops` is.
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float, ops: Operators | None = None):
+    def __init__(self, dim: int, heads: int, dropout: float, ops: Operators | Automatic | None = None):
         super().__init__()
         if dim % heads:
             raise ValueError(f"d_model {dim} must be divisible by n_heads {heads}")
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         if self.training and self.attn_drop.p > 0:
             x = reference.attention(qkv, self.heads, dropout_p=self.attn_drop.p)
         else:
-            x = self.ops.attention(qkv, self.heads)
+            x = self.ops.on(qkv).attention(qkv, self.heads)
         return self.proj_drop(self.proj(x))
 
     def probabilities(self, x: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x += attn(norm1(x)); x += mlp(norm2(x))."""
+    """Pre-norm transformer block: x += attn(norm1(x)); x += mlp(norm2(x)).
+
+    Each half runs as fused operators that read the parameters of its layers, or layer by layer where that would pass
+    something over: active dropout or stochastic depth, hooks, replaced or adapted layers (see `why_not_fused`).
+    """
 
     def __init__(
         self,
@@ -141,7 +146,7 @@ class Block(nn.Module):
         dropout: float,
         drop_path: float,
         eps: float = 1e-5,
-        ops: Operators | None = None,
+        ops: Operators | Automatic | None = None,
     ):
         super().__init__()
         self.ops = ops or select("auto")
@@ -155,11 +160,42 @@ class Block(nn.Module):
         """(B, N, d) -> (B, N, d), or the attention map (B, heads, N, N) of this block."""
         if return_attention:
             return self.attn.probabilities(self.norm1(x))
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        if self.training and (self.mlp.drop.p > 0 or isinstance(self.drop_path, DropPath)):
-            # dropout and stochastic depth sit inside what the operator computes
-            return x + self.drop_path(self.mlp(self.norm2(x)))
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        return self.ops.layernorm_mlp(
-            x, self.norm2.weight, self.norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.norm2.eps
-        )
+        ops = self.ops.on(x)
+        attn, mlp, norm1, norm2 = self.attn, self.mlp, self.norm1, self.norm2
+        if self.why_not_fused("attention") is None:
+            qkv = ops.layernorm_linear(x, norm1.weight, norm1.bias, attn.qkv.weight, attn.qkv.bias, norm1.eps)
+            x = ops.linear(ops.attention(qkv, attn.heads), attn.proj.weight, attn.proj.bias, residual=x)
+        else:
+            x = x + self.drop_path(attn(norm1(x)))
+        if self.why_not_fused("mlp") is None:
+            fc1, fc2 = mlp.fc1, mlp.fc2
+            return ops.layernorm_mlp(x, norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm2.eps)
+        return x + self.drop_path(mlp(norm2(x)))
+
+    def why_not_fused(self, half: str) -> str | None:
+        """Why the "attention" or the "mlp" half has to run layer by layer at the moment, or None if it need not."""
+        if self.training and isinstance(self.drop_path, DropPath) and self.drop_path.rate > 0:
+            return "stochastic depth"
+        own = self._modules  # not self.attn and so on: attribute look-ups of modules are slow, and this runs every call
+        inner = own["attn" if half == "attention" else "mlp"]
+        if self.training and any(getattr(layer, "p", 0) > 0 for layer in inner._modules.values()):
+            return "dropout"
+        norm = own["norm1" if half == "attention" else "norm2"]
+        for module, kinds in ((inner, _HALVES), (norm, _NORM), (own["drop_path"], _DROP_PATH)):
+            reason = why_not_bypass(module, kinds)
+            if reason is not None:
+                return reason
+        for name, layer in inner._modules.items():
+            reason = why_not_bypass(layer, _LAYERS[name]) if name in _LAYERS else f"an extra layer {name}"
+            if reason is not None:
+                return reason
+        return None
+
+
+_HALVES, _NORM, _DROP_PATH = (Attention, Mlp), (nn.LayerNorm,), (DropPath, nn.Identity)
+_LINEAR, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
+_LAYERS = {
+    **dict.fromkeys(("qkv", "proj", "fc1", "fc2"), _LINEAR),
+    **dict.fromkeys(("attn_drop", "proj_drop", "drop"), _DROPOUT),
+    "act": (nn.GELU,),
+}

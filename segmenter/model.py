@@ -57,8 +57,12 @@ class Segmenter(nn.Module):
 
     @property
     def impl(self) -> str:
-        """Name of the implementation that runs: "eager" or "triton"; "unknown" for a foreign encoder and decoder."""
-        names = {module.ops.name for module in self.modules() if hasattr(module, "ops")}
+        """What runs on the device where the model is: "eager" or "triton"; "unknown" for foreign encoder and decoder.
+
+        `segmenter.implementation.parts` tells it part by part.
+        """
+        parameter = next(self.parameters(), torch.empty(0))
+        names = {module.ops.on(parameter).name for module in self.modules() if hasattr(module, "ops")}
         return " and ".join(sorted(names)) or "unknown"
 
     def no_weight_decay(self) -> set[str]:

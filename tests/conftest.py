@@ -1,11 +1,85 @@
-"""Shared fixtures. Nothing here needs a GPU."""
+"""Shared fixtures. Nothing here needs a GPU: without one, the kernels run in Triton's interpreter."""
+
+import importlib.util
+import math
+import os
+import sys
+import types
 
 import pytest
+import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: @triton.jit looks at it
+    from tests import interpreter
+
+    interpreter.patch()
 
 from segmenter.model import Segmenter
+from tests.parity import check_guards, guarded
 from tests.tiny import tiny_model
+
+NOT_POISONED = {f"segmenter.kernels.{name}" for name in ("configs", "launch", "operators", "reference")}
 
 
 @pytest.fixture
 def model() -> Segmenter:
     return tiny_model()
+
+
+def _poisoned(function):
+    def allocate(*args, **kwargs):
+        tensor = function(*args, **kwargs)
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    return allocate
+
+
+def _poisoned_torch() -> types.ModuleType:
+    """A copy of the module `torch` whose empty tensors are full of NaN. A real module, so that Dynamo knows it."""
+    module = types.ModuleType("torch")
+    module.__dict__.update(torch.__dict__)
+    for name in ("empty", "empty_like", "empty_strided"):
+        setattr(module, name, _poisoned(getattr(torch, name)))
+    return module
+
+
+POISONED_TORCH = _poisoned_torch()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """What the kernels allocate is NaN until written, so an output that a kernel leaves out is always found.
+
+    Replaces the name `torch` inside the kernels' modules, and nothing for anybody else. (`new_empty` cannot be replaced
+    like that; tests/test_launch.py sees to it that only fake implementations use it.)
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("segmenter.kernels.") and name not in NOT_POISONED and hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", POISONED_TORCH)
+
+
+@pytest.fixture
+def guarded_outputs(monkeypatch):
+    """What the kernels allocate lies between NaN guards, which are checked when the test ends."""
+    allocated = []
+
+    def empty(*args, **kwargs):
+        tensor = guarded(torch.empty(*args, **kwargs).fill_(math.nan))
+        allocated.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(POISONED_TORCH, "empty", empty)
+    yield allocated
+    assert allocated
+    for tensor in allocated:
+        check_guards(tensor, "of an output")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Small tensors: more threads only wait for each other, and the last bits stay the same on every machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -78,17 +78,29 @@ def test_importing_the_package_loads_nothing_heavy_and_prints_nothing():
 
 def test_everything_imports_and_runs_without_triton_timm_and_torchvision():
     absent = ["triton", "timm", "torchvision", "matplotlib", "huggingface_hub"]
+    kernels = [f"segmenter.kernels.{p.stem}" for p in (ROOT / "kernels").glob("*.py") if needs_triton(p)]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"  # None there makes an import fail
         "import importlib, pkgutil, segmenter\n"
         "for m in pkgutil.walk_packages(segmenter.__path__, 'segmenter.'):\n"
-        "    if m.name != 'segmenter.__main__': importlib.import_module(m.name)\n"
+        f"    if m.name not in {['segmenter.__main__', *kernels]}: importlib.import_module(m.name)\n"
         "import torch, numpy\n"
         "assert not torch.cuda.is_initialized()\n"
         "model = segmenter.create_segmenter(segmenter.preset('Seg-T-Mask/16', n_cls=4, image_size=64)).eval()\n"
         "print(segmenter.segment_image(model, numpy.zeros((64, 64, 3), numpy.uint8)).shape)\n"
     )
     assert run(code).strip() == "torch.Size([64, 64])"
+
+
+def needs_triton(path):
+    """Whether a kernel file imports Triton, itself or through its own kind."""
+    names = {name for name, _ in imports(path)} | {f"{m}.{n}" for m, names in imports(path) for n in names}
+    own = {"segmenter.kernels.launch", "segmenter.kernels.operators"}
+    return any(name.split(".")[0] == "triton" for name in names) or bool(names & own)
+
+
+def test_definitions_and_tables_need_no_triton():
+    assert {p.name for p in (ROOT / "kernels").glob("*.py") if not needs_triton(p)} == {"configs.py", "reference.py"}
 
 
 def test_public_names_resolve():

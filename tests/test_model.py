@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from segmenter import Segmenter, create_segmenter
 from segmenter.config import ModelConfig
 from segmenter.decoder import DecoderLinear
-from segmenter.implementation import ImplementationError, explain, select
+from segmenter.implementation import EAGER
 from segmenter.kernels import reference
 from segmenter.layers import DropPath, pad_to_multiple, resize_pos_embed
 from tests.tiny import tiny_config, tiny_model
@@ -317,27 +317,15 @@ def test_encoders_of_others_fit():
     assert (model.impl, model.info.window_size) == ("unknown", 512)
 
 
-def test_implementation_switch():
-    assert select("auto").name == select("eager").name == "eager"
-    assert create_segmenter(tiny_config(), impl="eager").impl == "eager"
-    for build in (lambda: select("triton"), lambda: create_segmenter(tiny_config(), impl="triton")):
-        with pytest.raises(ImplementationError, match='no Triton kernels yet; use impl="eager" or impl="auto"'):
-            build()
-    with pytest.raises(ValueError, match="choose one of auto, eager, triton"):
-        select("cuda")
-    assert explain("auto") == ("eager", "this version has no Triton kernels yet")
-    assert explain("triton")[0] == "none"
-
-
 def test_every_block_and_the_mask_head_go_through_the_chosen_operators(model):
     calls = []
-    spy = select("eager")._replace(
-        attention=lambda *a: calls.append("attention") or reference.attention(*a),
-        layernorm_mlp=lambda *a: calls.append("layernorm_mlp") or reference.layernorm_mlp(*a),
-        mask_head=lambda *a: calls.append("mask_head") or reference.mask_head(*a),
-    )
+
+    def spied(name):
+        return lambda *a, **k: calls.append(name) or getattr(reference, name)(*a, **k)
+
+    spy = EAGER._replace(**{name: spied(name) for name in EAGER._fields if name != "name"})
     for module in model.modules():
         if hasattr(module, "ops"):
             module.ops = spy
     model(image(64, 64))
-    assert calls == ["attention", "layernorm_mlp"] * 3 + ["mask_head"]
+    assert calls == ["layernorm_linear", "attention", "linear", "layernorm_mlp"] * 3 + ["mask_head"]

@@ -12,7 +12,7 @@ import torch
 import segmenter
 from segmenter.cli.errors import OK
 from segmenter.cli.loading import load
-from segmenter.implementation import IMPLEMENTATIONS, explain
+from segmenter.implementation import IMPLEMENTATIONS, explain, parts
 from segmenter.segment import cpu_has_bfloat16
 
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def machine_facts() -> dict[str, Any]:
-    """Versions, devices and what each implementation argument stands for. Imports neither triton nor timm."""
+    """Versions, devices and what each implementation argument stands for. Does not import timm."""
     return {
         "versions": {
             "segmenter": segmenter.__version__,
@@ -54,6 +54,7 @@ def model_facts(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "path": args.model,
         "impl": model.impl,
+        "parts": parts(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         **dataclasses.asdict(model.info),
         "config": model.config.to_dict(),
@@ -80,7 +81,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     for impl, choice in facts["implementation"].items():
         lines.append(f"{'impl ' + impl:<15} {choice['runs']} ({choice['why']})")
     if "model" in facts:
-        config = facts["model"].pop("config")
+        config, parts_used = facts["model"].pop("config"), facts["model"].pop("parts")
         lines += [f"model {name:<14} {value}" for name, value in facts["model"].items()]
+        lines += [f"runs {name:<36} {value}" for name, value in parts_used.items()]
         lines += [f"config {name:<13} {value}" for name, value in config.items()]
     return lines

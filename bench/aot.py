@@ -1,0 +1,186 @@
+"""Compiles a recorded launch for any architecture, without a GPU, and reads what the compiler made of it."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import native_specialize_impl
+
+from segmenter.kernels import launch
+from segmenter.kernels.launch import Launch
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+_REGISTERS = 65_536  # of an SM, 32 bits each, handed to warps in units of 8 a thread
+# An SM's shared memory in bytes and most threads (CUDA C programming guide, table of compute capabilities). Each
+# program takes 1 KB of shared memory beyond its own.
+_SM = {
+    "sm_80": (167_936, 2048),
+    "sm_86": (102_400, 1536),
+    "sm_89": (102_400, 1536),
+    "sm_90": (233_472, 2048),
+    "sm_100": (233_472, 2048),
+    "sm_120": (102_400, 1536),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What one kernel became.
+
+    Args:
+        registers: a thread; accumulation registers included on AMD.
+        spills: bytes of local memory a thread.
+        shared: bytes a program.
+        tensor_core: the instruction that multiplies matrices, "none" if there is none.
+        has_dot: whether the kernel asks for such a product.
+        binary: cubin or hsaco.
+        assembly: PTX or AMD GCN.
+    """
+
+    kernel: str
+    architecture: str
+    registers: int
+    spills: int
+    shared: int
+    num_warps: int
+    tensor_core: str
+    has_dot: bool
+    binary: bytes
+    assembly: str
+
+
+class _KernelDispatch(TorchDispatchMode):
+    """Runs what CUDA tensors would run of our operators, whatever the device: the CPU's choice is the reference."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace != "segmenter":
+            return func(*args, **kwargs or {})
+        with self:  # operators that call operators
+            return func.redispatch(_CUDA, *args, **kwargs or {})
+
+
+@contextmanager
+def recording(architecture: str) -> Iterator[list[Launch]]:
+    """Within it, public functions called with CPU tensors append to the list what they would launch on a GPU."""
+    with torch.no_grad(), launch.recorded(architecture) as launches, _KernelDispatch():
+        yield launches
+
+
+def target(architecture: str) -> GPUTarget:
+    """Triton's name for "sm_90", "gfx942", ..."""
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64)
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+
+def source(recorded: Launch, architecture: str) -> tuple[ASTSource, dict[str, int]]:
+    """The kernel with the types and specialisations that this launch would compile it with, and its options."""
+    plan, backend = recorded.plan, make_backend(target(architecture))
+    signature, constants, attributes = {}, {}, {}
+    arguments = plan.arguments(recorded.tensors)
+    for i, (parameter, value) in enumerate(zip(plan.kernel.params, arguments, strict=True)):
+        kind, key = "constexpr", None
+        if not parameter.is_constexpr:  # the very function that a launch specialises its arguments with
+            kind, key = native_specialize_impl(
+                backend,
+                value,
+                parameter.is_const,
+                not parameter.do_not_specialize,
+                not parameter.do_not_specialize_on_alignment,
+            )
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        elif isinstance(key, str) and key:
+            attributes[(i,)] = backend.parse_attr(key)
+        signature[parameter.name] = kind
+    return ASTSource(plan.kernel, signature, constants, attributes), plan.options
+
+
+def identity(recorded: Launch, architecture: str) -> tuple:
+    """Equal for launches that compile to the same binary."""
+    src, options = source(recorded, architecture)
+    return (architecture, src.hash(), *sorted(options.items()))
+
+
+def compile_launch(recorded: Launch, architecture: str) -> Compiled:
+    """Compiles through Triton's cache, as the launch itself would."""
+    src, options = source(recorded, architecture)
+    compiled = triton.compile(src, target=target(architecture), options=dict(options))
+    has_dot = "tt.dot" in compiled.asm["ttir"]
+    if architecture.startswith("gfx"):
+        text, binary = compiled.asm["amdgcn"], compiled.asm["hsaco"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
+        spills = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1))
+        names = ("v_mfma",)
+    else:
+        text, binary = compiled.asm["ptx"], compiled.asm["cubin"]
+        registers, spills = resource_usage(binary)
+        names = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+    core = next((name for name in names if name in text), "none")
+    # num_warps from the metadata: warp specialisation adds some.
+    metadata = compiled.metadata
+    return Compiled(compiled.name, architecture, registers, spills, metadata.shared, metadata.num_warps, core, has_dot,
+                    binary, text)  # fmt: skip
+
+
+def programs_per_sm(compiled: Compiled) -> int:
+    """How many programs fit on one SM (AMD: compute unit) by registers, threads and shared memory.
+
+    An estimate: on Blackwell, tensor memory is not counted.
+    """
+    if compiled.architecture.startswith("gfx"):  # 4 SIMDs of 512 registers and at most 8 waves, 64 KB
+        waves = 4 * min(8, 512 // (-(-compiled.registers // 8) * 8))
+        return min(waves // compiled.num_warps, 65_536 // max(1, compiled.shared))
+    shared, threads = _SM[compiled.architecture]
+    lanes = 32 * compiled.num_warps
+    registers = -(-compiled.registers // 8) * 8
+    return min(_REGISTERS // (registers * lanes), threads // lanes, shared // (compiled.shared + 1024))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# NVIDIA's tools, as Triton bundles them
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) a thread by cuobjdump."""
+    output = _tool(str(_TOOLS / "cuobjdump"), ".cubin", cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", output)
+    return int(found.group(1)), int(found.group(2))
+
+
+def disassemble(cubin: bytes) -> str:
+    """SASS by nvdisasm."""
+    return _tool(str(_TOOLS / "nvdisasm"), ".cubin", cubin, "-c")
+
+
+def assembler_log(ptx: str, architecture: str) -> str:
+    """What ptxas says about this PTX. Triton keeps no log of what comes out of its cache, so it is assembled again."""
+    capability = target(architecture).arch
+    options = ("-v", f"--gpu-name={sm_arch_from_capability(capability)}", "-o", os.devnull)
+    return _tool(get_ptxas(capability).path, ".ptx", ptx.encode(), *options)
+
+
+def assembler_version(architecture: str) -> str:
+    """Release of ptxas that Triton uses for this architecture, such as "12.8"."""
+    return "" if architecture.startswith("gfx") else get_ptxas(target(architecture).arch).version
+
+
+def _tool(path: str, suffix: str, content: bytes, *options: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"input{suffix}"
+        file.write_bytes(content)
+        result = subprocess.run([path, *options, str(file)], capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr

@@ -1,0 +1,347 @@
+"""What a Hopper kernel's machine code (SASS, as nvdisasm prints it) tells that registers and spills do not.
+
+- Serialised tensor cores: ptxas gives up keeping several wgmma in flight and waits for each one. Nothing fails, the
+  kernel is just slow. Its log says so (C7510 to C7519), and the waits stand in the code. One alone inside a loop is no
+  fault: a product that is a single instruction deep and is needed at once.
+- Register hazards: a register that a wgmma in flight still reads (its A operand) or writes (its accumulator) is
+  touched before a wait that covers it (triton-lang/triton#9433: some releases of ptxas do that). Every path through
+  the code is followed, with the list of products in flight along it.
+"""
+
+import collections
+import dataclasses
+import functools
+import re
+
+_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+_LABEL = re.compile(r"^(\.L_x?_?\d+):")
+_GUARD = re.compile(r"^@!?U?P[T0-9]+\s+")
+_TARGET = re.compile(r"`\((\.L_x?_?\d+)\)")
+_SERIALISED = re.compile(r"\(C751\d\).*serialized")
+_IN_FLIGHT = 16  # groups kept apart on one path; older ones are taken together
+_WGMMA = ("HGMMA", "QGMMA", "IGMMA", "BGMMA")
+# What writes no general register, by the beginning of its name: stores, control flow, barriers, uniform registers and
+# predicates. Anything else is taken to write its first operand.
+_NO_RESULT = (
+    "ST", "RED", "BAR", "BRA", "BRX", "EXIT", "RET", "CALL", "NOP", "UTMA", "SYNCS", "DEPBAR", "WARP", "LDGSTS",
+    "LDGDEPBAR", "R2U", "R2P", "U", "ISETP", "FSETP", "DSETP", "HSETP", "FCHK", "PLOP3", "BSSY", "BSYNC", "VOTEU",
+    "CCTL", "MEMBAR", "FENCE", "ERRBAR", "ELECT", "END", "ACQ", "BREAK", "YIELD", "NANOSLEEP", "BMOV", "ARRIVES",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: `@P0 HGMMA.64x64x16.F32.BF16 R24, gdesc[UR24], RZ`."""
+
+    text: str
+    guarded: bool  # runs on a condition
+    name: str  # "HGMMA.64x64x16.F32.BF16"
+    operands: tuple[str, ...]
+    target: int | None = None  # index of the instruction that it branches to
+
+    @functools.cached_property
+    def is_wgmma(self) -> bool:
+        return self.name.split(".")[0] in _WGMMA
+
+    @functools.cached_property
+    def ends_group(self) -> bool:
+        """Whether a later wait can count this wgmma and those before it."""
+        return "gsb0" in self.operands
+
+    @functools.cached_property
+    def waits_for(self) -> int | None:
+        """How many of the newest groups this wait lets go on; None if it is no such wait."""
+        return int(self.operands[-1], 16) if self.name.startswith("WARPGROUP.DEPBAR") else None
+
+    @functools.cached_property
+    def writes(self) -> frozenset[int]:
+        """General registers that it writes (of a wgmma see `accumulator`)."""
+        if self.is_wgmma or self.name.startswith(_NO_RESULT):
+            return frozenset()
+        for operand in self.operands[:2]:  # SHFL and some others name a predicate first
+            found = re.fullmatch(r"R(\d+)(\.reuse)?", operand)
+            if found:
+                return _span(int(found.group(1)), _result_width(self.name))
+            if not re.fullmatch(r"!?U?P[T0-9]+", operand):
+                break
+        return frozenset()
+
+    @functools.cached_property
+    def reads(self) -> frozenset[int]:
+        """General registers that it reads, of wide operands at least the first one."""
+        stores = self.name.startswith(("ST", "RED", "ATOM"))
+        operands = self.operands if stores or not self.writes else self.operands[1:]
+        found = set()
+        for operand in operands:
+            width = 1
+            if stores and operand.startswith("R"):
+                width = _result_width(self.name)
+            for register, wide in re.findall(r"\bR(\d+)(\.64)?", operand):
+                found |= _span(int(register), 2 if wide else width)
+        return frozenset(found)
+
+    @functools.cached_property
+    def accumulator(self) -> frozenset[int]:
+        """Registers that a wgmma adds to: 64 x N results over 128 threads, two a register if they are 16 bits wide."""
+        columns, kind = re.search(r"\.\d+x(\d+)x\d+\.(\w+)", self.name).groups()
+        return _span(int(self.operands[0][1:]), int(columns) // (4 if kind == "F16" else 2))
+
+    @functools.cached_property
+    def fragment(self) -> frozenset[int]:
+        """Registers of a wgmma's A operand, empty if it comes from shared memory."""
+        found = re.match(r"R(\d+)", self.operands[1])
+        return _span(int(found.group(1)), 4) if found else frozenset()
+
+
+def _span(first: int, count: int) -> frozenset[int]:
+    return frozenset(range(first, first + count))
+
+
+def _result_width(name: str) -> int:
+    """Registers of a result or of stored data."""
+    parts = name.split(".")
+    if parts[0] in ("LDSM", "STSM"):
+        return int(parts[-1]) if parts[-1] in ("2", "4") else 1
+    if parts[0] in ("HMMA", "IMMA"):
+        return 4
+    if "128" in parts:
+        return 4
+    if "64" in parts or "WIDE" in parts or parts[0] in ("DADD", "DFMA", "DMUL"):
+        return 2
+    return 2 if parts[0] == "CS2R" and "32" not in parts else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A natural loop. `body`: indices of its instructions, ascending, those of loops inside it included."""
+
+    header: int
+    body: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hazard:
+    index: int
+    text: str
+    reason: str
+
+
+class Program:
+    """One kernel's instructions and how control flows through them."""
+
+    def __init__(self, sass: str):
+        self.instructions = _parse(sass)
+        self._starts = self._block_starts()
+        self._ends = [*self._starts[1:], len(self.instructions)]
+        self._block_of = {start: i for i, start in enumerate(self._starts)}
+        self._successors = [self._successors_of(i) for i in range(len(self._starts))]
+
+    def _block_starts(self) -> list[int]:
+        starts = {0}
+        for i, instruction in enumerate(self.instructions):
+            if instruction.target is not None:
+                starts.add(instruction.target)
+            if instruction.target is not None or instruction.name.startswith(("EXIT", "RET", "BRX")):
+                starts.add(i + 1)
+        return sorted(s for s in starts if s < len(self.instructions))
+
+    def _range(self, block: int) -> range:
+        return range(self._starts[block], self._ends[block])
+
+    def _successors_of(self, block: int) -> list[int]:
+        last = self.instructions[self._range(block)[-1]]
+        found = []
+        if last.target is not None:
+            found.append(self._block_of[last.target])
+        # A call's target counts as one way and the line after it as another; a return ends the path.
+        goes_on = last.guarded or not last.name.startswith(("BRA", "EXIT", "RET", "BRX"))
+        if goes_on and block + 1 < len(self._starts):
+            found.append(block + 1)
+        return found
+
+    @functools.cached_property
+    def loops(self) -> list[Loop]:
+        """Natural loops, except those that only poll a barrier."""
+        dominators = self._dominators()
+        bodies: dict[int, set[int]] = {}
+        predecessors = [[] for _ in self._starts]
+        for block, successors in enumerate(self._successors):
+            for successor in successors:
+                predecessors[successor].append(block)
+        for block, successors in enumerate(self._successors):
+            for header in successors:
+                if block not in dominators or header not in dominators[block]:
+                    continue
+                body, todo = bodies.setdefault(header, {header}), [block]
+                while todo:
+                    member = todo.pop()
+                    if member not in body:
+                        body.add(member)
+                        todo.extend(p for p in predecessors[member] if p in dominators)
+        found = []
+        for header, body in sorted(bodies.items()):
+            indices = tuple(i for block in sorted(body) for i in self._range(block))
+            if not self._is_polling(indices):
+                found.append(Loop(self._starts[header], indices))
+        return found
+
+    def _is_polling(self, indices: tuple[int, ...]) -> bool:
+        names = [self.instructions[i].name for i in indices]
+        return len(names) < 8 and (any(n.startswith("SYNCS") for n in names) or names == ["BRA"])
+
+    def _dominators(self) -> dict[int, set[int]]:
+        """For each reachable block those that every path to it passes."""
+        reachable, todo = {0}, [0]
+        while todo:
+            for successor in self._successors[todo.pop()]:
+                if successor not in reachable:
+                    reachable.add(successor)
+                    todo.append(successor)
+        dominators = {b: set(reachable) for b in reachable}
+        dominators[0] = {0}
+        changed = True
+        while changed:
+            changed = False
+            incoming: dict[int, list[set[int]]] = collections.defaultdict(list)
+            for block in reachable:
+                for successor in self._successors[block]:
+                    incoming[successor].append(dominators[block])
+            for block in sorted(reachable - {0}):
+                new = set.intersection(*incoming[block]) | {block}
+                if new != dominators[block]:
+                    dominators[block], changed = new, True
+        return dominators
+
+    @property
+    def innermost_loops(self) -> list[Loop]:
+        return [
+            loop
+            for loop in self.loops
+            if not any(other is not loop and set(other.body) < set(loop.body) for other in self.loops)
+        ]
+
+    def mix(self, loop: Loop | None = None) -> collections.Counter:
+        """Number of instructions by name, without modifiers but those that tell a MUFU or a wgmma apart."""
+        indices = range(len(self.instructions)) if loop is None else loop.body
+        return collections.Counter(_short(self.instructions[i]) for i in indices)
+
+    @property
+    def local_memory(self) -> int:
+        """Loads from and stores to local memory (LDL, STL), which is where registers spill to."""
+        counts = self.mix()
+        return counts["LDL"] + counts["STL"]
+
+    def serialised(self, log: str = "") -> list[int]:
+        """Indices of the wgmma inside loops that are waited for one by one.
+
+        Args:
+            log: of ptxas. If it warns, every wgmma waited for at once counts. Without a warning only those that go on
+                adding to what the one before them, waited for as well, has added to: one product cut in pieces.
+        """
+        warned = bool(_SERIALISED.search(log))
+        inside = sorted({i for loop in self.loops for i in loop.body if self.instructions[i].is_wgmma})
+        alone = [i for i in inside if self._is_alone(i)]
+        if warned:
+            return alone
+        found = set()
+        for before, after in zip(inside, inside[1:], strict=False):
+            same = self.instructions[before].accumulator == self.instructions[after].accumulator
+            if same and before in alone and after in alone:
+                found |= {before, after}
+        return sorted(found)
+
+    def _is_alone(self, index: int) -> bool:
+        """Whether this wgmma is a group of its own, and the next thing that happens to it is a wait for all."""
+        if not self.instructions[index].ends_group:
+            return False
+        before = index - 1
+        while before >= 0 and not self.instructions[before].name.startswith("WARPGROUP.ARRIVE"):
+            if self.instructions[before].is_wgmma and not self.instructions[before].ends_group:
+                return False
+            if self.instructions[before].is_wgmma:
+                break
+            before -= 1
+        for instruction in self.instructions[index + 1 :]:
+            if instruction.waits_for is not None:
+                return instruction.waits_for == 0
+            if instruction.is_wgmma or instruction.name.startswith(("WARPGROUP", "BRA", "EXIT")):
+                return False
+        return False
+
+    def hazards(self) -> list[Hazard]:
+        """Registers of a wgmma in flight that something touches before a wait that covers it."""
+        found: dict[tuple[int, str], Hazard] = {}
+        todo: list[tuple[int, _InFlight]] = [(0, _InFlight())]
+        seen = set(todo)
+        while todo:
+            block, state = todo.pop()
+            for i in self._range(block):
+                instruction = self.instructions[i]
+                for reason in state.conflicts(instruction):
+                    found.setdefault((i, reason), Hazard(i, instruction.text, reason))
+                state = state.after(instruction)
+            for successor in self._successors[block]:
+                step = (successor, state)
+                if step not in seen:
+                    seen.add(step)
+                    todo.append(step)
+        return [found[key] for key in sorted(found)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFlight:
+    """Registers of the wgmma in flight at one point: (accumulators, A operands) a group, oldest first."""
+
+    groups: tuple[tuple[frozenset[int], frozenset[int]], ...] = ()
+    open: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())  # issued, in no group yet
+
+    def conflicts(self, instruction: Instruction) -> list[str]:
+        pending = [group for group in (*self.groups, self.open) if group[0]]
+        if not pending or instruction.waits_for is not None:
+            return []
+        if instruction.is_wgmma:  # products run in order, so they may share accumulators, but not take one as operand
+            reads = instruction.fragment
+            return ["reads the accumulator of a wgmma in flight"] if any(reads & acc for acc, _ in pending) else []
+        found = []
+        if any(instruction.writes & a for _, a in pending):
+            found.append("overwrites the operand of a wgmma in flight")
+        if any((instruction.writes | instruction.reads) & acc for acc, _ in pending):
+            found.append("touches the accumulator of a wgmma in flight")
+        return found
+
+    def after(self, instruction: Instruction) -> "_InFlight":
+        if instruction.is_wgmma:
+            opened = (self.open[0] | instruction.accumulator, self.open[1] | instruction.fragment)
+            if not instruction.ends_group:
+                return _InFlight(self.groups, opened)
+            groups = (*self.groups, opened)
+            if len(groups) > _IN_FLIGHT:
+                (acc_0, a_0), (acc_1, a_1), *rest = groups
+                groups = ((acc_0 | acc_1, a_0 | a_1), *rest)
+            return _InFlight(groups)
+        if instruction.waits_for is not None:
+            return _InFlight(self.groups[max(0, len(self.groups) - instruction.waits_for) :], self.open)
+        return self
+
+
+def _parse(sass: str) -> list[Instruction]:
+    lines, labels = [], {}
+    for line in sass.splitlines():
+        if label := _LABEL.match(line.strip()):
+            labels[label.group(1)] = len(lines)
+        elif found := _LINE.match(line):
+            lines.append(found.group(1))
+    instructions = []
+    for text in lines:
+        bare = _GUARD.sub("", text)
+        name, _, rest = bare.partition(" ")
+        target = _TARGET.search(rest) if name.startswith(("BRA", "CALL", "WARPSYNC")) else None
+        operands = tuple(part.strip() for part in rest.split(",")) if rest else ()
+        index = labels.get(target.group(1)) if target else None
+        instructions.append(Instruction(text, bare != text, name, operands, index))
+    return instructions
+
+
+def _short(instruction: Instruction) -> str:
+    parts = instruction.name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "MUFU" or parts[0] in _WGMMA else parts[0]

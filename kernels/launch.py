@@ -1,0 +1,241 @@
+"""Everything between a Python call and a running kernel: where kernels can run, checks, cached launches, descriptors.
+
+A launch through `kernel[grid](...)` binds and specialises every argument anew, 5 to 18 microseconds of host time. What
+they come out as depends on shapes, strides, types and alignment alone, so each operator keeps a `Plan` for a key of
+these and launches the compiled kernel directly from the second call on. Nothing is tuned at run time, nothing
+synchronises and nothing is allocated but the outputs, so every operator can be captured in a CUDA graph; a first call
+compiles, so make one call of each shape before capturing.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton.jit saw the kernels
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+MAX_GRID = 2**31 - 1  # of axis 0, the only one used: the others end at 65,535
+MAX_PLANS = 4096  # shapes remembered by one operator; beyond that it starts over
+
+_recording: "Recording | None" = None
+
+
+class KernelError(RuntimeError):
+    """The kernels cannot take this call. The message says why and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where kernels run
+
+
+@functools.cache
+def _device_architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def architecture(tensor: torch.Tensor) -> str:
+    """Name of the architecture that a launch on this tensor's device compiles for: "sm_90", "gfx942", ...
+
+    In the interpreter it is sm_90, so that tests run what ships for the H100 and H200.
+    """
+    if _recording is not None:
+        return _recording.architecture
+    return _device_architecture(tensor.device.index) if tensor.is_cuda else "sm_90"
+
+
+def check_device(*tensors: torch.Tensor | None) -> None:
+    """Raises KernelError unless all tensors (None is skipped) are on one device on which kernels can run.
+
+    That is a CUDA device of capability 8.0 or newer, or the CPU when Triton's interpreter is on.
+    """
+    present = [t for t in tensors if t is not None]
+    device = present[0].device
+    for tensor in present[1:]:
+        if tensor.device != device:
+            raise KernelError(f"all tensors must be on one device, found {device} and {tensor.device}")
+    if _recording is not None:
+        return
+    if device.type == "cuda":
+        name = architecture(present[0])
+        if name.startswith("sm_") and int(name[3:]) < 80:
+            raise KernelError(f'the kernels need compute capability 8.0 or newer, found {name}; use impl="eager"')
+    elif not (device.type == "cpu" and INTERPRETED):
+        raise KernelError(
+            f"the kernels run on CUDA tensors (or on CPU tensors with TRITON_INTERPRET=1), got {device}; "
+            'move the tensors to the GPU or use impl="eager"'
+        )
+
+
+def check_floats(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """Raises KernelError unless the tensor is of one of the supported types."""
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise KernelError(f'{name} must be one of {names}, got {tensor.dtype}; cast it or use impl="eager"')
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of every tl.dot: for float32 what `torch.set_float32_matmul_precision` says.
+
+    "highest" multiplies in float32 on the ordinary cores ("ieee"), "high" and "medium" use TF32 tensor cores. Half
+    types are not rounded, whatever it says.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if its last dimension is dense, which is all that kernels ask for; else a dense copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def fits_descriptor(tensor: torch.Tensor) -> bool:
+    """Whether a hardware tensor descriptor can address it: base and outer strides in multiples of 16 bytes.
+
+    A stride of 0 (an expanded tensor) cannot be encoded.
+    """
+    size = tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(
+        stride > 0 and stride * size % 16 == 0 and stride * size < 2**40 for stride in tensor.stride()[:-1]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a kernel reads or writes one tensor through a descriptor: its (shape, strides), cut into `block`s."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+    def of(self, tensor: torch.Tensor) -> TensorDescriptor:
+        return TensorDescriptor(tensor, list(self.shape), list(self.strides), list(self.block))
+
+
+class Plan:
+    """One launch, decided: everything but the addresses.
+
+    Args:
+        kernel: a @triton.jit function. Its parameters come in the order tensors, scalars.
+        grid: programs along axis 0.
+        tiles: for each tensor argument None (passed as a pointer) or how to make a descriptor of it.
+        scalars: the other arguments in order, constexprs included.
+        options: num_warps, num_stages.
+    """
+
+    __slots__ = ("compiled", "descriptors", "grid", "kernel", "options", "scalars", "tiles")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: int,
+        tiles: tuple[Tiles | None, ...],
+        scalars: tuple[Any, ...],
+        options: dict[str, int],
+    ):
+        if grid > MAX_GRID:
+            raise KernelError(f"this call needs {grid} programs, more than {MAX_GRID}; split the batch")
+        self.kernel, self.grid, self.tiles, self.scalars, self.options = kernel, (grid, 1, 1), tiles, scalars, options
+        self.compiled: Any = None
+        self.descriptors: list[dict[str, Any] | None] | None = None
+
+    def run(self, *tensors: torch.Tensor | None) -> None:
+        """Launches on the tensors' device and its current stream. None stands for a tensor the kernel does not use."""
+        if _recording is not None:
+            _recording.launches.append(Launch(self, tensors))
+            return
+        index = tensors[0].get_device()  # type: ignore[union-attr]  # the first is never None; -1 on the CPU
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):  # never set_device: the caller's current device stays as it is
+                self._run(tensors)
+        else:
+            self._run(tensors)
+
+    def arguments(self, tensors: tuple[torch.Tensor | None, ...]) -> list[Any]:
+        """What the kernel is called with."""
+        if self.descriptors is None:
+            arguments: list[Any] = [
+                tensor if tiles is None else tiles.of(tensor) for tensor, tiles in zip(tensors, self.tiles, strict=True)
+            ]
+            self.descriptors = [
+                {**vars(x), "base": None} if isinstance(x, TensorDescriptor) else None for x in arguments
+            ]
+            return [*arguments, *self.scalars]
+        arguments = [*tensors, *self.scalars]
+        for i, template in enumerate(self.descriptors):
+            if template is not None:  # checked when the first was made; alignment is in the plan's key
+                arguments[i] = descriptor = object.__new__(TensorDescriptor)
+                vars(descriptor).update(template)
+                descriptor.base = tensors[i]
+        return arguments
+
+    def _run(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        arguments = self.arguments(tensors)
+        if self.compiled is not None:
+            self.compiled[self.grid](*arguments)
+        else:  # None again in the interpreter
+            self.compiled = self.kernel[self.grid](*arguments, **self.options)
+
+
+def planned(plans: dict[Any, Plan], key: tuple, make: Callable[[], Plan]) -> Plan:
+    """The plan for a key, made on first use. The key holds all that `make` looks at: shapes, strides, types,
+    alignment and device."""
+    if _recording is not None:
+        return make()
+    plan = plans.get(key)
+    if plan is None:
+        if len(plans) >= MAX_PLANS:
+            plans.clear()
+        plan = plans[key] = make()
+    return plan
+
+
+def layout(tensor: torch.Tensor) -> tuple:
+    """The part of a plan's key that one tensor gives."""
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16, tensor.get_device())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recording, for tools that compile without a GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A launch that was decided and not made."""
+
+    plan: Plan
+    tensors: tuple[torch.Tensor | None, ...]
+
+
+@dataclasses.dataclass
+class Recording:
+    architecture: str
+    launches: list[Launch] = dataclasses.field(default_factory=list)
+
+
+@contextlib.contextmanager
+def recorded(architecture: str) -> Iterator[list[Launch]]:
+    """Within it, operators called with CPU tensors choose their kernels for `architecture` and launch nothing.
+
+    What they return is not computed. It is how `bench.compile_report` compiles exactly what ships.
+    """
+    global _recording
+    before, _recording = _recording, Recording(architecture)
+    try:
+        yield _recording.launches
+    finally:
+        _recording = before

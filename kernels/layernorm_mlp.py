@@ -1,0 +1,272 @@
+"""The MLP half of a block, x + fc2(gelu(fc1(LayerNorm(x)))).
+
+    x (..., d), LayerNorm (d,), fc1 (d_ff, d), fc2 (d, d_ff)  ->  (..., d)
+
+Two ways; `configs.layernorm_mlp` chooses:
+- "single": one kernel. A program normalises BLOCK_M whole rows and walks over the hidden layer in chunks of BLOCK_H:
+  h = gelu(x fc1[chunk]^T + b), out += h fc2[:, chunk]^T. The hidden layer never reaches memory: at Seg-Ti/16, 512x512,
+  4 * 1025 * 192 elements an image, 1.6 MB in bfloat16, written and read again, where x itself is 0.4 MB. It needs the
+  normalised rows and their accumulator on one multiprocessor: narrow layers only.
+- "split": `layernorm_linear` with GELU, then `linear` with bias and residual.
+
+Statistics and accumulators are float32; the hidden layer is rounded to the weights' type, as in eager PyTorch.
+
+Limits: any width; "single" needs one that is a power of two or the sum of two (192, 384), half types, and weights on
+16-byte boundaries are fastest.
+Reference: `reference.layernorm_mlp`. Test: tests/test_layernorm_mlp.py.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from segmenter.kernels import configs, launch, reference
+from segmenter.kernels.layernorm import as_rows, check_affine
+from segmenter.kernels.linear import check_linear, check_types, linear_flops, normalised_product, product
+from segmenter.kernels.numerics import fits_rows, gelu, gelu_form, normalised_rows, power_of_two_columns
+from segmenter.kernels.operators import define, forbid_forward_mode
+
+
+@triton.jit
+def _load_weights(W, row_0, col_0, stride, ROWS: tl.constexpr, COLS: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """(ROWS, COLS) of a weight from (row_0, col_0) on, all of it inside."""
+    if DESCRIPTORS:
+        w = W.load([row_0, col_0])
+    else:
+        rows = row_0 + tl.arange(0, ROWS)
+        cols = col_0 + tl.arange(0, COLS)
+        w = tl.load(W + rows.to(tl.int64)[:, None] * stride + cols[None, :])
+    return w
+
+
+@triton.jit
+def _store_out(acc, X, Y, Bias, row_0, stride_x, n_rows, D: tl.constexpr, COL_0: tl.constexpr, COLS: tl.constexpr,
+               BLOCK_M: tl.constexpr, DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """Stores acc + Bias + X as columns COL_0.. of Y."""
+    offs_d = COL_0 + tl.arange(0, COLS)
+    acc = acc + tl.load(Bias + offs_d).to(tl.float32)[None, :]
+    if DESCRIPTORS:  # no row addresses to keep in registers during the main loop
+        y = acc + X.load([row_0, COL_0]).to(tl.float32)
+        Y.store([row_0, COL_0], y.to(Y.dtype))
+    else:
+        offs_m = row_0 + tl.arange(0, BLOCK_M)
+        rows = tl.minimum(offs_m, n_rows - 1).to(tl.int64)
+        y = acc + tl.load(X + rows[:, None] * stride_x + offs_d[None, :]).to(tl.float32)
+        pointers = Y + rows[:, None] * D + offs_d[None, :]
+        tl.store(pointers, y.to(Y.dtype.element_ty), mask=(offs_m < n_rows)[:, None])
+
+
+@triton.jit
+def _layernorm_mlp_fwd_kernel(
+    X, W11, W12, W21, W22, X1, X2, Y1, Y2,  # (M, D); fc1 (H, D) and fc2 (D, H), each cut at D1; (M, D) cut at D1
+    Gamma, Beta, Bias1, Bias2,  # (D,) twice, (H,), (D,)
+    stride_x, stride_1, stride_2, n_rows, eps,
+    D: tl.constexpr,
+    D1: tl.constexpr,  # the largest power of two up to D; D - D1 is 0 or another one
+    H: tl.constexpr,  # a multiple of BLOCK_H
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, GELU: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    m_0 = tl.program_id(0) * BLOCK_M
+    dtype: tl.constexpr = W11.dtype if DESCRIPTORS else W11.dtype.element_ty
+    x_1, x_2 = normalised_rows(X, Gamma, Beta, m_0, stride_x, n_rows, eps, D, D1, BLOCK_M, dtype)
+    acc_1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    if D1 < D:
+        acc_2 = tl.zeros([BLOCK_M, D - D1], tl.float32)
+    for h_0 in tl.range(0, H, BLOCK_H):
+        offs_h = h_0 + tl.arange(0, BLOCK_H)
+        w = _load_weights(W11, h_0, 0, stride_1, BLOCK_H, D1, DESCRIPTORS)
+        h = tl.dot(x_1, w.T, input_precision=PRECISION)
+        if D1 < D:
+            w = _load_weights(W12, h_0, D1, stride_1, BLOCK_H, D - D1, DESCRIPTORS)
+            h = tl.dot(x_2, w.T, h, input_precision=PRECISION)
+        h = gelu(h + tl.load(Bias1 + offs_h).to(tl.float32)[None, :], GELU).to(dtype)
+        w = _load_weights(W21, 0, h_0, stride_2, D1, BLOCK_H, DESCRIPTORS)
+        acc_1 = tl.dot(h, w.T, acc_1, input_precision=PRECISION)
+        if D1 < D:
+            w = _load_weights(W22, D1, h_0, stride_2, D - D1, BLOCK_H, DESCRIPTORS)
+            acc_2 = tl.dot(h, w.T, acc_2, input_precision=PRECISION)
+    _store_out(acc_1, X1, Y1, Bias2, m_0, stride_x, n_rows, D, 0, D1, BLOCK_M, DESCRIPTORS)
+    if D1 < D:
+        _store_out(acc_2, X2, Y2, Bias2, m_0, stride_x, n_rows, D, D1, D - D1, BLOCK_M, DESCRIPTORS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching. From here on x is (M, d) with dense rows.
+
+_PLANS: dict[Any, launch.Plan] = {}
+
+
+def _single(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    eps: float,
+    c: configs.MlpConfig,
+) -> torch.Tensor:
+    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, fc2_weight.dtype), device=x.device)
+    precision = launch.dot_precision(fc1_weight.dtype)
+    d, d_1 = x.shape[1], power_of_two_columns(x.shape[1])
+
+    def plan() -> launch.Plan:
+        m, hidden = x.shape[0], fc1_weight.shape[0]
+        cut = (fc1_weight, fc2_weight, x, y)
+        descriptors = c.descriptors and all(launch.fits_descriptor(t) for t in cut)
+        tiles: list[launch.Tiles | None] = [None] * 13
+        if descriptors:
+            blocks = ((c.block_h, 0), (0, c.block_h), (c.block_m, 0), (c.block_m, 0))  # 0: the columns of x on this side
+            for i, (tensor, block) in enumerate(zip(cut, blocks, strict=True)):
+                for side, columns in enumerate((d_1, d - d_1)):
+                    if columns:
+                        block_ = tuple(size or columns for size in block)
+                        tiles[1 + 2 * i + side] = launch.Tiles(tuple(tensor.shape), tensor.stride(), block_)
+        form = gelu_form(fc1_weight.dtype, launch.architecture(x))
+        scalars = (
+            x.stride(0), fc1_weight.stride(0), fc2_weight.stride(0), m, eps, d, d_1, hidden, c.block_m, c.block_h,
+            form, descriptors, precision,
+        )  # fmt: skip
+        options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
+        return launch.Plan(_layernorm_mlp_fwd_kernel, triton.cdiv(m, c.block_m), tuple(tiles), scalars, options)
+
+    tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    key = (tuple(launch.layout(t) for t in tensors), eps, precision, c)
+    cut = (fc1_weight, fc2_weight, x, y)
+    halves = [half for t in cut for half in (t, t if d_1 < d else None)]
+    launch.planned(_PLANS, key, plan).run(x, *halves, norm_weight, norm_bias, fc1_bias, fc2_bias)
+    return y
+
+
+def run(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    eps: float,
+    strategy: str | None = None,
+    config: configs.MlpConfig | None = None,
+) -> torch.Tensor:
+    """The operator for x (M, d), dense rows.
+
+    Args:
+        strategy: "single" or "split", config: of "single"; instead of the table's choice.
+    """
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=torch.promote_types(x.dtype, fc2_weight.dtype), device=x.device)
+    (m, d), hidden, architecture = x.shape, fc1_weight.shape[0], launch.architecture(x)
+    strategy = strategy or configs.layernorm_mlp(architecture, fc1_weight.element_size(), m, d)
+    c = config or configs.mlp(architecture, m, d)
+    if strategy == "single" and fits_rows(d) and hidden % c.block_h == 0:
+        return _single(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, c)
+    h = normalised_product(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, True)
+    return product(h, fc2_weight, fc2_bias, x)
+
+
+def _check(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+) -> None:
+    """Raises ValueError unless the shapes fit together."""
+    check_affine(x, norm_weight, norm_bias)
+    check_linear("fc1_weight", x, fc1_weight, fc1_bias)
+    expected = (x.shape[-1], fc1_weight.shape[0])
+    if fc2_weight.shape != expected or fc2_bias.shape != expected[:1]:
+        raise ValueError(
+            f"fc2_weight and fc2_bias must be {expected} and {expected[:1]}, "
+            f"got {tuple(fc2_weight.shape)} and {tuple(fc2_bias.shape)}"
+        )
+
+
+def _layernorm_mlp_kernel(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    launch.check_device(x, *parameters)
+    launch.check_floats("x", x)
+    check_types(fc1_weight, bias=fc1_bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    launch.check_floats("fc2_weight", fc2_weight, (fc1_weight.dtype,))
+    launch.check_floats("fc2_bias", fc2_bias, (fc1_weight.dtype,))
+    _check(x, *parameters)
+    return run(as_rows(x), *(launch.rows_contiguous(t) for t in parameters), eps).view(x.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operator
+
+
+def _layernorm_mlp_fake(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    parameters = args[:6]
+    _check(x, *parameters)
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, parameters[4].dtype))
+
+
+def _layernorm_mlp_reference(x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, *args: Any):
+    # x and the LayerNorm's parameters may have different types, which not every backend of PyTorch takes.
+    wide = torch.promote_types(x.dtype, norm_weight.dtype)
+    out = reference.layernorm_mlp(x.to(wide), norm_weight.to(wide), norm_bias.to(wide), *args)
+    return out.to(torch.promote_types(x.dtype, args[2].dtype)).contiguous()
+
+
+def _layernorm_mlp_flops(
+    x: tuple[int, ...], norm_weight: tuple, norm_bias: tuple, fc1_weight: tuple[int, ...], *args: Any, **kwargs: Any
+) -> int:
+    return 2 * linear_flops(x, fc1_weight)
+
+
+_layernorm_mlp = define(
+    "layernorm_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias,"
+    " Tensor fc2_weight, Tensor fc2_bias, float eps) -> Tensor",
+    kernel=_layernorm_mlp_kernel,
+    reference=_layernorm_mlp_reference,
+    fake=_layernorm_mlp_fake,
+    flops=_layernorm_mlp_flops,
+    autocast=lambda dtype, args: (*args[:3], *(t.to(dtype) for t in args[3:7]), args[7]),
+)
+
+
+def layernorm_mlp(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """x + fc2(gelu(fc1(layer_norm(x)))), with the exact (erf) GELU; differentiable through the eager reference.
+
+    Args:
+        x: (..., d), bfloat16, float16 or float32. norm_weight, norm_bias: (d,), of any of these types.
+        fc1_weight: (d_ff, d), fc1_bias: (d_ff,), fc2_weight: (d, d_ff), fc2_bias: (d,), all of one of these types.
+        eps: added to the variance.
+    Returns:
+        (..., d), the type of x, or of the weights if that is wider.
+    Raises:
+        KernelError: other types or devices. ValueError: shapes do not fit.
+
+    Under autocast the four weights and biases are cast; x, and with it the result, stays as it is.
+    """
+    launch.check_device(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    forbid_forward_mode()
+    return _layernorm_mlp(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps)

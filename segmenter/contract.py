@@ -1,0 +1,163 @@
+"""What was found out about a module when it was accelerated, and has to hold still at every call.
+
+A fused operator reads the parameters of layers in place of calling them. That is right only as long as each of them is
+what it was when it was looked at: of the same class, with the same children and flags, without hooks, with ordinary
+weights. Layers get replaced (LoRA, quantisation), hooked and switched later, so a call asks anew.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+
+from segmenter.fusable import why_not_bypass
+
+Path = tuple[str, ...]  # names of children, from the accelerated module down
+
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+_WITHOUT_FLAGS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)  # what these do is in parameters, eps and rates
+RATES = ("p", "drop_prob", "dropout")  # of nn.Dropout; of everybody's stochastic depth; of nn.MultiheadAttention
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
+
+class Unlike(Exception):
+    """The module is not of the structure looked for. The message says what is in the way."""
+
+
+class Layer(NamedTuple):
+    """One layer that is read, or passed over, instead of being called.
+
+    Attributes:
+        path: where it is. kind: its class. children: the names of its children.
+        flags: its plain attributes. rate: the name of the attribute that drops something in training.
+    """
+
+    path: Path
+    kind: type
+    children: tuple[str, ...]
+    flags: tuple[tuple[str, Any], ...]
+    rate: str | None
+
+
+Contract = tuple[Layer, ...]
+
+
+def original_class(cls: type) -> type:
+    """The class that an accelerated one was made from; any other class itself."""
+    return cls.__dict__.get("_segmenter_original", cls)  # not inherited: others may have made a subclass since
+
+
+def find(root: nn.Module, path: Path) -> nn.Module | None:
+    """The descendant at `path`, or None."""
+    module: nn.Module | None = root
+    for name in path:  # through the dictionaries: attribute look-ups of modules are slow, and this runs at every call
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module
+
+
+def record(root: nn.Module, path: Path, parameters: tuple[str, ...] = (), children: tuple[str, ...] = ()) -> Layer:
+    """Notes down what the layer at `path` is.
+
+    Args:
+        parameters: the only ones that it may hold itself. children: the only ones that it may have.
+    Raises:
+        Unlike: it holds anything else, or something whose effect cannot be told from outside.
+    """
+    layer, name = find(root, path), ".".join(path) or "it"
+    if layer is None:
+        raise Unlike(f"{name} is missing")
+    state = layer.__dict__
+    if "forward" in state:
+        raise Unlike(f"{name} has a replaced forward")
+    held = {n for kind in ("_parameters", "_buffers") for n, tensor in state[kind].items() if tensor is not None}
+    if extra := sorted(held - set(parameters)):
+        raise Unlike(f"{name} ({_class(layer)}) holds {', '.join(extra)}")
+    if extra := sorted({n for n, child in layer._modules.items() if child is not None} - set(children)):
+        raise Unlike(f"{name} ({_class(layer)}) has a layer {', '.join(extra)}")
+    if (reason := why_not_bypass(layer, (type(layer),))) not in (None, "hooks"):  # hooks come and go: a call asks
+        raise Unlike(f"{name} has {reason}")
+    kind = original_class(type(layer))
+    own = {n: value for n, value in state.items() if n not in _OF_EVERY_MODULE and n != "_segmenter"}
+    for attribute, value in own.items():
+        if not _is_plain(value):
+            raise Unlike(f"{name} ({_class(layer)}) holds {attribute}, a {type(value).__name__}")
+    rate = next((n for n in RATES if isinstance(own.get(n), (int, float))), None)
+    flags = () if kind in _WITHOUT_FLAGS else tuple((n, v) for n, v in own.items() if n != rate)
+    return Layer(path, kind, tuple(layer._modules), flags, rate)
+
+
+def record_linear(root: nn.Module, path: Path, bias: bool = False) -> Layer:
+    """`record` of a linear layer, with a bias if `bias`. Subclasses that add nothing may pass: `structure` tries them.
+
+    Raises:
+        Unlike: it is another kind of layer, such as an adapter around a linear layer.
+    """
+    return _record_kind(root, path, nn.Linear, bias)
+
+
+def record_norm(root: nn.Module, path: Path) -> Layer:
+    """`record` of a LayerNorm over the last dimension with weight and bias."""
+    layer = _record_kind(root, path, nn.LayerNorm, True)
+    if find(root, path).weight.ndim != 1:
+        raise Unlike(f"{'.'.join(path)} normalises over several dimensions")
+    return layer
+
+
+def _record_kind(root: nn.Module, path: Path, kind: type, bias: bool) -> Layer:
+    layer, name = find(root, path), ".".join(path)
+    if layer is None:
+        raise Unlike(f"{name} is missing")
+    if not isinstance(layer, kind):
+        raise Unlike(f"{name} is {_class(layer)}, not {kind.__name__}")
+    recorded = record(root, path, ("weight", "bias"))
+    needed = ("weight", "bias") if bias else ("weight",)
+    if absent := [n for n in needed if layer._parameters.get(n) is None]:  # a parametrised weight is not there either
+        raise Unlike(f"{name} has no parameter {', '.join(absent)}")
+    return recorded
+
+
+def unmet(root: nn.Module, contract: Contract, dtype: torch.dtype | None = None) -> str | None:
+    """Why the layers of a contract have to be called at the moment, or None if they need not be.
+
+    Args:
+        dtype: what all parameters must have; None if that does not matter.
+    """
+    training = root.training
+    for path, kind, children, flags, rate in contract:
+        layer = find(root, path)
+        if layer is None:
+            return f"{'.'.join(path)} is gone"
+        cls = type(layer)
+        if original_class(cls) is not kind:
+            return f"{'.'.join(path)} is {_class(layer)}, it was {kind.__name__}"
+        if tuple(layer._modules) != children:
+            return f"{'.'.join(path) or 'it'} has other layers than before"
+        state = layer.__dict__
+        if path:  # the accelerated module's own hooks run anyway
+            reason = why_not_bypass(layer, (cls,))
+            if reason is not None:
+                return f"{'.'.join(path)} has {reason}"
+        for name, value in flags:
+            if state.get(name) != value:
+                return f"{'.'.join(path) or 'it'} has {name}={state.get(name)!r}, it was {value!r}"
+        if rate is not None and (training or layer.training) and state.get(rate):
+            return f"{'.'.join(path)} drops at random in training"
+        if dtype is not None:
+            for parameter in state["_parameters"].values():
+                if parameter is not None and parameter.dtype != dtype:
+                    return f"{'.'.join(path)} is {_name(parameter.dtype)}, the input {_name(dtype)}"
+    return None
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(_is_plain(v) for v in value))
+
+
+def _class(module: nn.Module) -> str:
+    return original_class(type(module)).__name__
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

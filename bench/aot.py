@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource, make_backend
@@ -23,6 +24,7 @@ from segmenter.kernels.launch import Launch
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+_PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")}
 _REGISTERS = 65_536  # of an SM, 32 bits each, handed to warps in units of 8 a thread
 # An SM's shared memory in bytes and most threads (CUDA C programming guide, table of compute capabilities). Each
 # program takes 1 KB of shared memory beyond its own.
@@ -63,13 +65,21 @@ class Compiled:
 
 
 class _KernelDispatch(TorchDispatchMode):
-    """Runs what CUDA tensors would run of our operators, whatever the device: the CPU's choice is the reference."""
+    """Runs what CUDA tensors would run of our operators, whatever the device: the CPU's choice is the reference.
+
+    Matrix products of PyTorch between our launches are not computed, only their shapes.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace != "segmenter":
-            return func(*args, **kwargs or {})
-        with self:  # operators that call operators
-            return func.redispatch(_CUDA, *args, **kwargs or {})
+        kwargs = kwargs or {}
+        if func.namespace == "segmenter":
+            with self:  # operators that call operators
+                return func.redispatch(_CUDA, *args, **kwargs)
+        if func.overloadpacket in _PRODUCTS:
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+            shape = func(*args, **kwargs)
+            return torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype)
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def _load_rows(X, b, head, row, stride_b, stride_n, stride_h, n_rows, offs_d, RO
                MASKED: tl.constexpr):  # fmt: skip
     """Rows row.. of one head as (ROWS, HEAD_PAD); columns beyond HEAD_DIM, and rows beyond n_rows if MASKED, are 0."""
     if DESCRIPTORS:  # the copy engine fills with zeros what is outside this image and this head
-        x = X.load([b, row, head, 0]).reshape([ROWS, HEAD_PAD])
+        x = X.load([b, head, row, 0]).reshape([ROWS, HEAD_PAD])
     else:
         offs = tl.arange(0, ROWS)
         base = X + b.to(tl.int64) * stride_b + tl.cast(row, tl.int64) * stride_n + head.to(tl.int64) * stride_h
@@ -117,14 +117,17 @@ def _attention_fwd_kernel(
                        HEAD_DIM, HEAD_PAD, DESCRIPTORS, False)  # fmt: skip
         qk = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)
-    if TAIL:
-        k = _load_rows(K, b, k_head + h, end, stride_kb, stride_kn, stride_kh, n_keys, offs_d, BLOCK_N,
-                       HEAD_DIM, HEAD_PAD, DESCRIPTORS, True)  # fmt: skip
-        v = _load_rows(V, b, v_head + h, end, stride_vb, stride_vn, stride_vh, n_keys, offs_d, BLOCK_N,
-                       HEAD_DIM, HEAD_PAD, DESCRIPTORS, True)  # fmt: skip
-        qk = tl.dot(q, k.T, input_precision=PRECISION)
-        qk = tl.where((end + tl.arange(0, BLOCK_N))[None, :] < n_keys, qk, float("-inf"))
-        m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)
+    if TAIL:  # noqa: SIM102
+        # Always true, but a branch at run time: without one, ptxas of CUDA 12.8 serialises every wgmma of the function,
+        # those of the loop too (its warning C7515).
+        if end < n_keys:
+            k = _load_rows(K, b, k_head + h, end, stride_kb, stride_kn, stride_kh, n_keys, offs_d, BLOCK_N,
+                           HEAD_DIM, HEAD_PAD, DESCRIPTORS, True)  # fmt: skip
+            v = _load_rows(V, b, v_head + h, end, stride_vb, stride_vn, stride_vh, n_keys, offs_d, BLOCK_N,
+                           HEAD_DIM, HEAD_PAD, DESCRIPTORS, True)  # fmt: skip
+            qk = tl.dot(q, k.T, input_precision=PRECISION)
+            qk = tl.where((end + tl.arange(0, BLOCK_N))[None, :] < n_keys, qk, float("-inf"))
+            m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)
 
     offs_m = m_0 + tl.arange(0, BLOCK_M)
     if STORE_LSE:
@@ -133,7 +136,7 @@ def _attention_fwd_kernel(
         tl.store(Lse + bh.to(tl.int64) * n_lse + offs_m, lse, mask=offs_m < n_lse)
     acc = acc * (1.0 / l_i)[:, None]  # one division a row: dividing the tile costs 140 instructions more
     if DESCRIPTORS:
-        Out.store([b, m_0, h, 0], acc.to(Out.dtype).reshape([1, BLOCK_M, 1, HEAD_PAD]))
+        Out.store([b, h, m_0, 0], acc.to(Out.dtype).reshape([1, 1, BLOCK_M, HEAD_PAD]))
     else:
         o_rows = Out + b.to(tl.int64) * stride_ob + m_0.to(tl.int64) * stride_on + h.to(tl.int64) * stride_oh
         pointers = o_rows + tl.arange(0, BLOCK_M)[:, None] * stride_on + offs_d[None, :]
@@ -200,7 +203,8 @@ def _plan(
     tiles: list[launch.Tiles | None] = [None] * 7
     if descriptors:
         for i, (tensor, rows) in enumerate(((q, c.block_m), (k, c.block_n), (v, c.block_n), (o, c.block_m))):
-            tiles[i] = launch.Tiles(tuple(tensor.shape), tensor.stride(), (1, rows, 1, head_pad))
+            t = tensor.transpose(1, 2)
+            tiles[i] = launch.Tiles(tuple(t.shape), t.stride(), (1, 1, rows, head_pad))
     scalars = (
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
         *heads[1:], h, n_queries, n_keys, n_lse, n_blocks, scale * launch.LOG2E,

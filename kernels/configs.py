@@ -39,7 +39,7 @@ def attention(architecture: str, element_size: int, head_pad: int, n_keys: int, 
         # Exactness is what float32 is used for here. Small tiles: the operands of ordinary multiply-adds fill the
         # registers, and TF32 needs V transposed through them.
         if precision == "ieee":
-            return AttentionConfig(32, 32, 4, 2)
+            return AttentionConfig(32, 16, 4, 2)
         return AttentionConfig(64, 32, 4, 2)
     if architecture in ("sm_90", "sm_100"):
         if head_pad == 128:
@@ -81,26 +81,34 @@ def mask_head(architecture: str, element_size: int, k_pad: int, d: int, n_rows: 
             # Ordinary multiply-adds hold whole rows of both operands in registers: 32 x 32 chunks against 256 classes
             # spill 5 KB a thread, 16 columns at a time none.
             return MaskHeadConfig(32, 16, 16, 8, 2) if wide else MaskHeadConfig(32, 32, 32, 4, 2)
-        return MaskHeadConfig(64, 64, 32, 8, 2) if wide else MaskHeadConfig(64, 32, 32, 4, 2)
+        # TF32 needs the projection transposed through registers; with four warps ptxas then serialises the products.
+        return MaskHeadConfig(64, 32 if architecture.startswith("gfx") else 64, 32, 8, 2)
     block_d = next((size for size in (256, 128) if d % size == 0), 64)  # no part of a chunk beyond d at 192 to 1024
     if architecture == "sm_90":
         if n_rows <= 64 * 132:
-            # Half as many rows a program while that gives every multiprocessor of 132 one at most. 250 registers.
+            # Few rows: as long as programs of 64 rows do not outnumber the 132 multiprocessors, they end earlier.
             return MaskHeadConfig(64, min(block_d, 128), 64, 4, 3, descriptors)
         # As a plain product: 64 or 85 operations a byte from L2. 256 cosines and 128 columns of a chunk are 192
-        # accumulator registers of 255 at two warpgroups; with few classes there is room for 256 columns.
+        # accumulator registers of 255 at two warpgroups; with few classes there is room for 256 columns. Either way
+        # 250 registers in all.
         return MaskHeadConfig(128, min(block_d, 128) if wide else block_d, 64, 8, 3, descriptors)
     if architecture == "sm_100":
         # Accumulators are in tensor memory, which 128 x 128 chunks with 256 classes overflow (512 columns).
         if wide:
             return MaskHeadConfig(64, 64, 64, 8, 3, descriptors)
         return MaskHeadConfig(128, min(block_d, 128), 64, 8, 3, descriptors)
-    if architecture == "gfx942":
+    if architecture.startswith("gfx"):
         # 64 KB of shared memory, of which a chunk of 256 classes takes 32.
         return MaskHeadConfig(128, 64, 32, 8, 1)
-    # 101 KB of shared memory and mma.sync: sm_80, 86, 89, 120 and whatever is unknown. 256 classes need eight warps:
-    # four spill.
+    # 101 KB of shared memory and mma.sync: sm_80, 86, 89, 120 and whatever is unknown. At four warps 256 cosines are
+    # 128 registers of accumulator, and operands come through registers too.
     return MaskHeadConfig(64, 64, 64, 8 if wide else 4, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LayerNorm, linear layers, MLP. m rows of x throughout.
+
+MULTIPROCESSORS = 132  # of an H100 or H200; the others named above have 60 to 304. Only used to cut work into pieces.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,7 +121,7 @@ class LayerNormConfig:
 
 
 def layernorm(n: int) -> LayerNormConfig:
-    """The configuration for rows of n columns: about 32 values a thread, one or more 16-byte loads in flight each."""
+    """The configuration for rows of n columns: about 32 values a thread, so several 16-byte loads in flight each."""
     block_n = max(2, 1 << (min(n, 8192) - 1).bit_length())
     if block_n >= 512:
         # One row a program. Up to 1,024 columns it is one warp's, so that the sums need no shared memory.
@@ -122,7 +130,7 @@ def layernorm(n: int) -> LayerNormConfig:
 
 
 def fold(k: int) -> LayerNormConfig:
-    """The configuration for preparing weights of k columns."""
+    """The configuration for folding a LayerNorm into weights of k columns: a warp a row, 8 values a thread and step."""
     return LayerNormConfig(4, 256, 4)
 
 
@@ -139,26 +147,67 @@ class LinearConfig:
     descriptors: bool = False
 
 
-def linear(architecture: str, element_size: int, m: int, n: int, k: int, precision: str) -> LinearConfig:
-    """The configuration for (m, k) times (n, k)^T."""
+def linear(architecture: str, element_size: int, m: int, n: int, gelu: bool, precision: str) -> LinearConfig:
+    """The configuration of our kernel for (m, k) times (n, k)^T."""
     descriptors = architecture in DESCRIPTOR_ARCHITECTURES
+    narrow = 0 < n % 128 <= 64  # 128 columns would waste most of the last block: 192 is one and a half
+    if precision != "ieee":
+        # TF32: 32 columns of float32 are the 128 bytes that the tensor cores' swizzled layout spans.
+        return LinearConfig(64, 64, 32, 8, 4, 3, descriptors and architecture != "sm_120")
     if element_size == 4:
+        # Ordinary multiply-adds: 128 registers by pointers, and spills with descriptors, at any size from here on.
         return LinearConfig(64, 64, 32, 8, 4, 3)
-    return LinearConfig(128, 128, 64, 8, 8, 3, descriptors)
+    if architecture in ("sm_90", "sm_100"):
+        programs = -(-m // 128) * -(-n // 128)
+        if narrow or programs < MULTIPROCESSORS:
+            # Enough programs matters more than reuse. 64 KB and about 80 registers: three on a multiprocessor.
+            return LinearConfig(64, 64, 64, 8, 4, 4, descriptors)
+        if not gelu and programs >= 16 * MULTIPROCESSORS:
+            # Reads a quarter less from L2 than 128 columns. One program fits, so its ends are exposed (a GELU would
+            # be too), and its 1 of 8 or more rounds may be partly empty.
+            return LinearConfig(128, 256, 64, 8, 8, 4, descriptors)
+        # 96 KB and about 100 registers: two programs on a multiprocessor, one computes while the other does its GELU
+        # or waits for its residual.
+        return LinearConfig(128, 128, 64, 8, 8, 3, descriptors)
+    if narrow:
+        return LinearConfig(64, 64, 64, 8, 4, 3)
+    if architecture == "sm_80":
+        return LinearConfig(128, 128, 64, 8, 8, 3)
+    if architecture == "gfx942":
+        return LinearConfig(128, 128, 64, 8, 8, 2)  # 32 KB of the 64; two stages are one buffer there
+    # 48 KB of the 99 on sm_86, 89 and 120. Pointers: descriptors save nothing with mma.sync.
+    return LinearConfig(128, 128, 32, 8, 8, 4)
 
 
-def plain_product_by_library(gelu: bool, residual: bool) -> bool:
-    """Whether `linear` is cuBLASLt's, which adds a bias too."""
-    return not gelu and not residual
+def linear_by_library(element_size: int, precision: str, gelu: bool, residual: bool) -> bool:
+    """Whether a linear layer is cuBLASLt's (which adds the bias), followed by eager PyTorch's GELU and sum.
+
+    Plain products are: there is nothing to save. So are float32 ones without TF32: Triton's are ordinary multiply-adds
+    without the tuning of a library, and the passes over memory that an epilogue saves are little beside them.
+    """
+    return not (gelu or residual) or (element_size == 4 and precision == "ieee")
 
 
 def layernorm_linear(
-    architecture: str, element_size: int, m: int, n: int, k: int, gelu: bool, same_type: bool
+    architecture: str, element_size: int, m: int, n: int, k: int, precision: str, gelu: bool, same_type: bool
 ) -> str:
-    """How LayerNorm and product are combined."""
-    if element_size == 2 and k == 192:
+    """How LayerNorm and product are combined: "library" (with cuBLASLt), "separate" (with ours), "fold" or "rows".
+
+    `same_type`: x has the type of the weights.
+    """
+    half = element_size == 2
+    if half and k == 192 and architecture in ARCHITECTURES:
+        # 2*192*n operations for (192 + n) * 2 bytes are bound by memory, and LayerNorm's result is a third of the
+        # traffic of qkv. At 384 a row block and two stages of weights take 155 KB, one small program a
+        # multiprocessor, and the product is no longer bound by memory: not there.
         return "rows"
-    return "separate" if gelu else "library"
+    if linear_by_library(element_size, precision, gelu, False):
+        # What folding saves, one write of x (8 us at m = 16,384, k = 1,024), is 5 % of qkv: what cuBLASLt is ahead.
+        return "library"
+    if half and same_type and gelu and k >= 768 and m >= 16384:
+        # Saves that write and costs reading and writing the weights once and a launch: even at about 12,000 rows.
+        return "fold"
+    return "separate"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -174,8 +223,13 @@ class RowsConfig:
 
 
 def rows(architecture: str, m: int, n: int) -> RowsConfig:
-    descriptors = architecture in DESCRIPTOR_ARCHITECTURES
-    return RowsConfig(64, 64, 1, 4, 3, descriptors)
+    """The configuration for LayerNorm and product in one kernel, at width 192."""
+    # 128 registers, 104 KB with three stages of weights: two programs on a multiprocessor of sm_90. Few row blocks:
+    # several programs normalise the same one, which is cheap, and share the output columns.
+    split = max(1, min(MULTIPROCESSORS // -(-m // 64), -(-n // 64)))
+    if architecture in ("sm_90", "sm_100"):
+        return RowsConfig(64, 64, split, 4, 3, True)
+    return RowsConfig(64, 64, split, 4, 2)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -189,11 +243,29 @@ class MlpConfig:
     descriptors: bool = False
 
 
-def layernorm_mlp(architecture: str, element_size: int, m: int, d: int) -> str:
-    """"single" or "split"."""
-    return "single" if element_size == 2 and d == 192 else "split"
+def layernorm_mlp(architecture: str, element_size: int, d: int) -> str:
+    """How the MLP is cut into kernels: "single" or "split".
+
+    At 384 a single kernel compiles without spills only for 64 rows (8 warps, 32 hidden columns a step, 213 registers),
+    and 64 rows read all 2.4 MB of weights from L2 again: 300 MB at m = 8,200, twice the time of the products. At 192
+    it is 0.6 MB for up to 128 rows.
+    """
+    return "single" if element_size == 2 and d == 192 and architecture in ARCHITECTURES else "split"
 
 
-def mlp(architecture: str, m: int, d: int) -> MlpConfig:
-    descriptors = architecture in DESCRIPTOR_ARCHITECTURES
-    return MlpConfig(128, 64, 8, 2, descriptors)
+def mlp(architecture: str, m: int) -> MlpConfig:
+    """The configuration of the single kernel at width 192."""
+    if architecture == "sm_90":
+        if m <= 64 * MULTIPROCESSORS:
+            # One program a multiprocessor at most, with its rows spread over as many as there are. 212 registers.
+            return MlpConfig(64, 64, 4, 3, True)
+        if m <= 128 * MULTIPROCESSORS:
+            # 96 KB and 180 registers: two on a multiprocessor, out of step with each other.
+            return MlpConfig(64, 32, 4, 3, True)
+        # 209 registers, 192 KB. 128 rows halve the reads of the weights from L2 (64 would end near 350 TFLOP/s).
+        return MlpConfig(128, 64, 8, 3, True)
+    if architecture == "sm_100":
+        return MlpConfig(128, 64, 8, 2, True)  # the accumulators are in tensor memory: 150 registers
+    if architecture == "sm_120":
+        return MlpConfig(64, 32, 4, 2, True)  # 226 registers, 48 KB; pointers would spill 56 bytes
+    return MlpConfig(64, 32, 4, 2)  # 48 KB. 255 registers, and on sm_86 and 89 ten of them spilled outside the loop

@@ -11,6 +11,7 @@ Limits: none on shapes. Rows of up to 8,192 columns stay in registers; longer on
 Reference: `reference.layernorm`. Test: tests/test_layernorm.py.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -107,11 +108,10 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     Raises:
         KernelError: 2**31 rows or more, whose numbers do not fit.
     """
-    n = x.shape[-1]
-    rows = launch.rows_contiguous(x).reshape(x.numel() // n if n else 0, n)
-    if rows.shape[0] >= 2**31:
-        raise launch.KernelError(f"{rows.shape[0]} rows are more than 2**31 - 1; split the batch")
-    return rows
+    n_rows = math.prod(x.shape[:-1])
+    if n_rows >= 2**31:
+        raise launch.KernelError(f"{n_rows} rows are more than 2**31 - 1; split the batch")
+    return launch.rows_contiguous(x).reshape(n_rows, x.shape[-1])
 
 
 def run(
@@ -195,10 +195,7 @@ def _layernorm_fake(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Te
 
 
 def _layernorm_flops(x: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    elements = 1
-    for size in x:
-        elements *= size
-    return 8 * elements  # mean 1, centre 1, variance 2, scale 2, affine 2
+    return 8 * math.prod(x)  # mean 1, centre 1, variance 2, scale 2, affine 2
 
 
 def _in_float32(dtype: torch.dtype, args: tuple) -> tuple:

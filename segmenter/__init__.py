@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "accelerate": "segmenter.acceleration",
+    "restore": "segmenter.acceleration",
     "Segmenter": "segmenter.model",
     "create_segmenter": "segmenter.model",
     "load_model": "segmenter.pretrained",
@@ -20,15 +22,18 @@ _PUBLIC = {
 __all__ = [
     "Segmenter",
     "__version__",
+    "accelerate",
     "create_segmenter",
     "load_any",
     "load_model",
     "preset",
     "preset_names",
+    "restore",
     "segment_image",
 ]
 
 if TYPE_CHECKING:
+    from segmenter.acceleration import accelerate, restore
     from segmenter.config import preset, preset_names
     from segmenter.model import Segmenter, create_segmenter
     from segmenter.pretrained import load_any, load_model

@@ -39,7 +39,21 @@ class Layer(NamedTuple):
     rate: str | None
 
 
-Contract = tuple[Layer, ...]
+class Contract(NamedTuple):
+    """What has to hold: `own` of the accelerated module itself, `groups` of layers below it, by their parent's path."""
+
+    own: Layer | None
+    groups: tuple[tuple[Path, tuple[Layer, ...]], ...]
+
+
+def contract(layers: tuple[Layer, ...]) -> Contract:
+    """Groups layers so that a check finds each parent once."""
+    groups: dict[Path, list[Layer]] = {}
+    for layer in layers:
+        if layer.path:
+            groups.setdefault(layer.path[:-1], []).append(layer)
+    own = next((layer for layer in layers if not layer.path), None)
+    return Contract(own, tuple((parent, tuple(members)) for parent, members in groups.items()))
 
 
 def original_class(cls: type) -> type:
@@ -121,33 +135,60 @@ def _record_kind(root: nn.Module, path: Path, kind: type, bias: bool) -> Layer:
 def unmet(root: nn.Module, contract: Contract, dtype: torch.dtype | None = None) -> str | None:
     """Why the layers of a contract have to be called at the moment, or None if they need not be.
 
+    Written for speed: it runs at every call of a module, and costs as much as launching a kernel.
+
     Args:
         dtype: what all parameters must have; None if that does not matter.
     """
     training = root.training
-    for path, kind, children, flags, rate in contract:
-        layer = find(root, path)
-        if layer is None:
-            return f"{'.'.join(path)} is gone"
-        cls = type(layer)
-        if original_class(cls) is not kind:
-            return f"{'.'.join(path)} is {_class(layer)}, it was {kind.__name__}"
-        if tuple(layer._modules) != children:
-            return f"{'.'.join(path) or 'it'} has other layers than before"
-        state = layer.__dict__
-        if path:  # the accelerated module's own hooks run anyway
-            reason = why_not_bypass(layer, (cls,))
-            if reason is not None:
-                return f"{'.'.join(path)} has {reason}"
-        for name, value in flags:
-            if state.get(name) != value:
-                return f"{'.'.join(path) or 'it'} has {name}={state.get(name)!r}, it was {value!r}"
-        if rate is not None and (training or layer.training) and state.get(rate):
-            return f"{'.'.join(path)} drops at random in training"
-        if dtype is not None:
+    own, groups = contract
+    if own is not None and (reason := _changed(root, own)):
+        return reason
+    for parent_path, layers in groups:
+        parent = find(root, parent_path)
+        if parent is None:
+            return f"{'.'.join(parent_path)} is gone"
+        children = parent._modules
+        for noted in layers:
+            path, kind, names, flags, rate = noted
+            layer = children.get(path[-1])
+            if layer is None:
+                return f"{'.'.join(path)} is gone"
+            state, cls = layer.__dict__, type(layer)
+            if (cls is not kind and original_class(cls) is not kind) or (
+                state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]
+                or "forward" in state
+            ):
+                return _changed(layer, noted) or f"{'.'.join(path)} has {why_not_bypass(layer, (cls,))}"
+            if (flags or names or state["_modules"]) and (reason := _changed(layer, noted)):
+                return reason
+            if rate is not None and state.get(rate) and (training or state["training"]):
+                return f"{'.'.join(path)} drops at random in training"
             for parameter in state["_parameters"].values():
-                if parameter is not None and parameter.dtype != dtype:
+                if parameter is None:
+                    continue
+                if type(parameter) is not nn.Parameter and (reason := why_not_bypass(layer, (cls,))):
+                    return f"{'.'.join(path)} has {reason}"
+                if dtype is not None and parameter.dtype != dtype:
                     return f"{'.'.join(path)} is {_name(parameter.dtype)}, the input {_name(dtype)}"
+    return None
+
+
+def _changed(layer: nn.Module, noted: Layer) -> str | None:
+    """How class, children or flags differ from what was noted."""
+    name, state = ".".join(noted.path) or "it", layer.__dict__
+    if original_class(type(layer)) is not noted.kind:
+        if not noted.path:  # a subclass of the accelerated class, with the same forward
+            return None
+        return f"{name} is {_class(layer)}, it was {noted.kind.__name__}"
+    if tuple(state["_modules"]) != noted.children:
+        return f"{name} has other layers than before"
+    for flag, value in noted.flags:
+        if state.get(flag) != value:
+            return f"{name} has {flag}={state.get(flag)!r}, it was {value!r}"
     return None
 
 

@@ -7,11 +7,13 @@ No class or module name of any project occurs here. What looks right is then tri
     wrapped: block(norm1, attn(attn = nn.MultiheadAttention), norm2, ffn(layers))     mmsegmentation
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.nn as nn
 
-from segmenter.contract import Contract, Path, Unlike, find, record, record_linear, record_norm
+from segmenter.contract import Contract, Layer, Path, Unlike, contract, find, record, record_linear, record_norm
+
+Layers = tuple[Layer, ...]
 
 MAX_HEAD_DIM = 128  # of the attention kernel; a multiple of 8
 _NORMS_OF_ATTENTION = ("q_norm", "k_norm", "norm")
@@ -22,15 +24,14 @@ class AttentionPlan(NamedTuple):
 
     Attributes:
         style: "packed" or "wrapped". heads: how many.
-        core: what has to hold for softmax(q k^T) v to be ours while its projections are called as layers; None only
-            within the plan of a block.
+        core: what has to hold for softmax(q k^T) v to be ours while its projections are called as layers.
         fused: what has to hold for its projections to be read; None, with `reason`, if they cannot be.
         returns_tuple: the layer returns (tokens, attention map).
     """
 
     style: str
     heads: int
-    core: Contract | None
+    core: Contract
     fused: Contract | None
     reason: str | None
     returns_tuple: bool = False
@@ -92,21 +93,36 @@ def plan(module: nn.Module, kind: str) -> Plan:
     return {"attention": plan_attention, "block": plan_block, "decoder": plan_decoder}[kind](module)
 
 
-def plan_attention(module: nn.Module, at: Path = ()) -> AttentionPlan:
-    """Of the attention layer at a path. Raises Unlike."""
-    attention = find(module, at)
+def plan_attention(module: nn.Module) -> AttentionPlan:
+    """Raises Unlike."""
+    parts = _attention(module, ())
+    fused = None if parts.fused is None else contract(parts.fused)
+    return AttentionPlan(parts.style, parts.heads, contract(parts.core), fused, parts.reason)
+
+
+class _Parts(NamedTuple):
+    """An AttentionPlan in the making."""
+
+    style: str
+    heads: int
+    core: Layers | None
+    fused: Layers | None
+    reason: str | None
+
+
+def _attention(root: nn.Module, at: Path) -> _Parts:
+    attention = find(root, at)
     packed = "qkv" in attention._modules
-    core = _packed_core(module, at) if packed else _wrapped_core(module, at)
-    heads = _heads(attention)
-    style = "packed" if packed else "wrapped"
+    core = _packed_core(root, at) if packed else _wrapped_core(root, at)
+    heads, style = _heads(attention), "packed" if packed else "wrapped"
     try:
-        fused = core + (_packed_projections(module, at) if packed else _wrapped_drops(module, at))
-        return AttentionPlan(style, heads, core, fused, None)
+        rest = _packed_projections(root, at) if packed else _wrapped_drops(root, at)
+        return _Parts(style, heads, core, core + rest, None)
     except Unlike as reason:
-        return AttentionPlan(style, heads, core, None, str(reason))
+        return _Parts(style, heads, core, None, str(reason))
 
 
-def _packed_core(root: nn.Module, at: Path) -> Contract:
+def _packed_core(root: nn.Module, at: Path) -> Layers:
     attention = find(root, at)
     present = {name for name, child in attention._modules.items() if child is not None}
     parts = {"qkv", "proj", "attn_drop", "proj_drop", *_NORMS_OF_ATTENTION}
@@ -123,7 +139,7 @@ def _packed_core(root: nn.Module, at: Path) -> Contract:
     return tuple(layers)
 
 
-def _packed_projections(root: nn.Module, at: Path) -> Contract:
+def _packed_projections(root: nn.Module, at: Path) -> Layers:
     attention = find(root, at)
     layers = [record_linear(root, (*at, "qkv")), record_linear(root, (*at, "proj"))]
     if attention._modules.get("norm") is not None:
@@ -133,7 +149,7 @@ def _packed_projections(root: nn.Module, at: Path) -> Contract:
     return tuple(layers)
 
 
-def _wrapped_core(root: nn.Module, at: Path) -> Contract:
+def _wrapped_core(root: nn.Module, at: Path) -> Layers:
     wrapper = find(root, at)
     if wrapper.__dict__.get("batch_first") is not True:
         raise Unlike("its tokens do not come batch first")
@@ -150,7 +166,7 @@ def _wrapped_core(root: nn.Module, at: Path) -> Contract:
     )
 
 
-def _wrapped_drops(root: nn.Module, at: Path) -> Contract:
+def _wrapped_drops(root: nn.Module, at: Path) -> Layers:
     return record(root, (*at, "proj_drop")), record(root, (*at, "dropout_layer"))
 
 
@@ -160,9 +176,9 @@ def plan_block(block: nn.Module) -> BlockPlan:
     names = _roles(block, wrapped)
     own = record(block, (), children=tuple(n for n in names.values() if n))
     try:
-        attn = plan_attention(block, (names["attn"],))
+        attn = _attention(block, (names["attn"],))
     except Unlike as reason:
-        attn = AttentionPlan("wrapped" if wrapped else "packed", 0, None, None, str(reason))
+        attn = _Parts("wrapped" if wrapped else "packed", 0, None, None, str(reason))
     reasons, halves = [], {}
     for half, number in (("attention", "1"), ("mlp", "2")):
         try:
@@ -174,13 +190,14 @@ def plan_block(block: nn.Module) -> BlockPlan:
                 around.append(_record_identity(block, (names[f"ls{number}"],)))
             if names[f"drop_path{number}"]:
                 around.append(record(block, (names[f"drop_path{number}"],)))
-            halves[half] = (own, *around, *inner)
+            halves[half] = contract((own, *around, *inner))
         except Unlike as reason:
             halves[half] = None
             reasons.append(f"{'MLP' if half == 'mlp' else half}: {reason}")
     if halves["attention"] is halves["mlp"] is attn.core is None:
         raise Unlike("; ".join(reasons))
-    return BlockPlan(attn.style, attn.heads, names, halves["attention"], attn.core, halves["mlp"], tuple(reasons))
+    core = None if attn.core is None else contract((own, *attn.core))
+    return BlockPlan(attn.style, attn.heads, names, halves["attention"], core, halves["mlp"], tuple(reasons))
 
 
 def _roles(block: nn.Module, wrapped: bool) -> dict[str, str]:
@@ -201,7 +218,7 @@ def _roles(block: nn.Module, wrapped: bool) -> dict[str, str]:
     return names
 
 
-def _mlp(block: nn.Module, name: str, wrapped: bool) -> Contract:
+def _mlp(block: nn.Module, name: str, wrapped: bool) -> Layers:
     if wrapped:
         return _wrapped_mlp(block, name)
     mlp = block._modules[name]
@@ -218,7 +235,7 @@ def _mlp(block: nn.Module, name: str, wrapped: bool) -> Contract:
     return tuple(layers)
 
 
-def _wrapped_mlp(block: nn.Module, name: str) -> Contract:
+def _wrapped_mlp(block: nn.Module, name: str) -> Layers:
     first, extra = (name, "layers", "0"), tuple(n for n in ("gamma2",) if n in block._modules[name]._modules)
     if block._modules[name].__dict__.get("add_identity") is not True:
         raise Unlike(f"{name} adds no residual")
@@ -257,10 +274,10 @@ def plan_decoder(decoder: nn.Module) -> DecoderPlan:
         width = decoder.patch_proj.in_features
     if width % 16:
         raise Unlike(f"its width {width} is no multiple of 16")
-    return DecoderPlan("packed" if packed else "wrapped", decoder.cls_emb.shape[1], tuple(layers))
+    return DecoderPlan("packed" if packed else "wrapped", decoder.cls_emb.shape[1], contract(tuple(layers)))
 
 
-def _record_identity(root: nn.Module, path: Path) -> Any:
+def _record_identity(root: nn.Module, path: Path) -> Layer:
     layer = find(root, path)
     if type(layer) is not nn.Identity:
         raise Unlike(f"{'.'.join(path)} is {type(layer).__name__}, not Identity")

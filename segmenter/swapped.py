@@ -8,6 +8,7 @@ that is what runs whenever a call is not one for the kernels.
 import copyreg
 import functools
 import importlib.util
+import types
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +64,10 @@ def why_not_tensor(x: torch.Tensor) -> str | None:
     """Why the kernels cannot take a tensor of this type and device, or None if they can."""
     if x.dtype not in KERNEL_DTYPES:
         return f"{str(x.dtype).removeprefix('torch.')} input"
-    if torch.autograd.forward_ad._current_level >= 0:  # set within jvp and dual_level, where tangents would be lost
+    if torch.autograd.forward_ad._current_level >= 0:  # within dual_level and jvp, where tangents would be lost
         return "forward-mode differentiation"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a transform of torch.func"
     return why_not_on(x.device.type, x.device.index)
 
 
@@ -352,8 +355,11 @@ def mixin_for(plan: Plan) -> type[Accelerated]:
 @functools.cache
 def fast_class(mixin: type[Accelerated], original: type) -> type:
     """The accelerated subclass of a class. Always the same object for the same arguments."""
+    ours, theirs = mixin.forward, original.forward
+    forward = types.FunctionType(ours.__code__, ours.__globals__, "forward", ours.__defaults__, ours.__closure__)
+    functools.update_wrapper(forward, theirs)  # inspect.signature and torch.fx see the original's arguments
     namespace = {"_segmenter_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
-    return type(f"Accelerated{original.__name__}", (mixin, original), namespace)
+    return type(f"Accelerated{original.__name__}", (mixin, original), {**namespace, "forward": forward})
 
 
 def rebuild(mixin: str, original: type, *args: Any) -> nn.Module:

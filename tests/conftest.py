@@ -1,10 +1,12 @@
 """Shared fixtures. Nothing here needs a GPU: without one, the kernels run in Triton's interpreter."""
 
+import contextlib
 import importlib.util
 import math
 import os
 import sys
 import types
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +22,10 @@ from tests.parity import check_guards, guarded
 from tests.tiny import tiny_model
 
 NOT_POISONED = {f"segmenter.kernels.{name}" for name in ("configs", "launch", "operators", "reference")}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, default=520, help="random cases of tests/test_random_cases.py")
 
 
 @pytest.fixture
@@ -47,21 +53,16 @@ def _poisoned_torch() -> types.ModuleType:
 POISONED_TORCH = _poisoned_torch()
 
 
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """What the kernels allocate is NaN until written, so an output that a kernel leaves out is always found.
-
-    Replaces the name `torch` inside the kernels' modules, and nothing for anybody else. (`new_empty` cannot be replaced
-    like that; tests/test_launch.py sees to it that only fake implementations use it.)
-    """
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the name `torch` inside the kernels' modules, and nothing for anybody else."""
     for name, module in list(sys.modules.items()):
         if name.startswith("segmenter.kernels.") and name not in NOT_POISONED and hasattr(module, "torch"):
             monkeypatch.setattr(module, "torch", POISONED_TORCH)
 
 
-@pytest.fixture
-def guarded_outputs(monkeypatch):
-    """What the kernels allocate lies between NaN guards, which are checked when the test ends."""
+@contextlib.contextmanager
+def guarded_allocations() -> Iterator[list[torch.Tensor]]:
+    """What the kernels allocate within it lies between NaN guards, which are checked at its end."""
     allocated = []
 
     def empty(*args, **kwargs):
@@ -69,11 +70,28 @@ def guarded_outputs(monkeypatch):
         allocated.append(tensor)
         return tensor
 
-    monkeypatch.setattr(POISONED_TORCH, "empty", empty)
-    yield allocated
-    assert allocated
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        poison(monkeypatch)
+        monkeypatch.setattr(POISONED_TORCH, "empty", empty)
+        yield allocated
     for tensor in allocated:
         check_guards(tensor, "of an output")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """What the kernels allocate is NaN until written, so an output that a kernel leaves out is always found.
+
+    (`new_empty` cannot be replaced like this; tests/test_launch.py sees to it that only fake implementations use it.)
+    """
+    poison(monkeypatch)
+
+
+@pytest.fixture
+def guarded_outputs():
+    with guarded_allocations() as allocated:
+        yield allocated
+    assert allocated
 
 
 @pytest.fixture(autouse=True, scope="session")

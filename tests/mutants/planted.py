@@ -22,8 +22,8 @@ ATTENTION = _mutants(
     ("tests/test_attention.py",),
     {
         "lost_tail": (
-            "    if TAIL:\n",
-            "    if TAIL and n_keys < 0:\n",
+            "        if end < n_keys:\n",
+            "        if end < 0:\n",
         ),
         "loop_stops_early": (
             "for n_0 in tl.range(PEELED, end, BLOCK_N):",
@@ -38,7 +38,7 @@ ATTENTION = _mutants(
             "(end + tl.arange(0, BLOCK_N))[None, :] <= n_keys",
         ),
         "tail_mask_missing": (
-            "        qk = tl.where((end + tl.arange(0, BLOCK_N))[None, :] < n_keys, qk, float(\"-inf\"))\n",
+            "            qk = tl.where((end + tl.arange(0, BLOCK_N))[None, :] < n_keys, qk, float(\"-inf\"))\n",
             "",
         ),
         "row_mask_missing": (
@@ -98,9 +98,9 @@ ATTENTION = _mutants(
             "    return m_new, l_i, acc.to(v.dtype).to(tl.float32)\n",
         ),
         "half_precision_scores": (
-            "        m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)\n    if TAIL:",
+            "        m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)\n    if TAIL:  # noqa: SIM102",
             "        qk = qk.to(q.dtype).to(tl.float32)\n"
-            "        m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)\n    if TAIL:",
+            "        m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)\n    if TAIL:  # noqa: SIM102",
         ),
         "exp_in_place_of_exp2": (
             "p = tl.exp2(qk * scale_log2 - m_new[:, None])",

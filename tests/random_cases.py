@@ -1,0 +1,303 @@
+"""Random configurations of every kernel: shapes, types, layouts, magnitudes, tiles, each from a seed.
+
+    python -m tests.random_cases --op attention --seed 123            one case, as printed by a failure
+    python -m tests.random_cases --cases 5000 --first-seed 1000       many, of all operators in turn
+
+Every case compares with float64 and with eager PyTorch in the same type, puts NaN guards around all inputs and outputs,
+and sees that inputs stay as they were. `pytest tests/test_random_cases.py` runs the first few hundred.
+"""
+
+import argparse
+import dataclasses
+import random
+import sys
+from collections.abc import Callable
+
+from tests import conftest  # sets up the interpreter  # isort: skip
+import torch
+from tqdm import tqdm
+
+from segmenter.kernels import attention, configs, launch, layernorm, layernorm_mlp, linear, mask_head, reference
+from segmenter.kernels.numerics import fits_rows
+from tests.layouts import LAYOUTS
+from tests.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LENGTHS = (1, 2, 3, 5, 15, 16, 17, 31, 33, 34, 47, 63, 64, 65, 66, 67)
+FAR_LENGTHS = (95, 97, 127, 128, 129, 130, 131, 193, 194, 200)
+
+
+@dataclasses.dataclass
+class Case:
+    """Arguments, what runs on them, and what defines the result."""
+
+    args: tuple
+    call: Callable
+    definition: Callable
+    what: str
+    max_ratio: float = 3.0  # the worst of a few elements: chance is larger than in the tests of one operator
+    frobenius: float = 1.1
+
+
+class Draw:
+    """Everything random about one case comes from here."""
+
+    def __init__(self, op: str, seed: int):
+        self.random = random.Random(f"{op} {seed}")
+        self.generator = torch.Generator().manual_seed(self.random.randrange(2**31))
+        self.layouts: list[str] = []
+
+    def choice(self, options):
+        return self.random.choice(list(options))
+
+    def maybe(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def tensor(self, *shape: int, dtype: torch.dtype, scale: float = 1.0, mean: float = 0.0, plain: float = 0.3):
+        """Normal numbers in a random layout that keeps the shape."""
+        t = (torch.randn(*shape, generator=self.generator) * scale + mean).to(dtype).to(DEVICE)
+        name = "contiguous" if self.maybe(plain) else self.choice(LAYOUTS)
+        placed = LAYOUTS[name](t)
+        if placed.shape != t.shape:
+            name, placed = "contiguous", t
+        self.layouts.append(name)
+        return placed
+
+    def dtype(self) -> torch.dtype:
+        return self.choice((torch.float32, torch.float16, torch.float16, torch.bfloat16, torch.bfloat16))
+
+    def magnitude(self) -> float:
+        return self.choice((1.0, 1.0, 1.0, 1e-3, 0.1, 4.0))
+
+    def batch(self) -> tuple[int, ...]:
+        """Leading dimensions of a tensor of rows."""
+        shape = self.choice([(self.choice(LENGTHS),), (2, self.choice(LENGTHS)), (2, 1, self.choice((1, 3, 7)))])
+        return shape if self.maybe(0.9) else (self.choice(FAR_LENGTHS),)
+
+
+def explicit_cross(q, k, v, scale):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return ((q @ k.transpose(-2, -1) * scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def attention_config(draw: Draw, dtype: torch.dtype) -> configs.AttentionConfig | None:
+    if draw.maybe(0.4):
+        return None
+    sizes = (16, 32, 64) if dtype == torch.float32 else (16, 32, 64, 128)
+    return configs.AttentionConfig(draw.choice(sizes), draw.choice(sizes), 4, 2, draw.maybe(0.6))
+
+
+def attention_case(draw: Draw) -> Case:
+    dtype, h, d = draw.dtype(), draw.choice((1, 1, 2, 3)), draw.choice((8, 16, 24, 32, 48, 64, 80, 128))
+    near = draw.maybe(0.8)
+    N = draw.choice(LENGTHS if near else FAR_LENGTHS)
+    B, h = (draw.choice((1, 2, 3)), h) if N < 40 else (1, min(h, 2) if near else 1)
+    config, with_lse = attention_config(draw, dtype), draw.maybe(0.2)
+    qkv = draw.tensor(B, N, 3 * h * d, dtype=dtype, scale=draw.magnitude())
+
+    def call(x):
+        if config is None:
+            return attention.attention(x, h)
+        x = attention._packed(x, h)
+        return attention._run(x, x, x, (h, 0, h, 2 * h), d**-0.5, with_lse, config)[0]
+
+    what = f"B={B} N={N} h={h} d={d} {dtype} lse={with_lse} {config}"
+    frobenius = 2.0 if dtype == torch.float32 else 0.8
+    return Case((qkv,), call, lambda x: reference.explicit_attention(x, h), what, frobenius=frobenius)
+
+
+def cross_attention_case(draw: Draw) -> Case:
+    dtype, B, h, d = draw.dtype(), draw.choice((1, 2)), draw.choice((1, 2)), draw.choice((8, 16, 32, 40, 64))
+    N, M = draw.choice(LENGTHS), draw.choice(LENGTHS)
+    q, k, v = (draw.tensor(B, n, h, d, dtype=dtype, scale=draw.magnitude()) for n in (N, M, M))
+    scale = draw.choice((d**-0.5, 0.1, 1.0))
+    frobenius = 2.0 if dtype == torch.float32 else 0.8
+    return Case(
+        (q, k, v), lambda *t: attention.cross_attention(*t, scale=scale), lambda *t: explicit_cross(*t, scale),
+        f"B={B} N={N} M={M} h={h} d={d} {dtype} scale={scale}", frobenius=frobenius,
+    )  # fmt: skip
+
+
+def layernorm_case(draw: Draw) -> Case:
+    dtype, shape, d = draw.dtype(), draw.batch(), draw.choice((2, 8, 17, 64, 100, 192, 255, 256, 257, 384, 600, 768))
+    x = draw.tensor(*shape, d, dtype=dtype, scale=draw.choice((1.0, 0.01, 50.0)), mean=draw.choice((0.0, 0.0, 3.0)))
+    affine = [draw.tensor(d, dtype=dtype, mean=mean) for mean in (1.0, 0.0)]
+    eps = draw.choice((1e-5, 1e-6, 0.1))
+    return Case(
+        (x, *affine), lambda *t: layernorm.layernorm(*t, eps), lambda *t: reference.layernorm(*t, eps),
+        f"{shape} d={d} {dtype} eps={eps}", frobenius=2.5 if dtype == torch.float32 else 1.1,
+    )  # fmt: skip
+
+
+def widths(draw: Draw) -> tuple[int, int]:
+    return draw.choice((8, 16, 17, 32, 48, 64, 72, 96, 100, 192)), draw.choice((1, 8, 31, 32, 64, 65, 96, 130, 192))
+
+
+def linear_config(draw: Draw, dtype: torch.dtype) -> configs.LinearConfig | None:
+    if draw.maybe(0.4):
+        return None
+    block = draw.choice((32, 64))
+    return configs.LinearConfig(block, draw.choice((32, 64)), 32, draw.choice((1, 3, 8)), 4, 2, draw.maybe(0.5))
+
+
+def linear_case(draw: Draw) -> Case:
+    dtype, shape, (k, n) = draw.dtype(), draw.batch(), widths(draw)
+    gelu, config = draw.maybe(0.5), linear_config(draw, dtype)
+    ours = config is not None or draw.maybe(0.3)
+    x = draw.tensor(*shape, k, dtype=dtype, scale=draw.magnitude())
+    weight = draw.tensor(n, k, dtype=dtype, scale=k**-0.5)
+    bias = draw.tensor(n, dtype=dtype) if draw.maybe(0.7) else None
+    wide = draw.choice((dtype, dtype, torch.float32))
+    residual = draw.tensor(*shape, n, dtype=wide) if draw.maybe(0.5) else None
+
+    def call(x, weight, bias, residual):
+        if not ours:
+            return linear.linear(x, weight, bias, residual, gelu)
+        weight, bias = (None if t is None else launch.rows_contiguous(t) for t in (weight, bias))
+        rows = None if residual is None else layernorm.as_rows(residual)
+        return linear.product(layernorm.as_rows(x), weight, bias, rows, gelu, config=config).view(*shape, n)
+
+    return Case(
+        (x, weight, bias, residual), call, lambda *t: reference.linear(*t, gelu=gelu),
+        f"{shape} {k}->{n} {dtype} residual={None if residual is None else wide} gelu={gelu} ours={ours} {config}",
+        frobenius=2.0 if dtype == torch.float32 else 1.1,
+    )  # fmt: skip
+
+
+def layernorm_linear_case(draw: Draw) -> Case:
+    dtype, shape, (k, n) = draw.dtype(), draw.batch(), widths(draw)
+    wide, gelu = draw.choice((dtype, dtype, torch.float32)), draw.maybe(0.5)
+    strategies = [None, "library", "separate", "fold"] + ["rows"] * (2 * fits_rows(k))
+    strategy = draw.choice(strategies)
+    if strategy == "fold":
+        wide = dtype
+    x = draw.tensor(*shape, k, dtype=wide, scale=draw.choice((1.0, 10.0)), mean=draw.choice((0.0, 0.5)))
+    norm = [draw.tensor(k, dtype=wide, scale=0.3, mean=mean) for mean in (1.0, 0.0)]
+    weight = draw.tensor(n, k, dtype=dtype, scale=k**-0.5)
+    bias = draw.tensor(n, dtype=dtype) if draw.maybe(0.7) else None
+
+    def call(x, norm_weight, norm_bias, weight, bias):
+        if strategy is None:
+            return linear.layernorm_linear(x, norm_weight, norm_bias, weight, bias, gelu=gelu)
+        dense = [None if t is None else launch.rows_contiguous(t) for t in (norm_weight, norm_bias, weight, bias)]
+        use_gelu = gelu and strategy != "library"
+        y = linear.normalised_product(layernorm.as_rows(x), *dense, 1e-5, use_gelu, strategy=strategy)
+        return y.view(*shape, n)
+
+    def definition(*t):
+        return reference.layernorm_linear(*t, gelu=gelu and strategy != "library")
+
+    what = f"{shape} {k}->{n} {dtype} x={wide} gelu={gelu} strategy={strategy}"
+    frobenius = 3.0 if dtype == torch.float32 else 1.5 if strategy == "fold" else 1.1
+    return Case((x, *norm, weight, bias), call, definition, what, max_ratio=4.0, frobenius=frobenius)
+
+
+def layernorm_mlp_case(draw: Draw) -> Case:
+    dtype, shape, d = draw.dtype(), draw.batch(), draw.choice((16, 32, 48, 64, 96, 100, 192))
+    hidden, wide = draw.choice((32, 64, 128, 4 * d)), draw.choice((dtype, dtype, torch.float32))
+    single = dtype != torch.float32 and fits_rows(d) and draw.maybe(0.7)
+    x = draw.tensor(*shape, d, dtype=wide)
+    norm = [draw.tensor(d, dtype=wide, scale=0.3, mean=mean) for mean in (1.0, 0.0)]
+    fc1, fc1_bias = draw.tensor(hidden, d, dtype=dtype, scale=d**-0.5), draw.tensor(hidden, dtype=dtype)
+    fc2, fc2_bias = draw.tensor(d, hidden, dtype=dtype, scale=hidden**-0.5), draw.tensor(d, dtype=dtype)
+    config = configs.MlpConfig(draw.choice((16, 32, 64)), 32, 4, 2, draw.maybe(0.5))
+
+    def call(x, *parameters):
+        if not single:
+            return layernorm_mlp.layernorm_mlp(x, *parameters)
+        dense = [launch.rows_contiguous(t) for t in parameters]
+        return layernorm_mlp.run(layernorm.as_rows(x), *dense, 1e-5, strategy="single", config=config).view(x.shape)
+
+    what = f"{shape} d={d} hidden={hidden} {dtype} x={wide} {config if single else 'as chosen'}"
+    args = (x, *norm, fc1, fc1_bias, fc2, fc2_bias)
+    frobenius = 2.5 if dtype == torch.float32 else 1.1
+    return Case(args, call, reference.layernorm_mlp, what, frobenius=frobenius)
+
+
+def mask_head_case(draw: Draw) -> Case:
+    dtype, d, K = draw.dtype(), draw.choice((16, 32, 48, 64, 96)), draw.choice((4, 5, 7, 15, 16, 17, 19, 33, 60))
+    B, N = draw.choice((1, 2)), draw.choice(LENGTHS)
+    patches = draw.tensor(B, N, d, dtype=dtype, scale=draw.choice((1.0, 0.1, 10.0)))
+    classes = draw.tensor(B, K, d, dtype=dtype)
+    projections = [draw.tensor(d, d, dtype=dtype, scale=d**-0.5) for _ in range(2)]
+    norm = [draw.tensor(K, dtype=dtype, scale=0.3, mean=mean) for mean in (1.0, 0.0)] if draw.maybe(0.8) else [None] * 2
+    eps = draw.choice((1e-5, 1e-3))
+    return Case(
+        (patches, classes, *projections, *norm),
+        lambda *t: mask_head.mask_head(*t, eps), lambda *t: reference.mask_head(*t, eps),
+        f"B={B} N={N} K={K} d={d} {dtype} eps={eps} affine={norm[0] is not None}",
+        frobenius=2.5 if dtype == torch.float32 else 1.2,
+    )  # fmt: skip
+
+
+FAMILIES: dict[str, Callable[[Draw], Case]] = {
+    "attention": attention_case,
+    "cross_attention": cross_attention_case,
+    "layernorm": layernorm_case,
+    "linear": linear_case,
+    "layernorm_linear": layernorm_linear_case,
+    "layernorm_mlp": layernorm_mlp_case,
+    "mask_head": mask_head_case,
+}
+
+
+def numbered(index: int) -> tuple[str, int]:
+    """(op, seed) of the n-th case: the families take turns."""
+    names = list(FAMILIES)
+    return names[index % len(names)], index // len(names)
+
+
+def run_case(op: str, seed: int) -> None:
+    """Raises AssertionError, with the command that runs it again, unless all holds."""
+    draw = Draw(op, seed)
+    case = FAMILIES[op](draw)
+    context = f"python -m tests.random_cases --op {op} --seed {seed}   # {case.what} {'/'.join(draw.layouts)}"
+    try:
+        inputs = tuple(guarded(t) if t is not None else None for t in case.args)
+        with conftest.guarded_allocations():
+            actual = case.call(*inputs)
+        for before, after in zip(case.args, inputs, strict=True):
+            if before is not None:
+                assert_bitwise_equal(after, before, "of an input")
+                check_guards(after, "of an input")
+        exact = case.definition(*(None if t is None else t.double() for t in case.args))
+        eager = case.definition(*case.args)
+        assert_parity(actual, exact, eager, max_ratio=case.max_ratio, frobenius=case.frobenius)
+        assert actual.is_contiguous(), "the result is not contiguous"
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}\n  {context}") from error
+
+
+def failures(first: int, count: int, only: str | None = None, progress: bool = False) -> list[str]:
+    """Messages of the cases that fail."""
+    found = []
+    for index in tqdm(range(first, first + count), disable=not progress, unit="case"):
+        op, seed = (only, index) if only else numbered(index)
+        try:
+            run_case(op, seed)
+        except AssertionError as error:
+            found.append(str(error))
+            if progress:
+                tqdm.write(f"{error}\n")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.random_cases", description=__doc__.split("\n")[0])
+    parser.add_argument("--op", choices=FAMILIES, help="only this operator")
+    parser.add_argument("--seed", type=int, help="one case; needs --op")
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--first-seed", type=int, default=0, help="number of the first case")
+    args = parser.parse_args(argv)
+    if args.seed is not None:
+        if args.op is None:
+            parser.error("--seed needs --op")
+        args.first_seed, args.cases = args.seed, 1
+    torch.set_num_threads(1)
+    found = failures(args.first_seed, args.cases, args.op, progress=True)
+    print(f"{args.cases - len(found)} of {args.cases} cases right")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-.PHONY: help install test test-gpu golden lint format bench bench-smoke
+.PHONY: help install test test-gpu golden golden-kernels compile-report mutants lint format bench bench-smoke
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -14,6 +14,16 @@ test-gpu:        ## the tests that need a GPU
 
 golden:          ## the stand-alone checker on the golden cases
 	python tests/golden/check.py tests/golden --adapter tests/golden_adapter.py --quiet
+
+golden-kernels:  ## the same through the Triton kernels, in Triton's interpreter
+	TRITON_INTERPRET=1 GOLDEN_IMPL=triton python tests/golden/check.py tests/golden \
+		--adapter tests/golden_adapter.py --quiet
+
+compile-report:  ## every kernel compiled for seven architectures, without a GPU: registers, spills, tensor cores
+	python -m bench.compile_report
+
+mutants:         ## plants every bug of tests/mutants and sees that the tests find it (half an hour)
+	python -m tests.mutants
 
 lint:            ## ruff: rules and format, nothing is changed
 	ruff check .

@@ -26,15 +26,15 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")}
 _REGISTERS = 65_536  # of an SM, 32 bits each, handed to warps in units of 8 a thread
-# An SM's shared memory in bytes and most threads (CUDA C programming guide, table of compute capabilities). Each
-# program takes 1 KB of shared memory beyond its own.
+# An SM's shared memory in bytes, most threads and most programs (CUDA C programming guide, table of compute
+# capabilities). Each program takes 1 KB of shared memory beyond its own.
 _SM = {
-    "sm_80": (167_936, 2048),
-    "sm_86": (102_400, 1536),
-    "sm_89": (102_400, 1536),
-    "sm_90": (233_472, 2048),
-    "sm_100": (233_472, 2048),
-    "sm_120": (102_400, 1536),
+    "sm_80": (167_936, 2048, 32),
+    "sm_86": (102_400, 1536, 16),
+    "sm_89": (102_400, 1536, 24),
+    "sm_90": (233_472, 2048, 32),
+    "sm_100": (233_472, 2048, 32),
+    "sm_120": (102_400, 1536, 24),
 }
 
 
@@ -154,10 +154,10 @@ def programs_per_sm(compiled: Compiled) -> int:
     if compiled.architecture.startswith("gfx"):  # 4 SIMDs of 512 registers and at most 8 waves, 64 KB
         waves = 4 * min(8, 512 // (-(-compiled.registers // 8) * 8))
         return min(waves // compiled.num_warps, 65_536 // max(1, compiled.shared))
-    shared, threads = _SM[compiled.architecture]
+    shared, threads, programs = _SM[compiled.architecture]
     lanes = 32 * compiled.num_warps
     registers = -(-compiled.registers // 8) * 8
-    return min(_REGISTERS // (registers * lanes), threads // lanes, shared // (compiled.shared + 1024))
+    return min(_REGISTERS // (registers * lanes), threads // lanes, shared // (compiled.shared + 1024), programs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ architecture has, the instruction that multiplies matrices, how many programs fi
 that are waited for one by one and the registers touched while one is in flight (`bench.sass`).
 
 The exit status is 1 if a kernel does not compile, needs more shared memory than there is or multiplies without tensor
-cores (float32 at the highest precision is meant to), or if one for Hopper's half types spills, is serialised in a loop
-or has a hazard.
+cores (float32 at the highest precision is meant to), or if one for Hopper's half types spills, is serialised in a loop,
+has a hazard or spends more on its GELU than it should.
 """
 
 import argparse
@@ -61,6 +61,7 @@ class Row:
     local_memory: int = 0  # instructions that load from or store to it
     loops: list[dict[str, int]] = dataclasses.field(default_factory=list)  # innermost ones: instructions by name
     assembler_warnings: list[str] = dataclasses.field(default_factory=list)
+    gelu_cost: float | None = None  # instructions an element that its GELU adds; of products on Hopper
     seconds: float = 0.0
     error: str = ""  # why there is no kernel
     failures: list[str] = dataclasses.field(default_factory=list)
@@ -91,6 +92,8 @@ def check(row: Row) -> list[str]:
         if row.serialised:
             found.append(f"waits for {row.serialised} wgmma one by one inside loops")
         found += row.hazards
+        if row.gelu_cost is not None and row.gelu_cost > GELU_LIMIT:
+            found.append(f"the GELU costs {row.gelu_cost} instructions an element, more than {GELU_LIMIT}")
     return found
 
 
@@ -103,6 +106,8 @@ def compile_row(task: Task) -> Row:
         recorded = record(case, architecture)[task.index]
         row.config = describe(recorded)
         _fill(row, aot.compile_launch(recorded, architecture))
+        if architecture == "sm_90" and case.op == "linear" and case.dtype != "fp32" and constants(recorded).get("GELU"):
+            row.gelu_cost = gelu_cost(recorded, architecture)
     except Exception as error:  # whatever the compiler raises is a finding, not the end of the report
         row.error = f"does not compile: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
     row.seconds = round(time.perf_counter() - start, 2)
@@ -147,9 +152,8 @@ def describe(recorded: launch.Launch) -> str:
     return " ".join([*sizes, f"w{plan.options['num_warps']}", f"s{plan.options['num_stages']}", *loads])
 
 
-def gelu_cost(case: Case, architecture: str = "sm_90") -> float:
-    """Instructions an element that the GELU adds to a kernel: the same one is compiled with and without."""
-    (recorded,) = [item for item in record(case, architecture) if constants(item).get("GELU")]
+def gelu_cost(recorded: launch.Launch, architecture: str) -> float:
+    """Instructions an element that the GELU adds to a product: the same kernel is compiled with and without."""
     plan, known = recorded.plan, constants(recorded)
     names = [parameter.name for parameter in plan.kernel.params[len(plan.tiles) :]]
     scalars = tuple(None if name == "GELU" else value for name, value in zip(names, plan.scalars, strict=True))
@@ -157,22 +161,27 @@ def gelu_cost(case: Case, architecture: str = "sm_90") -> float:
     counts = []
     for item in (recorded, launch.Launch(plain, recorded.tensors)):
         compiled = aot.compile_launch(item, architecture)
-        names = Program(aot.disassemble(compiled.binary)).mix()
-        counts.append(sum(count for name, count in names.items() if name != "NOP"))  # which fill up to a whole line
+        mix = Program(aot.disassemble(compiled.binary)).mix()
+        counts.append(mix.total() - mix["NOP"])  # which fill up to a whole line
     elements = known["BLOCK_M"] * known["BLOCK_N"] / (32 * compiled.num_warps)
-    return (counts[0] - counts[1]) / elements
+    return round((counts[0] - counts[1]) / elements, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All of them
 
 
-def selected(architectures: Iterable[str], ops: Iterable[str], full: bool) -> list[tuple[Case, str]]:
-    """The cases to compile, each with an architecture."""
+def selected(
+    architectures: Iterable[str], ops: Iterable[str] = (), full: bool = False, match: str = ""
+) -> list[tuple[Case, str]]:
+    """The cases to compile, each with an architecture. `match` is searched for in "op dtype what"."""
     chosen = []
     for architecture in architectures:
         tiers = (EVERYWHERE, HOPPER) if architecture == "sm_90" else (EVERYWHERE,)
-        chosen += [(c, architecture) for c in cases() if (full or c.tier in tiers) and (not ops or c.op in ops)]
+        for case in cases():
+            wanted = (full or case.tier in tiers) and (not ops or case.op in ops)
+            if wanted and re.search(match, f"{case.op} {case.dtype} {case.what}"):
+                chosen.append((case, architecture))
     return chosen
 
 
@@ -257,6 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
     parser.add_argument("--op", nargs="+", choices=sorted({case.op for case in cases()}), default=(), help="all")
+    parser.add_argument("--match", default="", help='expression to be found in "op type what", for a few cases only')
     parser.add_argument("--full", action="store_true", help="every case on every architecture")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: one a CPU")
@@ -265,33 +275,28 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it for this command")
     start = time.perf_counter()
     torch.set_num_threads(1)
-    tasks, rows = distinct_tasks(selected(args.arch, args.op, args.full))
+    chosen = selected(args.arch, args.op, args.full, args.match)
+    if not chosen:
+        parser.error("no case is left to compile")
+    tasks, rows = distinct_tasks(chosen)
     rows += compile_all(tasks, args.jobs)
     rows.sort(key=lambda row: (row.op, ARCHITECTURES.index(row.architecture), list(TYPES).index(row.dtype), row.what))
     print(table(rows))
     failures = [f"{r.op} {r.architecture} {r.dtype} {r.what}: {text}" for r in rows for text in r.failures]
-    costs = gelu_costs() if "sm_90" in args.arch and (not args.op or "linear" in args.op) else {}
-    for name, cost in costs.items():
-        print(f"GELU of {name}: {cost:.1f} instructions an element")
-        if cost > GELU_LIMIT:
-            failures.append(f"GELU of {name}: {cost:.1f} instructions an element, more than {GELU_LIMIT}")
+    for row in rows:
+        if row.gelu_cost is not None:
+            print(f"GELU of {row.dtype} {row.what}: {row.gelu_cost} instructions an element")
     seconds = time.perf_counter() - start
     used = versions(args.arch)
     print(f"{len(rows)} kernels, {len(failures)} failures, {seconds:.0f} s; {used}")
     if args.json:
-        result = {"versions": used, "rows": [dataclasses.asdict(row) for row in rows], "gelu": costs}
+        result = {"versions": used, "rows": [dataclasses.asdict(row) for row in rows], "failures": failures}
         temporary = args.json.with_name(args.json.name + ".tmp")
-        temporary.write_text(json.dumps({**result, "failures": failures}, indent=1))
+        temporary.write_text(json.dumps(result, indent=1))
         os.replace(temporary, args.json)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def gelu_costs() -> dict[str, float]:
-    """`gelu_cost` of the products in half precision that end in a GELU."""
-    wanted = [c for c in cases() if c.op == "linear" and "gelu" in c.what and c.dtype != "fp32" and "M=8200" in c.what]
-    return {f"{c.dtype} {c.what}": round(gelu_cost(c), 2) for c in wanted if c.tier != 2}
 
 
 if __name__ == "__main__":

@@ -48,11 +48,15 @@ def attention(architecture: str, element_size: int, head_pad: int, n_keys: int, 
         if n_keys <= 512:
             # Few key tiles: many small programs start and end at different times and fill each other's gaps.
             return AttentionConfig(64, 64, 4, 2, descriptors)
-        # 128 query rows halve the reads of K and V from L2 (64 rows would end near 360 TFLOP/s); two warpgroups.
-        return AttentionConfig(128, 128, 8, 2, descriptors)
+        # 128 query rows halve the reads of K and V from L2 (64 rows would end near 360 TFLOP/s). 108 registers and 64 KB:
+        # two programs, four warpgroups a multiprocessor, so softmax and products of different ones overlap. 128 keys a
+        # step need 15 % fewer instructions but 156 registers: one program, two warpgroups that wait for each other.
+        return AttentionConfig(128, 64, 8, 3, descriptors)
     if architecture == "gfx942":
         return AttentionConfig(128, 64, 4, 1)
     # 101 KB of shared memory and mma.sync: sm_80, 86, 89, 120 and whatever is unknown.
+    if head_pad == 128:
+        return AttentionConfig(128, 64, 8, 2)  # 255 registers and 8 or 16 bytes spilled; four warps spill 100 or more
     return AttentionConfig(64, 64, 4, 2)
 
 
@@ -153,10 +157,12 @@ def linear(architecture: str, element_size: int, m: int, n: int, gelu: bool, pre
     narrow = 0 < n % 128 <= 64  # 128 columns would waste most of the last block: 192 is one and a half
     if precision != "ieee":
         # TF32: 32 columns of float32 are the 128 bytes that the tensor cores' swizzled layout spans.
-        return LinearConfig(64, 64, 32, 8, 4, 3, descriptors and architecture != "sm_120")
+        if architecture in ("sm_90", "sm_100"):
+            return LinearConfig(128, 128, 32, 8, 8, 3, descriptors)
+        return LinearConfig(64, 64, 32, 8, 4, 2 if architecture.startswith("gfx") else 3)
     if element_size == 4:
-        # Ordinary multiply-adds: 128 registers by pointers, and spills with descriptors, at any size from here on.
-        return LinearConfig(64, 64, 32, 8, 4, 3)
+        # Ordinary multiply-adds: 86 % of the loop's instructions, with 128 registers by pointers. Descriptors spill.
+        return LinearConfig(64, 64, 32, 8, 4, 2 if architecture.startswith("gfx") else 3)
     if architecture in ("sm_90", "sm_100"):
         programs = -(-m // 128) * -(-n // 128)
         if narrow or programs < MULTIPROCESSORS:
@@ -170,27 +176,24 @@ def linear(architecture: str, element_size: int, m: int, n: int, gelu: bool, pre
         # or waits for its residual.
         return LinearConfig(128, 128, 64, 8, 8, 3, descriptors)
     if narrow:
-        return LinearConfig(64, 64, 64, 8, 4, 3)
+        return LinearConfig(64, 64, 64, 8, 4, 2 if architecture.startswith("gfx") else 3)
     if architecture == "sm_80":
         return LinearConfig(128, 128, 64, 8, 8, 3)
-    if architecture == "gfx942":
+    if architecture.startswith("gfx"):
         return LinearConfig(128, 128, 64, 8, 8, 2)  # 32 KB of the 64; two stages are one buffer there
     # 48 KB of the 99 on sm_86, 89 and 120. Pointers: descriptors save nothing with mma.sync.
     return LinearConfig(128, 128, 32, 8, 8, 4)
 
 
-def linear_by_library(element_size: int, precision: str, gelu: bool, residual: bool) -> bool:
-    """Whether a linear layer is cuBLASLt's (which adds the bias), followed by eager PyTorch's GELU and sum.
+def linear_by_library(gelu: bool, residual: bool) -> bool:
+    """Whether a linear layer is cuBLASLt's, which adds a bias too: where there is nothing else for an epilogue to save.
 
-    Plain products are: there is nothing to save. So are float32 ones without TF32: Triton's are ordinary multiply-adds
-    without the tuning of a library, and the passes over memory that an epilogue saves are little beside them.
+    cuBLASLt's own GELU is the tanh form, and its sum with a residual leaves no room for the bias.
     """
-    return not (gelu or residual) or (element_size == 4 and precision == "ieee")
+    return not (gelu or residual)
 
 
-def layernorm_linear(
-    architecture: str, element_size: int, m: int, n: int, k: int, precision: str, gelu: bool, same_type: bool
-) -> str:
+def layernorm_linear(architecture: str, element_size: int, m: int, k: int, gelu: bool, same_type: bool) -> str:
     """How LayerNorm and product are combined: "library" (with cuBLASLt), "separate" (with ours), "fold" or "rows".
 
     `same_type`: x has the type of the weights.
@@ -201,7 +204,7 @@ def layernorm_linear(
         # traffic of qkv. At 384 a row block and two stages of weights take 155 KB, one small program a
         # multiprocessor, and the product is no longer bound by memory: not there.
         return "rows"
-    if linear_by_library(element_size, precision, gelu, False):
+    if linear_by_library(gelu, False):
         # What folding saves, one write of x (8 us at m = 16,384, k = 1,024), is 5 % of qkv: what cuBLASLt is ahead.
         return "library"
     if half and same_type and gelu and k >= 768 and m >= 16384:

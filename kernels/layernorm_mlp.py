@@ -24,7 +24,7 @@ import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference
 from segmenter.kernels.layernorm import as_rows, check_affine
-from segmenter.kernels.linear import check_linear, check_types, chosen, linear_flops, normalised_product
+from segmenter.kernels.linear import check_linear, check_types, linear_flops, normalised_product, product
 from segmenter.kernels.numerics import fits_rows, gelu, gelu_form, normalised_rows, power_of_two_columns
 from segmenter.kernels.operators import define, forbid_forward_mode
 
@@ -120,12 +120,8 @@ def _single(
         descriptors = c.descriptors and all(launch.fits_descriptor(t) for t in cut)
         tiles: list[launch.Tiles | None] = [None] * 13
         if descriptors:
-            blocks = (
-                (c.block_h, 0),
-                (0, c.block_h),
-                (c.block_m, 0),
-                (c.block_m, 0),
-            )  # 0: the columns of x on this side
+            # 0 stands for the columns of x on this side of the cut.
+            blocks = ((c.block_h, 0), (0, c.block_h), (c.block_m, 0), (c.block_m, 0))
             for i, (tensor, block) in enumerate(zip(cut, blocks, strict=True)):
                 for side, columns in enumerate((d_1, d - d_1)):
                     if columns:
@@ -172,7 +168,7 @@ def run(
     if strategy == "single" and fits_rows(d) and hidden % c.block_h == 0:
         return _single(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, c)
     h = normalised_product(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, True)
-    return chosen(h, fc2_weight, fc2_bias, x, False)
+    return product(h, fc2_weight, fc2_bias, x)
 
 
 def _check(

@@ -22,6 +22,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -202,9 +203,9 @@ def product(
 def chosen(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gelu: bool
 ) -> torch.Tensor:
-    """`product`, or the same by cuBLASLt and eager PyTorch where the table says so."""
-    if configs.linear_by_library(x.element_size(), launch.dot_precision(x.dtype), gelu, residual is not None):
-        return reference.linear(x, weight, bias, residual, gelu)
+    """`product`, or the same by cuBLASLt where the table says so."""
+    if configs.linear_by_library(gelu, residual is not None):
+        return F.linear(x, weight, bias)
     return product(x, weight, bias, residual, gelu)
 
 
@@ -312,15 +313,14 @@ def normalised_product(
     """act(layer_norm(x) weight^T + bias), (M, N).
 
     Args:
-        strategy, config: instead of the table's choice. "library", "separate", "fold" or "rows".
+        strategy, config: instead of the table's choice. "library" (without GELU), "separate", "fold" or "rows".
     """
     (m, k), n = x.shape, weight.shape[0]
     if m == 0 or n == 0:
         return torch.empty(m, n, dtype=weight.dtype, device=x.device)
     if strategy is None:
-        precision, size = launch.dot_precision(weight.dtype), weight.element_size()
-        same_type = x.dtype == weight.dtype
-        strategy = configs.layernorm_linear(launch.architecture(x), size, m, n, k, precision, gelu, same_type)
+        size, same_type = weight.element_size(), x.dtype == weight.dtype
+        strategy = configs.layernorm_linear(launch.architecture(x), size, m, k, gelu, same_type)
     if strategy == "rows":
         return _rows(x, norm_weight, norm_bias, weight, bias, eps, gelu, config)
     if strategy == "fold":
@@ -329,7 +329,7 @@ def normalised_product(
         return product(x, folded, folded_bias, gelu=gelu, folded=(mean, rstd, row_sum), config=config)
     h = run_layernorm(x, norm_weight, norm_bias, eps, weight.dtype)
     if strategy == "library":
-        return reference.linear(h, weight, bias, None, gelu)
+        return F.linear(h, weight, bias)
     return product(h, weight, bias, gelu=gelu, config=config)
 
 

@@ -112,14 +112,14 @@ class _Parts(NamedTuple):
 
 def _attention(root: nn.Module, at: Path) -> _Parts:
     attention = find(root, at)
-    packed = "qkv" in attention._modules
-    core = _packed_core(root, at) if packed else _wrapped_core(root, at)
-    heads, style = _heads(attention), "packed" if packed else "wrapped"
+    if "qkv" not in attention._modules:
+        core = _wrapped_core(root, at)
+        return _Parts("wrapped", _heads(attention), core, core, None)
+    core = _packed_core(root, at)
     try:
-        rest = _packed_projections(root, at) if packed else _wrapped_drops(root, at)
-        return _Parts(style, heads, core, core + rest, None)
+        return _Parts("packed", _heads(attention), core, core + _packed_projections(root, at), None)
     except Unlike as reason:
-        return _Parts(style, heads, core, None, str(reason))
+        return _Parts("packed", _heads(attention), core, None, str(reason))
 
 
 def _packed_core(root: nn.Module, at: Path) -> Layers:
@@ -163,11 +163,9 @@ def _wrapped_core(root: nn.Module, at: Path) -> Layers:
         record(root, at, children=("attn", "proj_drop", "dropout_layer")),
         record(root, (*at, "attn"), ("in_proj_weight", "in_proj_bias"), ("out_proj",)),
         record_linear(root, (*at, "attn", "out_proj")),
+        record(root, (*at, "proj_drop")),  # the original drops in another memory order, so from other random numbers
+        record(root, (*at, "dropout_layer")),
     )
-
-
-def _wrapped_drops(root: nn.Module, at: Path) -> Layers:
-    return record(root, (*at, "proj_drop")), record(root, (*at, "dropout_layer"))
 
 
 def plan_block(block: nn.Module) -> BlockPlan:

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from segmenter import swapped
-from segmenter.contract import RATES, Unlike, original_class
+from segmenter.contract import RATES, Unlike, original_class, record_linear
 from segmenter.implementation import EAGER
 from segmenter.structure import AttentionPlan, BlockPlan, DecoderPlan, Plan
 
@@ -53,9 +53,43 @@ def random_copy(module: nn.Module, training: bool) -> nn.Module:
     state |= {"training": training, "_compiled_call_impl": None}
     state["_parameters"] = {n: _random(n, p) for n, p in module._parameters.items()}
     state["_buffers"] = {n: _random(n, b) for n, b in module._buffers.items()}
-    state["_modules"] = {n: None if m is None else random_copy(m, training) for n, m in module._modules.items()}
+    state["_modules"] = {n: _child_copy(m, training) for n, m in module._modules.items()}
     copy.__dict__.update(state)
     return copy
+
+
+def _child_copy(module: nn.Module | None, training: bool) -> nn.Module | None:
+    if module is None:
+        return None
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or _is_linear(module):
+        return random_copy(module, training)
+    return StandIn(weight.shape)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    try:
+        record_linear(module, ())
+        return True
+    except Unlike:
+        return False
+
+
+class StandIn(nn.Module):
+    """In place of an adapted or quantised linear layer, which may not run in float64 on the CPU.
+
+    Such a layer has to be called, never read: what there is to read is NaN.
+    """
+
+    def __init__(self, shape: torch.Size):
+        super().__init__()
+        self.matrix = _randn(*shape) * shape[1] ** -0.5
+        self.weight = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
+        self.bias = self.weight[:, 0]
+        self.out_features, self.in_features = shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.matrix.T
 
 
 def _random(name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:

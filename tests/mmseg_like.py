@@ -91,9 +91,7 @@ class SegmenterMaskTransformerHead(nn.Module):
         super().__init__()
         self.in_index, self.num_classes = -1, num_classes
         self.init_cfg = {"type": "Normal"}
-        self.layers = nn.ModuleList(
-            TransformerEncoderLayer(embed_dims, num_heads, eps=1e-5) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(TransformerEncoderLayer(embed_dims, num_heads, eps=1e-5) for _ in range(num_layers))
         self.dec_proj = nn.Linear(in_channels, embed_dims)
         self.cls_emb = nn.Parameter(torch.randn(1, num_classes, embed_dims))
         self.patch_proj = nn.Linear(embed_dims, embed_dims, bias=False)

@@ -38,7 +38,7 @@ ATTENTION = _mutants(
             "(end + tl.arange(0, BLOCK_N))[None, :] <= n_keys",
         ),
         "tail_mask_missing": (
-            "            qk = tl.where((end + tl.arange(0, BLOCK_N))[None, :] < n_keys, qk, float(\"-inf\"))\n",
+            '            qk = tl.where((end + tl.arange(0, BLOCK_N))[None, :] < n_keys, qk, float("-inf"))\n',
             "",
         ),
         "row_mask_missing": (
@@ -98,9 +98,8 @@ ATTENTION = _mutants(
             "    return m_new, l_i, acc.to(v.dtype).to(tl.float32)\n",
         ),
         "half_precision_scores": (
-            "        m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)\n    if TAIL:  # noqa: SIM102",
-            "        qk = qk.to(q.dtype).to(tl.float32)\n"
-            "        m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)\n    if TAIL:  # noqa: SIM102",
+            "        qk = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]\n",
+            "        qk = tl.dot(q, k.T, input_precision=PRECISION).to(q.dtype).to(tl.float32)\n",
         ),
         "exp_in_place_of_exp2": (
             "p = tl.exp2(qk * scale_log2 - m_new[:, None])",
@@ -155,6 +154,185 @@ ATTENTION = _mutants(
             "acc = acc * (1.0 / (l_i + 0.002))[:, None]",
         ),
     },
-)  # fmt: skip
+)
 
-MUTANTS = [*ATTENTION]
+LAYERNORM = _mutants(
+    "kernels/layernorm.py",
+    ("tests/test_layernorm.py",),
+    {
+        "padding_in_the_variance": (
+            "x = tl.where(offs_n[None, :] < N, x, 0.0)",
+            "x = x + 0.0",
+        ),
+        "unbiased_variance": (
+            "variance = tl.sum(x * x, 1) / N",
+            "variance = tl.sum(x * x, 1) / (N - 1)",
+        ),
+        "one_pass_variance": (
+            "        x = _centre(x, mean, offs_n, N, EVEN)\n        variance = tl.sum(x * x, 1) / N",
+            "        variance = tl.sum(x * x, 1) / N - mean * mean\n        x = _centre(x, mean, offs_n, N, EVEN)",
+        ),
+        "long_rows_keep_the_last_block_only": (
+            "            total += x * x\n",
+            "            total = x * x\n",
+        ),
+        "norm_bias_forgotten": (
+            "        y = y + tl.load(B + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]\n",
+            "        y = y + 0.0\n",
+        ),
+        "norm_eps_outside_the_root": (
+            "rstd = tl.rsqrt(variance + eps)",
+            "rstd = 1.0 / (tl.sqrt(variance) + eps)",
+        ),
+        "norm_offset_in_32_bits": (
+            "rows = tl.program_id(0).to(tl.int64) * BLOCK_M",
+            "rows = tl.program_id(0) * BLOCK_M",
+        ),
+    },
+)
+
+LINEAR = _mutants(
+    "kernels/linear.py",
+    ("tests/test_linear.py",),
+    {
+        "last_k_block_dropped": (
+            "    for k_0 in tl.range(0, K, BLOCK_K):\n        x = _load_tile(X,",
+            "    for k_0 in tl.range(0, K - BLOCK_K, BLOCK_K):\n        x = _load_tile(X,",
+        ),
+        "columns_beyond_k_read": (
+            "tl.load(pointers, mask=offs_k[None, :] < K, other=0.0)",
+            "tl.load(pointers)",
+        ),
+        "bias_before_the_norm": (
+            "acc = (acc - mean[:, None] * row_sum[None, :]) * rstd[:, None]",
+            "acc = acc * rstd[:, None] - mean[:, None] * row_sum[None, :]",
+        ),
+        "gelu_after_the_residual": (
+            "        acc = gelu(acc, GELU)\n    if DESCRIPTORS:  # the copy engine",
+            "        acc = acc * 1.0\n    if DESCRIPTORS:  # the copy engine",
+        ),
+        "residual_forgotten_by_descriptors": (
+            "            acc = acc + Residual.load([m_0, n_0]).to(tl.float32)",
+            "            acc = acc + 0.0",
+        ),
+        "residual_forgotten_by_pointers": (
+            "            acc = acc + residual.to(tl.float32)",
+            "            acc = acc + 0.0",
+        ),
+        "program_order_off": (
+            "m_0 = (group * GROUP_M + within % group_rows) * BLOCK_M",
+            "m_0 = (group * GROUP_M + within % GROUP_M) * BLOCK_M",
+        ),
+        "unrounded_row_sum": (
+            "row_sum += tl.sum(folded.to(tl.float32), 1)",
+            "row_sum += tl.sum(w * gamma[None, :], 1)",
+        ),
+        "folded_bias_without_beta": (
+            "        bias += tl.sum(w * beta[None, :], 1)\n",
+            "",
+        ),
+        "store_mask_missing": (
+            "mask = (offs_m < n_rows)[:, None] & mask_n[None, :]\n        if HAS_RESIDUAL:",
+            "mask = (offs_m >= 0)[:, None] & mask_n[None, :]\n        if HAS_RESIDUAL:",
+        ),
+        "second_columns_of_rows_forgotten": (
+            "            acc = tl.dot(x_2, w.T, acc, input_precision=PRECISION)\n        mask_n",
+            "            acc = acc + 0.0\n        mask_n",
+        ),
+    },
+)
+
+NUMERICS = _mutants(
+    "kernels/numerics.py",
+    ("tests/test_layernorm_mlp.py", "tests/test_linear.py"),
+    {
+        "tanh_for_erf": (
+            "y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))",
+            "y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))",
+        ),
+        "gelu_coefficient_off": (
+            "0.10522997",
+            "0.1032",
+        ),
+        "eps_forgotten_in_rows": (
+            "rstd = tl.rsqrt((tl.sum(x_1 * x_1, 1) + tl.sum(x_2 * x_2, 1)) / D + eps)",
+            "rstd = tl.rsqrt((tl.sum(x_1 * x_1, 1) + tl.sum(x_2 * x_2, 1)) / D)",
+        ),
+        "mean_of_the_first_columns": (
+            "mean = (tl.sum(x_1, 1) + tl.sum(x_2, 1)) / D",
+            "mean = tl.sum(x_1, 1) / D1",
+        ),
+    },
+)
+
+LAYERNORM_MLP = _mutants(
+    "kernels/layernorm_mlp.py",
+    ("tests/test_layernorm_mlp.py",),
+    {
+        "last_hidden_block_dropped": (
+            "for h_0 in tl.range(0, H, BLOCK_H):",
+            "for h_0 in tl.range(0, H - BLOCK_H, BLOCK_H):",
+        ),
+        "no_gelu": (
+            "h = gelu(h + tl.load(Bias1 + offs_h).to(tl.float32)[None, :], GELU).to(dtype)",
+            "h = (h + tl.load(Bias1 + offs_h).to(tl.float32)[None, :]).to(dtype)",
+        ),
+        "fc1_bias_forgotten": (
+            "h = gelu(h + tl.load(Bias1 + offs_h).to(tl.float32)[None, :], GELU).to(dtype)",
+            "h = gelu(h, GELU).to(dtype)",
+        ),
+        "fc2_bias_forgotten": (
+            "    acc = acc + tl.load(Bias + offs_d).to(tl.float32)[None, :]\n",
+            "",
+        ),
+        "mlp_residual_forgotten": (
+            "y = acc + X.load([row_0, COL_0]).to(tl.float32)",
+            "y = acc + 0.0",
+        ),
+    },
+)
+
+MASK_HEAD = _mutants(
+    "kernels/mask_head.py",
+    ("tests/test_mask_head.py",),
+    {
+        "unnormalised_classes": (
+            "* (1.0 / class_norm)[None, :]",
+            "* (1.0 + 0.0 * class_norm)[None, :]",
+        ),
+        "unnormalised_patches": (
+            "cosine = cosine * tl.rsqrt(patch_norm2)[:, None]",
+            "cosine = cosine * (1.0 + 0.0 * patch_norm2)[:, None]",
+        ),
+        "padded_classes_in_the_variance": (
+            "centred = tl.where(real[None, :], cosine - mean[:, None], 0.0)",
+            "centred = cosine - mean[:, None]",
+        ),
+        "last_chunk_dropped": (
+            "for d_0 in tl.range(0, D, BLOCK_D, flatten=True):",
+            "for d_0 in tl.range(0, D - BLOCK_D, BLOCK_D, flatten=True):",
+        ),
+        "last_projection_step_dropped": (
+            "for i_0 in tl.range(0, D, BLOCK_K):",
+            "for i_0 in tl.range(0, D - BLOCK_K, BLOCK_K):",
+        ),
+        "mask_norm_eps_forgotten": (
+            "tl.rsqrt(tl.sum(centred * centred, 1) * (1.0 / N_CLASSES) + eps)",
+            "tl.rsqrt(tl.sum(centred * centred, 1) * (1.0 / N_CLASSES))",
+        ),
+        "slab_offset_forgotten": (
+            "k_0 = (pid % n_slabs) * K_PAD",
+            "k_0 = (pid % n_slabs) * 0",
+        ),
+        "mask_norm_bias_forgotten": (
+            "            y = y + tl.load(NormBias + offs_k, mask=real, other=0.0).to(tl.float32)[None, :]\n",
+            "            y = y + 0.0\n",
+        ),
+        "columns_beyond_d_read": (
+            "mask = mask & ((col + offs_d)[None, :] < D)",
+            "mask = mask & ((col + offs_d)[None, :] < D + COLS)",
+        ),
+    },
+)
+
+MUTANTS = [*ATTENTION, *LAYERNORM, *LINEAR, *NUMERICS, *LAYERNORM_MLP, *MASK_HEAD]

@@ -7,7 +7,7 @@ install:         ## editable install with everything that tests need
 	pip install -e ".[test]"
 
 test:            ## all tests that need no GPU, with the coverage gate
-	python -m pytest -m "not gpu" --cov --cov-report=term --cov-fail-under=90
+	python -m pytest -n auto --dist loadscope -m "not gpu" --cov --cov-report=term --cov-fail-under=90
 
 test-gpu:        ## the tests that need a GPU
 	python -m pytest -m gpu

@@ -35,6 +35,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-cov",
+            "pytest-xdist>=3",
             "pytest-benchmark>=4",
             "hypothesis>=6.100",
             "numpy<2.4",

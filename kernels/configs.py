@@ -36,27 +36,28 @@ def attention(architecture: str, element_size: int, head_pad: int, n_keys: int, 
     """The configuration for a head of `head_pad` columns (a power of two)."""
     descriptors = architecture in DESCRIPTOR_ARCHITECTURES
     if element_size == 4:
-        # Exactness is what float32 is used for here. Small tiles: the operands of ordinary multiply-adds fill the
-        # registers, and TF32 needs V transposed through them.
+        # Exactness is what float32 is used for here. Small tiles, because the operands of ordinary multiply-adds fill
+        # the registers: with four warps, or 32 keys a step, the tail spills.
         if precision == "ieee":
-            return AttentionConfig(32, 16, 4, 2)
-        return AttentionConfig(64, 32, 4, 2)
+            return AttentionConfig(16 if head_pad == 128 else 32, 16, 8, 2)
+        # TF32 needs V transposed through registers. Descriptors need 40 of them less than pointers.
+        return AttentionConfig(64, 32, 4, 2, descriptors and architecture != "sm_120")
     if architecture in ("sm_90", "sm_100"):
         if head_pad == 128:
-            # 64 columns of scores keep scores, probabilities and the 128-wide accumulator in registers.
-            return AttentionConfig(128, 64, 8, 2, descriptors)
+            # One program of two warpgroups, with 64 keys a step as well, which need 20 to 34 % more instructions.
+            return AttentionConfig(128, 128, 8, 2, descriptors)
         if n_keys <= 512:
             # Few key tiles: many small programs start and end at different times and fill each other's gaps.
             return AttentionConfig(64, 64, 4, 2, descriptors)
-        # 128 query rows halve the reads of K and V from L2 (64 rows would end near 360 TFLOP/s). 108 registers and 64 KB:
-        # two programs, four warpgroups a multiprocessor, so softmax and products of different ones overlap. 128 keys a
-        # step need 15 % fewer instructions but 156 registers: one program, two warpgroups that wait for each other.
+        # 128 query rows halve the reads of K and V from L2 (64 rows would end near 360 TFLOP/s). 108 registers and
+        # 64 KB: two programs, four warpgroups a multiprocessor, so softmax and products of different ones overlap. 128
+        # keys a step need 15 % fewer instructions but 156 registers: one program, whose two warpgroups go in step.
         return AttentionConfig(128, 64, 8, 3, descriptors)
     if architecture == "gfx942":
-        return AttentionConfig(128, 64, 4, 1)
+        return AttentionConfig(128, 64, 8, 1)  # 150 registers at head_dim 64; four warps take 260
     # 101 KB of shared memory and mma.sync: sm_80, 86, 89, 120 and whatever is unknown.
     if head_pad == 128:
-        return AttentionConfig(128, 64, 8, 2)  # 255 registers and 8 or 16 bytes spilled; four warps spill 100 or more
+        return AttentionConfig(128, 32, 8, 2)  # 64 keys a step, or four warps, spill
     return AttentionConfig(64, 64, 4, 2)
 
 
@@ -154,7 +155,10 @@ class LinearConfig:
 def linear(architecture: str, element_size: int, m: int, n: int, gelu: bool, precision: str) -> LinearConfig:
     """The configuration of our kernel for (m, k) times (n, k)^T."""
     descriptors = architecture in DESCRIPTOR_ARCHITECTURES
-    narrow = 0 < n % 128 <= 64  # 128 columns would waste most of the last block: 192 is one and a half
+    programs = -(-m // 128) * -(-n // 128)
+    # Smaller blocks where 128 columns would waste half of the last one (192 is one and a half), and where enough
+    # programs matter more than reuse.
+    small = 0 < n % 128 <= 64 or programs < MULTIPROCESSORS
     if precision != "ieee":
         # TF32: 32 columns of float32 are the 128 bytes that the tensor cores' swizzled layout spans.
         if architecture in ("sm_90", "sm_100"):
@@ -164,10 +168,13 @@ def linear(architecture: str, element_size: int, m: int, n: int, gelu: bool, pre
         # Ordinary multiply-adds: 86 % of the loop's instructions, with 128 registers by pointers. Descriptors spill.
         return LinearConfig(64, 64, 32, 8, 4, 2 if architecture.startswith("gfx") else 3)
     if architecture in ("sm_90", "sm_100"):
-        programs = -(-m // 128) * -(-n // 128)
-        if narrow or programs < MULTIPROCESSORS:
-            # Enough programs matters more than reuse. 64 KB and about 80 registers: three on a multiprocessor.
+        if small:
+            # 64 KB and about 60 registers: three on a multiprocessor.
             return LinearConfig(64, 64, 64, 8, 4, 4, descriptors)
+        if programs < 2 * MULTIPROCESSORS:
+            # Half a block more evenly spread: with fewer than two on each, some would have twice the work of others.
+            # 72 KB and about 100 registers: three on a multiprocessor.
+            return LinearConfig(64, 128, 64, 8, 4, 3, descriptors)
         if not gelu and programs >= 16 * MULTIPROCESSORS:
             # Reads a quarter less from L2 than 128 columns. One program fits, so its ends are exposed (a GELU would
             # be too), and its 1 of 8 or more rounds may be partly empty.
@@ -175,7 +182,7 @@ def linear(architecture: str, element_size: int, m: int, n: int, gelu: bool, pre
         # 96 KB and about 100 registers: two programs on a multiprocessor, one computes while the other does its GELU
         # or waits for its residual.
         return LinearConfig(128, 128, 64, 8, 8, 3, descriptors)
-    if narrow:
+    if small:
         return LinearConfig(64, 64, 64, 8, 4, 2 if architecture.startswith("gfx") else 3)
     if architecture == "sm_80":
         return LinearConfig(128, 128, 64, 8, 8, 3)
@@ -271,4 +278,4 @@ def mlp(architecture: str, m: int) -> MlpConfig:
         return MlpConfig(128, 64, 8, 2, True)  # the accumulators are in tensor memory: 150 registers
     if architecture == "sm_120":
         return MlpConfig(64, 32, 4, 2, True)  # 226 registers, 48 KB; pointers would spill 56 bytes
-    return MlpConfig(64, 32, 4, 2)  # 48 KB. 255 registers, and on sm_86 and 89 ten of them spilled outside the loop
+    return MlpConfig(64, 32, 4, 2)  # 48 KB. 255 registers, up to 18 more spilled outside the loop

@@ -229,9 +229,10 @@ class Recording:
 
 @contextlib.contextmanager
 def recorded(architecture: str) -> Iterator[list[Launch]]:
-    """Within it, operators called with CPU tensors choose their kernels for `architecture` and launch nothing.
+    """Within it, the kernels' host code, called with CPU tensors, chooses for `architecture` and launches nothing.
 
-    What they return is not computed. It is how `bench.compile_report` compiles exactly what ships.
+    What it returns is not computed. `bench.compile_report` compiles exactly what ships that way. (PyTorch sends CPU
+    tensors given to the operators themselves to the reference; `bench.aot.recording` sends them here.)
     """
     global _recording
     before, _recording = _recording, Recording(architecture)

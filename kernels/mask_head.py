@@ -70,7 +70,7 @@ def _mask_head_fwd_kernel(
 
     cosine = tl.zeros([BLOCK_M, K_PAD], tl.float32)
     patch_norm2 = tl.zeros([BLOCK_M], tl.float32)
-    for d_0 in tl.range(0, D, BLOCK_D, flatten=True):  # one pipeline: a chunk's first tiles load during the last one
+    for d_0 in tl.range(0, D, BLOCK_D):  # not flattened: triton 3.8's ptxas (12.9) then serialises every wgmma
         p = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for i_0 in tl.range(0, D, BLOCK_K):
             x = _load_tile(X, b, m_0, i_0, stride_xb, stride_xn, n_patches, D, BLOCK_M, BLOCK_K, DESCRIPTORS)

@@ -86,7 +86,7 @@ def select(impl: str = "auto") -> Operators | Automatic:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "triton":
-        reason = _why_no_triton() or (None if torch.cuda.is_available() or _interpreting() else "no CUDA device")
+        reason = why_no_triton() or (None if torch.cuda.is_available() or _interpreting() else "no CUDA device")
         if reason:
             raise ImplementationError(f'impl="triton": {reason}; use impl="eager" or impl="auto"')
         return triton_operators()
@@ -96,7 +96,7 @@ def select(impl: str = "auto") -> Operators | Automatic:
 @functools.cache
 def why_not_triton(device: int = 0) -> str | None:
     """Why the kernels cannot run on this CUDA device, or None if they can."""
-    reason = _why_no_triton()
+    reason = why_no_triton()
     if reason:
         return reason
     if not torch.cuda.is_available():
@@ -152,7 +152,8 @@ def parts(model: torch.nn.Module) -> dict[str, str]:
 
 
 @functools.cache
-def _why_no_triton() -> str | None:
+def why_no_triton() -> str | None:
+    """What is wrong with the installed Triton, or None if the kernels can be imported. Imports it."""
     try:
         version = metadata.version("triton")
     except metadata.PackageNotFoundError:

@@ -7,7 +7,6 @@ that is what runs whenever a call is not one for the kernels.
 
 import copyreg
 import functools
-import importlib.util
 import types
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 
 from segmenter.contract import unmet
 from segmenter.fusable import why_not_bypass
-from segmenter.implementation import EAGER, KERNEL_DTYPES, Operators, triton_operators, why_not_triton
+from segmenter.implementation import EAGER, KERNEL_DTYPES, Operators, triton_operators, why_no_triton, why_not_triton
 from segmenter.structure import AttentionPlan, BlockPlan, DecoderPlan, Plan
 
 
@@ -53,7 +52,7 @@ def why_not_on(device: str, index: int | None) -> str | None:
 
 @functools.cache
 def _interpreting() -> bool:
-    if importlib.util.find_spec("triton") is None:
+    if why_no_triton() is not None:
         return False
     from segmenter.kernels.launch import INTERPRETED
 
@@ -112,8 +111,8 @@ _OPERATORS: list[Operators] = []  # the kernels, once loaded: looked up here bec
 
 
 def load_operators() -> None:
-    """Imports the kernels if Triton is there."""
-    if not _OPERATORS and importlib.util.find_spec("triton") is not None:
+    """Imports the kernels if there is a Triton for them."""
+    if not _OPERATORS and why_no_triton() is None:
         _OPERATORS.append(triton_operators())
 
 
@@ -324,7 +323,10 @@ class FastDecoder(Accelerated):
 
 
 class FastWrappedDecoder(FastDecoder):
-    """The same for forward(list of feature maps)."""
+    """The same for forward(list of feature maps).
+
+    The original divides by norms of at least 1e-12 where the kernel has no such limit: a token of zeros gives NaN.
+    """
 
     def forward(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__["_segmenter"].plan

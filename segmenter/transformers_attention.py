@@ -8,13 +8,13 @@ Calls that are not for the kernel run transformers' own "sdpa": with a mask or a
 fewer key than query heads, a head_dim above 128 or no multiple of 8, float64, or on a device without kernels.
 """
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
 
+from segmenter.implementation import why_no_triton
 from segmenter.structure import MAX_HEAD_DIM
 from segmenter.swapped import AccelerationError, why_not_tensor
 
@@ -34,7 +34,7 @@ def register(name: str = "segmenter", strict: bool = False) -> None:
         from transformers import AttentionInterface
     except ImportError as error:
         raise ImportError("this needs transformers 4.48 or newer: pip install -U transformers") from error
-    if not _KERNEL and importlib.util.find_spec("triton") is not None:
+    if not _KERNEL and why_no_triton() is None:
         from segmenter.kernels.attention import cross_attention
 
         _KERNEL.append(cross_attention)

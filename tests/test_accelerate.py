@@ -58,7 +58,7 @@ def run(model, *args):
 
 BUILDERS = {  # what: (model, input, fused blocks, attention layers of their own, mask decoders)
     "timm": (timm_vit, (2, 3, 32, 32), 2, 2, 0),
-    "published": (lambda: official.load(GOLDEN / "01_mask_p16_square").to(DEVICE), (1, 3, 40, 48), 3, 0, 1),
+    "published": (lambda: official.load(GOLDEN / "04_inference_single_scale").to(DEVICE), (1, 3, 40, 48), 3, 0, 1),
     "mmseg": (lambda: randomise(mmseg_like.Model()), (2, 64, 3, 4), 3, 3, 1),
 }
 

@@ -98,7 +98,14 @@ def replaced_forward(linear):
     return linear
 
 
-ODD = [Lora, InheritedLora, Rounding, parametrised, weight_normed, replaced_forward]
+ODD = {  # what is put in place of a linear layer: why it is left alone
+    Lora: "is Lora, not Linear",
+    InheritedLora: "(InheritedLora) holds a, b",
+    Rounding: "it computes something else than its parts say",
+    parametrised: "(ParametrizedLinear) has a layer parametrizations",
+    weight_normed: "(Linear) holds weight_g, weight_v",
+    replaced_forward: "has a replaced forward",
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
@@ -113,7 +120,9 @@ def test_odd_linears_are_called(make, path, ran, when, kernels):
         accelerate(module)
     replace(module, path, make)
     if when == "before":
-        accelerate(module)
+        row = accelerate(module).rows[0]
+        assert row.became == ("MLP" if "attn" in path else "attention")
+        assert ODD[make] in row.reason
     with torch.no_grad():
         got = module(x)
     twin = block(accelerated=False)
@@ -246,6 +255,24 @@ class Causal(PlainAttention):
 class Noisy(PlainAttention):
     def forward(self, x):
         return super().forward(x) + (0.1 if self.training else 0)
+
+
+class Reading(PlainAttention):
+    """Reads the weight of its projection, so that an adapter around it has no effect."""
+
+    def forward(self, x):
+        B, N, C = x.shape
+        qkv = F.linear(x, self.qkv.weight, self.qkv.bias)
+        q, k, v = qkv.reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return self.proj((F.scaled_dot_product_attention(q, k, v)).transpose(1, 2).reshape(B, N, C))
+
+
+def test_an_adapter_that_is_read_is_not_called():
+    attention = Reading().to(DEVICE)
+    replace(attention, "qkv", Lora)
+    with pytest.warns(UserWarning, match="it computes something else"):
+        accelerate(attention)
+    assert accelerate(Reading().to(DEVICE)).swapped  # without adapter it is an attention layer as any other
 
 
 def test_lookalikes_are_left_alone(kernels):

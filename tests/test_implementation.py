@@ -15,10 +15,10 @@ from tests.tiny import tiny_config, tiny_model
 
 @pytest.fixture(autouse=True)
 def fresh():
-    for function in (why_not_triton, implementation._why_no_triton):
+    for function in (why_not_triton, implementation.why_no_triton):
         function.cache_clear()
     yield
-    for function in (why_not_triton, implementation._why_no_triton):
+    for function in (why_not_triton, implementation.why_no_triton):
         function.cache_clear()
 
 

@@ -121,11 +121,11 @@ def test_integers_are_exact(dtype, descriptors):
     """Sums of products of small integers have one right result in every order, to the last bit."""
     x, weight, bias, residual = (
         torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(i)).to(dtype).to(DEVICE)
-        for i, shape in enumerate(((70, 200), (56, 200), (56,), (70, 56)))
+        for i, shape in enumerate(((40, 104), (24, 104), (24,), (40, 24)))
     )
-    x = x * (torch.arange(200, device=DEVICE) % 7 == 0)  # so that the results fit bfloat16's 8 bits
+    x = x * (torch.arange(104, device=DEVICE) % 5 == 0)  # so that the results fit bfloat16's 8 bits
     config = configs.LinearConfig(32, 32, 32, 2, 4, 2, descriptors)
-    for b, r in itertools.product((None, bias), (None, residual)):
+    for b, r in ((None, None), (bias, residual)):
         exact = reference.linear(*(None if t is None else t.double() for t in (x, weight, b, r)))
         assert exact.abs().max() <= 256
         assert_bitwise_equal(kernel.product(x, weight, b, r, config=config), exact.to(dtype))
@@ -136,7 +136,7 @@ def shipped_linear_configs():
     rows = {}
     for architecture in (*configs.ARCHITECTURES, "unknown"):
         for size, precision in ((2, "ieee"), (4, "ieee"), (4, "tf32")):
-            for m, n, gelu in itertools.product((257, 8200, 65600), (192, 768, 1024, 4096), (False, True)):
+            for m, n, gelu in itertools.product((257, 3000, 8200, 65600), (192, 768, 1024, 4096), (False, True)):
                 config = configs.linear(architecture, size, m, n, gelu, precision)
                 rows.setdefault((config, size), f"{architecture}-{size}-{m}x{n}")
     return rows
@@ -153,7 +153,7 @@ def test_shipped_configuration(config, size):
     check(on_guarded(kernel.product, *args, config=config), reference.linear, args)
 
 
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (5, 3), (9, 7), (16, 5)])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (5, 3), (8, 2), (3, 7)])
 def test_every_block_has_one_program(m, n):
     """Grouped order: whatever the numbers of blocks, each is computed; outputs are NaN before."""
     args = linear_args(16 * m - 3, 16, 16 * n, torch.float32)[:3]
@@ -224,6 +224,7 @@ def test_plain_products_are_the_librarys(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # layernorm_linear
 
+
 @by_dtype
 @pytest.mark.parametrize("strategy", ["library", "separate", "fold", "rows"])
 @pytest.mark.parametrize(("m", "k", "n"), [(3, 16, 48), (37, 48, 80), (65, 80, 31), (66, 192, 67), (19, 384, 24)])
@@ -232,8 +233,8 @@ def test_layernorm_linear(m, k, n, strategy, dtype, guarded_outputs):
         args = norm_args(m, k, n, dtype, seed=m)
         args = (*args[:4], args[4] if bias else None, 1e-5, gelu)
         out = on_guarded(kernel.normalised_product, *args, strategy=strategy)
-        # The fold rounds the weights instead of the normalised rows: as good, but not the same errors.
-        check(out, reference.layernorm_linear, args, frobenius=1.15 if strategy == "fold" else None, max_ratio=2.5)
+        # As many roundings as in eager PyTorch, so equal up to chance; the fold rounds the weights instead of the rows.
+        check(out, reference.layernorm_linear, args, frobenius=1.15 if strategy == "fold" else 1.05, max_ratio=2.5)
 
 
 @pytest.mark.parametrize("strategy", ["library", "separate", "rows"])

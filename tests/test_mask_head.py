@@ -98,7 +98,7 @@ def test_cosines_of_many_classes_are_not_rounded():
     patches = (args[0] @ args[2]).float()
     exact = torch.nn.functional.cosine_similarity(patches[:, :, None], projected.float()[:, None], -1)
     assert cosine.dtype == torch.float32
-    torch.testing.assert_close(cosine, exact, rtol=0, atol=2e-4)
+    torch.testing.assert_close(cosine, exact, rtol=0, atol=4e-4)  # rounded: 1e-3
 
 
 def test_classes_almost_alike_keep_their_variance():

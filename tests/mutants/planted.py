@@ -309,8 +309,8 @@ MASK_HEAD = _mutants(
             "centred = cosine - mean[:, None]",
         ),
         "last_chunk_dropped": (
-            "for d_0 in tl.range(0, D, BLOCK_D, flatten=True):",
-            "for d_0 in tl.range(0, D - BLOCK_D, BLOCK_D, flatten=True):",
+            "for d_0 in tl.range(0, D, BLOCK_D):",
+            "for d_0 in tl.range(0, D - BLOCK_D, BLOCK_D):",
         ),
         "last_projection_step_dropped": (
             "for i_0 in tl.range(0, D, BLOCK_K):",

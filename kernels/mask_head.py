@@ -47,7 +47,7 @@ def _load_tile(X, b, row, col, stride_b, stride_n, n_rows, D: tl.constexpr, ROWS
         mask = (row + offs_n)[:, None] < n_rows
         if D % COLS != 0:
             mask = mask & ((col + offs_d)[None, :] < D)
-        x = tl.load(base + offs_n[:, None] * stride_n + offs_d[None, :], mask=mask, other=0.0)
+        x = tl.load(base + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :], mask=mask, other=0.0)
     return x
 
 

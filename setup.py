@@ -41,6 +41,7 @@ setup(
             "numpy<2.4",
             "setuptools>=71",
             "ruff==0.17.6",
+            "transformers>=4.48",
         ],
         "bench": ["pytest-benchmark>=4", "psutil", "matplotlib"],
         "train": ["torchvision", "tensorboard", "matplotlib"],

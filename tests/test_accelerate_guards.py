@@ -187,6 +187,10 @@ def test_function_transforms(kernels):
     torch.testing.assert_close(module.mapped, twin.mapped, **TIGHT)
     for name, grad in twin.grads.items():
         torch.testing.assert_close(module.grads[name], grad, **TIGHT)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(module(dual)).tangent
+    torch.testing.assert_close(tangent, twin.jvp, **TIGHT)
     assert kernels == []
 
 

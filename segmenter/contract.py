@@ -83,8 +83,6 @@ def record(root: nn.Module, path: Path, parameters: tuple[str, ...] = (), childr
     if layer is None:
         raise Unlike(f"{name} is missing")
     state = layer.__dict__
-    if "forward" in state:
-        raise Unlike(f"{name} has a replaced forward")
     held = {n for kind in ("_parameters", "_buffers") for n, tensor in state[kind].items() if tensor is not None}
     if extra := sorted(held - set(parameters)):
         raise Unlike(f"{name} ({_class(layer)}) holds {', '.join(extra)}")

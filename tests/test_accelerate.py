@@ -1,6 +1,7 @@
 """Whole models with the kernels put in: same numbers, and copying, saving, averaging, training and undoing work."""
 
 import copy
+import inspect
 import io
 import warnings
 from pathlib import Path
@@ -86,12 +87,14 @@ def test_swapped_and_equal(case, kernels):
     assert want.abs().max() > 0.5
     assert list(model.state_dict()) == keys
     assert all(isinstance(m, cls) for m, cls in zip(model.modules(), classes, strict=True))
+    signatures = [inspect.signature(m.forward) for m in model.modules()]
     assert why_not(model) == {}
     assert restore(model) == len(report.swapped)
     kernels.clear()
     assert torch.equal(run(model, im), want)
     assert kernels == []
     assert [type(m) for m in model.modules()] == classes
+    assert [inspect.signature(m.forward) for m in model.modules()] == signatures
     assert not any("_segmenter" in m.__dict__ for m in model.modules())
     assert restore(model) == 0
 

@@ -173,6 +173,16 @@ def test_mixed_types_are_the_originals_business(kernels):
     assert "MLP: mlp.fc1 is bfloat16, the input float32" in str(why_not(module))
 
 
+def test_half_tokens_under_autocast(kind, kernels):
+    """There parameters of another type are no obstacle."""
+    module, x = block(kind), tokens(dtype=torch.bfloat16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got, want = module(x), original(module)(x)
+    assert kernels == ATTENTION + MLP
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, atol=0.1, rtol=0.05)
+
+
 def test_function_transforms(kernels):
     """Per-sample gradients, forward mode and vmap of torch.func run the original."""
     module, x = block(), tokens()

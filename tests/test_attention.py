@@ -397,3 +397,19 @@ def test_second_derivative():
     exact = second(lambda x: reference.explicit_attention(x, 2), torch.float64)
     for ours, want in zip(second(lambda x: attention(x, 2), torch.float32), exact, strict=True):
         torch.testing.assert_close(ours.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+def test_nan_in_the_next_head_stays_there(descriptors):
+    """A head of 48 columns is padded to 64: what lies there belongs to the next head, and 0 times NaN is NaN."""
+    h, d, N = 2, 48, 40
+    x = torch.randn(1, N, 3 * h, d, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    config = configs.AttentionConfig(16, 16, 4, 2, descriptors)
+
+    def run(x):
+        return kernel._run(x, x, x, (h, 0, h, 2 * h), d**-0.5, False, config)[0][..., :d]
+
+    want = run(x)
+    x[:, 5, h + 1] = math.nan  # a key of the second head
+    x[:, 7, 2 * h + 1] = math.nan  # and a value
+    assert_bitwise_equal(run(x), want)

@@ -213,7 +213,9 @@ def test_plain_products_are_the_librarys(monkeypatch):
     monkeypatch.setattr(kernel, "product", lambda *args, **kwargs: ours.append(args) or args[0] @ args[1].t())
     x, weight, bias, residual = linear_args(5, 16, 32, torch.float32, torch.float32)
     assert_bitwise_equal(linear(x, weight, bias), reference.linear(x, weight, bias))
-    assert_bitwise_equal(layernorm_linear(x, bias[:16], bias[:16], weight, None).isnan(), torch.zeros(5, 32) > 0)
+    assert_bitwise_equal(
+        layernorm_linear(x, bias[:16], bias[:16], weight, None).isnan(), torch.zeros(5, 32, device=DEVICE) > 0
+    )
     assert not ours
     linear(x, weight, bias, gelu=True)
     linear(x, weight, bias, residual)

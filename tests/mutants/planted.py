@@ -234,6 +234,7 @@ LINEAR = _mutants(
         "store_mask_missing": (
             "mask = (offs_m < n_rows)[:, None] & mask_n[None, :]\n        if HAS_RESIDUAL:",
             "mask = (offs_m >= 0)[:, None] & mask_n[None, :]\n        if HAS_RESIDUAL:",
+            "the same result: rows beyond the edge repeat the last one, and store its value there a second time",
         ),
         "second_columns_of_rows_forgotten": (
             "            acc = tl.dot(x_2, w.T, acc, input_precision=PRECISION)\n        mask_n",

@@ -55,7 +55,7 @@ class Automatic:
 
     def on(self, x: torch.Tensor) -> Operators:
         """Kernels for bfloat16, float16 and float32 on a GPU that has what they need; eager otherwise."""
-        if not x.is_cuda or x.dtype not in KERNEL_DTYPES or why_not_triton(x.device.index) is not None:
+        if not x.is_cuda or x.dtype not in KERNEL_DTYPES or _why_not_here(x.device.index) is not None:
             return EAGER
         return triton_operators()
 
@@ -149,6 +149,11 @@ def parts(model: torch.nn.Module) -> dict[str, str]:
         if texts:
             described[part] = ", ".join(texts)
     return {**described, "patch embedding, upsampling, argmax": "eager"}
+
+
+@torch.compiler.assume_constant_result
+def _why_not_here(device: int) -> str | None:
+    return why_not_triton(device)  # torch.compile cannot trace its look-ups, and need not: the machine stays as it is
 
 
 @functools.cache

@@ -174,11 +174,11 @@ class Block(nn.Module):
 
     def why_not_fused(self, half: str) -> str | None:
         """Why the "attention" or the "mlp" half has to run layer by layer at the moment, or None if it need not."""
-        if self.training and isinstance(self.drop_path, DropPath) and self.drop_path.rate > 0:
+        if isinstance(self.drop_path, DropPath) and self.drop_path.training and self.drop_path.rate > 0:
             return "stochastic depth"
         own = self._modules  # not self.attn and so on: attribute look-ups of modules are slow, and this runs every call
         inner = own["attn" if half == "attention" else "mlp"]
-        if self.training and any(getattr(layer, "p", 0) > 0 for layer in inner._modules.values()):
+        if any(layer.training and getattr(layer, "p", 0) > 0 for layer in inner._modules.values()):
             return "dropout"
         norm = own["norm1" if half == "attention" else "norm2"]
         for module, kinds in ((inner, _HALVES), (norm, _NORM), (own["drop_path"], _DROP_PATH)):

@@ -196,3 +196,12 @@ def test_triton_model_equals_eager():
                 low = fast(im)
             assert (low.float() - want).abs().max() < 0.3
     assert reference.attention is EAGER.attention
+
+
+def test_dropout_left_on_in_evaluation_is_applied():
+    """Monte-Carlo dropout: the model in evaluation mode, its dropout layers in training mode."""
+    block = Block(64, 1, 128, 0.5, 0.0).eval()
+    block.mlp.drop.train()
+    assert (block.why_not_fused("attention"), block.why_not_fused("mlp")) == (None, "dropout")
+    x = torch.randn(2, 5, 64)
+    assert not torch.equal(block(x), block(x))

@@ -215,8 +215,9 @@ def _plan(
 
 
 def _check_head(d: int) -> None:
-    if d % 8 or not 8 <= d <= 128:
-        raise launch.KernelError(f'head_dim must be a multiple of 8 up to 128, got {d}; use impl="eager"')
+    if d % 8 or not 8 <= d <= configs.MAX_HEAD_DIM:
+        limit = f"a multiple of 8 up to {configs.MAX_HEAD_DIM}"
+        raise launch.KernelError(f'head_dim must be {limit}, got {d}; use impl="eager"')
 
 
 def _addressable(x: torch.Tensor) -> torch.Tensor:

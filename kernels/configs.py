@@ -7,6 +7,11 @@ of their own take the safe defaults.
 
 import dataclasses
 
+import torch
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # what kernels take
+MAX_HEAD_DIM = 128  # of attention; a multiple of 8
+
 # Shared memory that one program may use, in bytes (CUDA C programming guide, table of compute capabilities).
 SHARED_MEMORY = {
     "sm_80": 166_912,

@@ -17,10 +17,11 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from segmenter.kernels import configs
+
 LOG2E = 1.4426950408889634
-LN2 = 0.6931471805599453
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton.jit saw the kernels
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = configs.FLOATS
 MAX_GRID = 2**31 - 1  # of axis 0, the only one used: the others end at 65,535
 MAX_PLANS = 4096  # shapes remembered by one operator; beyond that it starts over
 

@@ -34,7 +34,6 @@ def define(
     flops: Callable,
     autocast: Callable[[torch.dtype, tuple], tuple],
     autocast_result: Callable[[Any], Any] | None = None,
-    not_differentiable: tuple[int, ...] = (),
 ) -> Any:
     """Registers an operator and returns its overload, `torch.ops.segmenter.NAME.default`.
 
@@ -44,7 +43,6 @@ def define(
         flops: floating-point operations, two a multiply-add, from the shapes of the arguments and `out_shape`.
         autocast: (the autocast dtype, the arguments) -> the arguments to call with.
         autocast_result: applied to the result under autocast, for what eager returns in float32 there.
-        not_differentiable: outputs, by position, that carry no gradient.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema)
@@ -52,7 +50,7 @@ def define(
     LIBRARY.impl(name, kernel if INTERPRETED else reference, "CPU")
     qualified = f"segmenter::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    _register_autograd(qualified, reference, not_differentiable)
+    _register_autograd(qualified, reference)
     operator = getattr(torch.ops.segmenter, name)
     register_flop_formula(operator)(flops)
     for device in ("cuda", "cpu"):
@@ -67,13 +65,11 @@ def forbid_forward_mode() -> None:
         raise KernelError('the kernels have no forward-mode derivative; use impl="eager" for it')
 
 
-def _register_autograd(qualified: str, reference: Callable, not_differentiable: tuple[int, ...]) -> None:
+def _register_autograd(qualified: str, reference: Callable) -> None:
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
         ctx.others = [None if is_tensor else x for x, is_tensor in zip(inputs, ctx.is_tensor, strict=True)]
         ctx.save_for_backward(*[x for x in inputs if isinstance(x, torch.Tensor)])
-        if not_differentiable:
-            ctx.mark_non_differentiable(*[output[i] for i in not_differentiable])
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
         saved = iter(ctx.saved_tensors)

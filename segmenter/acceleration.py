@@ -21,9 +21,9 @@ import torch
 import torch.nn as nn
 
 from segmenter.contract import RATES, Unlike, original_class
-from segmenter.implementation import Automatic, Operators, explain, select
+from segmenter.implementation import Automatic, Operators, explain, select, why_not_tensor
 from segmenter.structure import AttentionPlan, BlockPlan, Plan, kind_of, plan
-from segmenter.swapped import AccelerationError, Chosen, Swap, fast_class, load_operators, mixin_for, why_not_tensor
+from segmenter.swapped import AccelerationError, Swap, fast_class, mixin_for
 from segmenter.trial import confirmed
 
 __all__ = ["AccelerationError", "Report", "Row", "accelerate", "restore", "why_not"]
@@ -106,10 +106,9 @@ def accelerate(
         ValueError: strict, and there is nothing to swap. ImplementationError: strict, and Triton cannot run here.
     """
     report, trials = Report(), {}
-    operators = select("triton") if strict else Chosen()
-    load_operators()
+    operators = select("triton") if strict else Automatic("accelerated", on_cpu=True)
     for name, module in list(model.named_modules()):  # parents first: they are tried out with their original children
-        own = isinstance(module.__dict__.get("ops"), (Operators, Automatic, Chosen))
+        own = isinstance(module.__dict__.get("ops"), (Operators, Automatic))
         kind = "own" if own else kind_of(module)
         if kind is None:
             continue

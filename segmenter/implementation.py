@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from segmenter.kernels import reference
+from segmenter.kernels.configs import FLOATS
 
 IMPLEMENTATIONS = ("auto", "eager", "triton")
 MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
 MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Operators(NamedTuple):
@@ -49,29 +49,37 @@ EAGER = Operators(
 
 
 class Automatic:
-    """`impl="auto"`: the operators for a call are chosen by its input."""
+    """Chooses the operators of a call by its input: kernels where they can run, eager PyTorch elsewhere.
 
-    name = "auto"
+    Args:
+        name: for people.
+        on_cpu: whether tensors on the CPU get the kernels when Triton's interpreter is on, which is slow.
+    """
+
+    def __init__(self, name: str, on_cpu: bool):
+        self.name, self.on_cpu = name, on_cpu
 
     def on(self, x: torch.Tensor) -> Operators:
-        """Kernels for bfloat16, float16 and float32 on a GPU that has what they need; eager otherwise."""
-        if not x.is_cuda or x.dtype not in KERNEL_DTYPES or _why_not_here(x.device.index) is not None:
+        """The operators for this input."""
+        if (x.device.type == "cpu" and not self.on_cpu) or why_not_tensor(x) is not None:
             return EAGER
-        return triton_operators()
+        return KERNELS[0]
 
 
-AUTO = Automatic()
+AUTO = Automatic("auto", on_cpu=False)
+KERNELS: list[Operators] = []  # the kernels, once loaded: a plain look-up, because torch.compile traces it
 
 
-@functools.cache
-def triton_operators() -> Operators:
-    """The kernels. Imports Triton."""
-    from segmenter.kernels.attention import attention
-    from segmenter.kernels.layernorm_mlp import layernorm_mlp
-    from segmenter.kernels.linear import layernorm_linear, linear
-    from segmenter.kernels.mask_head import mask_head
+def load_kernels() -> Operators:
+    """The kernels. Imports them, and Triton, the first time."""
+    if not KERNELS:
+        from segmenter.kernels.attention import attention
+        from segmenter.kernels.layernorm_mlp import layernorm_mlp
+        from segmenter.kernels.linear import layernorm_linear, linear
+        from segmenter.kernels.mask_head import mask_head
 
-    return Operators("triton", attention, layernorm_linear, linear, layernorm_mlp, mask_head)
+        KERNELS.append(Operators("triton", attention, layernorm_linear, linear, layernorm_mlp, mask_head))
+    return KERNELS[0]
 
 
 def select(impl: str = "auto") -> Operators | Automatic:
@@ -89,7 +97,7 @@ def select(impl: str = "auto") -> Operators | Automatic:
         reason = why_no_triton() or (None if torch.cuda.is_available() or _interpreting() else "no CUDA device")
         if reason:
             raise ImplementationError(f'impl="triton": {reason}; use impl="eager" or impl="auto"')
-        return triton_operators()
+        return load_kernels()
     return EAGER if impl == "eager" else AUTO
 
 
@@ -151,9 +159,33 @@ def parts(model: torch.nn.Module) -> dict[str, str]:
     return {**described, "patch embedding, upsampling, argmax": "eager"}
 
 
-@torch.compiler.assume_constant_result
-def _why_not_here(device: int) -> str | None:
-    return why_not_triton(device)  # torch.compile cannot trace its look-ups, and need not: the machine stays as it is
+def why_not_tensor(x: torch.Tensor) -> str | None:
+    """Why the kernels cannot take a tensor of this type and device, or None if they can and are loaded."""
+    if x.dtype not in FLOATS:
+        return f"{str(x.dtype).removeprefix('torch.')} input"
+    if torch.autograd.forward_ad._current_level >= 0:  # within dual_level and jvp, where tangents would be lost
+        return "forward-mode differentiation"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a transform of torch.func"
+    return why_not_on(x.device.type, x.device.index)
+
+
+def why_not_on(device: str, index: int | None) -> str | None:
+    """Why kernels cannot run on tensors of this device, or None if they can and are loaded."""
+    if device == "cuda":
+        reason = why_not_triton(index or 0)
+    elif device == "cpu":
+        reason = why_no_triton() or (None if _interpreting() else "tensors on the CPU")
+    else:
+        reason = f"tensors on {device}"
+    if reason is None:
+        load_kernels()
+    return reason
+
+
+# torch.compile takes the answer as a constant: it cannot trace the look-ups, and the machine stays what it is. This is
+# what `torch.compiler.assume_constant_result` sets; calling that would import torch._dynamo, two seconds, here.
+why_not_on._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch.nn as nn
 
 from segmenter.contract import Contract, Layer, Path, Unlike, contract, find, record, record_linear, record_norm
+from segmenter.kernels.configs import MAX_HEAD_DIM
 
 Layers = tuple[Layer, ...]
 
-MAX_HEAD_DIM = 128  # of the attention kernel; a multiple of 8
 _NORMS_OF_ATTENTION = ("q_norm", "k_norm", "norm")
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from segmenter.contract import unmet
 from segmenter.fusable import why_not_bypass
-from segmenter.implementation import EAGER, KERNEL_DTYPES, Operators, triton_operators, why_no_triton, why_not_triton
+from segmenter.implementation import KERNELS, Operators, why_not_tensor
 from segmenter.structure import AttentionPlan, BlockPlan, DecoderPlan, Plan
 
 
@@ -38,36 +38,6 @@ class Swap(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # May this call use the kernels?
-
-
-@torch.compiler.assume_constant_result
-def why_not_on(device: str, index: int | None) -> str | None:
-    """Why kernels cannot run on tensors of this device, or None if they can. Told in advance to torch.compile."""
-    if device == "cuda":
-        return why_not_triton(index or 0)
-    if device != "cpu":
-        return f"tensors on {device}"
-    return None if _interpreting() else "tensors on the CPU"
-
-
-@functools.cache
-def _interpreting() -> bool:
-    if why_no_triton() is not None:
-        return False
-    from segmenter.kernels.launch import INTERPRETED
-
-    return INTERPRETED
-
-
-def why_not_tensor(x: torch.Tensor) -> str | None:
-    """Why the kernels cannot take a tensor of this type and device, or None if they can."""
-    if x.dtype not in KERNEL_DTYPES:
-        return f"{str(x.dtype).removeprefix('torch.')} input"
-    if torch.autograd.forward_ad._current_level >= 0:  # within dual_level and jvp, where tangents would be lost
-        return "forward-mode differentiation"
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "a transform of torch.func"
-    return why_not_on(x.device.type, x.device.index)
 
 
 def why_not_call(x: Any, args: tuple, kwargs: dict[str, Any], ndim: int = 3) -> str | None:
@@ -93,27 +63,6 @@ def _must_be_fast(module: nn.Module, reason: str) -> None:
     swap = module.__dict__["_segmenter"]
     if swap.strict:
         raise AccelerationError(f"{swap.name or 'the model'}: {reason}; accelerate without strict=True to allow it")
-
-
-class Chosen:
-    """In place of the operators of our own modules: kernels wherever they can run, eager PyTorch elsewhere.
-
-    Unlike `impl="auto"` this includes the CPU when Triton's interpreter is on.
-    """
-
-    name = "accelerated"
-
-    def on(self, x: torch.Tensor) -> Operators:
-        return EAGER if why_not_tensor(x) is not None else _OPERATORS[0]
-
-
-_OPERATORS: list[Operators] = []  # the kernels, once loaded: looked up here because torch.compile runs through `on`
-
-
-def load_operators() -> None:
-    """Imports the kernels if there is a Triton for them."""
-    if not _OPERATORS and why_no_triton() is None:
-        _OPERATORS.append(triton_operators())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +182,7 @@ class FastAttention(Accelerated):
         if reason is None:
             reason = unmet(self, plan.core)
         if reason is None:
-            return attention_core(self, plan, x, _OPERATORS[0])
+            return attention_core(self, plan, x, KERNELS[0])
         _must_be_fast(self, reason)
         return super().forward(x, *args, **kwargs)
 
@@ -253,7 +202,7 @@ class FastWrappedAttention(Accelerated):
         if reason is None:
             reason = unmet(self, plan.core, parameter_dtype(query))
         if reason is None:
-            return wrapped_core(self, plan, query, query if identity is None else identity, _OPERATORS[0])
+            return wrapped_core(self, plan, query, query if identity is None else identity, KERNELS[0])
         _must_be_fast(self, reason)
         return super().forward(query, *args, **kwargs)
 
@@ -278,7 +227,7 @@ class FastBlock(Accelerated):
         if plan.mlp is not None:
             reason = unmet(self, plan.mlp, parameter_dtype(x))
             if reason is None:
-                return mlp_fused(self, plan, x, _OPERATORS[0])
+                return mlp_fused(self, plan, x, KERNELS[0])
             _must_be_fast(self, f"MLP: {reason}")
         return by_layers(self, plan, x, "2")
 
@@ -286,10 +235,10 @@ class FastBlock(Accelerated):
         if plan.attention is not None:
             reason = unmet(self, plan.attention, dtype)
             if reason is None:
-                return attention_fused(self, plan, x, _OPERATORS[0])
+                return attention_fused(self, plan, x, KERNELS[0])
             _must_be_fast(self, f"attention: {reason}")
         if plan.core is not None and unmet(self, plan.core) is None:
-            return by_layers(self, plan, x, "1", _OPERATORS[0])
+            return by_layers(self, plan, x, "1", KERNELS[0])
         return by_layers(self, plan, x, "1")
 
     def why_not(self, x: torch.Tensor) -> list[str]:
@@ -308,7 +257,7 @@ class FastDecoder(Accelerated):
         plan = self.__dict__["_segmenter"].plan
         reason = why_not_call(x, args, kwargs) or self._unmet(plan)
         if reason is None:
-            masks = decode(self, plan, x, _OPERATORS[0])
+            masks = decode(self, plan, x, KERNELS[0])
             return masks.transpose(1, 2).unflatten(2, (im_size[0] // self.patch_size, -1))
         _must_be_fast(self, reason)
         return super().forward(x, im_size, *args, **kwargs)
@@ -333,7 +282,7 @@ class FastWrappedDecoder(FastDecoder):
         x = self._transform_inputs(inputs)
         reason = why_not_call(x, args, kwargs, ndim=4) or self._unmet(plan)
         if reason is None:
-            masks = decode(self, plan, x.flatten(2).transpose(1, 2).contiguous(), _OPERATORS[0])
+            masks = decode(self, plan, x.flatten(2).transpose(1, 2).contiguous(), KERNELS[0])
             return masks.transpose(1, 2).contiguous().unflatten(2, x.shape[-2:])
         _must_be_fast(self, reason)
         return super(FastDecoder, self).forward(inputs, *args, **kwargs)
@@ -366,6 +315,5 @@ def fast_class(mixin: type[Accelerated], original: type) -> type:
 
 def rebuild(mixin: str, original: type, *args: Any) -> nn.Module:
     """An empty module of the accelerated class, for unpickling and copying."""
-    load_operators()
     cls = fast_class(MIXINS[mixin], original)
     return cls.__new__(cls, *args)

@@ -8,15 +8,16 @@ Calls that are not for the kernel run transformers' own "sdpa": with a mask or a
 fewer key than query heads, a head_dim above 128 or no multiple of 8, float64, or on a device without kernels.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from segmenter.implementation import why_no_triton
-from segmenter.structure import MAX_HEAD_DIM
-from segmenter.swapped import AccelerationError, why_not_tensor
+from segmenter.implementation import why_no_triton, why_not_tensor
+from segmenter.kernels.configs import MAX_HEAD_DIM
+from segmenter.swapped import AccelerationError
 
 _NOT_OURS = ("position_bias", "softcap", "cache", "s_aux", "output_attentions")  # arguments that change the result
 _KERNEL: list[Callable] = []  # cross_attention, once loaded
@@ -38,7 +39,7 @@ def register(name: str = "segmenter", strict: bool = False) -> None:
         from segmenter.kernels.attention import cross_attention
 
         _KERNEL.append(cross_attention)
-    AttentionInterface.register(name, strict_attention if strict else attention)
+    AttentionInterface.register(name, functools.partial(attention, strict=True) if strict else attention)
     try:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     except ImportError:  # before 4.53 masks did not depend on the implementation
@@ -87,30 +88,21 @@ def attention(
     attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    strict: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls: q, k, v (B, heads, N, head_dim) -> ((B, N, heads, head_dim), None)."""
-    if why_not(module, query, key, value, attention_mask, dropout, **kwargs) is None:
+    """What transformers calls: q, k, v (B, heads, N, head_dim) -> ((B, N, heads, head_dim), None).
+
+    Raises:
+        AccelerationError: `strict`, and the kernel cannot take the call.
+    """
+    reason = why_not(module, query, key, value, attention_mask, dropout, **kwargs)
+    if reason is None:
         out = _KERNEL[0](query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scaling)
         return out.unflatten(2, (query.shape[1], query.shape[3])), None
+    if strict:
+        raise AccelerationError(f"{type(module).__name__}: {reason}; register without strict=True to allow it")
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     arguments = {"dropout": dropout, "scaling": scaling, **kwargs}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
-
-
-def strict_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """`attention`, but raises AccelerationError where that would run "sdpa"."""
-    reason = why_not(module, query, key, value, attention_mask, dropout, **kwargs)
-    if reason is not None:
-        raise AccelerationError(f"{type(module).__name__}: {reason}; register without strict=True to allow it")
-    return attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)

@@ -2,7 +2,7 @@
 
 import torch
 
-from segmenter import swapped
+from segmenter import implementation, swapped
 from segmenter.kernels import launch
 
 ALWAYS_KERNELS = ("attention", "mask_head")  # the others may give a product to a library
@@ -28,8 +28,8 @@ def kernels_run(monkeypatch):
         return call
 
     monkeypatch.setattr(launch.Plan, "run", spy)
-    swapped.load_operators()
-    operators = swapped._OPERATORS[0]
+    operators = implementation.load_kernels()
     others = {n: spied(n, f) for n, f in operators._asdict().items() if callable(f) and n not in ALWAYS_KERNELS}
-    monkeypatch.setattr(swapped, "_OPERATORS", [operators._replace(**others)])
+    for module in (implementation, swapped):
+        monkeypatch.setattr(module, "KERNELS", [operators._replace(**others)])
     return ran

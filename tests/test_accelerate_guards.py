@@ -6,7 +6,7 @@ import torch.nn as nn
 
 pytest.importorskip("triton")
 
-from segmenter import swapped
+from segmenter import implementation
 from segmenter.acceleration import AccelerationError, accelerate, restore, why_not
 from tests import official
 from tests.blocks import ATTENTION, DEVICE, KINDS, MLP, TIGHT, block, original, tokens, where
@@ -157,7 +157,7 @@ def test_other_types_and_devices(kind, kernels, monkeypatch):
     assert "float64 input" in str(why_not(module))
     module.float()
     assert kernels == []
-    monkeypatch.setattr(swapped, "why_not_on", lambda device, index: f"tensors on {device}")
+    monkeypatch.setattr(implementation, "why_not_on", lambda device, index: f"tensors on {device}")
     assert torch.equal(module(tokens()), original(module)(tokens()))
     assert kernels == []
     assert "tensors on" in str(why_not(module))

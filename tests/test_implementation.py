@@ -80,8 +80,8 @@ def test_triton_is_refused_with_the_way_out(machine):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_auto_goes_by_the_tensors(machine, dtype, monkeypatch):
     machine(capability=(9, 0))
-    monkeypatch.setattr(implementation, "triton_operators", lambda: EAGER._replace(name="triton"))
-    on_gpu = types.SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda:0"))
+    monkeypatch.setattr(implementation, "KERNELS", [EAGER._replace(name="triton")])
+    on_gpu = types.SimpleNamespace(dtype=dtype, device=torch.device("cuda:0"))
     assert AUTO.on(torch.zeros(1, dtype=dtype)) is EAGER
     assert AUTO.on(on_gpu).name == ("triton" if dtype == torch.float32 else "eager")
     machine(capability=(7, 5))

@@ -76,6 +76,11 @@ def test_importing_the_package_loads_nothing_heavy_and_prints_nothing():
     assert out == ""
 
 
+def test_models_do_not_load_the_compiler():
+    """torch._dynamo alone takes as long to import as the rest of torch."""
+    run("import sys, segmenter.model, segmenter.acceleration; assert 'torch._dynamo' not in sys.modules")
+
+
 def test_everything_imports_and_runs_without_triton_timm_and_torchvision():
     absent = ["triton", "timm", "torchvision", "matplotlib", "huggingface_hub"]
     kernels = [f"segmenter.kernels.{p.stem}" for p in (ROOT / "kernels").glob("*.py") if needs_triton(p)]

@@ -144,7 +144,7 @@ def test_other_calls_are_sdpa(make, arguments, reason, kernels):
     assert kernels == []
     assert reason in transformers_attention.why_not(module, q, k, v, mask, **arguments)
     with pytest.raises(AccelerationError, match=f"Layer: .*{reason}.*; register without strict=True to allow it"):
-        transformers_attention.strict_attention(module, q, k, v, mask, **arguments)
+        transformers_attention.attention(module, q, k, v, mask, strict=True, **arguments)
 
 
 def test_dropout_is_sdpa_and_modules_are_causal_by_default(kernels):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segmenter.kernels import configs, launch, layernorm, layernorm_mlp, linear, mask_head, reference
+from segmenter.kernels import configs, layernorm, layernorm_mlp, linear, mask_head, reference
 from tests.gpu.conftest import size
 from tests.parity import assert_parity
 
@@ -54,10 +54,6 @@ def test_operators_at_the_widths_of_the_model(rows, d, dtype, device):
     check(linear.linear(*proj), reference.linear, proj, context)
     check(layernorm_mlp.layernorm_mlp(*inputs), reference.layernorm_mlp, inputs, context, size(3, 1),
           lambda: layernorm_mlp.layernorm_mlp(*inputs))  # fmt: skip
-
-
-def architecture_here(device):
-    return launch.architecture(torch.empty(1, device=device))
 
 
 def runs_here(config, device):

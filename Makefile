@@ -33,8 +33,8 @@ format:          ## ruff: fix and format
 	ruff check --fix .
 	ruff format .
 
-bench:           ## the benchmark on this machine; writes bench/results/local.json
-	python -m pytest bench --benchmark-json bench/results/local.json
+bench:           ## the core sweep on this machine; see bench/conftest.py for the options
+	python -m pytest bench --results bench/results
 
-bench-smoke:     ## every kind of benchmark once, nothing timed
-	python -m pytest bench --benchmark-disable -q -k "patch32 or argmax"
+bench-smoke:     ## every kind of benchmark once on tiny inputs, checked and not timed; of torch.compile one row
+	python -m pytest bench --benchmark-disable -q -k "not compile or mlp"

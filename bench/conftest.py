@@ -1,27 +1,122 @@
-"""Facts about machine and software that every result file carries."""
+"""Options and order of `pytest bench`, and the session's harness.
 
-import platform
-import subprocess
+pytest bench                                   the core sweep, timed      -k patch8, -k "attention and B-patch16" ...
+pytest bench --sweep full                      every model, patch size, resolution and batch
+pytest bench --benchmark-disable               smoke test: every provider once on tiny inputs, checked, not timed
+pytest bench --results DIR                     also keeps the rows in DIR/<device>_<torch>_<triton>_<dtype>.json
+"""
 
-import numpy as np
+import os
+import time
+from pathlib import Path
+
+import pytest
 import torch
 
-from bench.models import ROOT
+from bench import machine, shapes, timing
+from bench.harness import Harness
+from bench.results_file import ResultsError, ResultsFile
+
+# Most telling first: a run that is cut short has these.
+ORDER = (
+    "bench_model",
+    "bench_attention",
+    "bench_layernorm_mlp",
+    "bench_mask_head",
+    "bench_labels",
+    "bench_waterfall",
+    "bench_peers",
+    "bench_loss",
+    "bench_train_step",
+)
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("segmenter's benchmark")
+    group.addoption("--sweep", choices=shapes.SWEEPS, help="default: core; smoke with --benchmark-disable")
+    group.addoption("--dtype", choices=machine.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    group.addoption("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    group.addoption("--results", type=Path, metavar="DIR", help="folder of the results file")
+    group.addoption("--missing", action="store_true", help="only rows that the results file does not hold yet")
+    group.addoption("--row-seconds", type=float, default=1.0, help="what the rounds of one row should take")
+    group.addoption("--deadline", type=float, default=float("inf"), help="Unix time after which no row starts")
+    group.addoption("--camvid", type=Path, metavar="DIR", help="CamVid (images/test, annotations/test), for mIoU")
+
+
+def pytest_configure(config):
+    smoke = config.option.benchmark_disable
+    device = torch.device(config.option.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if smoke and device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels: there they can only be interpreted
+    config.option.device = device
+    config.option.sweep = config.option.sweep or ("smoke" if smoke else "core")
+    config.option.dtype = machine.DTYPES[config.option.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+
+
+def pytest_generate_tests(metafunc):
+    if "shape" not in metafunc.fixturenames:
+        return
+    option = metafunc.config.option
+    chosen = shapes.sweep(option.sweep, option.device.type == "cuda")
+    if getattr(metafunc.module, "TRAINING", False):
+        chosen = [shape for shape in chosen if shapes.trainable(shape, option.device.type == "cuda")]
+    metafunc.parametrize("shape", chosen, ids=[shape.id for shape in chosen])
+
+
+def pytest_collection_modifyitems(config, items):
+    """The core sweep before the rest; then by ORDER; what takes long to compile after its neighbours."""
+    core = shapes.sweep("core", config.option.device.type == "cuda")
+
+    def rank(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        module = item.module.__name__.rpartition(".")[2]
+        order = ORDER.index(module) if module in ORDER else len(ORDER)
+        return (params.get("shape", core[0]) not in core, order, params.get("provider") == "compile")
+
+    items[:] = sorted((item for item in items if item.path.parent.name == "bench"), key=rank)
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=timing.CLOCK))
+
+
+@pytest.fixture(scope="session")
+def harness(request):
+    option = request.config.option
+    results = None
+    if option.results is not None:
+        path = option.results / machine.results_name(option.device, option.dtype)
+        try:
+            results = ResultsFile(path, machine.facts(option.device))
+        except ResultsError as error:
+            pytest.exit(str(error), returncode=4)
+    smoke = option.benchmark_disable
+    known = results.names() if results is not None and option.missing else frozenset()
+    return Harness(option.device, option.dtype, smoke, results, option.row_seconds, option.deadline, known)
+
+
+@pytest.fixture(scope="session")
+def camvid(request):
+    return request.config.option.camvid
+
+
+@pytest.fixture(autouse=True)
+def one_row_at_a_time(harness):
+    """A row that raised leaves the clock half used and memory held; neither may reach the next one."""
+    timing.CLOCK.reset()
+    yield
+    timing.CLOCK.reset()
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     machine_info.pop("node", None)  # the host's name is nobody's business
-    machine_info.update(
-        python=platform.python_version(),
-        torch=torch.__version__,
-        numpy=np.__version__,
-        threads=torch.get_num_threads(),
-        cpu_capability=torch.backends.cpu.get_cpu_capability(),
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        commit=commit.stdout.strip() or "unknown",
-    )
+    machine_info.update(machine.facts(config.option.device))
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
     commit_info.clear()  # the commit stands in machine_info
+
+
+def pytest_report_header(config):
+    option = config.option
+    ends = "" if option.deadline == float("inf") else time.strftime(", until %H:%M:%S", time.localtime(option.deadline))
+    what = f"{machine.device_name(option.device)}, {machine.SHORT[option.dtype]}, {option.sweep} sweep"
+    return f"segmenter bench: {what}{ends}"

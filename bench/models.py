@@ -1,5 +1,8 @@
-"""What is timed: models, pictures, and the ways (providers) from a picture's bytes to its labels."""
+"""Whole models as they are timed: from uint8 pictures on the device to labels, and one training step."""
 
+import copy
+import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,42 +10,200 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.published import published_inference
+from bench import gate, providers
+from bench.operations import band_labels, full_labels, segmentation_loss, upsampled
+from bench.shapes import Shape
 from segmenter.config import preset
-from segmenter.images import normalize
+from segmenter.images import NORMALIZATION
+from segmenter.implementation import EAGER, Operators
 from segmenter.model import Segmenter, create_segmenter
 from segmenter.pretrained import from_pretrained
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = "camvid-seg-s-16"
-SIZE = 512
-N_CLS = 150
+SHIPPED = ROOT / "examples" / "camvid-seg-s-16"
+STEP_PROVIDERS = tuple(name for name in providers.PROVIDERS if name != "sdpa-math")  # which is eager by another name
+MODEL_PROVIDERS = (*STEP_PROVIDERS, "bands")
+LEARNING_RATE = 1e-3  # the published one
 
 
-def build(name: str) -> Segmenter:
-    """A preset with seeded random weights, 150 classes, windows of 512; or the shipped model by its folder's name."""
-    if name == SHIPPED:
-        return from_pretrained(ROOT / "examples" / name)
+def shipped() -> Segmenter:
+    """The model in examples/: Seg-S/16 of CamVid, trained weights."""
+    return from_pretrained(SHIPPED)
+
+
+@functools.lru_cache(1)
+def build(shape: Shape, device: torch.device) -> Segmenter:
+    """The shape's model with seeded random weights, in float32 and evaluation mode. One is kept."""
     torch.manual_seed(0)
-    model = create_segmenter(preset(name, n_cls=N_CLS, image_size=SIZE)).eval()
-    model.info.window_size = model.info.window_stride = SIZE
-    return model
+    config = preset(shape.name.replace("Seg-X", "Seg-T"), n_cls=shape.n_cls, image_size=shape.size)
+    config = dataclasses.replace(config, d_model=shape.d_model, n_heads=shape.n_heads, n_layers=shape.n_layers)
+    return create_segmenter(config, impl="eager").eval().to(device)
 
 
-def picture(size: int | None = SIZE) -> np.ndarray:
+def picture(size: int | None = None) -> np.ndarray:
     """The street photograph of examples/, uint8 (H, W, 3), resized to a square of `size` unless that is None."""
     image = Image.open(ROOT / "examples" / "street.jpg").convert("RGB")
     return np.asarray(image if size is None else image.resize((size, size), Image.BICUBIC))
 
 
-def _published(model: Segmenter, pixels: np.ndarray) -> torch.Tensor:
-    im = normalize(pixels, model.info.normalization)[None]
-    sizes = (model.info.window_size, model.info.window_stride, 1)
-    return published_inference(model, [im], [False], pixels.shape[:2], *sizes).argmax(0)
+def pictures(shape: Shape, device: torch.device) -> torch.Tensor:
+    """A batch (B, H, W, 3) uint8: the photograph, cyclically moved sideways so that no two are alike."""
+    photograph = torch.from_numpy(picture(shape.size).copy())
+    shifts = torch.randint(0, shape.size, (shape.batch,)).tolist()
+    return torch.stack([photograph.roll(shift, dims=1) for shift in shifts]).to(device)
 
 
-PROVIDERS: dict[str, Callable[[Segmenter, np.ndarray], torch.Tensor]] = {
-    "published": _published,
-    "eager-fp32": lambda model, pixels: model.segment(pixels),
-    "eager-bf16": lambda model, pixels: model.segment(pixels, dtype="bfloat16"),
-}
+class Normalize:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W), as `segmenter.images.normalize`, on the device."""
+
+    def __init__(self, stats: str, dtype: torch.dtype, device: torch.device):
+        # Made once: a copy from the host inside could not be captured in a CUDA graph.
+        mean, std = NORMALIZATION[stats]
+        self.mean, self.std = torch.tensor([mean, std], dtype=torch.float32, device=device).unbind()
+        self.dtype = dtype
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = pixels.float().div_(255).sub_(self.mean).div_(self.std)
+        return x.to(self.dtype).permute(0, 3, 1, 2).contiguous()
+
+
+def set_operators(model: torch.nn.Module, ops: Operators) -> None:
+    """Makes every part of `model` that has a choice compute with `ops`, for good."""
+    for module in model.modules():
+        if hasattr(module, "ops"):
+            module.ops = ops
+
+
+def pixels_to_labels(
+    model: Segmenter, ops: Operators, dtype: torch.dtype, tail: str, compiled: bool = False
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A way from pixels (B, H, W, 3) uint8 to labels (B, H, W) uint8, with a copy of the model in `dtype`.
+
+    Args:
+        tail: "softmax" (full-resolution logits, softmax, argmax: published), "logits" (without the softmax, which no
+            label needs) or "bands" (never holds full-resolution logits).
+        compiled: torch.compile(max-autotune) of all of it.
+    """
+    device = next(model.parameters()).device
+    model = copy.deepcopy(model).to(dtype)
+    set_operators(model, ops)
+    normalize, patch = Normalize(model.info.normalization, dtype, device), model.patch_size
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        masks = model.masks(normalize(pixels))
+        if tail == "softmax":
+            return upsampled(masks, patch).softmax(1).argmax(1).to(torch.uint8)
+        return (band_labels if tail == "bands" else full_labels)(masks, patch)
+
+    if compiled:
+        return torch.no_grad()(torch.compile(run, mode="max-autotune", dynamic=False))
+    return torch.inference_mode()(run)
+
+
+def labels_of(model: Segmenter, provider: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The provider's way from pixels to labels. "bands" is what `impl="auto"` does without a GPU: eager, in bands."""
+    if provider in ("bands", "compile"):
+        tail = "bands" if provider == "bands" else "logits"
+        return pixels_to_labels(model, EAGER, dtype, tail, compiled=provider == "compile")
+    tail = {"eager": "softmax", "triton": "bands"}.get(provider, "logits")
+    return pixels_to_labels(model, providers.operators(provider), dtype, tail)
+
+
+@torch.inference_mode()
+def exact_scores(model: Segmenter, pixels: torch.Tensor) -> torch.Tensor:
+    """Full-resolution float32 logits (B, K, H, W) by the published order of work, float32 products in full."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        normalize = Normalize(model.info.normalization, torch.float32, pixels.device)
+        with providers.using(model, providers.PUBLISHED):
+            return upsampled(model.masks(normalize(pixels)), model.patch_size)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# Golden checks ask for 1e-4 of the largest score in float32; half types are compared with what eager makes of them.
+LABEL_FLOOR = {torch.float32: 1e-4, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@functools.lru_cache(1)
+def _judged(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(first picture of the batch, its exact scores, its labels by eager PyTorch in `dtype`)."""
+    torch.manual_seed(0)
+    pixels = pictures(shape, device)[:1]
+    model = build(shape, device)
+    return pixels, exact_scores(model, pixels), labels_of(model, "eager", dtype)(pixels)
+
+
+def check_labels(
+    shape: Shape, provider: str, labels: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype
+) -> tuple[str, float]:
+    """(how right the first picture's labels are, share of its pixels with the exact labels).
+
+    Args:
+        labels, pixels: of the batch that `pictures` makes first.
+    Raises:
+        GateError: a pixel's class is clearly not the best.
+    """
+    first, scores, eager = _judged(shape, pixels.device, dtype)
+    if not torch.equal(first, pixels[:1]):
+        raise ValueError("the pictures are not those that the exact scores belong to")
+    verdict = gate.check_labels(provider, labels[:1], scores, eager, LABEL_FLOOR[dtype])
+    return verdict, (labels[:1].long() == scores.argmax(1)).double().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class TrainStep:
+    """One step as in training: forward, loss, backward, SGD with momentum; weights float32, half types by autocast.
+
+    Dropout and stochastic depth are on, at the published rates, when it is timed.
+    """
+
+    def __init__(self, model: Segmenter, provider: str, dtype: torch.dtype):
+        self.model, self.dtype = copy.deepcopy(model).train(), dtype
+        if dtype == torch.float64:  # to judge the others by
+            self.model.double()
+        set_operators(self.model, providers.operators(provider))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+        self.loss = self._loss
+        if provider == "compile":
+            self.loss = torch.compile(self._loss, mode="max-autotune", dynamic=False)
+
+    def _loss(self, im: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return segmentation_loss(self.model.masks(im), target, self.model.patch_size)
+
+    def backward(self, im: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss, with gradients in the parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(im.device.type, self.dtype if half else None, enabled=half):
+            loss = self.loss(im.double() if self.dtype == torch.float64 else im, target)
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self, im: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = self.backward(im, target)
+        self.optimizer.step()
+        return loss
+
+
+def check_gradients(model: Segmenter, provider: str, im: torch.Tensor, target: torch.Tensor, dtype: torch.dtype) -> str:
+    """Compares gradients without dropout, of the first weights and of the last, for the first picture of the batch.
+
+    Raises:
+        GateError: one is further from float64's than eager's of the same type allows. Through a whole network rounding
+            adds up by chance, so here four times eager's largest error is allowed, not twice.
+    """
+    found = []
+    for name, kind in ((provider, dtype), ("eager", torch.float64), ("eager", dtype)):
+        step = TrainStep(model, name, kind)
+        step.model.eval()
+        step.backward(im[:1], target[:1])
+        last = getattr(step.model.decoder, "proj_patch", None)
+        last = step.model.decoder.head.weight if last is None else last
+        found.append((step.model.encoder.patch_embed.proj.weight.grad.flatten(1), last.grad))
+    verdicts = [gate.check(provider, *tensors, max_ratio=4.0) for tensors in zip(*found, strict=True)]
+    return "; ".join(verdicts)

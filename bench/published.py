@@ -5,31 +5,12 @@ Score matrices are written out in attention, every window is upsampled to full r
 github.com/rstrudel/segmenter in our own words; `tests/test_golden.py` checks it against the golden cases.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 
-from segmenter.implementation import EAGER
+from bench.providers import PUBLISHED, using
+from segmenter.implementation import Operators
 from segmenter.inference import resize, window_anchors
-from segmenter.kernels import reference
-
-PUBLISHED = EAGER._replace(name="published", attention=reference.explicit_attention)
-
-
-@contextlib.contextmanager
-def published_attention(model: torch.nn.Module) -> Iterator[None]:
-    """While inside, every block of `model` computes attention with an explicit score matrix."""
-    holders = [module for module in model.modules() if hasattr(module, "ops")]
-    before = [module.ops for module in holders]
-    try:
-        for module in holders:
-            module.ops = PUBLISHED
-        yield
-    finally:
-        for module, ops in zip(holders, before, strict=True):
-            module.ops = ops
 
 
 @torch.no_grad()
@@ -41,8 +22,12 @@ def published_inference(
     window_size: int,
     window_stride: int,
     batch_size: int,
+    ops: Operators = PUBLISHED,
 ) -> torch.Tensor:
-    """Class probabilities (n_cls, H0, W0) of one picture given at several scales; arguments as `inference`."""
+    """Class probabilities (n_cls, H0, W0) of one picture given at several scales; arguments as `inference`.
+
+    `ops` are explicit score matrices unless something else is to be compared.
+    """
     total = torch.zeros(model.n_cls, *ori_shape)
     for im, flip in zip(ims, flips, strict=True):
         im = resize(im, window_size)
@@ -54,7 +39,7 @@ def published_inference(
         ]
         crops = torch.stack([im[0, :, top : top + window_size, left : left + window_size] for top, left in anchors])
         seg_maps = torch.zeros(len(crops), model.n_cls, window_size, window_size)
-        with published_attention(model):
+        with using(model, ops):
             for i in range(0, len(crops), batch_size):
                 seg_maps[i : i + batch_size] = model(crops[i : i + batch_size])
         logits, count = torch.zeros(model.n_cls, H, W), torch.zeros(1, H, W)

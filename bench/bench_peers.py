@@ -1,0 +1,122 @@
+"""Other segmentation models beside ours, in one run: the rows of the paper's poster, and today's. Random weights.
+
+Every model runs in the session's type, channels last, as its library gives it; scores are resized to the picture and
+the best class is taken, alike for all. Ours run as `impl="auto"` would run them here.
+"""
+
+import pytest
+import torch
+
+from bench import gate, models, peers, providers
+from bench.harness import Row
+from bench.shapes import Work
+
+N_CLS = 150
+GPU_BATCH, CPU_SHRINK = 8, 2  # a CPU gets one picture of half the side at a time
+
+
+SMOKE_PEERS = ("DeepLabv3+ ResNet-101", "Seg-B†/16 DeiT-B/16")  # the others are built by tests/test_peers.py
+
+
+@torch.inference_mode()
+def _count(run, im):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run(im)
+    return counter.get_total_flops()
+
+
+class Theirs:
+    """Another's model: pixels (B, H, W, 3) uint8 to labels (B, H, W)."""
+
+    def __init__(self, peer, size, device, dtype):
+        try:
+            network = peer.build(N_CLS, size)
+        except ImportError as error:
+            raise providers.Unavailable(str(error)) from None
+        self.network = network.to(device, dtype, memory_format=torch.channels_last)
+        self.normalize = models.Normalize("vit", dtype, device)
+        self.parameters = sum(p.numel() for p in network.parameters())
+        self.flops = _count(network, torch.zeros(1, 3, size, size, device=device, dtype=dtype))
+
+    @torch.inference_mode()
+    def scores(self, pixels):
+        im = self.normalize(pixels).contiguous(memory_format=torch.channels_last)
+        return peers.resize(self.network(im), im.shape[-2:])
+
+    @torch.inference_mode()
+    def labels(self, pixels):
+        return self.scores(pixels).argmax(1).to(torch.uint8)
+
+    def check(self, labels, pixels):
+        """Without trained weights there is nothing to compare with: sizes, and that nothing overflows."""
+        if labels.shape != pixels.shape[:3] or not torch.isfinite(self.scores(pixels[:1])).all():
+            raise gate.GateError("labels of another size than the picture, or scores that are not finite")
+        return "labels of the picture's size from finite scores"
+
+
+class Ours:
+    """Our model, the way `impl="auto"` runs it here."""
+
+    def __init__(self, peer, size, device, dtype):
+        self.id, self.dtype, self.model = peer.id, dtype, peer.build(N_CLS, size).to(device)
+        try:
+            providers.require("triton", device, dtype)
+            provider = "triton"
+        except providers.Unavailable:
+            provider = "bands"
+        self.labels = models.labels_of(self.model, provider, dtype)
+        unused = sum(p.numel() for p in self.model.encoder.head.parameters())  # the ImageNet head
+        self.parameters = sum(p.numel() for p in self.model.parameters()) - unused
+        with providers.using(self.model, providers.PUBLISHED):
+            self.flops = _count(self.model.masks, torch.zeros(1, 3, size, size, device=device))
+
+    def check(self, labels, pixels):
+        scores = models.exact_scores(self.model, pixels[:1])
+        eager = models.labels_of(self.model, "eager", self.dtype)(pixels[:1])
+        return gate.check_labels(self.id, labels[:1], scores, eager, models.LABEL_FLOOR[self.dtype])
+
+
+def _published(peer):
+    figures = {"ss": peer.miou_ss, "ms": peer.miou_ms, "im_s": peer.images_per_second, "params_m": peer.parameters}
+    found = {key: figure and figure.value for key, figure in figures.items()}
+    speed = peer.images_per_second
+    sources = sorted({peers.SOURCES[figure.source].title for figure in figures.values() if figure})
+    return {**found, "gpu": speed.gpu if speed else None, "source": "; ".join(sources), "crop": peer.crop}
+
+
+@pytest.mark.parametrize("peer", peers.PEERS, ids=[peer.id for peer in peers.PEERS])
+def bench_peers(benchmark, harness, peer):
+    on_gpu = harness.device.type == "cuda"
+    if harness.smoke and peer.id not in SMOKE_PEERS:
+        pytest.skip("smoke tests build two of them")
+    size = 64 if harness.smoke else peer.size if on_gpu else peer.size // CPU_SHRINK // 32 * 32
+    batch = GPU_BATCH if on_gpu else 1
+    extra = {"model": peer.name, "backbone": peer.backbone, "group": peer.group, "ours": peer.ours}
+    extra |= {"size": size, "batch": batch, "published": _published(peer)}
+
+    def inputs():
+        return (torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=harness.device),)
+
+    def build():
+        if peer.build is None:
+            raise providers.Unavailable("published figures only")
+        model = (Ours if peer.ours else Theirs)(peer, size, harness.device, harness.dtype)
+        extra["parameters"] = model.parameters
+        work = Work(model.flops * batch, model.parameters * harness.dtype.itemsize + 4 * batch * size**2)
+        return Row(
+            "peers",
+            peer.id,
+            None,
+            model.labels,
+            inputs,
+            lambda labels, first: model.check(labels, *first),
+            work,
+            f"peers-{peer.id}",
+            pictures=batch,
+            whole=True,
+            extra=extra,
+        )
+
+    harness.run(benchmark, "peers", peer.id, None, f"peers-{peer.id}", build, extra)

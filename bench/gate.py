@@ -1,0 +1,79 @@
+"""Nothing is timed that is wrong: the rule of the tests (tests/parity.py), applied to the inputs that will be timed.
+
+An operation has to be as near to the exact result as eager PyTorch of the same precision is, within a factor of two in
+the worst element, four in the worst row and one in the whole. For labels there is no nearness, so each pixel's class is
+judged by how far its exact score stays below the best class's: ties and near-ties may fall either way, nothing else.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from segmenter.kernels import reference
+from tests.parity import assert_parity
+
+
+class GateError(AssertionError):
+    """A provider's result is wrong, so it is not timed."""
+
+
+def check(provider: str, actual: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, max_ratio: float = 2.0) -> str:
+    """Says how the largest error compares with eager's.
+
+    Raises:
+        GateError: it is further from `exact` than the rule allows.
+    """
+    try:
+        # Every provider counts as eager here, also against itself; the whole may be off by a little more than eager's
+        # because library kernels add in an order of their own.
+        assert_parity(actual, exact, eager, max_ratio=max_ratio, frobenius=2.0)
+    except AssertionError as error:
+        raise GateError(f"{provider} is wrong and is not timed: {error}") from None
+    exact = exact.double()
+    ours, theirs = ((x.detach().double() - exact).abs().max().item() for x in (actual, eager))
+    return f"largest error {ours:.2e}, eager's {theirs:.2e}"
+
+
+def shortfall(labels: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """How far the score of each pixel's label is below the best: labels (B, H, W), scores (B, K, H, W) -> (B, H, W)."""
+    chosen = scores.gather(1, labels.long()[:, None])[:, 0]
+    return scores.amax(1) - chosen
+
+
+def check_labels(provider: str, labels: torch.Tensor, scores: torch.Tensor, eager: torch.Tensor, floor: float) -> str:
+    """As `check` for labels (B, H, W), given exact scores (B, K, H, W) and eager's labels.
+
+    Args:
+        floor: allowed shortfall in units of the largest score, for rounding where eager happens to be exact.
+    Raises:
+        GateError: a pixel has a class whose exact score is clearly not the best.
+    """
+    if labels.shape != eager.shape:
+        raise GateError(f"{provider} is wrong: labels {tuple(labels.shape)}, expected {tuple(eager.shape)}")
+    if int(labels.max()) >= scores.shape[1]:
+        raise GateError(f"{provider} is wrong: label {int(labels.max())} of {scores.shape[1]} classes")
+    ours, theirs = (shortfall(x, scores).max().item() for x in (labels, eager))
+    limit = max(2 * theirs, floor * scores.abs().max().item())
+    if not ours <= limit:
+        worst = shortfall(labels, scores).flatten().argmax().item()
+        raise GateError(
+            f"{provider} is wrong and is not timed: at pixel {worst} of {labels.numel()} its class scores {ours:.3e} "
+            f"less than the best, allowed {limit:.3e}"
+        )
+    same = (labels.long() == eager.long()).double().mean().item()
+    return f"largest shortfall {ours:.2e}, eager's {theirs:.2e}; {100 * same:.3f} % of labels as eager's"
+
+
+def by_head(fn: Callable, qkv: torch.Tensor, n_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """Attention of packed qkv (B, N, 3*h*d) one image and head at a time, in `dtype`: 16k tokens fit like this."""
+    outs = []
+    for image in qkv.detach():
+        heads = image.unflatten(1, (3, n_heads, -1))
+        outs.append(torch.cat([fn(heads[:, :, i].flatten(1)[None].to(dtype), 1) for i in range(n_heads)], dim=2))
+    return torch.cat(outs)
+
+
+def attention_references(qkv: torch.Tensor, n_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(exact, eager in the type of qkv) attention."""
+    explicit = reference.explicit_attention
+    return by_head(explicit, qkv, n_heads, torch.float64), by_head(explicit, qkv, n_heads, qkv.dtype)

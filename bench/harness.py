@@ -1,0 +1,216 @@
+"""One row of the benchmark, from its inputs to its line in the results file: check, warm up, time, memory, context."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pytest
+import torch
+
+from bench import ceilings, machine, providers, timing
+from bench.operations import Operation
+from bench.results_file import ResultsFile
+from bench.shapes import Shape, Work
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+
+
+@dataclass
+class Row:
+    """What is timed, and what is said about it.
+
+    Attributes:
+        fn: called with what `inputs` makes; what else it needs is built before.
+        inputs: a new set of inputs each time, from torch's global generator, which is seeded before: every provider of
+            a group gets the same ones.
+        check: (result, its inputs) -> how right it is; raises gate.GateError.
+        pictures: pictures of one call, for images a second; None for single operations.
+        whole: timed by the wall clock as a user sees it, launches included, instead of on the device.
+        extra: joins `extra_info`.
+    """
+
+    kind: str
+    provider: str
+    shape: Shape | None
+    fn: Callable
+    inputs: Callable[[], tuple]
+    check: Callable[[Any, tuple], str]
+    work: Work
+    name: str
+    pictures: int | None = None
+    whole: bool = False
+    extra: dict[str, Any] | None = None
+
+
+class Harness:
+    """What the rows of one session share.
+
+    Args:
+        device, dtype: where and in what type. smoke: nothing is timed, sizes are tiny. results: None keeps nothing.
+        seconds: what the rounds of one row should take. deadline: `time.time()` after which no row starts any more.
+        known: names of rows that are not to be measured again.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        smoke: bool,
+        results: ResultsFile | None,
+        seconds: float,
+        deadline: float,
+        known: frozenset[str] = frozenset(),
+    ):
+        self.device, self.dtype, self.smoke = device, dtype, smoke
+        self.results, self.seconds, self.deadline, self.known = results, seconds, deadline, known
+
+    @cached_property
+    def ceilings(self) -> ceilings.Ceilings:
+        """Measured once a session, before the first row."""
+        found = ceilings.measure(self.device, self.dtype, small=self.smoke)
+        if self.results is not None:
+            self.results.content["ceilings"] = found._asdict()
+            self.results.save()
+        return found
+
+    def operation(self, benchmark: Any, operation: Operation, shape: Shape, provider: str) -> None:
+        """Times one operation by one provider."""
+        kind, name = operation.kind, f"{operation.kind}-{shape.id}-{machine.SHORT[self.dtype]}-{provider}"
+
+        def build() -> Row:
+            return Row(
+                kind,
+                provider,
+                shape,
+                operation.call(provider, shape),
+                lambda: operation.inputs(shape, self.dtype, self.device),
+                lambda result, inputs: operation.check(provider, shape, result, inputs),
+                operation.work(shape, self.dtype.itemsize),
+                name,
+            )
+
+        self.run(benchmark, kind, provider, shape, name, build)
+
+    def run(
+        self,
+        benchmark: Any,
+        kind: str,
+        provider: str,
+        shape: Shape | None,
+        name: str,
+        build: Callable[[], Row],
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """Builds, checks and times a row; one that cannot be had here is skipped, and noted with `facts`."""
+        if name in self.known:
+            pytest.skip(f"{name}: measured before")
+        torch._dynamo.reset()  # or the ninth shape of a function would run uncompiled
+        try:
+            if time.time() > self.deadline:
+                raise providers.Unavailable("not run: the time was used up")
+            if provider in providers.PROVIDERS:
+                providers.require(provider, self.device, self.dtype, timed=not self.smoke)
+            self._measure(benchmark, build())
+        except providers.Unavailable as error:
+            self._unavailable(kind, provider, shape, name, str(error), facts)
+        except (RuntimeError, MemoryError) as error:
+            if not any(text in str(error) for text in OUT_OF_MEMORY):
+                raise
+            self._unavailable(kind, provider, shape, name, "out of memory", facts)
+        finally:
+            timing.CLOCK.reset()
+            timing.release(self.device)
+
+    def _unavailable(
+        self, kind: str, provider: str, shape: Shape | None, name: str, reason: str, facts: dict[str, Any] | None
+    ) -> None:
+        if self.results is not None:
+            self.results.add_unavailable(kind, provider, shape and shape._asdict(), name, reason, facts)
+        pytest.skip(f"{name}: {reason}")
+
+    def _measure(self, benchmark: Any, row: Row) -> None:
+        inputs, first = self._inputs(row, 0), None
+        for _ in range(2):  # the first call compiles and warms up
+            start = time.perf_counter()
+            result = row.fn(*inputs)
+            timing.synchronize(self.device)
+            seconds = time.perf_counter() - start
+            first = seconds if first is None else first
+        benchmark.group = self.group(row)
+        verdict = row.check(result, inputs)
+        benchmark.extra_info.update(self._facts(row), gate=verdict)
+        del result
+        if row.provider == "compile":
+            benchmark.extra_info["compile_seconds"] = round(first - seconds, 2)
+        if not benchmark.enabled:
+            benchmark.pedantic(row.fn, args=inputs)
+            return
+        roofs = self.ceilings
+        count = timing.n_sets(timing.tensor_bytes(inputs), machine.cache_bytes(self.device), seconds)
+        sets = [inputs, *(self._inputs(row, i) for i in range(1, count))]
+        run, calls, mode = self._round(row, sets, seconds)
+        timing.CLOCK.reset("wall" if mode == "wall" else "events", calls, self.device)
+        rounds = timing.rounds_for(seconds * calls, self.seconds)
+        benchmark.pedantic(run, rounds=rounds, warmup_rounds=1, iterations=1)
+        benchmark.extra_info.update(timing=mode, input_sets=count, state=machine.state(self.device))
+        del run, sets
+        benchmark.extra_info["peak_bytes"] = timing.peak_bytes(lambda: row.fn(*inputs), self.device)
+        benchmark.extra_info.update(rates(row, benchmark.stats.stats.median, roofs))
+        if self.results is not None:
+            self.results.add(benchmark.stats.as_dict(include_data=False))
+
+    def _inputs(self, row: Row, i: int) -> tuple:
+        torch.manual_seed(i)
+        return row.inputs()
+
+    def _round(self, row: Row, sets: Sequence[tuple], seconds: float) -> tuple[Callable, int, str]:
+        """What a round runs, the number of calls in it, and how that is called in the results."""
+        if self.device.type == "cpu" or row.whole:
+            calls = len(sets) if seconds < timing.SHORT else 1
+            return timing.Rotation(row.fn, sets, calls), calls, "wall"
+        run = timing.Rotation(row.fn, sets, len(sets))
+        try:
+            return timing.graphed(run), len(sets), "graph"
+        except RuntimeError as error:  # not every provider can be captured; the row says how it was timed
+            if any(text in str(error) for text in OUT_OF_MEMORY):
+                raise
+            torch.cuda.synchronize(self.device)
+            return run, len(sets), "events"
+
+    def group(self, row: Row) -> str:
+        """What rows have in common that are compared with each other."""
+        where = "CPU" if self.device.type == "cpu" else "GPU"
+        what = row.shape.id if row.shape else "all"
+        return f"{row.kind} {what} {machine.SHORT[self.dtype]} {where}"
+
+    def _facts(self, row: Row) -> dict[str, Any]:
+        shape = row.shape
+        facts = {
+            "kind": row.kind,
+            "provider": row.provider,
+            "row": row.name,
+            "dtype": machine.SHORT[self.dtype],
+            "flops": row.work.flops,
+            "bytes": row.work.bytes,
+        }
+        if shape is not None:
+            facts |= {"model": shape.name, "shape": shape._asdict(), "tokens": shape.tokens}
+        return {**facts, **(row.extra or {})}
+
+
+def rates(row: Row, seconds: float, roofs: ceilings.Ceilings) -> dict[str, Any]:
+    """What a row reached in `seconds` a call, absolutely and in percent of the measured ceilings and of its floor."""
+    found: dict[str, Any] = {}
+    flops, moved = row.work.flops / seconds, row.work.bytes / seconds
+    if row.work.flops:
+        found |= {"tflops": flops / 1e12, "percent_flops": 100 * flops / roofs.flops_per_second}
+    if row.work.bytes:
+        found |= {"gbps": moved / 1e9, "percent_bytes": 100 * moved / roofs.bytes_per_second}
+    if found:
+        floor = row.work.floor(roofs.flops_per_second, roofs.bytes_per_second)
+        found |= {"floor_seconds": floor, "percent_of_floor": 100 * floor / seconds}
+    if row.pictures is not None:
+        found["images_per_second"] = row.pictures / seconds
+    return found

@@ -1,0 +1,116 @@
+"""Facts about machine and software that every result carries, and the name of its file."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {short: dtype for dtype, short in SHORT.items()}
+_STATE = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What was measured on: hardware, driver, clocks, versions, commit, command. No host name, no user."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    found = {
+        "device": device.type,
+        "name": device_name(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "numpy": np.__version__,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "commit": commit.stdout.strip() or "unknown",
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        limits = query(device, ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem"))
+        found |= {
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": cache_bytes(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            **limits,
+        }
+    else:
+        found |= {"cores": os.cpu_count(), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    return found
+
+
+def state(device: torch.device) -> dict[str, Any]:
+    """How the machine is at this moment: clocks, power and temperature of a GPU, the load of a CPU."""
+    if device.type == "cuda":
+        return query(device, _STATE)
+    return {"load_1min": round(os.getloadavg()[0], 2)} if hasattr(os, "getloadavg") else {}
+
+
+def query(device: torch.device, fields: tuple[str, ...]) -> dict[str, str]:
+    """What nvidia-smi says, as text with units; "unknown" where there is no nvidia-smi or no such field."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        values = [value.strip() for value in result.stdout.strip().split(",")] if result.returncode == 0 else []
+    except (OSError, subprocess.TimeoutExpired):
+        values = []
+    if len(values) != len(fields):
+        return dict.fromkeys(fields, "unknown")
+    return dict(zip(fields, values, strict=True))
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache that inputs have to be larger than together, so that none is found there."""
+    if device.type == "cuda":
+        return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+    try:
+        sizes = [os.sysconf(name) for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE")]
+    except (ValueError, OSError):
+        sizes = []
+    return max([size for size in sizes if size > 0], default=32 << 20)
+
+
+def device_name(device: torch.device) -> str:
+    """For people: "NVIDIA H200", "AMD EPYC, 2 cores"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """Brand of the processor, without trademark signs."""
+    brand = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        brand = match[1] if match else brand
+    return re.sub(r"\((R|TM)\)", "", brand).strip()
+
+
+def triton_version() -> str:
+    """Release of triton, or "none"."""
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__
+
+
+def results_name(device: torch.device, dtype: torch.dtype) -> str:
+    """`<device>_<torch>_<triton>_<dtype>.json`: a new stack is a new file, old ones stay."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower().replace("nvidia", "")).strip("-")
+    prefix = slug if device.type == "cuda" else f"cpu-{slug}"
+    versions = [re.sub(r"^(\d+\.\d+).*", r"\1", version) for version in (torch.__version__, triton_version())]
+    return f"{prefix}_torch{versions[0]}_triton{versions[1]}_{SHORT[dtype]}.json"

@@ -1,0 +1,246 @@
+"""The operations that are timed alone: inputs, what each provider calls, how it is checked, how much work it is."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from bench import gate, providers, shapes
+from bench.shapes import Shape, Work
+from segmenter.implementation import load_kernels
+from segmenter.inference import View, bands
+from segmenter.kernels import reference
+
+IGNORE = 255
+Tensors = tuple[torch.Tensor, ...]
+
+
+class Operation(NamedTuple):
+    """One operation.
+
+    Attributes:
+        kind: its name in results. providers: those that compute it, by name.
+        inputs: (shape, dtype, device) -> random tensors to call with.
+        call: (provider, shape) -> a function of those tensors.
+        check: (provider, shape, result, tensors) -> how right it is, for people; raises GateError.
+        work: (shape, bytes an element) -> operations and bytes.
+    """
+
+    kind: str
+    providers: tuple[str, ...]
+    inputs: Callable[[Shape, torch.dtype, torch.device], Tensors]
+    call: Callable[[str, Shape], Callable]
+    check: Callable[[str, Shape, Any, Tensors], str]
+    work: Callable[[Shape, int], Work]
+
+
+def _compiled(provider: str, fn: Callable) -> Callable:
+    return torch.compile(fn, mode="max-autotune-no-cudagraphs", dynamic=False) if provider == "compile" else fn
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, device=device) * scale).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def _qkv(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
+    return (_random((shape.batch, shape.tokens, 3 * shape.d_model), dtype, device),)
+
+
+def _attention_call(provider: str, shape: Shape) -> Callable:
+    fn, n_heads = providers.attention(provider), shape.n_heads
+    return _compiled(provider, lambda qkv: fn(qkv, n_heads))
+
+
+def _ends(x: torch.Tensor) -> torch.Tensor:
+    """The first and the last of a batch: what is checked of it."""
+    return x if len(x) <= 2 else torch.cat([x[:1], x[-1:]])
+
+
+def _check_attention(provider: str, shape: Shape, out: torch.Tensor, inputs: Tensors) -> str:
+    exact, eager = gate.attention_references(_ends(inputs[0]), shape.n_heads)
+    return gate.check(provider, _ends(out), exact, eager)
+
+
+def _qkv_and_gradient(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
+    (qkv,) = _qkv(shape, dtype, device)
+    return qkv.requires_grad_(), _random((shape.batch, shape.tokens, shape.d_model), dtype, device)
+
+
+def _attention_backward_call(provider: str, shape: Shape) -> Callable:
+    forward = _attention_call(provider, shape)
+    return lambda qkv, do: torch.autograd.grad(forward(qkv), qkv, do)[0]
+
+
+def _check_attention_backward(provider: str, shape: Shape, dqkv: torch.Tensor, inputs: Tensors) -> str:
+    """The gradient of one image's first head, which is enough to hold float64 scores of any length of the sweep."""
+    qkv, do = (x.detach()[-1:] for x in inputs)
+    heads = (1, shape.tokens, 3, shape.n_heads, shapes.HEAD_DIM)
+    first, d_first = qkv.view(heads)[..., 0, :].flatten(2), do.unflatten(2, heads[3:])[..., 0, :]
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        x = first.to(dtype).requires_grad_()
+        return torch.autograd.grad(reference.explicit_attention(x, 1), x, d_first.to(dtype))[0]
+
+    actual = dqkv[-1:].view(heads)[..., 0, :].flatten(2)
+    # Some backends scale q and k by a root each, so gradients are rounded elsewhere.
+    return gate.check(provider, actual, gradient(torch.float64), gradient(qkv.dtype), max_ratio=4.0)
+
+
+ATTENTION = Operation("attention", providers.PROVIDERS, _qkv, _attention_call, _check_attention, shapes.attention)
+ATTENTION_BACKWARD = Operation(
+    "attention-backward",
+    providers.PROVIDERS,
+    _qkv_and_gradient,
+    _attention_backward_call,
+    _check_attention_backward,
+    lambda s, i: shapes.attention(s, i) + shapes.attention_backward(s, i),
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LayerNorm-MLP and mask head
+
+_FUSED = ("eager", "compile", "triton")
+
+
+def _mlp_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
+    d = shape.d_model
+    norm = (1 + _random((d,), torch.float32, device, 0.2)).to(dtype), _random((d,), dtype, device, 0.2)
+    fc1 = _random((4 * d, d), dtype, device, d**-0.5), _random((4 * d,), dtype, device, 0.2)
+    fc2 = _random((d, 4 * d), dtype, device, (4 * d) ** -0.5), _random((d,), dtype, device, 0.2)
+    return _random((shape.batch, shape.tokens, d), dtype, device), *norm, *fc1, *fc2
+
+
+def _mask_head_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
+    B, d, K = shape.batch, shape.d_model, shape.n_cls
+    tokens = _random((B, shape.patches, d), dtype, device), _random((B, K, d), dtype, device)
+    projections = (_random((d, d), dtype, device, d**-0.5) for _ in range(2))
+    return *tokens, *projections, 1 + _random((K,), dtype, device, 0.2), _random((K,), dtype, device, 0.2)
+
+
+def _reference_call(name: str) -> Callable[[str, Shape], Callable]:
+    def call(provider: str, shape: Shape) -> Callable:
+        return getattr(load_kernels(), name) if provider == "triton" else _compiled(provider, getattr(reference, name))
+
+    return call
+
+
+def _reference_check(name: str) -> Callable[[str, Shape, Any, Tensors], str]:
+    definition = getattr(reference, name)
+
+    def check(provider: str, shape: Shape, out: torch.Tensor, inputs: Tensors) -> str:
+        x = _ends(inputs[0])
+        rest = [_ends(t) if t.ndim == 3 else t for t in inputs[1:]]
+        exact = definition(x.double(), *(t.double() for t in rest))
+        return gate.check(provider, _ends(out), exact, definition(x, *rest))
+
+    return check
+
+
+LAYERNORM_MLP = Operation(
+    "layernorm-mlp",
+    _FUSED,
+    _mlp_inputs,
+    _reference_call("layernorm_mlp"),
+    _reference_check("layernorm_mlp"),
+    shapes.layernorm_mlp,
+)
+MASK_HEAD = Operation(
+    "mask-head",
+    _FUSED,
+    _mask_head_inputs,
+    _reference_call("mask_head"),
+    _reference_check("mask_head"),
+    shapes.mask_head,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From low-resolution masks to labels, and to the loss
+
+
+def _masks(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(B, K, g, g) as the mask head leaves them: class last in memory."""
+    grid = shape.size // shape.patch
+    return _random((shape.batch, grid, grid, shape.n_cls), dtype, device).permute(0, 3, 1, 2)
+
+
+def upsampled(masks: torch.Tensor, patch: int) -> torch.Tensor:
+    """(B, K, g, g) -> (B, K, g * patch, g * patch), bilinear."""
+    size = (masks.shape[2] * patch, masks.shape[3] * patch)
+    return F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
+
+
+def full_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
+    """Labels by way of full-resolution logits: (B, K, g, g) -> (B, H, W) uint8."""
+    return upsampled(masks, patch).argmax(1).to(torch.uint8)
+
+
+def band_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
+    """The same without ever holding the logits of a whole picture: `segmenter.inference.bands`."""
+    class_last = masks.float().permute(0, 2, 3, 1).contiguous()
+    H, W = masks.shape[2] * patch, masks.shape[3] * patch
+    labels = torch.empty(len(masks), H, W, dtype=torch.uint8, device=masks.device)
+    for i in range(len(masks)):
+        view = View(class_last[i : i + 1], [0], [0], (H, W), max(H, W), patch, False)
+        for top, scores in bands([view], (H, W), probabilities=False):
+            labels[i, top : top + len(scores)] = scores.argmax(-1)
+    return labels
+
+
+def _labels_call(provider: str, shape: Shape) -> Callable:
+    fn = band_labels if provider == "bands" else full_labels
+    return _compiled(provider, lambda masks: fn(masks, shape.patch))
+
+
+def _check_labels(provider: str, shape: Shape, labels: torch.Tensor, inputs: Tensors) -> str:
+    masks = _ends(inputs[0])
+    eps = torch.finfo(masks.dtype).eps
+    scores = upsampled(masks.float(), shape.patch)
+    return gate.check_labels(provider, _ends(labels), scores, full_labels(masks, shape.patch), floor=4 * eps)
+
+
+def _masks_and_target(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
+    target = torch.randint(0, shape.n_cls, (shape.batch, shape.size, shape.size), device=device)
+    target[:, :: max(shape.size // 16, 1)] = IGNORE
+    return _masks(shape, dtype, device).requires_grad_(), target
+
+
+def segmentation_loss(masks: torch.Tensor, target: torch.Tensor, patch: int) -> torch.Tensor:
+    """Mean cross-entropy of the upsampled masks, in float32 as under autocast; pixels labelled 255 do not count."""
+    return F.cross_entropy(_at_least_float32(upsampled(masks, patch)), target, ignore_index=IGNORE)
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _loss_call(provider: str, shape: Shape) -> Callable:
+    loss = _compiled(provider, lambda masks, target: segmentation_loss(masks, target, shape.patch))
+    return lambda masks, target: torch.autograd.grad(loss(masks, target), masks)[0]
+
+
+def _check_loss(provider: str, shape: Shape, gradient: torch.Tensor, inputs: Tensors) -> str:
+    masks, target = inputs
+
+    def exact(dtype: torch.dtype) -> torch.Tensor:
+        x = masks.detach().to(dtype).requires_grad_()
+        total = F.cross_entropy(upsampled(x, shape.patch), target, ignore_index=IGNORE, reduction="mean")
+        return torch.autograd.grad(total, x)[0]
+
+    eager = torch.autograd.grad(segmentation_loss(masks, target, shape.patch), masks)[0]
+    return gate.check(provider, gradient, exact(torch.float64), eager)
+
+
+MASKS_TO_LABELS = Operation(
+    "masks-to-labels",
+    ("eager", "compile", "bands"),
+    lambda *args: (_masks(*args),),
+    _labels_call,
+    _check_labels,
+    shapes.masks_to_labels,
+)
+LOSS = Operation("loss", ("eager", "compile"), _masks_and_target, _loss_call, _check_loss, shapes.loss)

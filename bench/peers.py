@@ -1,0 +1,415 @@
+"""The models that ours are compared with: their published figures, and how to build each with random weights.
+
+`PEERS` is bench/peers.yml with a function beside every row that can be built. `peer.build(n_cls, image_size)` gives a
+network in evaluation mode that takes normalised pictures (B, 3, image_size, image_size) and returns class scores
+(B, n_cls, h, w) at its own resolution; resizing them to the picture and the argmax are the same for every model and not
+part of it. Rows of ours (`peer.ours`) give a Segmenter, which has its own ways to labels (bench/models.py).
+
+Nothing is downloaded. timm, transformers and segmentation-models-pytorch are imported when a model is built; a missing
+one is an ImportError that says what to install.
+
+A row has the network whose mIoU it shows, not a cheaper one of the same name. Auxiliary heads, which only training
+uses, are left out, and so is work that inference with the published weights does not do (see `_eomt`).
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import yaml
+
+from segmenter.config import preset
+from segmenter.model import Segmenter, create_segmenter
+
+Build = Callable[[int, int], nn.Module]
+
+
+class Source(NamedTuple):
+    """Where a figure was published, and what of it was seen when it was written down."""
+
+    title: str
+    where: str
+    seen: str
+
+
+class Figure(NamedTuple):
+    """A published number. `source` is a key of SOURCES; `gpu` and `how` belong to speeds."""
+
+    value: float
+    source: str
+    gpu: str = ""
+    how: str = ""
+
+
+class Peer(NamedTuple):
+    """One row of the comparison: bench/peers.yml says what its fields mean. `build` is None where there is no model."""
+
+    name: str
+    backbone: str
+    build: Build | None
+    size: int
+    ours: bool
+    group: str
+    crop: int
+    miou_ss: Figure | None
+    miou_ms: Figure | None
+    images_per_second: Figure | None
+    parameters: Figure | None
+    multiply_adds: Figure | None
+    training_only: float
+    note: str
+
+    @property
+    def id(self) -> str:
+        """Name and backbone, as one string."""
+        return f"{self.name} {self.backbone}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads that no library has
+
+
+def resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """(B, C, h, w) -> (B, C, *size), bilinear."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class ConvBNReLU(nn.Sequential):
+    """Convolution that keeps the resolution, BatchNorm, ReLU."""
+
+    def __init__(self, in_channels: int, channels: int, kernel_size: int = 1, dilation: int = 1, groups: int = 1):
+        padding = dilation * (kernel_size // 2)
+        super().__init__(
+            nn.Conv2d(
+                in_channels, channels, kernel_size, padding=padding, dilation=dilation, groups=groups, bias=False
+            ),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+def separable(in_channels: int, channels: int, dilation: int = 1) -> nn.Sequential:
+    """A 3x3 convolution as one over pixels and one over channels, BatchNorm and ReLU after both."""
+    over_pixels = ConvBNReLU(in_channels, in_channels, 3, dilation, groups=in_channels)
+    return nn.Sequential(over_pixels, ConvBNReLU(in_channels, channels))
+
+
+class DeepLabHead(nn.Module):
+    """Head of DeepLabv3+ (Chen et al., ECCV 2018) in the sizes of mmsegmentation's `deeplabv3plus_r50-d8`.
+
+    Takes [low (B, low_channels, h, w), high (B, in_channels, h', w')], returns scores (B, n_cls, h, w).
+    """
+
+    def __init__(self, low_channels: int, in_channels: int, n_cls: int, channels: int = 512, low_out: int = 48):
+        super().__init__()
+        self.pooled = ConvBNReLU(in_channels, channels)
+        self.point = ConvBNReLU(in_channels, channels)
+        self.atrous = nn.ModuleList(separable(in_channels, channels, rate) for rate in (12, 24, 36))
+        self.bottleneck = ConvBNReLU(5 * channels, channels, 3)
+        self.low = ConvBNReLU(low_channels, low_out)
+        self.fuse = nn.Sequential(separable(channels + low_out, channels), separable(channels, channels))
+        self.cls = nn.Conv2d(channels, n_cls, 1)
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        low, high = features
+        pooled = self.pooled(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[-2:])
+        x = self.bottleneck(torch.cat([pooled, self.point(high), *(rate(high) for rate in self.atrous)], 1))
+        return self.cls(self.fuse(torch.cat([resize(x, low.shape[-2:]), self.low(low)], 1)))
+
+
+def object_regions(pixels: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Mean feature of each class, weighted by where it scores high: (B, C, h, w), (B, K, h, w) -> (B, C, K, 1)."""
+    weights = scores.flatten(2).softmax(-1)  # (B, K, N): over the picture, not over the classes
+    return (pixels.flatten(2) @ weights.transpose(1, 2)).unsqueeze(-1)
+
+
+class OCRHead(nn.Module):
+    """Object-contextual representations (Yuan et al., ECCV 2020, section 3.3), sizes of mmsegmentation's `ocrnet_hr48`.
+
+    Every pixel attends to the mean features of the classes, which a first classifier finds. Takes branches
+    (B, c_i, h_i, w_i) whose c_i add up to `in_channels`, the finest first; returns scores (B, n_cls, h_0, w_0).
+    """
+
+    def __init__(self, in_channels: int, n_cls: int, channels: int = 512, key_channels: int = 256):
+        super().__init__()
+        self.regions = nn.Sequential(ConvBNReLU(in_channels, in_channels), nn.Conv2d(in_channels, n_cls, 1))
+        self.pixels = ConvBNReLU(in_channels, channels, 3)
+        self.query, self.key = (
+            nn.Sequential(ConvBNReLU(channels, key_channels), ConvBNReLU(key_channels, key_channels)) for _ in range(2)
+        )
+        self.value = ConvBNReLU(channels, key_channels)
+        self.up = ConvBNReLU(key_channels, channels)
+        self.fuse = ConvBNReLU(2 * channels, channels)
+        self.cls = nn.Conv2d(channels, n_cls, 1)
+
+    def context(self, pixels: torch.Tensor, objects: torch.Tensor) -> torch.Tensor:
+        """What each pixel gathers from the classes: (B, C, h, w), (B, C, K, 1) -> (B, C, h, w)."""
+        maps = self.query(pixels), self.key(objects), self.value(objects)
+        q, k, v = (m.flatten(2).transpose(1, 2).unsqueeze(1) for m in maps)  # (B, 1, N or K, key_channels)
+        context = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        return self.up(context.reshape(maps[0].shape))
+
+    def forward(self, branches: Sequence[torch.Tensor]) -> torch.Tensor:
+        x = torch.cat([branches[0], *(resize(b, branches[0].shape[-2:]) for b in branches[1:])], 1)
+        pixels = self.pixels(x)
+        context = self.context(pixels, object_regions(pixels, self.regions(x)))
+        return self.cls(self.fuse(torch.cat([context, pixels], 1)))
+
+
+class MLAHead(nn.Module):
+    """Multi-level aggregation of SETR (Zheng et al., CVPR 2021), sizes of the authors' `setr_mla` configuration.
+
+    Takes four token sequences (B, N, d_model) of a square grid, the deepest layer's last; each is added to what the
+    deeper ones gave. Returns scores (B, n_cls, 4 sqrt(N), 4 sqrt(N)).
+    """
+
+    def __init__(self, d_model: int, n_cls: int, channels: int = 256, head_channels: int = 128):
+        super().__init__()
+        four = range(4)
+        self.norms = nn.ModuleList(nn.LayerNorm(d_model, eps=1e-6) for _ in four)
+        self.lateral = nn.ModuleList(ConvBNReLU(d_model, channels) for _ in four)
+        self.smooth = nn.ModuleList(ConvBNReLU(channels, channels, 3) for _ in four)
+        self.heads = nn.ModuleList(
+            nn.Sequential(ConvBNReLU(channels, head_channels, 3), ConvBNReLU(head_channels, head_channels, 3))
+            for _ in four
+        )
+        self.cls = nn.Conv2d(4 * head_channels, n_cls, 3, padding=1)
+
+    def forward(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        B, N, d_model = layers[0].shape
+        side = round(N**0.5)
+        total, streams = 0, []
+        for layer, norm, lateral, smooth, head in reversed(
+            list(zip(layers, self.norms, self.lateral, self.smooth, self.heads, strict=True))
+        ):
+            total = total + lateral(norm(layer).transpose(1, 2).reshape(B, d_model, side, side))
+            streams.append(resize(head(smooth(total)), (4 * side, 4 * side)))
+        return self.cls(torch.cat(streams, 1))
+
+
+class Layers(nn.Module):
+    """A timm ViT that gives the tokens of some of its layers: (B, 3, H, W) -> [(B, N, d_model), ...]."""
+
+    def __init__(self, vit: nn.Module, indices: Sequence[int]):
+        super().__init__()
+        self.vit, self.indices = vit, list(indices)
+
+    def forward(self, im: torch.Tensor) -> list[torch.Tensor]:
+        return self.vit.forward_intermediates(im, self.indices, output_fmt="NLC", intermediates_only=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of libraries
+
+
+class Scores(nn.Module):
+    """A library's model with the function that takes (B, n_cls, h, w) scores out of it."""
+
+    def __init__(self, model: nn.Module, scores: Callable[[nn.Module, torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.model, self.scores = model, scores
+
+    def forward(self, im: torch.Tensor) -> torch.Tensor:
+        return self.scores(self.model, im)
+
+
+def semantic_scores(class_logits: torch.Tensor, mask_logits: torch.Tensor) -> torch.Tensor:
+    """Class probabilities of the queries, without "no object", times their masks: sums over queries.
+
+    (B, Q, n_cls + 1), (B, Q, h, w) -> (B, n_cls, h, w), as transformers' `post_process_semantic_segmentation`, but at
+    the masks' own resolution.
+    """
+    return torch.einsum("bqc,bqhw->bchw", class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
+
+
+def _logits(model: nn.Module, im: torch.Tensor) -> torch.Tensor:
+    return model(im).logits
+
+
+def _head_logits(model: nn.Module, im: torch.Tensor) -> torch.Tensor:
+    # Not the model's forward, which resizes all scores to the picture.
+    return model.decode_head(model.backbone(im).feature_maps)
+
+
+def _query_scores(model: nn.Module, im: torch.Tensor) -> torch.Tensor:
+    found = model(im)
+    return semantic_scores(found.class_queries_logits, found.masks_queries_logits)
+
+
+def library(name: str, package: str, *attributes: str) -> list[Any]:
+    """The attributes of a module.
+
+    Raises:
+        ImportError: it is not installed, or too old to have one of them; the message says what to install.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"this model needs {package}: pip install {package} ({error})") from error
+    try:
+        return [getattr(module, attribute) for attribute in attributes]
+    except (AttributeError, ImportError) as error:
+        version = getattr(module, "__version__", "installed")
+        raise ImportError(f"this model needs a newer {package} than {version}: {error}") from error
+
+
+@torch.no_grad()
+def settled(network: nn.Module) -> nn.Module:
+    """The network with BatchNorm statistics of noise, so that random convolutions do not let values grow.
+
+    Without that OCR's scores are about 1e7, and float16 ends at 65504.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    if next(network.parameters()).is_meta:
+        return network
+    for norm in norms:
+        norm.momentum = 1.0
+    network.train()(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return network
+
+
+def _transformers(*names: str) -> list[Any]:
+    return library("transformers", "transformers", *names)
+
+
+def _timm(name: str, **kwargs: Any) -> nn.Module:
+    (create_model,) = library("timm", "timm", "create_model")
+    return create_model(name, pretrained=False, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Builders: (n_cls, image_size) -> network
+
+
+def _deeplabv3plus(trunk: str, n_cls: int, image_size: int) -> nn.Module:
+    """As mmsegmentation publishes it: the last two stages dilated, so that features stay at an eighth of the picture.
+
+    Its ResNet is "v1c", with three 3x3 convolutions in the stem, and its ResNeSt has 128 stem channels.
+    """
+    features = _timm(trunk, features_only=True, output_stride=8, out_indices=(1, 4))
+    return settled(nn.Sequential(features, DeepLabHead(*features.feature_info.channels(), n_cls)))
+
+
+def _deeplabv3plus_os16(trunk: str, n_cls: int, image_size: int) -> nn.Module:
+    """The defaults of segmentation-models-pytorch, without its upsampling."""
+    (network,) = library("segmentation_models_pytorch", "segmentation-models-pytorch", "DeepLabV3Plus")
+    return settled(network(trunk, encoder_weights=None, classes=n_cls, upsampling=1))
+
+
+def _ocr_hrnet(n_cls: int, image_size: int) -> nn.Module:
+    """The four branches of HRNetV2-W48, not the widened ones of its classification head, with OCR on them."""
+    branches = _timm("hrnet_w48", features_only=True, feature_location="", out_indices=(1, 2, 3, 4))
+    return settled(nn.Sequential(branches, OCRHead(sum(branches.feature_info.channels()), n_cls)))
+
+
+def _setr_mla(n_cls: int, image_size: int) -> nn.Module:
+    """ViT-L/16 without class token, as in the authors' code; layers 6, 12, 18 and 24 go to the head."""
+    vit = _timm(
+        "vit_large_patch16_384",
+        img_size=image_size,
+        num_classes=0,
+        class_token=False,
+        global_pool="",
+        final_norm=False,  # the head has a norm for each layer
+    )
+    return nn.Sequential(Layers(vit, (5, 11, 17, 23)), MLAHead(vit.embed_dim, n_cls))
+
+
+def _swin_large() -> Any:
+    """Configuration of Swin-L with windows of 12, as pretrained at 384 pixels on ImageNet-22k."""
+    (config,) = _transformers("SwinConfig")
+    return config(
+        image_size=384,
+        embed_dim=192,
+        depths=[2, 2, 18, 2],
+        num_heads=[6, 12, 24, 48],
+        window_size=12,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+
+
+def _upernet_swin(n_cls: int, image_size: int) -> nn.Module:
+    config, network = _transformers("UperNetConfig", "UperNetForSemanticSegmentation")
+    kwargs = {"backbone_config": _swin_large(), "num_labels": n_cls, "use_auxiliary_head": False}
+    return Scores(network(config(**kwargs)), _head_logits)
+
+
+def _segformer_b5(n_cls: int, image_size: int) -> nn.Module:
+    """MiT-B5 (table 6 of the paper) with the decoder of width 768."""
+    config, network = _transformers("SegformerConfig", "SegformerForSemanticSegmentation")
+    kwargs = {"depths": [3, 6, 40, 3], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 768}
+    return Scores(network(config(num_labels=n_cls, **kwargs)), _logits)
+
+
+def _mask2former_swin(n_cls: int, image_size: int) -> nn.Module:
+    """100 queries and transformers' defaults, which are the authors': 6 encoder and 9 decoder layers of width 256."""
+    config, network = _transformers("Mask2FormerConfig", "Mask2FormerForUniversalSegmentation")
+    return Scores(network(config(backbone_config=_swin_large(), num_labels=n_cls, num_queries=100)), _query_scores)
+
+
+def _eomt(prefix: str, n_cls: int, image_size: int) -> nn.Module:
+    """ViT-L/16 with 100 queries in its last four layers, as published for ADE20K, and without masked attention.
+
+    A new model has masked attention on: it predicts masks before each of those layers, a fifth of the multiply-adds.
+    Training anneals that away, published weights hold zeros there, and the authors' code skips it in inference. A
+    plain tuple instead of the buffer also spares one transfer from the device for each layer.
+    """
+    config, network = _transformers(f"{prefix}Config", f"{prefix}ForUniversalSegmentation")
+    model = network(config(num_labels=n_cls, image_size=image_size, num_queries=100))
+    del model.attn_mask_probs
+    model.attn_mask_probs = (0.0,) * model.config.num_blocks
+    return Scores(model, _query_scores)
+
+
+def _segmenter(name: str, n_cls: int, image_size: int) -> Segmenter:
+    return create_segmenter(preset(name, n_cls=n_cls, image_size=image_size), impl="eager")
+
+
+OURS = "segmenter"
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "deeplabv3plus_resnet101": functools.partial(_deeplabv3plus, "resnet101c"),
+    "deeplabv3plus_resnest101": functools.partial(_deeplabv3plus, "resnest101e"),
+    "deeplabv3plus_os16_resnet101": functools.partial(_deeplabv3plus_os16, "resnet101"),
+    "deeplabv3plus_os16_resnest101": functools.partial(_deeplabv3plus_os16, "tu-resnest101e"),
+    "ocr_hrnet": _ocr_hrnet,
+    "setr_mla": _setr_mla,
+    "upernet_swin": _upernet_swin,
+    "segformer_b5": _segformer_b5,
+    "mask2former_swin": _mask2former_swin,
+    "eomt_dinov2": functools.partial(_eomt, "Eomt"),
+    "eomt_dinov3": functools.partial(_eomt, "EomtDinov3"),
+    OURS: _segmenter,
+}
+
+
+def _evaluating(build: Build, n_cls: int, image_size: int) -> nn.Module:
+    return build(n_cls, image_size).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def _peer(row: dict[str, Any]) -> Peer:
+    """A row of peers.yml. Misspelt keys and values without a source are errors."""
+    row = {"build": None, "crop": row["size"], "multiply_adds": None, "training_only": 0.0, "note": "", **row}
+    for key in ("miou_ss", "miou_ms", "images_per_second", "parameters", "multiply_adds"):
+        row[key] = row[key] and Figure(**row[key])
+    key = row["build"]
+    if key is not None:
+        build = functools.partial(_segmenter, row["name"]) if key == OURS else BUILDERS[key]
+        row["build"] = functools.partial(_evaluating, build)
+    return Peer(ours=key == OURS, **row)
+
+
+_DATA = yaml.safe_load(Path(__file__).with_name("peers.yml").read_text(encoding="utf-8"))
+SOURCES: dict[str, Source] = {key: Source(**source) for key, source in _DATA["sources"].items()}
+PEERS: tuple[Peer, ...] = tuple(_peer(row) for row in _DATA["rows"])

@@ -1,0 +1,87 @@
+"""The file of results: the schema of pytest-benchmark's JSON with additions, saved after every row.
+
+    machine_info  facts of bench/machine.py            ceilings     what the machine reached, bench/ceilings.py
+    benchmarks    one row each; `extra_info` as bench/conftest.py fills it
+    unavailable   what could not be measured and why   steps        of bench/run_all.py
+
+An interruption loses the row that is being measured and nothing else.
+"""
+
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+SAME = ("device", "name", "torch", "triton", "commit")  # what rows of one file have in common
+Row = dict[str, Any]
+
+
+class ResultsError(RuntimeError):
+    """A results file cannot be used; the message says why."""
+
+
+class ResultsFile:
+    """Rows of one machine, stack and commit. Opening an existing file continues it: rows of equal name are replaced.
+
+    Raises:
+        ResultsError: the file is no results file, or is of another machine, stack or commit.
+    """
+
+    def __init__(self, path: Path, machine: dict[str, Any]):
+        self.path = path
+        self.content: dict[str, Any] = {"machine_info": machine, "ceilings": None, "benchmarks": [], "unavailable": []}
+        if path.exists():
+            self.content = load(path)
+            was = self.content["machine_info"]
+            other = [f"{key} {was.get(key)}, not {machine[key]}" for key in SAME if was.get(key) != machine[key]]
+            if other:
+                raise ResultsError(f"{path} holds results of {'; '.join(other)}: name another file")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, row: Row) -> None:
+        """Adds a measured row and saves."""
+        self._replace("benchmarks", row, ("fullname",))
+        gone = row["extra_info"]["row"]
+        self.content["unavailable"] = [r for r in self.content["unavailable"] if r["name"] != gone]
+        self.save()
+
+    def add_unavailable(
+        self, kind: str, provider: str, shape: Row | None, name: str, reason: str, facts: Row | None = None
+    ) -> None:
+        """Notes that a row could not be measured, and why. `facts` are what `extra_info` would have held."""
+        row = {**(facts or {}), "kind": kind, "provider": provider, "shape": shape, "name": name, "reason": reason}
+        self._replace("unavailable", row, ("kind", "name"))
+        self.save()
+
+    def names(self) -> frozenset[str]:
+        """Rows that are measured, by their own names."""
+        return frozenset(row["extra_info"]["row"] for row in self.content["benchmarks"])
+
+    def save(self) -> None:
+        """Writes a temporary file and renames it."""
+        self.content["datetime"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text(json.dumps(self.content, indent=1))
+        os.replace(temporary, self.path)
+
+    def _replace(self, part: str, row: Row, keys: tuple[str, ...]) -> None:
+        rows = self.content[part]
+        rows[:] = [r for r in rows if any(r.get(key) != row[key] for key in keys)]
+        rows.append(row)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of a results file.
+
+    Raises:
+        ResultsError: it cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict) or not {"machine_info", "benchmarks"} <= set(content):
+        raise ResultsError(f"{path} is no results file: it has no machine_info and benchmarks")
+    return {"ceilings": None, "unavailable": [], **content}

@@ -1,0 +1,120 @@
+"""Everything that one machine can tell, within a time budget: python -m bench.run_all --out DIR --minutes 9
+
+In this order, so that a run that is cut short has what tells most: are the kernels right (else nothing is timed), the
+core sweep with waterfall and peers, long sequences, then the whole sweep where there is a GPU. The results file is
+saved after every row; running the command again with the same DIR goes on where it ended.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine
+from bench.machine import ROOT
+from bench.results_file import ResultsFile
+
+GRACE = 45.0  # seconds that a step may run over its share: the row that was being measured, and writing
+# Steps after the gate: name, and the share of what is left of the time that it may use.
+SHARES = {"gpu": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, "long": 1.0}}
+
+
+def commands(out: Path, device: str, dtype: str, camvid: Path | None) -> dict[str, list[str]]:
+    """The command of each step, without its time limit."""
+    bench = ["pytest", "bench", "-q", "--no-header", "-p", "no:cacheprovider", "--device", device, "--dtype", dtype]
+    timed = [*bench, "--missing", "--results", str(out), *(["--camvid", str(camvid)] if camvid else [])]
+    if device == "cuda":
+        gate = ["pytest", "tests/gpu", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider"]
+    else:  # through Triton's interpreter, on tiny inputs
+        gate = [*bench, "--benchmark-disable", "-k", "triton"]
+    long = ["bench.profile_long", "--device", device, "--dtype", dtype, "--out", str(out / "long")]
+    return {"gate": gate, "core": [*timed, "--sweep", "core"], "long": long, "full": [*timed, "--sweep", "full"]}
+
+
+def limited(name: str, command: list[str], seconds: float) -> list[str]:
+    """The command with its own end: it finishes the row it is at and says what is missing."""
+    if name == "long":
+        return [*command, "--minutes", f"{seconds / 60:.2f}"]
+    return command if name == "gate" else [*command, "--deadline", f"{time.time() + seconds:.0f}"]
+
+
+def run(name: str, command: list[str], seconds: float, log: Path) -> dict[str, Any]:
+    """Runs one step, its output in `log`. Returns its entry for the results file."""
+    start = time.monotonic()
+    full = [sys.executable, "-m", *limited(name, command, seconds)]
+    print(f"{name}: up to {seconds:.0f} s, output in {log}", flush=True)
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(full, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds + GRACE)
+            code = done.returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    state = {0: "done", None: "stopped: out of time", 5: "nothing to do"}.get(code, f"failed with exit status {code}")
+    return {"name": name, "state": state, "seconds": round(time.monotonic() - start, 1)}
+
+
+def summary(content: dict[str, Any]) -> str:
+    """A line for each whole model, peer and step of the waterfall: what to look at first."""
+    lines = []
+    for row in content["benchmarks"]:
+        info = row["extra_info"]
+        if "images_per_second" in info:
+            what = f"{info['kind']:10} {info.get('model', ''):18} {info['provider']:22}"
+            peak = info.get("peak_bytes")
+            memory = f"{peak / 2**20:8.0f} MiB" if peak is not None else ""
+            lines.append(f"{what} {info['images_per_second']:9.2f} images/s {memory}")
+    lines.append(f"{len(content['benchmarks'])} rows, {len(content['unavailable'])} not to be had here or not reached")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results file, logs and report")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it; default 9")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=machine.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--camvid", type=Path, help="CamVid (images/test, annotations/test), for mIoU")
+    args = parser.parse_args(arguments)
+    end = time.monotonic() + 60 * args.minutes - GRACE
+    dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
+    device = torch.device(args.device)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / machine.results_name(device, machine.DTYPES[dtype])
+    steps: list[dict[str, Any]] = []
+    shares = SHARES["gpu" if args.device == "cuda" else "cpu"]
+    todo = commands(out, args.device, dtype, args.camvid and args.camvid.resolve())
+
+    def note() -> dict[str, Any]:
+        results = ResultsFile(path, machine.facts(device))
+        done = [step["name"] for step in steps if step["state"] == "done"]
+        results.content |= {"steps": steps, "complete": done == ["gate", *shares]}
+        results.save()
+        return results.content
+
+    steps.append(run("gate", todo["gate"], 0.4 * (end - time.monotonic()), out / "gate.log"))
+    content = note()
+    if steps[-1]["state"] != "done":
+        print((out / "gate.log").read_text()[-3000:])
+        print(f"the kernels did not pass their tests ({steps[-1]['state']}), so nothing is timed", file=sys.stderr)
+        return 1
+    for name, share in shares.items():
+        left = end - time.monotonic()
+        if left < 10:
+            steps.append({"name": name, "state": "not started: out of time", "seconds": 0.0})
+        else:
+            steps.append(run(name, todo[name], share * left, out / f"{name}.log"))
+        content = note()
+    print(summary(content))
+    for step in steps:
+        print(f"{step['name']:6} {step['seconds']:7.1f} s  {step['state']}")
+    print(f"results in {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""From the published code to the fastest, one technique at a time: the headline figure's steps.
+
+Each step keeps those before it, with one exception: torch.compile is a step of its own that our kernels then replace.
+A technique that this machine does not have is left out, with the reason, and the steps after it do without it.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bench import timing
+from bench.models import ROOT, pixels_to_labels, set_operators
+from bench.providers import PUBLISHED, Unavailable
+from bench.published import published_inference
+from bench.shapes import Shape
+from segmenter.images import normalize
+from segmenter.implementation import EAGER, Operators, load_kernels, why_not_on
+from segmenter.metrics import ConfusionMatrix
+from segmenter.model import Segmenter
+from segmenter.segment import cpu_has_bfloat16
+
+GPU_SHAPE, CPU_SHAPE = Shape("L", 16, 640, 8), Shape("S", 16, 512, 1)
+CPU_EVERY = 20  # a CPU takes every 20th test picture of CamVid
+
+
+class Step(NamedTuple):
+    """A technique: its name in results, and what it does."""
+
+    name: str
+    adds: str
+    text: str
+
+
+STEPS = (
+    Step("fp32 eager", "", "the published order of work: score matrices and full-resolution logits in float32"),
+    Step("bf16", "half", "weights and activations in bfloat16"),
+    Step("SDPA", "sdpa", "torch's scaled_dot_product_attention, no softmax on the logits"),
+    Step("torch.compile", "compile", "max-autotune of all of it; the steps below do without"),
+    Step("our attention", "attention", "our attention kernel, reading the packed qkv"),
+    Step("LayerNorm-MLP", "mlp", "our kernels for LayerNorm with products, GELU and residuals"),
+    Step("mask head", "mask_head", "our kernel from decoded tokens to class masks"),
+    Step("labels without logits", "bands", "the full-resolution logits are never held"),
+    Step("CUDA graph", "graph", "one launch for the whole model"),
+)
+KERNELS = {
+    "attention": ("attention",),
+    "mlp": ("layernorm_linear", "linear", "layernorm_mlp"),
+    "mask_head": ("mask_head",),
+}
+
+
+def why_not(adds: str, device: torch.device) -> str | None:
+    """Why this machine does not have a technique, or None."""
+    if adds == "half" and device.type == "cpu" and not cpu_has_bfloat16():
+        return "this processor has no bfloat16 instructions; what follows stays in float32"
+    if adds in KERNELS:
+        reason = why_not_on(device.type, device.index)
+        return "our kernels need a GPU" if reason is None and device.type == "cpu" else reason
+    if adds == "graph" and device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    return None
+
+
+def features(index: int, device: torch.device) -> frozenset[str]:
+    """What is on at a step.
+
+    Raises:
+        Unavailable: this machine does not have what the step adds.
+    """
+    reason = why_not(STEPS[index].adds, device)
+    if reason is not None:
+        raise Unavailable(reason)
+    on = {step.adds for step in STEPS[: index + 1] if why_not(step.adds, device) is None}
+    return frozenset(on if STEPS[index].adds == "compile" else on - {"compile"})
+
+
+def operators(on: frozenset[str]) -> Operators:
+    """The operators of a step."""
+    ops = EAGER if "sdpa" in on else PUBLISHED
+    names = [name for technique, names in KERNELS.items() if technique in on for name in names]
+    return ops._replace(**{name: getattr(load_kernels(), name) for name in names}) if names else ops
+
+
+def dtype_of(on: frozenset[str]) -> torch.dtype:
+    """The type of weights and activations of a step."""
+    return torch.bfloat16 if "half" in on else torch.float32
+
+
+def labels_of(model: Segmenter, on: frozenset[str]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The step's way from pixels (B, H, W, 3) uint8 on the device to labels (B, H, W).
+
+    Raises:
+        Unavailable: it cannot be captured in a CUDA graph.
+    """
+    tail = "bands" if "bands" in on else "logits" if "sdpa" in on else "softmax"
+    run = pixels_to_labels(model, operators(on), dtype_of(on), tail, compiled="compile" in on)
+    return _Graphed(run) if "graph" in on else run
+
+
+class _Graphed:
+    """`run` as a CUDA graph of the first input's shape; others are copied into its place."""
+
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor]):
+        self.run, self.pixels, self.replay = run, None, None
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.replay is None:
+            self.pixels = pixels.clone()
+            try:
+                self.replay = timing.graphed(lambda: self.run(self.pixels))
+            except RuntimeError as error:
+                torch.cuda.synchronize()
+                raise Unavailable(f"cannot be captured in a CUDA graph: {str(error).splitlines()[0]}") from None
+        self.pixels.copy_(pixels)
+        return self.replay()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the steps do to a trained model's labels
+
+
+def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
+    """The step's way from one picture of any size (H, W, 3) to its labels (H, W), sliding windows included."""
+    model, dtype, ops, info = copy.deepcopy(model).to(device, dtype_of(on)), dtype_of(on), operators(on), model.info
+    set_operators(model, ops)
+    if "compile" in on:
+        model.masks = torch.compile(model.masks, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+    @torch.no_grad()
+    def run(pixels: np.ndarray) -> torch.Tensor:
+        if "bands" in on:
+            return model.segment(pixels, batch_size=1).long()
+        im = normalize(pixels, info.normalization)[None].to(device, dtype)
+        sizes = info.window_size, info.window_stride, 1
+        return published_inference(model, [im], [False], pixels.shape[:2], *sizes, ops).argmax(0)
+
+    return run
+
+
+def examples() -> Iterator[np.ndarray]:
+    """The photographs in examples/."""
+    for path in sorted((ROOT / "examples").glob("*.jpg")):
+        yield np.asarray(Image.open(path).convert("RGB"))
+
+
+def camvid_test(folder: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(picture, class ids) of CamVid's test set, every so many of them: images/test and annotations/test.
+
+    Raises:
+        FileNotFoundError: the folder has no such pictures.
+    """
+    paths = sorted((folder / "images" / "test").iterdir())[::every] if (folder / "images" / "test").is_dir() else []
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no pictures in images/test")
+    for path in paths:
+        label = folder / "annotations" / "test" / f"{path.stem}.png"
+        yield np.asarray(Image.open(path).convert("RGB")), np.asarray(Image.open(label))
+
+
+def quality(
+    run: Callable[[np.ndarray], torch.Tensor],
+    exact: Callable[[np.ndarray], torch.Tensor],
+    camvid: Path | None,
+    every: int,
+) -> dict[str, float | int | None]:
+    """How a step labels: the share of pixels labelled as by the first step, and mIoU in percent if CamVid is there."""
+    same, total, matrix, n = 0, 0, ConfusionMatrix(11), 0
+    for pixels in examples():
+        agree = run(pixels) == exact(pixels)
+        same, total = same + int(agree.sum()), total + agree.numel()
+    if camvid is not None:
+        for pixels, label in camvid_test(camvid, every):
+            matrix.update(run(pixels).numpy(), np.where(label >= 11, 255, label))
+            n += 1
+    miou = round(100 * float(matrix.scores()["mIoU"]), 2) if n else None
+    return {"agreement": same / total, "miou": miou, "miou_pictures": n}

@@ -86,8 +86,9 @@ def _published(peer):
     return {**found, "gpu": speed.gpu if speed else None, "source": "; ".join(sources), "crop": peer.crop}
 
 
-@pytest.mark.parametrize("peer", peers.PEERS, ids=[peer.id for peer in peers.PEERS])
-def bench_peers(benchmark, harness, peer):
+@pytest.mark.parametrize("row", range(len(peers.PEERS)), ids=[peer.id for peer in peers.PEERS])
+def bench_peers(benchmark, harness, row):
+    peer = peers.PEERS[row]
     on_gpu = harness.device.type == "cuda"
     if harness.smoke and peer.id not in SMOKE_PEERS:
         pytest.skip("smoke tests build two of them")

@@ -31,7 +31,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "commit": commit.stdout.strip() or "unknown",
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(_without_folders(argument) for argument in sys.argv),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
     if device.type == "cuda":
@@ -49,6 +49,14 @@ def facts(device: torch.device) -> dict[str, Any]:
     else:
         found |= {"cores": os.cpu_count(), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
     return found
+
+
+def _without_folders(argument: str) -> str:
+    """A command's argument without what only this machine has: paths of the project relative to it, others by name."""
+    if not os.path.isabs(argument):
+        return argument
+    path = Path(argument)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def state(device: torch.device) -> dict[str, Any]:

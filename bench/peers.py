@@ -270,7 +270,7 @@ def settled(network: nn.Module) -> nn.Module:
         return network
     for norm in norms:
         norm.momentum = 1.0
-    network.train()(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    network.train()(torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return network

@@ -6,6 +6,7 @@ saved after every row; running the command again with the same DIR goes on where
 """
 
 import argparse
+import csv
 import subprocess
 import sys
 import time
@@ -14,12 +15,15 @@ from typing import Any
 
 import torch
 
-from bench import machine
+from bench import machine, report
 from bench.machine import ROOT
 from bench.results_file import ResultsFile
+from bench.shapes import Shape
+from bench.shapes import model as model_work
 
 GRACE = 45.0  # seconds that a step may run over its share: the row that was being measured, and writing
 # Steps after the gate: name, and the share of what is left of the time that it may use.
+LONG_MODEL, LONG_PATCH = {"cuda": "S", "cpu": "T"}, 8
 SHARES = {"gpu": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, "long": 1.0}}
 
 
@@ -31,7 +35,8 @@ def commands(out: Path, device: str, dtype: str, camvid: Path | None) -> dict[st
         gate = ["pytest", "tests/gpu", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider"]
     else:  # through Triton's interpreter, on tiny inputs
         gate = [*bench, "--benchmark-disable", "-k", "triton"]
-    long = ["bench.profile_long", "--device", device, "--dtype", dtype, "--out", str(out / "long")]
+    long = ["bench.profile_long", "--device", device, "--dtype", dtype, "--model", LONG_MODEL[device]]
+    long += ["--patch", str(LONG_PATCH), "--out", str(out / "long")]
     return {"gate": gate, "core": [*timed, "--sweep", "core"], "long": long, "full": [*timed, "--sweep", "full"]}
 
 
@@ -55,6 +60,36 @@ def run(name: str, command: list[str], seconds: float, log: Path) -> dict[str, A
             code = None
     state = {0: "done", None: "stopped: out of time", 5: "nothing to do"}.get(code, f"failed with exit status {code}")
     return {"name": name, "state": state, "seconds": round(time.monotonic() - start, 1)}
+
+
+def add_long_rows(results: ResultsFile, scaling: Path, device: str, dtype: str) -> None:
+    """Adds the points of bench.profile_long's scaling.csv to the results; those not measured with their reasons."""
+    roofs = results.content["ceilings"]
+    with scaling.open(newline="") as file:
+        points = list(csv.DictReader(file))
+    for point in points:
+        shape = Shape(LONG_MODEL[device], LONG_PATCH, int(point["size"]))
+        name = f"long-{shape.id}-{dtype}-{point['provider']}"
+        if point["reason"]:
+            results.add_unavailable("long", point["provider"], shape._asdict(), name, point["reason"])
+            continue
+        median, spread = float(point["ms"]) / 1e3, point["spread_percent"]
+        work = model_work(shape, machine.DTYPES[dtype].itemsize)
+        info = {"kind": "long", "provider": point["provider"], "row": name, "dtype": dtype, "timing": "wall"}
+        info |= {"model": shape.name, "shape": shape._asdict(), "tokens": shape.tokens}
+        info |= {"flops": work.flops, "bytes": work.bytes, "tflops": work.flops / median / 1e12}
+        info["peak_bytes"] = int(float(point["peak_mib"]) * 2**20) if point["peak_mib"] else None
+        if roofs:
+            floor = work.floor(roofs["flops_per_second"], roofs["bytes_per_second"])
+            info |= {"floor_seconds": floor, "percent_of_floor": 100 * floor / median}
+            info["percent_flops"] = 100 * work.flops / median / roofs["flops_per_second"]
+        stats: dict[str, Any] = {"median": median}
+        if spread:
+            half = float(spread) / 100 * median
+            stats |= {"q1": median - half, "q3": median + half, "iqr": 2 * half}
+        group = f"long {shape.id} {dtype} {'GPU' if device == 'cuda' else 'CPU'}"
+        row = {"group": group, "name": name, "fullname": name, "params": {}, "extra_info": info, "stats": stats}
+        results.add(row)
 
 
 def summary(content: dict[str, Any]) -> str:
@@ -92,6 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
     def note() -> dict[str, Any]:
         results = ResultsFile(path, machine.facts(device))
         done = [step["name"] for step in steps if step["state"] == "done"]
+        scaling = out / "long" / "scaling.csv"
+        if steps[-1]["name"] == "long" and scaling.exists():
+            add_long_rows(results, scaling, args.device, dtype)
         results.content |= {"steps": steps, "complete": done == ["gate", *shares]}
         results.save()
         return results.content
@@ -112,7 +150,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(summary(content))
     for step in steps:
         print(f"{step['name']:6} {step['seconds']:7.1f} s  {step['state']}")
-    print(f"results in {path}")
+    page = out / "report.html"
+    report.main([str(path), "--out", str(page)])
+    print(f"results in {path}, page in {page}")
     return 0
 
 

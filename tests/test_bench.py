@@ -395,6 +395,23 @@ def test_a_step_that_hangs_does_not_lose_the_others(monkeypatch, tmp_path):
     assert len(steps.commands) == 3
 
 
+def test_points_of_long_sequences_join_the_results(tmp_path):
+    results = ResultsFile(tmp_path / "r.json", MACHINE)
+    results.content["ceilings"] = {"flops_per_second": 1e12, "bytes_per_second": 1e10}
+    (tmp_path / "scaling.csv").write_text(
+        "provider,tokens,size,ms,spread_percent,peak_mib,reason\n"
+        "eager,257,128,50,2,10.5,\neager,16385,1024,,,,out of memory\n"
+    )
+    run_all.add_long_rows(results, tmp_path / "scaling.csv", "cpu", "fp32")
+    content = load(tmp_path / "r.json")
+    (measured,), (failed,) = content["benchmarks"], content["unavailable"]
+    info = measured["extra_info"]
+    assert info["tokens"] == 257 and info["peak_bytes"] == 10.5 * 2**20 and info["model"] == "Seg-T-Mask/8"
+    assert measured["stats"] == pytest.approx({"median": 0.05, "q1": 0.049, "q3": 0.051, "iqr": 0.002})
+    assert info["tflops"] == pytest.approx(info["flops"] / 0.05 / 1e12)
+    assert failed["reason"] == "out of memory" and failed["shape"]["size"] == 1024
+
+
 def test_without_time_steps_are_not_started(monkeypatch, tmp_path):
     steps = Steps()
     assert run_with(monkeypatch, tmp_path, steps, minutes="0.8") == 0

@@ -20,11 +20,11 @@ from bench.results_file import ResultsError, ResultsFile
 # Most telling first: a run that is cut short has these.
 ORDER = (
     "bench_model",
+    "bench_waterfall",
     "bench_attention",
     "bench_layernorm_mlp",
     "bench_mask_head",
     "bench_labels",
-    "bench_waterfall",
     "bench_peers",
     "bench_loss",
     "bench_train_step",
@@ -71,7 +71,9 @@ def pytest_collection_modifyitems(config, items):
         params = item.callspec.params if hasattr(item, "callspec") else {}
         module = item.module.__name__.rpartition(".")[2]
         order = ORDER.index(module) if module in ORDER else len(ORDER)
-        return (params.get("shape", core[0]) not in core, order, params.get("provider") == "compile")
+        compiled = params.get("provider") == "compile"
+        whole = module in ("bench_model", "bench_train_step")  # a minute to compile
+        return (params.get("shape", core[0]) not in core, compiled and whole, order, compiled)
 
     items[:] = sorted((item for item in items if item.path.parent.name == "bench"), key=rank)
     for item in items:

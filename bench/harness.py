@@ -14,6 +14,7 @@ from bench.operations import Operation
 from bench.results_file import ResultsFile
 from bench.shapes import Shape, Work
 
+OUT_OF_TIME = "not run: the time was used up"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -109,7 +110,7 @@ class Harness:
         torch._dynamo.reset()  # or the ninth shape of a function would run uncompiled
         try:
             if time.time() > self.deadline:
-                raise providers.Unavailable("not run: the time was used up")
+                raise providers.Unavailable(OUT_OF_TIME)
             if provider in providers.PROVIDERS:
                 providers.require(provider, self.device, self.dtype, timed=not self.smoke)
             self._measure(benchmark, build())
@@ -131,13 +132,11 @@ class Harness:
         pytest.skip(f"{name}: {reason}")
 
     def _measure(self, benchmark: Any, row: Row) -> None:
-        inputs, first = self._inputs(row, 0), None
-        for _ in range(2):  # the first call compiles and warms up
-            start = time.perf_counter()
-            result = row.fn(*inputs)
-            timing.synchronize(self.device)
-            seconds = time.perf_counter() - start
-            first = seconds if first is None else first
+        inputs = self._inputs(row, 0)
+        result, first = self._call(row, inputs)  # compiles and warms up
+        seconds = first
+        if row.provider == "compile" or first < timing.SLOW:
+            result, seconds = self._call(row, inputs)
         benchmark.group = self.group(row)
         verdict = row.check(result, inputs)
         benchmark.extra_info.update(self._facts(row), gate=verdict)
@@ -153,6 +152,8 @@ class Harness:
         run, calls, mode = self._round(row, sets, seconds)
         timing.CLOCK.reset("wall" if mode == "wall" else "events", calls, self.device)
         rounds = timing.rounds_for(seconds * calls, self.seconds)
+        if time.time() + (rounds + 2) * calls * seconds > self.deadline:
+            raise providers.Unavailable(OUT_OF_TIME)
         benchmark.pedantic(run, rounds=rounds, warmup_rounds=1, iterations=1)
         benchmark.extra_info.update(timing=mode, input_sets=count, state=machine.state(self.device))
         del run, sets
@@ -160,6 +161,12 @@ class Harness:
         benchmark.extra_info.update(rates(row, benchmark.stats.stats.median, roofs))
         if self.results is not None:
             self.results.add(benchmark.stats.as_dict(include_data=False))
+
+    def _call(self, row: Row, inputs: tuple) -> tuple[Any, float]:
+        start = time.perf_counter()
+        result = row.fn(*inputs)
+        timing.synchronize(self.device)
+        return result, time.perf_counter() - start
 
     def _inputs(self, row: Row, i: int) -> tuple:
         torch.manual_seed(i)

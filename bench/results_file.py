@@ -34,7 +34,9 @@ class ResultsFile:
         if path.exists():
             self.content = load(path)
             was = self.content["machine_info"]
-            other = [f"{key} {was.get(key)}, not {machine[key]}" for key in SAME if was.get(key) != machine[key]]
+            other = [
+                f"{key} {was.get(key)}, not {machine[key]}" for key in SAME if not _same(was.get(key), machine[key])
+            ]
             if other:
                 raise ResultsError(f"{path} holds results of {'; '.join(other)}: name another file")
         else:
@@ -70,6 +72,11 @@ class ResultsFile:
         rows = self.content[part]
         rows[:] = [r for r in rows if any(r.get(key) != row[key] for key in keys)]
         rows.append(row)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, or the same commit with and without changes that are not committed: files edited during a long run."""
+    return str(a).removesuffix("-dirty") == str(b).removesuffix("-dirty")
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -189,7 +189,7 @@ GPU_FULL = (
     *(Shape(m, p, s, b) for b, s, p, m in itertools.product((8, 1), SIZES, (16, 8, 32), "LBST")),
     *(Shape(m, p, 2048, 1) for p, m in itertools.product((16, 8), "TSBL")),
 )
-CPU_CORE = (Shape("S", 16, 512), Shape("S", 32, 512), Shape("T", 8, 512), Shape("T", 16, 512))
+CPU_CORE = (Shape("S", 16, 512), Shape("S", 32, 512), Shape("T", 8, 256))
 CPU_FULL = tuple(Shape(m, p, s) for s, p, m in itertools.product((512, 640), (32, 16, 8), "TSBL"))
 SMOKE = (Shape("X", 8, 40, 2, n_cls=7),)
 SWEEPS = {"smoke": (SMOKE, SMOKE), "core": (GPU_CORE, CPU_CORE), "full": (GPU_FULL, CPU_FULL)}

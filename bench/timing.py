@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 MAX_SETS = 16
+SLOW = 0.5  # seconds: fewer rounds, because they vary less and there is no time
 SHORT, LONG = 2e-3, 0.1  # seconds: a round of shorter calls has several; for longer ones the cache says nothing
 Call = Callable[..., Any]
 
@@ -104,8 +105,8 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def rounds_for(seconds: float, budget: float) -> int:
-    """Rounds of `seconds` each that take about `budget` seconds: 5 to 100."""
-    return max(5, min(100, int(budget / max(seconds, 1e-6))))
+    """Rounds of `seconds` each that take about `budget` seconds: 5 to 100, of slow ones 3."""
+    return max(3 if seconds > SLOW else 5, min(100, int(budget / max(seconds, 1e-6))))
 
 
 def synchronize(device: torch.device) -> None:

@@ -15,7 +15,6 @@ from bench.results_file import ResultsFile
 from bench.shapes import Shape, Work
 
 OUT_OF_TIME = "not run: the time was used up"
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 @dataclass
@@ -107,17 +106,17 @@ class Harness:
         """Builds, checks and times a row; one that cannot be had here is skipped, and noted with `facts`."""
         if name in self.known:
             pytest.skip(f"{name}: measured before")
+        if time.time() > self.deadline:
+            self._unavailable(kind, provider, shape, name, OUT_OF_TIME, facts)
         torch._dynamo.reset()  # or the ninth shape of a function would run uncompiled
         try:
-            if time.time() > self.deadline:
-                raise providers.Unavailable(OUT_OF_TIME)
             if provider in providers.PROVIDERS:
                 providers.require(provider, self.device, self.dtype, timed=not self.smoke)
             self._measure(benchmark, build())
         except providers.Unavailable as error:
             self._unavailable(kind, provider, shape, name, str(error), facts)
         except (RuntimeError, MemoryError) as error:
-            if not any(text in str(error) for text in OUT_OF_MEMORY):
+            if not timing.out_of_memory(error):
                 raise
             self._unavailable(kind, provider, shape, name, "out of memory", facts)
         finally:
@@ -181,7 +180,7 @@ class Harness:
         try:
             return timing.graphed(run), len(sets), "graph"
         except RuntimeError as error:  # not every provider can be captured; the row says how it was timed
-            if any(text in str(error) for text in OUT_OF_MEMORY):
+            if timing.out_of_memory(error):
                 raise
             torch.cuda.synchronize(self.device)
             return run, len(sets), "events"

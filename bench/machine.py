@@ -29,6 +29,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "commit": commit.stdout.strip() or "unknown",
         "command": " ".join(_without_folders(argument) for argument in sys.argv),
@@ -94,7 +95,8 @@ def device_name(device: torch.device) -> str:
     """For people: "NVIDIA H200", "AMD EPYC, 2 cores"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def cpu_name() -> str:

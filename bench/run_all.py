@@ -7,6 +7,7 @@ saved after every row; running the command again with the same DIR goes on where
 
 import argparse
 import csv
+import os
 import subprocess
 import sys
 import time
@@ -30,7 +31,16 @@ SHARES = {"gpu": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, 
 def commands(out: Path, device: str, dtype: str, camvid: Path | None) -> dict[str, list[str]]:
     """The command of each step, without its time limit."""
     bench = ["pytest", "bench", "-q", "--no-header", "-p", "no:cacheprovider", "--device", device, "--dtype", dtype]
-    timed = [*bench, "--missing", "--results", str(out), *(["--camvid", str(camvid)] if camvid else [])]
+    seconds = {"cuda": "1.0", "cpu": "0.5"}[device]
+    timed = [
+        *bench,
+        "--missing",
+        "--row-seconds",
+        seconds,
+        "--results",
+        str(out),
+        *(["--camvid", str(camvid)] if camvid else []),
+    ]
     if device == "cuda":
         gate = ["pytest", "tests/gpu", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider"]
     else:  # through Triton's interpreter, on tiny inputs
@@ -114,6 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=machine.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--camvid", type=Path, help="CamVid (images/test, annotations/test), for mIoU")
     args = parser.parse_args(arguments)
+    # Of the steps: threads that wait actively take the core from each other on small or shared CPUs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     end = time.monotonic() + 60 * args.minutes - GRACE
     dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     device = torch.device(args.device)

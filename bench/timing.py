@@ -64,6 +64,16 @@ def tensor_bytes(values: Any) -> int:
     return sum(tensor_bytes(value) for value in values) if isinstance(values, tuple | list) else 0
 
 
+_ALLOCATION_FAILED = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
+
+
 def n_sets(bytes_per_set: int, cache: int, seconds: float) -> int:
     """How many input sets are larger than twice the last cache together: two to MAX_SETS, two if a call takes long."""
     if seconds > LONG:

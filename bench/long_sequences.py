@@ -1,0 +1,278 @@
+"""Time and peak memory of a model as its pictures grow, up to where a provider runs out of memory.
+
+What runs is the network, from a normalised picture to low-resolution masks, and the labels. "triton" takes labels by
+bands of rows (`segmenter.inference.bands`); eager, sdpa and compile go by way of full-resolution logits, as everybody
+does. No provider runs as a CUDA graph here, so launches are in every time.
+"""
+
+import contextlib
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import models, operations, providers, timing
+from bench.profiling import COMPILED, LABELS, Regions
+from bench.shapes import Shape
+from segmenter.implementation import EAGER
+
+COMPILE_MODE = "max-autotune-no-cudagraphs"  # graphs would keep their memory and hide it from every measurement
+MEMORY_SHARE = 0.5  # of what is available on a CPU, for one call
+ROUND_SECONDS, MOST_ROUNDS = 1.0, 9
+OUT_OF_MEMORY = "out of memory"
+Network = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Point(NamedTuple):
+    """One provider at one length.
+
+    Attributes:
+        tokens: of the encoder, CLS included. size: side of the square picture in pixels.
+        seconds: median of a call. spread: half the distance of its quartiles, relative to the median; None if there
+            were too few rounds. peak_bytes: beyond the loaded model and the picture; None where it cannot be seen.
+        reason: "" if measured, else why not: OUT_OF_MEMORY, "not run: ...", "failed: ...".
+    """
+
+    tokens: int
+    provider: str
+    size: int
+    seconds: float | None
+    spread: float | None
+    peak_bytes: int | None
+    reason: str
+
+
+def sizes_for(tokens: Sequence[int], patch: int) -> list[int]:
+    """Sides in pixels of the square pictures that have so many tokens, CLS included.
+
+    Raises:
+        ValueError: a number is no square and one.
+    """
+    for count in tokens:
+        if count < 2 or math.isqrt(count - 1) ** 2 != count - 1:
+            raise ValueError(f"{count} tokens are no square number of patches and one more, like 257 or 4097")
+    return [math.isqrt(count - 1) * patch for count in tokens]
+
+
+def scaling(
+    model: str,
+    patch: int,
+    sizes: Sequence[int],
+    provider: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    mask: bool = True,
+    seconds_left: Callable[[], float],
+    n_cls: int = 150,
+    memory_share: float = MEMORY_SHARE,
+) -> Iterator[Point]:
+    """Measures one provider at growing sizes, one point a size, smallest first.
+
+    A size whose time, extrapolated quadratically from the last, is more than is left is not run; nor is one beyond a
+    size that ran out of memory. Their points say why.
+
+    Args:
+        model: "T", "S", "B", "L", or "X" for tests. patch, sizes: pixels; sizes are multiples of the patch.
+        seconds_left: what may still be spent, asked before each size.
+        memory_share: on a CPU, the part of the available memory that a call may take before it fails.
+    """
+    last: _Measured | None = None
+    stopped = unavailable(provider, device, dtype)
+    for size in sorted(sizes):
+        shape = Shape(model, patch, size, batch, n_cls, mask)
+        reason = stopped or _over_budget(shape, last, seconds_left())
+        if not reason:
+            try:
+                last = _measure(shape, provider, device, dtype, memory_share)
+            except (RuntimeError, MemoryError) as error:
+                reason = OUT_OF_MEMORY if timing.out_of_memory(error) else f"failed: {first_line(error)}"
+                stopped = f"not run: {reason} at {shape.tokens} tokens"
+            finally:
+                timing.release(device)
+        if reason:
+            yield Point(shape.tokens, provider, size, None, None, None, reason)
+        else:
+            yield last.point
+
+
+class _Measured(NamedTuple):
+    point: Point
+    setup: float  # seconds before the first round: building, compiling, the first call and that for the memory
+
+
+def _over_budget(shape: Shape, last: _Measured | None, seconds_left: float) -> str:
+    """Why this size is not run, or ""."""
+    if last is None:
+        return "" if seconds_left > 0 else "not run: no time left"
+    growth = (shape.tokens / last.point.tokens) ** 2
+    predicted = last.point.seconds * growth
+    needed = 3 * predicted + last.setup  # the first call, that for the memory, one round
+    return f"not run: predicted {rounded(needed)} s" if needed > seconds_left else ""
+
+
+def _measure(shape: Shape, provider: str, device: torch.device, dtype: torch.dtype, memory_share: float) -> _Measured:
+    start = time.perf_counter()
+    im, model = picture(shape, device, dtype), build(shape, device, dtype)
+    with limited_memory(device, memory_share), torch.no_grad():
+        run = network(model, provider)
+        seconds = [_seconds(run, im, device)]
+        peak = timing.peak_bytes(lambda: seconds.append(_seconds(run, im, device)), device)
+        setup = time.perf_counter() - start - 2 * min(seconds)
+        rounds = max(1, min(MOST_ROUNDS, int(ROUND_SECONDS / seconds[-1])))
+        times = [_seconds(run, im, device) for _ in range(rounds)]
+    point = Point(shape.tokens, provider, shape.size, statistics.median(times), spread(times), peak, "")
+    return _Measured(point, max(setup, 0.0))
+
+
+def spread(times: Sequence[float]) -> float | None:
+    """Half the distance of the quartiles, relative to the median; None for fewer than three."""
+    if len(times) < 3:
+        return None
+    low, middle, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2 / middle
+
+
+def _seconds(run: Network, im: torch.Tensor, device: torch.device) -> float:
+    timing.synchronize(device)
+    start = time.perf_counter()
+    run(im)
+    timing.synchronize(device)
+    return time.perf_counter() - start
+
+
+def wall_times(run: Network, im: torch.Tensor, device: torch.device) -> list[float]:
+    """Seconds of calls of a function that has warmed up: about ROUND_SECONDS of them, at least one."""
+    times = [_seconds(run, im, device)]
+    for _ in range(min(MOST_ROUNDS, int(ROUND_SECONDS / times[0])) - 1):
+        times.append(_seconds(run, im, device))
+    return times
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs
+
+
+def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The shape's model in evaluation mode with random weights and a position embedding of its own size."""
+    return copy.deepcopy(models.build(shape, device)).to(dtype)
+
+
+def picture(shape: Shape, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Normalised random pictures (B, 3, H, W): what is in them changes no time."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(shape.batch, 3, shape.size, shape.size, device=device, generator=generator).to(dtype)
+
+
+def network(
+    model: torch.nn.Module,
+    provider: str,
+    regions: Regions | None = None,
+    compile_options: dict[str, Any] | None = None,
+) -> Network:
+    """The provider's way from a normalised picture (B, 3, H, W) to labels (B, H, W) uint8. Sets the model's operators.
+
+    Args:
+        regions: where the parts are opened as regions; the caller opens those of the model itself.
+        compile_options: of torch.compile, beyond those of COMPILE_MODE.
+    """
+    models.set_operators(model, EAGER if provider == "compile" else providers.operators(provider))
+    labels = operations.band_labels if provider == "triton" else operations.full_labels
+
+    def run(im: torch.Tensor) -> torch.Tensor:
+        masks = model.masks(im)
+        with contextlib.nullcontext() if regions is None else regions.region(LABELS):
+            return labels(masks, model.patch_size)
+
+    if provider != "compile":
+        return run
+    options = {**torch._inductor.list_mode_options(COMPILE_MODE), **(compile_options or {})}
+    torch._dynamo.reset()  # or a model of the ninth size would run uncompiled
+    compiled = torch.compile(lambda im: labels(model.masks(im), model.patch_size), options=options, dynamic=False)
+    if regions is None:
+        return compiled
+
+    def run_compiled(im: torch.Tensor) -> torch.Tensor:
+        with regions.region(COMPILED):
+            return compiled(im)
+
+    return run_compiled
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can fail
+
+
+def unavailable(provider: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why the provider cannot run here, or ""."""
+    try:
+        providers.require(provider, device, dtype)
+    except providers.Unavailable as error:
+        return f"not run: {error}"
+    return ""
+
+
+def rounded(seconds: float) -> str:
+    """Three digits, for people: no exponent for long times."""
+    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:.0f}"
+
+
+def first_line(error: BaseException) -> str:
+    """For tables."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def limited_memory(device: torch.device, share: float = MEMORY_SHARE) -> Iterator[int | None]:
+    """While inside, allocations beyond `share` of the memory that is available now fail, instead of the whole machine.
+
+    Only on a CPU and only on Linux; a GPU's memory has its own limit. Yields the bytes, or None.
+    """
+    try:
+        import resource
+
+        more = int(share * _available_bytes())
+        limit = _status_bytes("VmSize") + more
+    except (ImportError, OSError):
+        limit = None
+    if device.type != "cpu" or limit is None:
+        yield None
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield more
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _available_bytes() -> int:
+    """What Linux would give without swapping, and what a container's limit leaves of it."""
+    found = [int(kib) * 1024 for kib in _meminfo("MemAvailable")]
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(max(limit - used, 0))
+    if not found:
+        raise OSError("/proc/meminfo has no MemAvailable")
+    return min(found)
+
+
+def _meminfo(field: str) -> list[str]:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return [line.split()[1] for line in lines if line.startswith(field)]
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

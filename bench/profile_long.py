@@ -1,0 +1,384 @@
+"""Profiles a model on long sequences: which operators, regions and kernels take the time, memory over time, scaling.
+
+python -m bench.profile_long --patch 8 --size 1024 --out DIR        one picture of 16,385 tokens, five providers
+python -m bench.profile_long --device cpu --out DIR                 a small model and small pictures, two minutes
+python -m bench.profile_long --profiler proton --out DIR            Triton's profiler instead of torch's; CUDA only
+
+DIR gets for each provider kernels_*.csv (operators against measured ceilings), regions_*.csv (the model's own names),
+trace_*.json.gz (for chrome://tracing or ui.perfetto.dev) and on CUDA device_kernels_*.csv, memory_*.pickle and
+memory_*.html (pytorch.org/memory_viz; the page loads its viewer from the network); for all together roofline.png,
+memory.png, scaling.csv, scaling.png, summary.md and report.html, which needs nothing else.
+
+What runs is the network and the labels; "triton" takes labels by bands, the others by full-resolution logits. A trace
+and a snapshot hold function names and a snapshot the paths of source files: look before you publish them.
+"""
+
+import argparse
+import contextlib
+import csv
+import gzip
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from bench import ceilings, long_sequences, machine, profile_report, profiling, providers, timing, traces
+from bench.ceilings import Ceilings
+from bench.long_sequences import Point
+from bench.profiling import Profile, Regions
+from bench.shapes import WIDTHS, Shape, forward_flops
+
+QUICK = 1.0  # seconds: a forward below it is profiled several times
+FORWARDS = 3
+SCALING_SHARE = 0.55  # of the time; it goes first, what is left is for the profiles
+SNAPSHOT_ENTRIES = 200_000
+
+
+class Defaults(NamedTuple):
+    """What a device gets where the command line is silent."""
+
+    model: str
+    size: int
+    dtype: str
+    providers: tuple[str, ...]
+    tokens: tuple[int, ...]
+    minutes: float
+
+
+DEFAULTS = {
+    "cuda": Defaults(
+        "S",
+        1024,
+        "bf16",
+        ("eager", "sdpa-flash", "sdpa-cudnn", "compile", "triton"),
+        (257, 1025, 4097, 16385, 65537),
+        15.0,
+    ),
+    # Compiling alone would take a minute a size here.
+    "cpu": Defaults("T", 256, "fp32", ("eager", "sdpa-flash"), (257, 1025, 4097), 1.5),
+}
+
+
+class Setting(NamedTuple):
+    """What is profiled, on what, with what, until when (`time.monotonic`), and where to."""
+
+    shape: Shape
+    device: torch.device
+    dtype: torch.dtype
+    profiler: str
+    roofs: Ceilings
+    deadline: float
+    out: Path
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One provider
+
+
+def profile(provider: str, setting: Setting, cost: float = 0.0) -> Profile:
+    """Profiles one provider and writes its files; where that cannot be, the profile says why.
+
+    Args:
+        cost: seconds that it takes, as far as something like it was measured before.
+    """
+    reason = long_sequences.unavailable(provider, setting.device, setting.dtype)
+    least = 3 * forward_flops(setting.shape) / setting.roofs.flops_per_second  # counted, profiled, timed
+    needed, left = max(cost, least), setting.seconds_left()
+    if not reason and needed > left:
+        reason = f"not run: predicted {long_sequences.rounded(needed)} s" if left > 0 else "not run: no time left"
+    if reason:
+        return Profile(provider, reason)
+    try:
+        with long_sequences.limited_memory(setting.device), torch.no_grad():
+            return _profile(provider, setting)
+    except (RuntimeError, MemoryError) as error:
+        failed = timing.out_of_memory(error)
+        reason = long_sequences.OUT_OF_MEMORY if failed else f"failed: {long_sequences.first_line(error)}"
+    finally:
+        timing.release(setting.device)
+    return Profile(provider, reason)
+
+
+def _profile(provider: str, setting: Setting) -> Profile:
+    found = Profile(provider)
+    device, compiled = setting.device, provider == "compile"
+    im = long_sequences.picture(setting.shape, device, setting.dtype)
+    model = long_sequences.build(setting.shape, device, setting.dtype)
+    regions = Regions(_proton().scope if setting.profiler == "proton" else torch.profiler.record_function)
+    # Without this, generated CPU kernels are no events of the profiler.
+    options = {"cpp.enable_kernel_profile": True} if device.type == "cpu" else None
+    run = long_sequences.network(model, provider, regions, options)
+    counter = profiling.Counter(lambda: regions.current)
+    start = time.perf_counter()
+    if compiled:
+        run(im)
+        found.notes.append(
+            "Fused kernels compute several operators at once: their operations and bytes are unknown, their columns"
+            " empty. There is one region, because compiled code knows no modules. What the program says is not always"
+            " done: full-resolution logits, for one, can be fused away."
+        )
+    else:
+        with regions.of(model), counter:
+            run(im)
+    timing.synchronize(device)
+    first = time.perf_counter() - start
+    found.seconds = statistics.median(long_sequences.wall_times(run, im, device))
+    forwards = FORWARDS if found.seconds < QUICK else 1
+
+    def forward() -> None:
+        run(im)
+        timing.synchronize(device)
+
+    with contextlib.nullcontext() if compiled else regions.of(model):
+        take = _proton_trace if setting.profiler == "proton" else _torch_trace
+        trace = take(forward, forwards, first < QUICK or compiled, regions, counter, provider, setting)
+    _tables(found, trace, forwards, counter.found, setting)
+    if device.type == "cuda":
+        memory_snapshot(forward, provider, setting.out)
+    return found
+
+
+def _tables(found: Profile, trace: traces.Trace, forwards: int, counted: dict, setting: Setting) -> None:
+    """Fills the profile from the trace and writes its tables."""
+    on_device, by_kernel = setting.device.type == "cuda", setting.profiler == "proton"
+    found.operators = profiling.operator_rows(trace, {} if by_kernel else counted, forwards, on_device)
+    found.regions = profiling.region_rows(found.operators, profiling.region_work(counted) if by_kernel else None)
+    found.memory, found.stretches = trace.memory, trace.stretches
+    if trace.forwards:
+        found.profiled_seconds = statistics.fmean(trace.forwards)
+    provider = found.provider
+    _write(setting.out / f"kernels_{provider}.csv", profiling.csv_text(found.operators, setting.roofs))
+    _write(setting.out / f"regions_{provider}.csv", profiling.csv_text(found.regions, setting.roofs))
+    if on_device:
+        found.kernels = profiling.kernel_rows(trace, forwards)
+        _write(setting.out / f"device_kernels_{provider}.csv", profiling.kernels_csv_text(found.kernels))
+    if by_kernel:
+        found.notes.append("Proton sees kernels: operations and bytes are known by region only.")
+
+
+def _torch_trace(
+    forward: Callable[[], None],
+    forwards: int,
+    warm_up: bool,
+    regions: Regions,
+    counter: profiling.Counter,
+    provider: str,
+    setting: Setting,
+) -> traces.Trace:
+    """Profiles with torch.profiler, writes the Chrome trace and reads it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if setting.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        if warm_up:  # the first launches under a profiler are slow
+            with torch.profiler.record_function(traces.WARM_UP):
+                forward()
+        for _ in range(forwards):
+            with torch.profiler.record_function(traces.FORWARD):
+                forward()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text())
+    for key in ("host_name", "traceName", "trace_id"):  # of the machine, and of no use to anybody else
+        trace.pop(key, None)
+    with profiling.replacing(setting.out / f"trace_{provider}.json.gz") as path, gzip.open(path, "wt") as file:
+        json.dump(trace, file)
+    counted = {operator for (_, operator), one in counter.found.items() if any(one.work)}
+    return traces.read_chrome(trace, regions.names, counted, setting.device.type)
+
+
+def _proton_trace(
+    forward: Callable[[], None],
+    forwards: int,
+    warm_up: bool,
+    regions: Regions,
+    counter: profiling.Counter,
+    provider: str,
+    setting: Setting,
+) -> traces.Trace:
+    """Profiles with Proton, writes its .hatchet and reads it. Never together with torch.profiler: both need CUPTI."""
+    proton = _proton()
+    with profiling.replacing(setting.out / f"proton_{provider}.hatchet") as path:
+        session = proton.start(str(path.with_suffix("")), context="shadow", data="tree")  # adds ".hatchet" itself
+        try:
+            for _ in range(forwards):
+                forward()
+        finally:
+            proton.finalize(session)
+        return traces.read_hatchet(json.loads(path.read_text()), regions.names)
+
+
+def _proton() -> Any:
+    import triton.profiler
+
+    return triton.profiler
+
+
+def memory_snapshot(forward: Callable[[], None], provider: str, out: Path) -> None:
+    """Writes what torch's allocator on the GPU did during one forward, as a pickle and as a page."""
+    from torch.cuda import _memory_viz, memory
+
+    memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES, stacks="python")
+    try:
+        forward()
+        with profiling.replacing(out / f"memory_{provider}.pickle") as path:
+            memory._dump_snapshot(str(path))
+        page = _memory_viz.trace_plot(memory._snapshot())
+    finally:
+        memory._record_memory_history(enabled=None)
+    _write(out / f"memory_{provider}.html", page)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+def scaling_points(args: argparse.Namespace, setting: Setting, bar: Any) -> Iterator[tuple[Point, float]]:
+    """All providers at all lengths, each with the seconds that it took; providers share the time that scaling gets."""
+    shape, sizes = setting.shape, long_sequences.sizes_for(args.tokens, args.patch)
+    stop = time.monotonic() + SCALING_SHARE * setting.seconds_left()
+    for i, provider in enumerate(args.providers):
+        start = time.monotonic()
+        end = start + max(stop - start, 0) / (len(args.providers) - i)
+        bar.set_description_str(f"scaling {provider}")
+        points = long_sequences.scaling(
+            args.model,
+            args.patch,
+            sizes,
+            provider,
+            setting.device,
+            setting.dtype,
+            batch=args.batch,
+            mask=shape.mask,
+            seconds_left=lambda end=end: end - time.monotonic(),
+            n_cls=shape.n_cls,
+        )
+        for point in points:
+            bar.update()
+            yield point, time.monotonic() - start
+            start = time.monotonic()
+
+
+def cost_of(provider: str, shape: Shape, points: list[tuple[Point, float]]) -> float:
+    """What profiling this shape takes at least, by the provider's point of this length or the longest below it."""
+    near = [(p.tokens, took) for p, took in points if p.provider == provider and not p.reason]
+    return max((item for item in near if item[0] <= shape.tokens), default=(0, 0.0))[1]
+
+
+def scaling_csv(points: list[Point]) -> str:
+    """Points as CSV; empty where nothing was measured."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("provider", "tokens", "size", "ms", "spread_percent", "peak_mib", "reason"))
+    for p in points:
+        ms = "" if p.seconds is None else f"{1e3 * p.seconds:.6g}"
+        spread = "" if p.spread is None else f"{100 * p.spread:.3g}"
+        peak = "" if p.peak_bytes is None else f"{p.peak_bytes / 2**20:.6g}"
+        writer.writerow((p.provider, p.tokens, p.size, ms, spread, peak, p.reason))
+    return out.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    with profiling.replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.profile_long", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    both = {name: tuple(getattr(d, name) for d in DEFAULTS.values()) for name in Defaults._fields}
+
+    def default(name: str) -> str:
+        gpu, cpu = (" ".join(map(str, v)) if isinstance(v, tuple) else v for v in both[name])
+        return f"default: {gpu} on a GPU, {cpu} on a CPU"
+
+    parser.add_argument("--model", choices=WIDTHS, help=default("model"))
+    parser.add_argument("--patch", type=int, default=8, help="pixels (default: 8)")
+    parser.add_argument("--size", type=int, help=f"side of the profiled picture in pixels; {default('size')}")
+    parser.add_argument("--decoder", choices=("mask", "linear"), default="mask")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--classes", type=int, default=150, help="2 to 256 (default: 150)")
+    parser.add_argument("--providers", nargs="+", choices=providers.PROVIDERS, help=default("providers"))
+    parser.add_argument("--dtype", choices=machine.DTYPES, help=default("dtype"))
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    parser.add_argument("--tokens", type=int, nargs="*", help=f"lengths for the scaling; {default('tokens')}")
+    parser.add_argument("--minutes", type=float, help=f"nothing is started after so long; {default('minutes')}")
+    parser.add_argument("--profiler", choices=("torch", "proton"), default="torch")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything")
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in DEFAULTS[args.device]._asdict().items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device here")
+    if args.profiler == "proton" and args.device == "cpu":
+        parser.error("--profiler proton: Triton's profiler sees GPU kernels only; leave it out on a CPU")
+    if args.size < args.patch or args.size % args.patch:
+        parser.error(f"--size {args.size} is no multiple of --patch {args.patch}")
+    if not 2 <= args.classes <= 256 or args.batch < 1:
+        parser.error("--classes must be 2 to 256 and --batch at least 1")
+    try:
+        long_sequences.sizes_for(args.tokens, args.patch)
+    except ValueError as error:
+        parser.error(f"--tokens: {error}")
+    args.providers = list(dict.fromkeys(args.providers))
+    return args
+
+
+def command(argv: list[str]) -> str:
+    """The command line without the folder, which is of this machine."""
+    words = list(argv)
+    for i, word in enumerate(words):
+        if word == "--out":
+            words[i + 1] = "DIR"
+        elif word.startswith("--out="):
+            words[i] = "--out=DIR"
+    return " ".join(["python -m bench.profile_long", *words])
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    started = time.monotonic()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its library reports every start and stop on a CPU otherwise
+    args.out.mkdir(parents=True, exist_ok=True)
+    device, dtype = torch.device(args.device), machine.DTYPES[args.dtype]
+    shape = Shape(args.model, args.patch, args.size, args.batch, args.classes, args.decoder == "mask")
+    with tqdm(total=1 + len(args.providers) * (1 + len(args.tokens)), file=sys.stderr, desc="ceilings") as bar:
+        roofs = ceilings.measure(device, dtype, small=args.model == "X")
+        bar.update()
+        deadline = started + 60 * args.minutes
+        setting = Setting(shape, device, dtype, args.profiler, roofs, deadline, args.out)
+        facts = machine.facts(device) | {"command": command(sys.argv[1:] if argv is None else argv)}
+        points: list[tuple[Point, float]] = []
+        for found in scaling_points(args, setting, bar):
+            points.append(found)
+            # after each: an interruption loses one point
+            _write(args.out / "scaling.csv", scaling_csv([point for point, _ in points]))
+        report = profile_report.Report(shape, dtype, args.profiler, roofs, facts, [], [point for point, _ in points])
+        profile_report.write(report, args.out)  # in case that what follows is interrupted
+        for provider in args.providers:
+            bar.set_description_str(f"profile {provider}")
+            report.profiles.append(profile(provider, setting, cost_of(provider, shape, points)))
+            bar.update()
+    profile_report.write(report, args.out)
+    print(profile_report.short(report))
+    print(f"\n{args.out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -220,7 +220,7 @@ def unavailable(provider: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def rounded(seconds: float) -> str:
     """Three digits, for people: no exponent for long times."""
-    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:.0f}"
+    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:,.0f}"
 
 
 def first_line(error: BaseException) -> str:

@@ -82,8 +82,8 @@ def _published(peer):
     figures = {"ss": peer.miou_ss, "ms": peer.miou_ms, "im_s": peer.images_per_second, "params_m": peer.parameters}
     found = {key: figure and figure.value for key, figure in figures.items()}
     speed = peer.images_per_second
-    sources = sorted({peers.SOURCES[figure.source].title for figure in figures.values() if figure})
-    return {**found, "gpu": speed.gpu if speed else None, "source": "; ".join(sources), "crop": peer.crop}
+    sources = sorted({figure.source for figure in figures.values() if figure})  # keys of peers.SOURCES
+    return {**found, "gpu": speed.gpu if speed else None, "source": ", ".join(sources), "crop": peer.crop}
 
 
 @pytest.mark.parametrize("row", range(len(peers.PEERS)), ids=[peer.id for peer in peers.PEERS])

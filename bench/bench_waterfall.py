@@ -28,7 +28,7 @@ def bench_waterfall(benchmark, harness, camvid, step):
             verdict, _ = models.check_labels(shape, name, labels, *inputs, dtype)
             if not harness.smoke:
                 run = waterfall.segment_with(models.shipped(), on, harness.device)
-                every = 1 if on_gpu else waterfall.CPU_EVERY
+                every = waterfall.EVERY[harness.device.type]
                 extra.update(waterfall.quality(run, _published(harness.device), camvid, every))
             return verdict
 

@@ -44,6 +44,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Or compile times would be those of an earlier run's cache.
+    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     smoke = config.option.benchmark_disable
     device = torch.device(config.option.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if smoke and device.type == "cpu":

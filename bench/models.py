@@ -37,7 +37,8 @@ def build(shape: Shape, device: torch.device) -> Segmenter:
     torch.manual_seed(0)
     config = preset(shape.name.replace("Seg-X", "Seg-T"), n_cls=shape.n_cls, image_size=shape.size)
     config = dataclasses.replace(config, d_model=shape.d_model, n_heads=shape.n_heads, n_layers=shape.n_layers)
-    return create_segmenter(config, impl="eager").eval().to(device)
+    with device:  # random weights of a large model take ten seconds on a CPU
+        return create_segmenter(config, impl="eager").eval()
 
 
 def picture(size: int | None = None) -> np.ndarray:

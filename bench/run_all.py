@@ -31,7 +31,7 @@ SHARES = {"gpu": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, 
 def commands(out: Path, device: str, dtype: str, camvid: Path | None) -> dict[str, list[str]]:
     """The command of each step, without its time limit."""
     bench = ["pytest", "bench", "-q", "--no-header", "-p", "no:cacheprovider", "--device", device, "--dtype", dtype]
-    seconds = {"cuda": "1.0", "cpu": "0.5"}[device]
+    seconds = {"cuda": "0.3", "cpu": "0.5"}[device]
     timed = [
         *bench,
         "--missing",

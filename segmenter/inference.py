@@ -243,7 +243,8 @@ def _source_rows(
 
     The arithmetic of F.interpolate(align_corners=False), in float32 as there.
     """
-    scale = torch.tensor(n_in / n_out, dtype=torch.float32, device=device)
+    # full, not tensor: a copy from the host could not be captured in a CUDA graph
+    scale = torch.full((), n_in / n_out, dtype=torch.float32, device=device)
     source = scale * (torch.arange(top, bottom, device=device, dtype=torch.float32) + 0.5) - 0.5
     source = source.clamp_(min=0)
     low = source.long()

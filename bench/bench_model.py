@@ -28,6 +28,8 @@ def bench_model(benchmark, harness, shape, provider):
             name,
             pictures=shape.batch,
             whole=True,
+            compiled=provider == "compile",
+            replays=provider == "compile",
             extra=extra,
         )
 

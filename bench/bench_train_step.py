@@ -33,6 +33,8 @@ def bench_train_step(benchmark, harness, shape, provider):
             name,
             pictures=shape.batch,
             whole=True,
+            compiled=provider == "compile",
+            replays=provider == "compile",
         )
 
     harness.run(benchmark, "train-step", provider, shape, name, build)

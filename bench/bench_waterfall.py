@@ -43,6 +43,8 @@ def bench_waterfall(benchmark, harness, camvid, step):
             f"waterfall-{step}",
             pictures=shape.batch,
             whole=True,
+            compiled="compile" in on,
+            replays=bool({"compile", "graph"} & on),
             extra=extra,
         )
 

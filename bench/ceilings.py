@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from bench.machine import DTYPES, device_name
-from bench.timing import synchronize
 
 # Sizes that fill the device: side of the square matrices, and bytes of the copied buffer.
 SIDE = {"cuda": 8192, "cpu": 2048}
@@ -61,16 +60,31 @@ def _side(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def _seconds(run: Callable[[], torch.Tensor], device: torch.device, rounds: int = 10) -> list[float]:
-    for _ in range(2):
+    """Seconds of a call, `rounds` times: on a GPU by events around ten calls, once its clocks have risen."""
+    if device.type != "cuda":
+        for _ in range(2):
+            run()
+        return [_wall(run) for _ in range(rounds)]
+    start = time.perf_counter()
+    while time.perf_counter() - start < 0.5:
         run()
+        torch.cuda.synchronize(device)
     times = []
     for _ in range(rounds):
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        for _ in range(10):
+            run()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after) / 1e3 / 10)
     return times
+
+
+def _wall(run: Callable[[], torch.Tensor]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def _spread(times: list[float]) -> float:

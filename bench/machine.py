@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,40 @@ def state(device: torch.device) -> dict[str, Any]:
     return {"load_1min": round(os.getloadavg()[0], 2)} if hasattr(os, "getloadavg") else {}
 
 
+def sampling(device: torch.device) -> Callable[[], dict[str, Any]]:
+    """Starts to look now, so that a GPU is seen at work; the function that is returned gives what was seen."""
+    if device.type != "cuda":
+        return lambda: state(device)
+    command = ["nvidia-smi", f"--query-gpu={','.join(_STATE)}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return lambda: dict.fromkeys(_STATE, "unknown")
+
+    def read() -> dict[str, Any]:
+        try:
+            text, _ = process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            text = ""
+        return _values(text, _STATE)
+
+    return read
+
+
+def _values(text: str, fields: tuple[str, ...]) -> dict[str, str]:
+    values = [value.strip() for value in text.strip().split(",")]
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else dict.fromkeys(fields, "unknown")
+
+
 def query(device: torch.device, fields: tuple[str, ...]) -> dict[str, str]:
     """What nvidia-smi says, as text with units; "unknown" where there is no nvidia-smi or no such field."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={device.index or 0}"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        values = [value.strip() for value in result.stdout.strip().split(",")] if result.returncode == 0 else []
     except (OSError, subprocess.TimeoutExpired):
-        values = []
-    if len(values) != len(fields):
-        return dict.fromkeys(fields, "unknown")
-    return dict(zip(fields, values, strict=True))
+        return _values("", fields)
+    return _values(result.stdout if result.returncode == 0 else "", fields)
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -106,6 +106,8 @@ def labels_of(model: Segmenter, provider: str, dtype: torch.dtype) -> Callable[[
     if provider in ("bands", "compile"):
         tail = "bands" if provider == "bands" else "logits"
         return pixels_to_labels(model, EAGER, dtype, tail, compiled=provider == "compile")
+    if provider in providers.BACKENDS:  # held once for the whole call, not in every layer
+        return providers.with_backend(provider, pixels_to_labels(model, EAGER, dtype, "logits"))
     tail = {"eager": "softmax", "triton": "bands"}.get(provider, "logits")
     return pixels_to_labels(model, providers.operators(provider), dtype, tail)
 
@@ -117,7 +119,8 @@ def exact_scores(model: Segmenter, pixels: torch.Tensor) -> torch.Tensor:
     torch.set_float32_matmul_precision("highest")
     try:
         normalize = Normalize(model.info.normalization, torch.float32, pixels.device)
-        with providers.using(model, providers.PUBLISHED):
+        no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # the patch embedding is a convolution
+        with providers.using(model, providers.PUBLISHED), no_tf32:
             return upsampled(model.masks(normalize(pixels)), model.patch_size)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -160,7 +163,9 @@ def check_labels(
 class TrainStep:
     """One step as in training: forward, loss, backward, SGD with momentum; weights float32, half types by autocast.
 
-    Dropout and stochastic depth are on, at the published rates, when it is timed.
+    Dropout and stochastic depth are on, at the published rates, when it is timed: blocks then run layer by layer, and
+    attention with dropout (the decoder's) is scaled_dot_product_attention for every provider. A provider changes the
+    encoder's attention and the mask head. Gradients are checked with both off.
     """
 
     def __init__(self, model: Segmenter, provider: str, dtype: torch.dtype):

@@ -59,7 +59,7 @@ DEFAULTS = {
         "S",
         1024,
         "bf16",
-        ("eager", "sdpa-flash", "sdpa-cudnn", "compile", "triton"),
+        ("eager", "sdpa-flash", "sdpa-cudnn", "triton", "compile"),
         (257, 1025, 4097, 16385, 65537),
         15.0,
     ),

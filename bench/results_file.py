@@ -1,7 +1,7 @@
 """The file of results: the schema of pytest-benchmark's JSON with additions, saved after every row.
 
     machine_info  facts of bench/machine.py            ceilings     what the machine reached, bench/ceilings.py
-    benchmarks    one row each; `extra_info` as bench/conftest.py fills it
+    benchmarks    one row each; `extra_info` as bench/harness.py fills it
     unavailable   what could not be measured and why   steps        of bench/run_all.py
 
 An interruption loses the row that is being measured and nothing else.
@@ -53,6 +53,8 @@ class ResultsFile:
         self, kind: str, provider: str, shape: Row | None, name: str, reason: str, facts: Row | None = None
     ) -> None:
         """Notes that a row could not be measured, and why. `facts` are what `extra_info` would have held."""
+        if name in self.names():
+            return
         row = {**(facts or {}), "kind": kind, "provider": provider, "shape": shape, "name": name, "reason": reason}
         self._replace("unavailable", row, ("kind", "name"))
         self.save()

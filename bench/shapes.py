@@ -140,7 +140,7 @@ def train_step(shape: Shape, item: int) -> Work:
     """
     pixels, P = shape.batch * shape.size**2, shape.patch
     patch_embed = 2 * shape.batch * shape.patches * 3 * P * P * shape.d_model
-    bytes_ = 5 * 4 * parameters(shape) + item * 3 * pixels + 8 * pixels
+    bytes_ = 5 * 4 * parameters(shape) + 4 * 3 * pixels + 8 * pixels
     return Work(3 * forward_flops(shape) - patch_embed, bytes_)
 
 

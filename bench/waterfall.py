@@ -37,7 +37,9 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step("fp32 eager", "", "the published order of work: score matrices and full-resolution logits in float32"),
+    Step(
+        "fp32 eager", "", "the published order of work: score matrices and full-resolution logits in float32, no TF32"
+    ),
     Step("bf16", "half", "weights and activations in bfloat16"),
     Step("SDPA", "sdpa", "torch's scaled_dot_product_attention, no softmax on the logits"),
     Step("torch.compile", "compile", "max-autotune of all of it; the steps below do without"),
@@ -45,7 +47,7 @@ STEPS = (
     Step("LayerNorm-MLP", "mlp", "our kernels for LayerNorm with products, GELU and residuals"),
     Step("mask head", "mask_head", "our kernel from decoded tokens to class masks"),
     Step("labels without logits", "bands", "the full-resolution logits are never held"),
-    Step("CUDA graph", "graph", "one launch for the whole model"),
+    Step("CUDA graph", "graph", "one launch for the whole model; labels as the step before"),
 )
 KERNELS = {
     "attention": ("attention",),

@@ -146,6 +146,15 @@ def test_out_of_memory_is_a_result(tmp_path):
     assert unavailable(tmp_path) == ["out of memory"]
 
 
+def test_a_reference_that_does_not_fit_is_not_held_against_the_provider(tmp_path):
+    def check(provider, shape, result, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(pytest.skip.Exception, match="exact result does not fit"):
+        session(tmp_path).operation(Disabled(), operations.ATTENTION._replace(check=check), SHAPE, "eager")
+    assert unavailable(tmp_path) == ["its exact result does not fit in memory, so it cannot be checked"]
+
+
 def test_other_errors_are_errors(tmp_path):
     def call(provider, shape):
         raise RuntimeError("something else")
@@ -201,6 +210,8 @@ def test_results_are_saved_row_by_row_and_go_on(tmp_path):
     again.add(row("b", 3.0))  # there after all
     content = load(path)
     assert [r["stats"]["median"] for r in content["benchmarks"]] == [2.0, 3.0]
+    again.add_unavailable("k", "p", None, "b", "not run")  # it is measured, so this says nothing
+    assert load(path)["unavailable"] == []
     assert content["unavailable"] == [] and again.names() == {"a", "b"}
     assert [p.name for p in path.parent.iterdir()] == ["r.json"]
 
@@ -233,7 +244,8 @@ def test_name_says_machine_stack_and_type(monkeypatch):
 
 
 def test_input_sets_outgrow_the_cache_unless_a_call_takes_long():
-    assert timing.n_sets(10, 100, seconds=1e-3) == timing.MAX_SETS
+    assert timing.n_sets(1, 100, seconds=1e-3) == timing.MAX_SETS
+    assert timing.n_sets(10, 100, seconds=1e-3) == 20
     assert timing.n_sets(40, 100, seconds=1e-3) == 5
     assert timing.n_sets(1000, 100, seconds=1e-3) == 2
     assert timing.n_sets(10, 100, seconds=1.0) == 2
@@ -257,7 +269,7 @@ def test_clock_gives_seconds_a_call():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_sees_what_is_freed_again():
     found = timing.peak_bytes(lambda: torch.ones(100 << 20, dtype=torch.uint8).max(), CPU)
-    assert found is None or 95 << 20 < found < 200 << 20
+    assert 95 << 20 < found < 200 << 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
@@ -270,8 +282,7 @@ def test_peak_memory_of_bands_is_without_the_logits():
         run = models.labels_of(models.build(shape, CPU), provider, torch.float32)
         run(pixels)
         peaks[provider] = timing.peak_bytes(lambda run=run: run(pixels), CPU)
-    if peaks["eager"] is not None:
-        assert peaks["eager"] > logits and peaks["bands"] < logits / 2
+    assert peaks["eager"] > logits and peaks["bands"] < logits / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,6 +396,26 @@ def test_nothing_is_timed_on_a_red_gate(monkeypatch, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "nothing is timed" in captured.err and "the step's output" in captured.out
     assert not load(tmp_path / "r.json")["complete"]
+
+
+def test_a_gate_without_time_is_said_and_the_rows_have_their_own(monkeypatch, tmp_path, capsys):
+    assert run_with(monkeypatch, tmp_path, Steps(**{"--benchmark-disable": None})) == 0
+    assert "each row is checked by itself" in capsys.readouterr().err
+    assert not load(tmp_path / "r.json")["complete"]
+
+
+def test_a_second_call_goes_on(monkeypatch, tmp_path):
+    assert run_with(monkeypatch, tmp_path, Steps()) == 0
+    again = Steps()
+    assert run_with(monkeypatch, tmp_path, again) == 0
+    assert not any("--benchmark-disable" in " ".join(command) for command in again.commands)  # the gate was passed
+
+
+def test_another_commit_is_refused_before_anything_runs(monkeypatch, tmp_path, capsys):
+    ResultsFile(tmp_path / "r.json", {**MACHINE, "commit": "other"}).add(row("a", 1.0))
+    steps = Steps()
+    assert run_with(monkeypatch, tmp_path, steps) == 1
+    assert not steps.commands and "name another file" in capsys.readouterr().err
 
 
 def test_a_step_that_hangs_does_not_lose_the_others(monkeypatch, tmp_path):

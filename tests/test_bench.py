@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import ceilings, harness, machine, models, operations, providers, run_all, timing, waterfall
+from bench import bench_peers, ceilings, harness, machine, models, operations, providers, run_all, timing, waterfall
 from bench.results_file import ResultsError, ResultsFile, load
 from bench.shapes import Shape, Work
 
@@ -349,6 +349,13 @@ def test_quality_of_the_shipped_model_on_pictures_with_labels(tmp_path):
     assert found == {"agreement": 1.0, "miou": 100.0, "miou_pictures": 1}  # 11 is no class
     with pytest.raises(FileNotFoundError, match="has no pictures"):
         next(waterfall.camvid_test(tmp_path / "nothing", 1))
+
+
+def test_operations_of_peers_include_attention_on_a_cpu():
+    q = torch.randn(1, 2, 10, 16)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert bench_peers.count(lambda x: attend(x, x, x), q) == 4 * 2 * 10 * 10 * 16
+    assert bench_peers.count(torch.nn.Linear(16, 3), q) == 2 * 20 * 16 * 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

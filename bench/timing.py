@@ -1,9 +1,9 @@
 """How anything is timed here: the clock, the rotation of inputs, graph replays, peak memory.
 
 On a GPU, kernels are timed by events around a CUDA graph that calls the function once on each of several input sets, so
-that neither launch costs nor a warm L2 are in the figure; where a call cannot be captured, events stand around the
-plain calls and the result says so. Whole models are timed by the wall clock up to the end of the device's work, as a
-user would see it. On a CPU everything is wall clock.
+that launch costs are not in the figure, nor is a warm L2 unless MAX_SETS of them fit in it; where a call cannot be
+captured, events stand around the plain calls and the result says so. Whole models are timed by the wall clock up to the
+end of the device's work, as a user would see it. On a CPU everything is wall clock.
 """
 
 import contextlib

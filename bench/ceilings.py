@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from bench import timing
 from bench.machine import DTYPES, device_name
 
 # Sizes that fill the device: side of the square matrices, and bytes of the copied buffer.
@@ -40,7 +41,7 @@ def measure(device: torch.device, dtype: torch.dtype, small: bool = False) -> Ce
     moved = 2 * source.numel() * source.element_size()
     name = str(dtype).removeprefix("torch.")
     rates = (2 * side**3 / statistics.median(products), moved / statistics.median(copies))
-    return Ceilings(name, *rates, _spread(products), _spread(copies))
+    return Ceilings(name, *rates, timing.spread(products), timing.spread(copies))
 
 
 def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -85,12 +86,6 @@ def _wall(run: Callable[[], torch.Tensor]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def _spread(times: list[float]) -> float:
-    """Half the distance of the quartiles, relative to the median."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    return (high - low) / 2 / middle
 
 
 def main() -> None:

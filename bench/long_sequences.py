@@ -127,16 +127,8 @@ def _measure(shape: Shape, provider: str, device: torch.device, dtype: torch.dty
         setup = time.perf_counter() - start - 2 * min(seconds)
         rounds = max(1, min(MOST_ROUNDS, int(ROUND_SECONDS / seconds[-1])))
         times = [_seconds(run, im, device) for _ in range(rounds)]
-    point = Point(shape.tokens, provider, shape.size, statistics.median(times), spread(times), peak, "")
+    point = Point(shape.tokens, provider, shape.size, statistics.median(times), timing.spread(times), peak, "")
     return _Measured(point, max(setup, 0.0))
-
-
-def spread(times: Sequence[float]) -> float | None:
-    """Half the distance of the quartiles, relative to the median; None for fewer than three."""
-    if len(times) < 3:
-        return None
-    low, middle, high = statistics.quantiles(times, n=4)
-    return (high - low) / 2 / middle
 
 
 def _seconds(run: Network, im: torch.Tensor, device: torch.device) -> float:
@@ -238,7 +230,7 @@ def limited_memory(device: torch.device, share: float = MEMORY_SHARE) -> Iterato
         import resource
 
         more = int(share * _available_bytes())
-        limit = _status_bytes("VmSize") + more
+        limit = timing.status_bytes("VmSize") + more
     except (ImportError, OSError):
         limit = None
     if device.type != "cpu" or limit is None:
@@ -269,10 +261,3 @@ def _available_bytes() -> int:
 def _meminfo(field: str) -> list[str]:
     lines = Path("/proc/meminfo").read_text().splitlines()
     return [line.split()[1] for line in lines if line.startswith(field)]
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")

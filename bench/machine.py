@@ -55,9 +55,9 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 def _without_folders(argument: str) -> str:
     """A command's argument without what only this machine has: paths of the project relative to it, others by name."""
-    if not os.path.isabs(argument):
-        return argument
     path = Path(argument)
+    if not path.is_absolute() and ".." not in path.parts:
+        return argument
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 

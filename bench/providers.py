@@ -61,7 +61,7 @@ def operators(provider: str) -> Operators:
     return EAGER._replace(name=provider, attention=attention(provider))
 
 
-def require(provider: str, device: torch.device, dtype: torch.dtype, timed: bool = True, n_heads: int = 3) -> None:
+def require(provider: str, device: torch.device, dtype: torch.dtype, timed: bool = True) -> None:
     """Raises Unavailable if the provider cannot run attention with heads of 64 here.
 
     Args:
@@ -74,9 +74,9 @@ def require(provider: str, device: torch.device, dtype: torch.dtype, timed: bool
         if reason is not None:
             raise Unavailable(reason)
     elif provider in BACKENDS:
-        qkv = torch.zeros(1, 16, 3 * n_heads * 64, device=device, dtype=dtype)
+        qkv = torch.zeros(1, 16, 3 * 64, device=device, dtype=dtype)
         try:
-            attention(provider)(qkv, n_heads)
+            attention(provider)(qkv, 1)
         except RuntimeError as error:  # "No available kernel", or a backend that this build does not have
             reason = str(error).strip().splitlines()[0]
             raise Unavailable(f"scaled_dot_product_attention does not have it here: {reason}") from None

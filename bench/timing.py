@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,6 +129,14 @@ def rounds_for(seconds: float, budget: float) -> int:
     return max(3 if seconds > SLOW else 5, min(100, int(budget / max(seconds, 1e-6))))
 
 
+def spread(times: Sequence[float]) -> float | None:
+    """Half the distance of the quartiles, relative to the median; None for fewer than three."""
+    if len(times) < 3:
+        return None
+    low, middle, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2 / middle
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for the device."""
     if device.type == "cuda":
@@ -159,15 +168,16 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        before = _resident("VmRSS")
+        before = status_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None
     run()
-    return max(0, _resident("VmHWM") - before)
+    return max(0, status_bytes("VmHWM") - before)
 
 
-def _resident(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A size that Linux says of this process, VmRSS or alike, in bytes. Raises OSError where there is none."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024

@@ -232,6 +232,13 @@ def test_what_is_no_results_file_is_not_overwritten(tmp_path, text):
     assert path.read_text() == text
 
 
+def test_a_command_tells_no_folders_of_this_machine(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", [str(ROOT / "bench" / "x.py"), "-k", "a/b", "--out", "/data/me/out", "../me/camvid"]
+    )
+    assert machine.facts(CPU)["command"] == "bench/x.py -k a/b --out out camvid"
+
+
 def test_name_says_machine_stack_and_type(monkeypatch):
     monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(machine, "triton_version", lambda: "3.6.0")

@@ -45,6 +45,9 @@ setup(
             "matplotlib",
             "scipy",
             "segmentation-models-pytorch",
+            "onnx",
+            "onnxruntime",
+            "onnxscript",
         ],
         "bench": [
             "pytest>=8",
@@ -56,6 +59,7 @@ setup(
             "segmentation-models-pytorch",
         ],
         "train": ["torchvision", "tensorboard", "matplotlib"],
+        "export": ["onnx", "onnxruntime", "onnxscript"],
         "hub": ["huggingface_hub"],
     },
     entry_points={"console_scripts": ["segmenter=segmenter.cli:main"]},

@@ -42,7 +42,15 @@ class Case:
 
 def cases() -> list[Case]:
     """All of them."""
-    return [*_attention_cases(), *_linear_cases(), *_layernorm_cases(), *_mlp_cases(), *_mask_head_cases()]
+    return [
+        *_attention_cases(),
+        *_linear_cases(),
+        *_layernorm_cases(),
+        *_mlp_cases(),
+        *_mask_head_cases(),
+        *_labels_cases(),
+        *_pixels_cases(),
+    ]
 
 
 def _precisions(dtype: str) -> tuple[str, ...]:
@@ -210,3 +218,66 @@ def _mask_head_cases() -> Iterator[Case]:
                     tier = EVERYWHERE if dtype != "fp16" and (d, n_cls) == (768, 150) else tier
                     arguments = (1024, n_cls, d)
                     yield Case("mask_head", f"K={n_cls} D={d}", dtype, _mask_head, arguments, tier, precision)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels
+
+
+def _labels(dtype: torch.dtype, size: int, patch: int, n_cls: int, score: str | None) -> None:
+    from segmenter.kernels.upsample_argmax import upsample_argmax
+
+    upsample_argmax(torch.empty(2, -(-size // patch), -(-size // patch), n_cls, dtype=dtype), (size, size), None, score)
+
+
+def _window_labels(dtype: torch.dtype, patch: int, n_cls: int) -> None:
+    from segmenter.kernels.upsample_argmax import windows_argmax
+
+    masks = torch.empty(1, 6, 512 // patch, 512 // patch, n_cls, dtype=dtype)
+    windows_argmax(masks, (0, 88), (0, 300, 512), (512, 512), (512, 512), (600, 1024))
+
+
+def _labels_cases() -> Iterator[Case]:
+    for dtype in TYPES:
+        for patch in (8, 16, 32, 14):
+            for n_cls in CLASSES:
+                what = f"size=640 P={patch} K={n_cls}"
+                tier = EVERYWHERE if (dtype, patch, n_cls) == ("bf16", 16, 150) else HOPPER if dtype == "bf16" else FULL
+                yield Case("upsample_argmax", what, dtype, _labels, (640, patch, n_cls, None), tier)
+        for score in ("probability", "margin"):
+            tier = HOPPER if dtype == "bf16" else FULL
+            yield Case("upsample_argmax", f"size=640 P=16 K=150 {score}", dtype, _labels, (640, 16, 150, score), tier)
+        tier = EVERYWHERE if dtype == "bf16" else FULL
+        yield Case("windows_argmax", "600x1024 P=16 K=150", dtype, _window_labels, (16, 150), tier)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+def _pixels(dtype: torch.dtype, batch: int, side: int, patch: int, d: int, stream: str) -> None:
+    from segmenter.kernels.pixels_to_tokens import pixels_to_tokens
+
+    weight, table = torch.empty(d, 3 * patch**2, dtype=dtype), torch.empty(4, d)
+    extra = torch.empty(2, d, dtype=TYPES[stream])
+    positions = torch.empty(2 + (-(-side // patch)) ** 2, d, dtype=TYPES[stream])
+    pixels = torch.empty(batch, side, side, 3, dtype=torch.uint8)
+    pixels_to_tokens(pixels, weight, table, extra, positions, patch)
+
+
+def _pixels_cases() -> Iterator[Case]:
+    for dtype in TYPES:
+        for precision in _precisions(dtype):
+            for d in HEADS:
+                for patch, sides in ((8, (512, 300)), (16, (512, 500)), (32, (512, 500)), (14, (518, 500))):
+                    for side, batch in ((side, batch) for side in sides for batch in (1, 32)):
+                        common = dtype == "bf16" or (dtype == "fp32" and batch == 32)
+                        tier = EVERYWHERE if common and (d, patch) == (768, 16) else FULL
+                        if tier == FULL and dtype == "bf16":
+                            tier = EVERYWHERE if (d, patch, batch) == (768, 14, 32) else HOPPER if d == 384 else FULL
+                        tier = HOPPER if (dtype, d, patch) == ("fp16", 768, 16) else tier
+                        what, arguments = f"{batch}x{side}x{side} P={patch} D={d}", (batch, side, patch, d, dtype)
+                        yield Case("pixels_to_tokens", what, dtype, _pixels, arguments, tier, precision)
+    for side in (512, 500):  # positions and extra tokens stay float32 under autocast
+        what = f"fp32 stream 32x{side}x{side} P=16 D=768"
+        yield Case("pixels_to_tokens", what, "bf16", _pixels, (32, side, 16, 768, "fp32"), HOPPER)

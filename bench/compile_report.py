@@ -55,6 +55,7 @@ class Row:
     shared_limit: int = 0
     tensor_core: str = ""
     has_dot: bool = False
+    exact: bool = False  # its products are asked for in float32
     programs_per_sm: int = 0
     serialised: int = 0
     hazards: list[str] = dataclasses.field(default_factory=list)
@@ -87,6 +88,8 @@ def check(row: Row) -> list[str]:
     exact = row.dtype == "fp32" and row.precision == "highest"
     if row.has_dot and row.tensor_core == "none" and not exact:
         found.append("multiplies matrices without tensor cores")
+    if row.exact and row.tensor_core not in ("none", "v_mfma"):  # AMD's has float32
+        found.append("multiplies in TF32 what was to be float32")
     if row.spills and row.architecture in SPILL_FREE:
         found.append(f"spills {row.spills} bytes a thread")
     if row.architecture == "sm_90" and row.dtype != "fp32":
@@ -106,6 +109,7 @@ def compile_row(task: Task) -> Row:
     try:
         recorded = record(case, architecture)[task.index]
         row.config = describe(recorded)
+        row.exact = case.dtype == "fp32" and constants(recorded).get("PRECISION") == "ieee"
         _fill(row, aot.compile_launch(recorded, architecture))
         if architecture == "sm_90" and case.op == "linear" and case.dtype != "fp32" and constants(recorded).get("GELU"):
             row.gelu_cost = gelu_cost(recorded, architecture)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from bench import gate, providers, shapes
 from bench.shapes import Shape, Work
 from segmenter.implementation import load_kernels
-from segmenter.inference import View, bands
+from segmenter.bands import View, bands
 from segmenter.kernels import reference
 
 IGNORE = 255
@@ -185,7 +185,7 @@ def band_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
     H, W = masks.shape[2] * patch, masks.shape[3] * patch
     labels = torch.empty(len(masks), H, W, dtype=torch.uint8, device=masks.device)
     for i in range(len(masks)):
-        view = View(class_last[i : i + 1], [0], [0], (H, W), max(H, W), patch, False)
+        view = View(class_last[i : i + 1], (0,), (0,), (H, W), (H, W), (H, W))
         for top, scores in bands([view], (H, W), probabilities=False):
             labels[i, top : top + len(scores)] = scores.argmax(-1)
     return labels

@@ -225,6 +225,43 @@ def layernorm_linear(architecture: str, element_size: int, m: int, k: int, gelu:
     return "separate"
 
 
+def pixels_to_tokens(
+    architecture: str, element_size: int, rows: int, d: int, patch_size: int, padded: bool, precision: str
+) -> LinearConfig:
+    """The configuration for `rows` patches, of all pictures together, times (d, 3 P^2) weights.
+
+    Args:
+        padded: patches at the borders take biases of their own, a second table of which rows are gathered.
+    """
+    descriptors = architecture in DESCRIPTOR_ARCHITECTURES
+    stages = 2 if architecture.startswith("gfx") else 3
+    programs = -(-rows // 128) * -(-d // 128)
+    # As in `linear`. And where the rows of a patch are no multiple of 8 bytes, so that each thread holds a pointer to
+    # every two of them: 128 registers instead of more than there are.
+    small = 0 < d % 128 <= 64 or programs < MULTIPROCESSORS or patch_size % 8 != 0
+    new = architecture in ("sm_90", "sm_100")
+    if element_size == 4 and precision == "ieee":
+        # 128 registers; 32 columns a step spill with four warps. On sm_100 it is three products in TF32: about 100
+        # registers, and eight warps spill.
+        return LinearConfig(64, 64, 16, 8, 4 if architecture == "sm_100" else 8, stages)
+    if element_size == 4:
+        # 128 bytes of float32 a step, as in `linear`. 148 registers, 60 KB: three on a multiprocessor of sm_90; on
+        # sm_100 they would be 254, and 64 columns with four warps spill 8 bytes.
+        if architecture == "sm_100":
+            return LinearConfig(64, 64, 32, 8, 8, 3, descriptors)
+        return LinearConfig(64, 128 if new and not small else 64, 32, 8, 4, stages, descriptors)
+    if small:
+        return LinearConfig(64, 64, 64, 8, 4, stages, descriptors)  # 40 KB, at most 128 registers
+    if new and padded:
+        return LinearConfig(64, 128, 64, 8, 4, 3, descriptors)  # 150 registers: three; as below they would be one
+    if new:
+        # 128 registers, 80 KB: two, one converts its bytes while the other multiplies. 186 instructions a step and warp
+        # are three quarters of what the tensor cores take, and each column block converts anew, so not fewer columns;
+        # 256 columns take 210 registers: one program, which does one after the other.
+        return LinearConfig(128, 128, 64, 8, 8, 3, descriptors)
+    return LinearConfig(128, 64, 64, 8, 4, stages, descriptors)  # 168 registers, 32 KB: three on sm_80
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowsConfig:
     """Rows a program, output columns a step, programs that share the columns; the rest as for attention."""
@@ -284,3 +321,22 @@ def mlp(architecture: str, m: int) -> MlpConfig:
     if architecture == "sm_120":
         return MlpConfig(64, 32, 4, 2, True)  # 226 registers, 48 KB; pointers would spill 56 bytes
     return MlpConfig(64, 32, 4, 2)  # 48 KB. 255 registers, up to 18 more spilled outside the loop
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks to labels
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UpsampleArgmaxConfig:
+    """Rows of a tile at a time, warps."""
+
+    block_y: int
+    num_warps: int
+
+
+def upsample_argmax(architecture: str, block_x: int, k_pad: int) -> UpsampleArgmaxConfig:
+    """The configuration for tiles of up to `block_x` columns and `k_pad` classes (both powers of two)."""
+    # A warp a tile: bounds and candidates are reductions over the classes, which then need no shared memory, and tiles
+    # differ in how many classes are left, so warps should not wait for each other. 256 pixels are 8 a thread.
+    return UpsampleArgmaxConfig(max(1, 256 // block_x), 1 if k_pad <= 256 else 4)

@@ -5,6 +5,8 @@ The functions have the signatures of the public kernels (`attention`, `layernorm
 They run on any device and dtype that PyTorch has, and they are differentiable.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -149,6 +151,119 @@ def layernorm_mlp(
     return linear(h, fc2_weight, fc2_bias, residual=x)
 
 
+CENTRE = 128  # the byte that the kernel multiplies as 0
+
+
+def patch_grid(pixels: torch.Tensor, patch_size: int) -> tuple[int, int, int]:
+    """(B, rows, columns) of patches of pixels (B, H, W, 3). Raises ValueError unless there is a pixel."""
+    if pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape[1:3] or patch_size < 1:
+        raise ValueError(f"pixels must be (B, H, W, 3), H and W at least 1, got {tuple(pixels.shape)}")
+    B, H, W, _ = pixels.shape
+    return B, (H + patch_size - 1) // patch_size, (W + patch_size - 1) // patch_size
+
+
+def check_positions(extra_tokens: torch.Tensor, pos_embed: torch.Tensor, n_patches: int, d: int) -> None:
+    """Raises ValueError unless extra_tokens are (E, d), E >= 1, and pos_embed (E + n_patches, d)."""
+    if extra_tokens.ndim != 2 or extra_tokens.shape[0] == 0 or extra_tokens.shape[1] != d:
+        raise ValueError(f"extra_tokens must be (E, {d}), E at least 1, got {tuple(extra_tokens.shape)}")
+    if pos_embed.shape != (extra_tokens.shape[0] + n_patches, d):
+        wanted = (extra_tokens.shape[0] + n_patches, d)
+        raise ValueError(f"pos_embed must be {wanted}, one row a token, got {tuple(pos_embed.shape)}")
+
+
+def _of_channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """(3,). By full, not tensor: a copy from the host could not be captured in a CUDA graph."""
+    return torch.stack([torch.full((), value, dtype=like.dtype, device=like.device) for value in values])
+
+
+def normalized(
+    pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, patch_size: int = 1
+) -> torch.Tensor:
+    """(pixels / 255 - mean) / std as the network reads it: (B, H, W, 3) -> (B, 3, H, W) of `dtype`, contiguous.
+
+    Computed in float32 (float64 if that is `dtype`), then rounded, then padded with zeros on the right and at the
+    bottom to multiples of `patch_size`.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = pixels.permute(0, 3, 1, 2).to(wide, memory_format=torch.contiguous_format)
+    mean, std = (_of_channels(values, x).view(3, 1, 1) for values in (mean, std))
+    x = x.div(255).sub_(mean).div_(std).to(dtype)
+    return F.pad(x, (0, -x.shape[3] % patch_size, 0, -x.shape[2] % patch_size))
+
+
+def pixels_to_tokens(
+    pixels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    extra_tokens: torch.Tensor,
+    pos_embed: torch.Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    remember: Callable | None = None,
+) -> torch.Tensor:
+    """Bytes of pictures to the encoder's tokens: normalisation, padding, patch embedding, extra tokens, positions.
+
+    Args:
+        pixels: (B, H, W, 3), 0 to 255, H and W from 1 on; padded with zeros once normalised, to multiples of P.
+        weight: (d, 3, P, P). bias: (d,) or None. extra_tokens: (E, d), E >= 1: CLS, or CLS and DIST.
+        pos_embed: (E + N, d), N = ceil(H/P) * ceil(W/P), resampled to the grid already.
+        mean, std: of the three channels, in units of pixel / 255.
+        remember: for the kernel, which has something to remember; not used here.
+    Returns:
+        (B, E + N, d), the widest type of the three.
+    """
+    B, grid_h, grid_w = patch_grid(pixels, weight.shape[-1])
+    check_positions(extra_tokens, pos_embed, grid_h * grid_w, weight.shape[0])
+    x = normalized(pixels, mean, std, weight.dtype, weight.shape[-1])
+    x = F.conv2d(x, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    return torch.cat([extra_tokens.expand(B, -1, -1), x], dim=1) + pos_embed
+
+
+def fold_normalization(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    tf32: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and biases of a patch embedding that takes bytes less 128, divided by 128, for normalised pixels.
+
+    With q = (pixel - 128) / 128 the normalised pixel is (128 q + 128 - 255 mean) / (255 std), so
+
+        W' = W * 128 / (255 std), rounded to `dtype`        b' = b - sum of W' * (255 mean - 128) / 128
+
+    and W x + b = W' q + b'. 128 q is an integer of at most 8 bits: bfloat16 holds those up to 256 exactly, float16 up
+    to 2,048. b' is made of the rounded W', in float64, so the error left is that of rounding W once: x itself is never
+    rounded. The factor of 128 keeps W' as large as W, far from what float16 cannot resolve.
+
+    Padding is 0 after normalisation, which is no byte. It is q = 0 for the product, and the sum in b' leaves it out:
+    hence one row of biases for each kind of patch.
+
+    Args:
+        weight: (d, 3, P, P). bias: (d,) or None. mean, std: of the channels, in units of pixel / 255.
+        dtype: what is multiplied. size: (H, W) of the pictures; only H mod P and W mod P count.
+        tf32: round float32 weights to the ten bits of fraction that TF32 multiplies, so that b' fits these.
+    Returns:
+        (d, 3 P^2) of `dtype` in the order (row, column, channel), and (4, d) float32 (float64 with float64): for
+        patches inside, in the last column, in the last row, in the corner of both.
+    """
+    height, width = (n % weight.shape[-1] or weight.shape[-1] for n in size)  # of padded patches, what is real
+    with torch.autocast(weight.device.type, enabled=False):
+        exact = weight.double().permute(0, 2, 3, 1)  # (d, P, P, 3)
+        mean, std = _of_channels(mean, exact), _of_channels(std, exact)
+        folded = (exact * (CENTRE / (255 * std))).to(dtype).contiguous()
+        if tf32:
+            bits = (folded.detach().view(torch.int32) + 0x1000) & ~0x1FFF
+            folded = folded + (bits.view(torch.float32) - folded.detach())  # the sum is exact
+        constant = (folded.double() * ((255 * mean - CENTRE) / CENTRE)).sum(3)  # (d, P, P)
+        parts = (constant, constant[:, :, :width], constant[:, :height], constant[:, :height, :width])
+        table = -torch.stack([part.sum((1, 2)) for part in parts])
+        table = table if bias is None else table + bias
+    return folded.flatten(1), table.to(torch.promote_types(dtype, torch.float32))
+
+
 def class_cosines(
     patches: torch.Tensor, classes: torch.Tensor, proj_patch: torch.Tensor, proj_classes: torch.Tensor
 ) -> torch.Tensor:
@@ -183,3 +298,82 @@ def mask_head(
     """
     cosine = class_cosines(patches, classes, proj_patch, proj_classes)  # (B, N, K)
     return F.layer_norm(cosine, (cosine.shape[-1],), norm_weight, norm_bias, eps)
+
+
+def label_dtype(n_cls: int) -> torch.dtype:
+    """The smallest type that holds the labels: uint8, int16 above 256 classes, int32 above 32,768."""
+    return torch.uint8 if n_cls <= 256 else torch.int16 if n_cls <= 32_768 else torch.int32
+
+
+def windows_scores(
+    masks: torch.Tensor,
+    tops: Sequence[int],
+    lefts: Sequence[int],
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    """Masks of windows, upsampled, cropped and averaged where windows overlap: (B, K, *shape), float32 or wider.
+
+    Args: as for `windows_argmax`.
+    """
+    masks = masks if masks.dtype == torch.float64 else masks.float()
+    B, n, _, _, K = masks.shape
+    # contiguous: on a CPU, F.interpolate of class-last memory rounds the last classes unlike the others
+    logits = F.interpolate(masks.flatten(0, 1).permute(0, 3, 1, 2).contiguous(), size, mode="bilinear")
+    logits = logits.unflatten(0, (B, n))[..., : window[0], : window[1]]
+    total, count = logits.new_zeros(B, K, *shape), logits.new_zeros(shape)
+    for i, (top, left) in enumerate((top, left) for top in tops for left in lefts):
+        here = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+        total[here] += logits[:, i]
+        count[here] += 1
+    return total / count
+
+
+def windows_argmax(
+    masks: torch.Tensor,
+    tops: Sequence[int],
+    lefts: Sequence[int],
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shape: tuple[int, int],
+    score: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Labels of pictures from the masks of overlapping windows, by way of full-resolution logits.
+
+    Args:
+        masks: (B, len(tops) * len(lefts), gh, gw, K), class last, windows row by row.
+        tops, lefts: first row of each row of windows, first column of each column of windows, in pixels.
+        size: (h, w) that a window's masks are upsampled to (bilinear, align_corners=False).
+        window: (h, w) of a window; what `size` has more is padding. shape: (H, W) of the pictures.
+        score: also return for each pixel "probability", the softmax of the winning class as uint8 (255 is 1), or
+            "margin", its logit minus the second best as float16 (infinite if there is one class).
+    Returns:
+        labels (B, H, W) of `label_dtype(K)`, the lowest index among equals; or (labels, scores (B, H, W)).
+    """
+    logits = windows_scores(masks, tops, lefts, size, window, shape)
+    labels = logits.argmax(1).to(label_dtype(logits.shape[1]))
+    if score is None:
+        return labels
+    if score == "probability":
+        return labels, (logits.softmax(1).amax(1) * 255).round().to(torch.uint8)
+    if score != "margin":
+        raise ValueError(f"score={score!r} is unknown; choose probability or margin")
+    best = logits.topk(min(2, logits.shape[1]), dim=1).values
+    margin = best[:, 0] - best[:, 1] if best.shape[1] == 2 else torch.full_like(best[:, 0], torch.inf)
+    return labels, margin.half()
+
+
+def upsample_argmax(
+    masks: torch.Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None, score: str | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Labels of upsampled masks: F.interpolate(masks, size, mode="bilinear")[..., :H0, :W0].argmax.
+
+    Args:
+        masks: (B, h, w, K), class last. size: (H, W) to upsample to. crop: (H0, W0) to cut the result to, or None.
+        score: as for `windows_argmax`.
+    Returns:
+        labels (B, H0, W0), or (labels, scores); as `windows_argmax`.
+    """
+    crop = tuple(crop or size)
+    return windows_argmax(masks.unsqueeze(1), (0,), (0,), tuple(size), crop, crop, score)

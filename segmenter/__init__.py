@@ -16,6 +16,7 @@ _PUBLIC = {
     "load_model": "segmenter.pretrained",
     "load_any": "segmenter.pretrained",
     "segment_image": "segmenter.segment",
+    "segment_stream": "segmenter.stream",
     "preset": "segmenter.config",
     "preset_names": "segmenter.config",
 }
@@ -30,6 +31,7 @@ __all__ = [
     "preset_names",
     "restore",
     "segment_image",
+    "segment_stream",
 ]
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from segmenter.model import Segmenter, create_segmenter
     from segmenter.pretrained import load_any, load_model
     from segmenter.segment import segment_image
+    from segmenter.stream import segment_stream
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,16 @@
 """The encoder: a plain ViT or distilled DeiT (paper section 3.1; facebookresearch/deit and timm for the names)."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn as nn
 
+from segmenter.fusable import why_not_bypass
 from segmenter.implementation import select
+from segmenter.kernels import reference
 from segmenter.layers import Block, PatchEmbed, init_weights, resize_pos_embed, stochastic_depth
+from segmenter.remembered import Remembered
 
 
 class VisionTransformer(nn.Module):
@@ -46,7 +52,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if pos_embed_check not in ("tokens", "grid"):
             raise ValueError(f"pos_embed_check={pos_embed_check!r} is unknown; choose tokens or grid")
-        ops = select(impl)
+        self.ops = ops = select(impl)
         self.patch_embed = PatchEmbed(image_size, patch_size, d_model, channels)
         self.channels = channels
         self.patch_size = patch_size
@@ -59,6 +65,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed_mode = pos_embed_mode
         self.pos_embed_check = pos_embed_check
         self.dropout = nn.Dropout(dropout)
+        self.remembered = Remembered()
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
         if distilled:
@@ -85,24 +92,77 @@ class VisionTransformer(nn.Module):
         """Names of the parameters that weight decay leaves alone."""
         return {"pos_embed", "cls_token", "dist_token"}
 
-    def embed(self, im: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W), H and W multiples of the patch -> tokens with positions (B, n_extra + H/P * W/P, d)."""
-        B, _, H, W = im.shape
-        P = self.patch_size
-        x = self.patch_embed(im)
-        extra = [self.cls_token] + ([self.dist_token] if self.distilled else [])
-        x = torch.cat([token.expand(B, -1, -1) for token in extra] + [x], dim=1)
-        pos_embed, grid = self.pos_embed, (H // P, W // P)
+    def train(self, mode: bool = True) -> "VisionTransformer":
+        """As of every module. What was computed from the parameters is forgotten."""
+        self.remembered.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "VisionTransformer":
+        self.remembered.clear()
+        return super()._apply(fn, recurse)
+
+    def _remember(self, key: tuple, tensors: Sequence[torch.Tensor], make: Callable) -> Any:
+        if self.training or torch.compiler.is_compiling():
+            return make()
+        return self.remembered(key, tensors, make)
+
+    def positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The position embedding for a grid of patches, (1, n_extra + patches, d), resampled if need be.
+
+        In evaluation, while no gradients are recorded, each grid is resampled once: see `segmenter.remembered`.
+        """
         differs = (
-            x.shape[1] != pos_embed.shape[1]
+            self.n_extra_tokens + grid[0] * grid[1] != self.pos_embed.shape[1]
             if self.pos_embed_check == "tokens"
             else (grid != self.patch_embed.grid_size)
         )
-        if differs:
-            pos_embed = resize_pos_embed(
-                pos_embed, self.patch_embed.grid_size, grid, self.n_extra_tokens, self.pos_embed_mode
-            )
-        return x + pos_embed
+        if not differs:
+            return self.pos_embed
+        options = (self.patch_embed.grid_size, grid, self.n_extra_tokens, self.pos_embed_mode)
+        return self._remember(
+            ("positions", *options), (self.pos_embed,), lambda: resize_pos_embed(self.pos_embed, *options)
+        )
+
+    def embed(self, im: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W), H and W multiples of the patch -> tokens with positions (B, n_extra + H/P * W/P, d)."""
+        B, _, H, W = im.shape
+        x = self.patch_embed(im)
+        extra = [self.cls_token] + ([self.dist_token] if self.distilled else [])
+        x = torch.cat([token.expand(B, -1, -1) for token in extra] + [x], dim=1)
+        return x + self.positions((H // self.patch_size, W // self.patch_size))
+
+    def embed_pixels(self, pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+        """Tokens with positions of pictures as bytes: `embed` of the normalised and padded picture.
+
+        Args:
+            pixels: (B, H, W, 3) uint8, on the model's device, any H and W from 1 on.
+            mean, std: of the three channels, in units of pixel / 255.
+        Returns:
+            (B, n_extra + ceil(H/P) * ceil(W/P), d).
+        Raises:
+            TypeError: pixels are no bytes. ValueError: another shape.
+        """
+        if pixels.dtype != torch.uint8:
+            raise TypeError(f"expected pictures as bytes, got {pixels.dtype}; for normalised images use embed()")
+        P = self.patch_size
+        _, *grid = reference.patch_grid(pixels, P)
+        if self.why_not_bytes() is not None:
+            return self.embed(reference.normalized(pixels, mean, std, self.pos_embed.dtype, P))
+        proj = self.patch_embed.proj
+        extra = torch.cat([self.cls_token[0], self.dist_token[0]]) if self.distilled else self.cls_token[0]
+        operators, positions = self.ops.on(proj.weight), self.positions(tuple(grid))[0]
+        arguments = (pixels, proj.weight, proj.bias, extra, positions, mean, std)
+        return operators.pixels_to_tokens(*arguments, remember=self._remember)
+
+    def why_not_bytes(self) -> str | None:
+        """Why the patch embedding has to be called with a normalised image, or None if its weights may be used."""
+        proj, P = self.patch_embed._modules.get("proj"), self.patch_size
+        for module, kinds in ((self.patch_embed, (PatchEmbed,)), (proj, (nn.Conv2d,))):
+            reason = why_not_bypass(module, kinds)
+            if reason is not None:
+                return reason
+        plain = (proj.kernel_size, proj.stride, proj.padding, proj.dilation, proj.groups, proj.in_channels)
+        return None if plain == ((P, P), (P, P), (0, 0), (1, 1), 1, 3) else "another convolution"
 
     def forward(self, im: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         """Normalised image (B, C, H, W), H and W multiples of the patch size.
@@ -111,7 +171,11 @@ class VisionTransformer(nn.Module):
             All tokens after the last norm, (B, n_extra + patches, d), if `return_features`; else ImageNet logits
             (B, n_cls), for a distilled model the mean of both heads.
         """
-        x = self.dropout(self.embed(im))
+        return self.forward_tokens(self.embed(im), return_features)
+
+    def forward_tokens(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        """`forward` from tokens with positions on, which `embed` and `embed_pixels` make."""
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)

@@ -100,10 +100,9 @@ def _read_file(path: str, max_pixels: int) -> np.ndarray:
             raise ImageError("not a regular file")
         if status.st_size == 0:
             raise ImageError("the file is empty")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower and an error
-            image = Image.open(path, formats=FORMATS)
-        with image:
+        # Pillow may warn of a decompression bomb besides our own error. It is left to: warnings.catch_warnings changes
+        # what the whole process does with warnings, and pictures are read in threads.
+        with Image.open(path, formats=FORMATS) as image:
             pixels = _from_pil(image, max_pixels)
             several = image.format != "MPO" and getattr(image, "is_animated", False)  # an MPO's others are previews
     except UnidentifiedImageError as error:

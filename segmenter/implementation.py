@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from segmenter import labels
 from segmenter.kernels import reference
 from segmenter.kernels.configs import FLOATS
+from segmenter.kernels.tiling import MAX_CLASSES
 
 IMPLEMENTATIONS = ("auto", "eager", "triton")
 MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
@@ -28,6 +30,8 @@ class Operators(NamedTuple):
     linear: Callable
     layernorm_mlp: Callable
     mask_head: Callable
+    pixels_to_tokens: Callable
+    windows_argmax: Callable
 
     def on(self, x: torch.Tensor) -> "Operators":
         """The operators for this input: these, whatever it is."""
@@ -45,6 +49,8 @@ EAGER = Operators(
     reference.linear,
     reference.layernorm_mlp,
     reference.mask_head,
+    reference.pixels_to_tokens,
+    labels.windows_argmax,  # equal to `reference.windows_argmax`, which holds full-resolution logits
 )
 
 
@@ -77,8 +83,21 @@ def load_kernels() -> Operators:
         from segmenter.kernels.layernorm_mlp import layernorm_mlp
         from segmenter.kernels.linear import layernorm_linear, linear
         from segmenter.kernels.mask_head import mask_head
+        from segmenter.kernels.pixels_to_tokens import normalized_pixels_to_tokens
+        from segmenter.kernels.upsample_argmax import windows_argmax
 
-        KERNELS.append(Operators("triton", attention, layernorm_linear, linear, layernorm_mlp, mask_head))
+        KERNELS.append(
+            Operators(
+                "triton",
+                attention,
+                layernorm_linear,
+                linear,
+                layernorm_mlp,
+                mask_head,
+                normalized_pixels_to_tokens,
+                windows_argmax,
+            )
+        )
     return KERNELS[0]
 
 
@@ -134,7 +153,8 @@ def parts(model: torch.nn.Module) -> dict[str, str]:
     them one by one instead; it is counted with the reason.
     """
     parameter = next(model.parameters())
-    counts: dict[str, dict[str, int]] = {"attention": {}, "layernorm_linear": {}, "layernorm_mlp": {}, "mask_head": {}}
+    names = ("pixels_to_tokens", "attention", "layernorm_linear", "layernorm_mlp", "mask_head", "windows_argmax")
+    counts: dict[str, dict[str, int]] = {name: {} for name in names}
 
     def count(part: str, what: str) -> None:
         counts[part][what] = counts[part].get(what, 0) + 1
@@ -150,13 +170,19 @@ def parts(model: torch.nn.Module) -> dict[str, str]:
                 count(part, name if reason is None else f"layer by layer ({reason})")
         elif hasattr(module, "mask_norm"):
             count("mask_head", name)
+        elif hasattr(module, "why_not_bytes"):  # an encoder
+            reason = module.why_not_bytes()
+            count("pixels_to_tokens", name if reason is None else f"layer by layer ({reason})")
+        elif hasattr(module, "masks_of_pixels"):  # the whole model
+            too_many = name == "triton" and module.n_cls > MAX_CLASSES and module.ops is AUTO
+            count("windows_argmax", f"eager ({module.n_cls} classes)" if too_many else name)
     described = {}
     for part, found in counts.items():
         total = sum(found.values())
         texts = [what if n == total else f"{what} ({n} of {total})" for what, n in found.items()]
         if texts:
             described[part] = ", ".join(texts)
-    return {**described, "patch embedding, upsampling, argmax": "eager"}
+    return described
 
 
 def why_not_tensor(x: torch.Tensor) -> str | None:

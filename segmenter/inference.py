@@ -1,24 +1,18 @@
-"""From a normalised image to scores: the published resize rule, sliding windows and merging, computed in bands.
+"""From a picture to the low-resolution masks of its windows: the published resize rule and sliding windows.
 
-The published code upsamples every window to full resolution, averages the windows into one (n_cls, H, W) map, resizes
-it to the original size and applies a softmax. Each of those steps works on rows, so the same numbers can be had a few
-rows at a time from the low-resolution masks. `View.rows` is that computation; `inference` puts the bands together
-into the full map, and `segmenter.segment` takes the labels of each band and never holds the map.
-Scores are kept class-last here: on a CPU, upsampling and argmax are then several times faster.
+What follows, the masks' upsampling and merging, is in `segmenter.bands` (scores) and `segmenter.labels` (labels).
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from segmenter.bands import View, bands
+
 MAX_RESIZED_PIXELS = 100_000_000
-# Rows per band are chosen so that a band of scores has about this many bytes: small enough for a CPU's last cache,
-# large enough to keep a GPU busy.
-BAND_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
 def resized_shape(h: int, w: int, window_size: int) -> tuple[int, int]:
@@ -64,84 +58,68 @@ def window_anchors(length: int, window_size: int, window_stride: int) -> list[in
     return [*range(0, length - window_size, window_stride), length - window_size]
 
 
-@dataclass
-class View:
-    """Low-resolution masks of all windows of one image at one scale.
+@dataclass(frozen=True)
+class Windows:
+    """How windows cut pictures of one size.
 
     Attributes:
-        masks: (rows * columns of windows, g, g, n_cls) float32 logits, class last.
-        tops, lefts: window starts in pixels; windows are ordered row by row.
-        shape: (H, W) of the resized image that the windows cut.
-        window_size: pixels; may be smaller than g * patch_size, whose rest is padding.
-        patch_size: pixels a mask cell. flip: the image was mirrored left to right.
+        tops, lefts: window starts in pixels. size: (h, w) of a window, padded to whole patches. window: (h, w) of it.
+        shape: (H, W) of the pictures.
     """
 
-    masks: torch.Tensor
-    tops: list[int]
-    lefts: list[int]
+    tops: tuple[int, ...]
+    lefts: tuple[int, ...]
+    size: tuple[int, int]
+    window: tuple[int, int]
     shape: tuple[int, int]
-    window_size: int
-    patch_size: int
-    flip: bool
-    _buffers: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def rows(self, top: int, bottom: int, ori_shape: tuple[int, int]) -> torch.Tensor:
-        """Logits of rows top..bottom of the image at `ori_shape` (H0, W0), mirrored back: (bottom - top, W0, n_cls).
+    @property
+    def geometry(self) -> tuple:
+        """What follows the masks in the arguments of `windows_argmax`."""
+        return self.tops, self.lefts, self.size, self.window, self.shape
 
-        The result may lie in a buffer that the next call overwrites.
-        """
-        H, W = self.shape
-        if ori_shape[0] == H:
-            logits = self._merged_rows(top, bottom)
-        else:
-            low, high, weight = _source_rows(top, bottom, H, ori_shape[0], self.masks.device)
-            first = int(low[0])
-            merged = self._merged_rows(first, int(high[-1]) + 1)
-            logits = _lerp(merged, low - first, high - first, weight)
-        if ori_shape[1] != W:
-            logits = self._resize_width(logits, ori_shape[1], "resized")
-        return logits.flip(1) if self.flip else logits
 
-    def _merged_rows(self, top: int, bottom: int) -> torch.Tensor:
-        """Rows top..bottom of the average of all windows at the resized size: (bottom - top, W, n_cls)."""
-        size, W = self.window_size, self.shape[1]
-        if len(self.masks) == 1:
-            return self._window_rows(0, top, bottom)
-        merged = self._buffer("merged", bottom - top, W).zero_()
-        count = self.masks.new_zeros(bottom - top, W, 1)
-        for i, window_top in enumerate(self.tops):
-            start, stop = max(top, window_top), min(bottom, window_top + size)
-            if start >= stop:
-                continue
-            here = slice(start - top, stop - top)
-            for j, left in enumerate(self.lefts):
-                window = i * len(self.lefts) + j
-                merged[here, left : left + size] += self._window_rows(window, start - window_top, stop - window_top)
-                count[here, left : left + size] += 1
-        return merged.div_(count)
+def windows_of(shape: tuple[int, int], window_size: int, window_stride: int, patch_size: int) -> Windows:
+    """Square windows over pictures of `shape` (H, W), neither side of which is below window_size."""
+    tops, lefts = (tuple(window_anchors(length, window_size, window_stride)) for length in shape)
+    padded = -(-window_size // patch_size) * patch_size
+    return Windows(tops, lefts, (padded, padded), (window_size, window_size), tuple(shape))
 
-    def _window_rows(self, window: int, top: int, bottom: int) -> torch.Tensor:
-        """Rows top..bottom of one upsampled window: (bottom - top, window_size, n_cls)."""
-        masks = self.masks[window]
-        grid_h, grid_w, _ = masks.shape
-        rows = _lerp(masks, *_source_rows(top, bottom, grid_h, grid_h * self.patch_size, masks.device))
-        return self._resize_width(rows, grid_w * self.patch_size, "window")[:, : self.window_size]
 
-    def _resize_width(self, x: torch.Tensor, width: int, buffer: str) -> torch.Tensor:
-        """Bilinear resize of the middle axis of (rows, W, n_cls), in class-last memory: the fast path on a CPU."""
-        out = self._buffer(buffer, x.shape[0], width)
-        # unsqueezed first, so that the strides are those that torch takes for channels_last: else it copies in and out
-        source, target = x[None].permute(0, 3, 1, 2), out[None].permute(0, 3, 1, 2)
-        torch.ops.aten.upsample_bilinear2d.out(source, target.shape[2:], False, None, None, out=target)
-        return out
+def predict_masks(
+    network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, windows: Windows, batch_size: int
+) -> torch.Tensor:
+    """Runs a network over all windows of a batch of pictures of one size.
 
-    def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
-        """Uninitialised (rows, width, n_cls), reused: on a CPU fresh pages cost more than what is written to them."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape[0] < rows or buffer.shape[1] != width:
-            with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside it
-                buffer = self._buffers[name] = torch.empty(rows, width, self.masks.shape[-1], device=self.masks.device)
-        return buffer[:rows]
+    Args:
+        network: `model.masks` or `model.masks_of_pixels`. images: (B, 3, H, W) normalised for the one, (B, H, W, 3)
+            bytes for the other. batch_size: windows a call.
+    Returns:
+        (B, windows, gh, gw, n_cls), class last.
+    """
+    (height, width), first = windows.window, 1 if images.dtype == torch.uint8 else 2
+    places = [(b, top, left) for b in range(len(images)) for top in windows.tops for left in windows.lefts]
+    masks = []
+    with torch.inference_mode():
+        for i in range(0, len(places), batch_size):
+            if windows.shape == windows.window:  # the pictures themselves
+                crops = images[i : i + batch_size]
+            else:
+                parts = [
+                    images[b : b + 1].narrow(first, top, height).narrow(first + 1, left, width)
+                    for b, top, left in places[i : i + batch_size]
+                ]
+                crops = parts[0] if len(parts) == 1 else torch.cat(parts)
+            masks.append(network(crops).permute(0, 2, 3, 1))
+        return torch.cat(masks).contiguous().unflatten(0, (len(images), -1))
+
+
+def check_finite(masks: torch.Tensor) -> None:
+    """Raises ValueError if the network gave scores that are no numbers."""
+    if not torch.isfinite(masks).all():
+        raise ValueError(
+            "the network gave NaN or infinite scores; in float16 try bfloat16 or float32, else the weights"
+        )
 
 
 def predict_view(
@@ -157,49 +135,18 @@ def predict_view(
     """
     if im.ndim != 4 or im.shape[0] != 1:
         raise ValueError(f"expected one image (1, 3, h, w), got {tuple(im.shape)}")
+    check_sizes(window_size, batch_size)
+    im = resize(im, window_size).to(next(model.parameters()).dtype)
+    windows = windows_of(tuple(im.shape[-2:]), window_size, window_stride, model.patch_size)
+    masks = predict_masks(model.masks, im, windows, batch_size)[0].float()
+    check_finite(masks)
+    return View(masks, *windows.geometry, flip)
+
+
+def check_sizes(window_size: int, batch_size: int) -> None:
+    """Raises ValueError unless both are at least 1."""
     if window_size < 1 or batch_size < 1:
         raise ValueError(f"window_size and batch_size must be at least 1, got {window_size} and {batch_size}")
-    im = resize(im, window_size).to(next(model.parameters()).dtype)
-    H, W = im.shape[-2:]
-    tops = window_anchors(H, window_size, window_stride)
-    lefts = window_anchors(W, window_size, window_stride)
-    anchors = [(top, left) for top in tops for left in lefts]
-    masks = []
-    with torch.inference_mode():
-        for i in range(0, len(anchors), batch_size):
-            crops = [
-                im[0, :, top : top + window_size, left : left + window_size]
-                for top, left in anchors[i : i + batch_size]
-            ]
-            masks.append(model.masks(torch.stack(crops)).float().permute(0, 2, 3, 1))
-        all_masks = torch.cat(masks).contiguous()
-    if not torch.isfinite(all_masks).all():
-        raise ValueError(
-            "the network gave NaN or infinite scores; in float16 try bfloat16 or float32, else the weights"
-        )
-    return View(all_masks, tops, lefts, (H, W), window_size, model.patch_size, flip)
-
-
-def bands(views: Sequence[View], ori_shape: tuple[int, int], probabilities: bool) -> Iterator[tuple[int, torch.Tensor]]:
-    """Scores of the views, a few rows at a time: yields (first row, scores (rows, W0, n_cls)).
-
-    Scores are the mean softmax over views if `probabilities` or if there are several views; else the logits. Each band
-    may overwrite the one before.
-    """
-    masks = views[0].masks
-    # an enlarged picture needs several rows of a view for each row of the result
-    pixels_per_row = max(max(1, v.shape[0] / ori_shape[0]) * max(v.shape[1], ori_shape[1]) for v in views)
-    bytes_per_row = math.ceil(pixels_per_row) * masks.shape[-1] * 4
-    n_rows = max(1, BAND_BYTES.get(masks.device.type, BAND_BYTES["cuda"]) // bytes_per_row)
-    for top in range(0, ori_shape[0], n_rows):
-        bottom = min(top + n_rows, ori_shape[0])
-        if len(views) == 1 and not probabilities:
-            yield top, views[0].rows(top, bottom, ori_shape)
-            continue
-        scores = views[0].rows(top, bottom, ori_shape).softmax(-1)
-        for view in views[1:]:
-            scores += view.rows(top, bottom, ori_shape).softmax(-1)
-        yield top, scores.div_(len(views))
 
 
 def inference(
@@ -234,25 +181,3 @@ def inference(
     for top, scores in bands(views, ori_shape, probabilities=True):
         result[:, top : top + len(scores)] = scores.permute(2, 0, 1)
     return result
-
-
-def _source_rows(
-    top: int, bottom: int, n_in: int, n_out: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For output rows top..bottom of a bilinear resize n_in -> n_out: the two source rows and the second's weight.
-
-    The arithmetic of F.interpolate(align_corners=False), in float32 as there.
-    """
-    # full, not tensor: a copy from the host could not be captured in a CUDA graph
-    scale = torch.full((), n_in / n_out, dtype=torch.float32, device=device)
-    source = scale * (torch.arange(top, bottom, device=device, dtype=torch.float32) + 0.5) - 0.5
-    source = source.clamp_(min=0)
-    low = source.long()
-    high = (low + 1).clamp_(max=n_in - 1)
-    return low, high, source - low
-
-
-def _lerp(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows low * (1 - weight) + high * weight of x (rows, W, n_cls)."""
-    weight = weight[:, None, None]
-    return x[low] * (1 - weight) + x[high] * weight

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from segmenter.config import ModelConfig
 from segmenter.decoder import DecoderLinear, MaskTransformer
 from segmenter.encoder import VisionTransformer
+from segmenter.fusable import why_not_bypass
+from segmenter.implementation import select
+from segmenter.kernels import reference
 from segmenter.layers import pad_to_multiple
 
 ENCODER_HEAD_CLASSES = 1000  # the ImageNet head that every published checkpoint holds
@@ -42,10 +45,12 @@ class Segmenter(nn.Module):
     Args:
         encoder: a `VisionTransformer`, or a module with `patch_size`, `distilled`, `no_weight_decay()` and
             `forward(im, return_features=True)`. decoder: `DecoderLinear`, `MaskTransformer` or alike. n_cls: classes.
+        impl: "eager", "triton" or "auto", of what makes labels of masks; encoder and decoder have their own.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, n_cls: int):
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, n_cls: int, impl: str = "auto"):
         super().__init__()
+        self.ops = select(impl)
         self.n_cls = n_cls
         self.patch_size = encoder.patch_size
         self.encoder = encoder
@@ -62,7 +67,8 @@ class Segmenter(nn.Module):
         `segmenter.implementation.parts` tells it part by part.
         """
         parameter = next(self.parameters(), torch.empty(0))
-        names = {module.ops.on(parameter).name for module in self.modules() if hasattr(module, "ops")}
+        modules = (module for part in (self.encoder, self.decoder) for module in part.modules())
+        names = {module.ops.on(parameter).name for module in modules if hasattr(module, "ops")}
         return " and ".join(sorted(names)) or "unknown"
 
     def no_weight_decay(self) -> set[str]:
@@ -85,6 +91,33 @@ class Segmenter(nn.Module):
         x = self.encoder(im, return_features=True)[:, self._n_extra_tokens :]
         return self.decoder(x, im.shape[-2:])
 
+    def masks_of_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`masks` of pictures as bytes, normalised as the model's `info` says.
+
+        On a GPU, normalisation and patch embedding are one kernel that reads the bytes (`encoder.embed_pixels`). An
+        encoder of another class, or with hooks, is called with the normalised image.
+
+        Args:
+            pixels: (B, H, W, 3) uint8, on the model's device, any H and W >= 1.
+        Returns:
+            (B, n_cls, ceil(H/P), ceil(W/P)) logits.
+        Raises:
+            ValueError, TypeError: pixels have another shape or are no bytes.
+        """
+        from segmenter.images import NORMALIZATION
+
+        if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8:
+            what = pixels.dtype if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+            raise TypeError(f"expected uint8 pictures (B, H, W, 3), got {what}; for normalised images use masks()")
+        _, grid_h, grid_w = reference.patch_grid(pixels, self.patch_size)
+        mean, std = NORMALIZATION[self.info.normalization]
+        if why_not_bypass(self.encoder, (VisionTransformer,)) is not None:
+            parameter = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+            return self.masks(reference.normalized(pixels, mean, std, parameter.dtype))
+        tokens = self.encoder.embed_pixels(pixels, mean, std)
+        x = self.encoder.forward_tokens(tokens, return_features=True)[:, self._n_extra_tokens :]
+        return self.decoder(x, (grid_h * self.patch_size, grid_w * self.patch_size))
+
     def forward(self, im: torch.Tensor) -> torch.Tensor:
         """Normalised image (B, 3, H, W) -> logits (B, n_cls, H, W); see `masks` for the checks.
 
@@ -101,6 +134,12 @@ class Segmenter(nn.Module):
         from segmenter.segment import segment_image
 
         return segment_image(self, image, **kwargs)
+
+    def segment_stream(self, images: Any, **kwargs: Any) -> Any:
+        """Labels of many pictures, read in threads and run in batches; see `segmenter.stream.segment_stream`."""
+        from segmenter.stream import segment_stream
+
+        return segment_stream(self, images, **kwargs)
 
     def get_attention_map_enc(self, im: torch.Tensor, layer_id: int) -> torch.Tensor:
         """Encoder attention (B, heads, T, T), T = extra tokens + patches; `im` is not padded."""
@@ -173,7 +212,7 @@ def create_segmenter(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto"
         decoder = MaskTransformer(
             config.n_cls, patch_size, d, n_heads=d // 64, d_model=d, d_ff=4 * d, impl=impl, **decoder_kwargs
         )
-    model = Segmenter(encoder, decoder, config.n_cls)
+    model = Segmenter(encoder, decoder, config.n_cls, impl)
     model.config = config
     model.info.normalization = config.normalization
     return model

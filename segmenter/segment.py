@@ -6,8 +6,21 @@ from typing import Any
 
 import torch
 
-from segmenter.images import normalize, read_image
-from segmenter.inference import View, bands, predict_view, resize_to
+from segmenter.bands import View, bands
+from segmenter.images import NORMALIZATION, read_image
+from segmenter.implementation import AUTO, EAGER
+from segmenter.inference import (
+    Windows,
+    check_finite,
+    check_sizes,
+    predict_masks,
+    resize,
+    resize_to,
+    resized_shape,
+    windows_of,
+)
+from segmenter.kernels.reference import label_dtype, normalized
+from segmenter.kernels.tiling import windows_fit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,45 +58,120 @@ def segment_image(
             a scale that makes the picture too large, or scores that are not finite.
 
     Memory: the (n_cls, H, W) scores are never held whole unless asked for. Beyond the weights and one batch of
-    windows, the peak is about 20 bytes a pixel of the picture (as much again, 12 bytes each, for a copy at another
-    scale and for a mirrored one), 4 * n_cls / P**2 bytes a pixel of all windows of all views (the masks), and a few
-    bands of 8 MB (256 MB on a GPU).
+    windows, the peak is about 7 bytes a pixel of the picture (for each at another size 24 bytes a pixel of that size),
+    4 * n_cls / P**2 bytes a pixel of all windows of all views (the masks), and a few bands of 8 MB (256 MB on a GPU).
+    """
+    pixels = torch.from_numpy(read_image(image))[None]
+    options = (scales, flip, window_size, window_stride, batch_size, dtype, return_probabilities)
+    result = segment_pixels(model, pixels, *options)
+    return (result[0][0], result[1][0]) if return_probabilities else result[0]
+
+
+def segment_pixels(
+    model: torch.nn.Module,
+    pixels: torch.Tensor,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window_size: int | None = None,
+    window_stride: int | None = None,
+    batch_size: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    return_probabilities: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Labels of a batch of pictures of one size; see `segment_image` for the options.
+
+    Args:
+        pixels: (B, H, W, 3) uint8, on any device.
+    Returns:
+        labels (B, H, W) on the CPU; with `return_probabilities` also (B, n_cls, H, W) float32.
     """
     if model.training:
         raise RuntimeError("the model is in training mode: dropout would make the labels random; call model.eval()")
     if not scales or not all(scale > 0 for scale in scales):
         raise ValueError(f"scales must be positive and at least one, got {scales!r}")
-    info = model.info
+    if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != torch.uint8 or 0 in pixels.shape:
+        raise ValueError(f"expected pictures (B, H, W, 3) uint8, got {pixels.dtype} {tuple(pixels.shape)}")
     device = next(model.parameters()).device
-    if window_size is None:
-        window_size = info.window_size
-    if window_stride is None:
-        window_stride = max(1, round(info.window_stride * window_size / info.window_size))
+    window_size, window_stride = window_of(model, window_size, window_stride)
     if batch_size is None:
         batch_size = 1 if device.type == "cpu" else 8
+    check_sizes(window_size, batch_size)
 
-    pixels = read_image(image)
-    shape = pixels.shape[:2]
-    im = normalize(pixels, info.normalization)[None].to(device)
-    del pixels
-    views: list[View] = []
-    with compute_dtype(model, dtype):
+    pixels = pixels.to(device)
+    views = []
+    with compute_dtype(model, dtype), torch.inference_mode():
         for scale in scales:
-            scaled = _rescale(im, scale)
             for mirrored in (False, True) if flip else (False,):
-                x = scaled.flip(3) if mirrored else scaled
-                views.append(predict_view(model, x, mirrored, window_size, window_stride, batch_size))
-    del im, scaled, x
+                x = pixels.flip(2) if mirrored else pixels
+                views.append(_predict(model, x, scale, window_size, window_stride, batch_size))
+        mirrored = [False, True] * len(scales) if flip else [False] * len(scales)
+        return _merge(model, views, mirrored, tuple(pixels.shape[1:3]), return_probabilities)
 
-    n_cls = views[0].masks.shape[-1]
-    labels = torch.empty(shape, dtype=_label_dtype(n_cls))
-    probabilities = torch.empty(n_cls, *shape) if return_probabilities else None
-    with torch.inference_mode():
-        for top, scores in bands(views, shape, return_probabilities):
-            labels[top : top + len(scores)] = scores.argmax(-1)
+
+def window_of(model: torch.nn.Module, window_size: int | None, window_stride: int | None) -> tuple[int, int]:
+    """(window_size, window_stride) in pixels, where they are not given those of the checkpoint or in proportion."""
+    info = model.info
+    window_size = info.window_size if window_size is None else window_size
+    if window_stride is None:
+        window_stride = max(1, round(info.window_stride * window_size / info.window_size))
+    return window_size, window_stride
+
+
+def _predict(
+    model: torch.nn.Module, pixels: torch.Tensor, scale: float, window_size: int, window_stride: int, batch_size: int
+) -> tuple[torch.Tensor, Windows]:
+    """Masks (B, windows, gh, gw, n_cls) of pictures (B, H, W, 3) at one scale, and how windows cut them."""
+    size = tuple(pixels.shape[1:3])
+    shape = resized_shape(*_scaled_shape(size, scale), window_size)
+    if shape == size:  # no float picture is made but of one batch of windows, and of that none by the kernels
+        windows = windows_of(shape, window_size, window_stride, model.patch_size)
+        masks = predict_masks(model.masks_of_pixels, pixels, windows, batch_size)
+    else:
+        mean, std = NORMALIZATION[model.info.normalization]
+        masks = []
+        for picture in pixels.split(1):  # one by one: a float picture is four times as large as its bytes
+            im = _rescale(normalized(picture, mean, std, torch.float32), scale)
+            im = resize(im, window_size).to(next(model.parameters()).dtype)
+            windows = windows_of(tuple(im.shape[-2:]), window_size, window_stride, model.patch_size)
+            masks.append(predict_masks(model.masks, im, windows, batch_size))
+        masks = torch.cat(masks)
+    check_finite(masks)
+    return masks, windows
+
+
+def _merge(
+    model: torch.nn.Module,
+    views: list[tuple[torch.Tensor, Windows]],
+    mirrored: list[bool],
+    shape: tuple[int, int],
+    return_probabilities: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Labels (B, *shape) from the masks of all views, and probabilities if asked for, both on the CPU."""
+    masks, windows = views[0]
+    if len(views) == 1 and windows.shape == shape and not return_probabilities:
+        return labels_of_windows(model, masks, windows).cpu()
+    B, n_cls = len(masks), masks.shape[-1]
+    labels = torch.empty(B, *shape, dtype=label_dtype(n_cls))
+    probabilities = torch.empty(B, n_cls, *shape) if return_probabilities else None
+    for b in range(B):
+        picture = [View(m[b].float(), *w.geometry, flip) for (m, w), flip in zip(views, mirrored, strict=True)]
+        for top, scores in bands(picture, shape, return_probabilities):
+            labels[b, top : top + len(scores)] = scores.argmax(-1)
             if probabilities is not None:
-                probabilities[:, top : top + len(scores)] = scores.permute(2, 0, 1)
+                probabilities[b, :, top : top + len(scores)] = scores.permute(2, 0, 1)
     return labels if probabilities is None else (labels, probabilities)
+
+
+def labels_of_windows(model: torch.nn.Module, masks: torch.Tensor, windows: Windows) -> torch.Tensor:
+    """Labels (B, H, W) on the masks' device, by the kernel or in plain PyTorch, as the model's `impl` says.
+
+    The kernel has limits (`segmenter.kernels.upsample_argmax`: 1,024 classes, 64 windows over one pixel); beyond them
+    `impl="auto"` takes plain PyTorch, `impl="triton"` raises.
+    """
+    ops = model.ops.on(masks)
+    if model.ops is AUTO and ops.name == "triton" and not windows_fit(masks.shape[-1], *windows.geometry):
+        ops = EAGER
+    return ops.windows_argmax(masks, *windows.geometry)
 
 
 def compute_dtype(model: torch.nn.Module, dtype: str | torch.dtype | None) -> contextlib.AbstractContextManager:
@@ -132,11 +220,12 @@ def _fastest_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else None
 
 
-def _label_dtype(n_cls: int) -> torch.dtype:
-    return torch.uint8 if n_cls <= 256 else torch.int16 if n_cls <= 32_768 else torch.int32
+def _scaled_shape(shape: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Sides rounded half up, as the published multi-scale pipeline does."""
+    h, w = (max(1, int(side * scale + 0.5)) for side in shape)
+    return h, w
 
 
 def _rescale(im: torch.Tensor, scale: float) -> torch.Tensor:
-    """Bilinear, sides rounded half up, as the published multi-scale pipeline does."""
-    h, w = (max(1, int(side * scale + 0.5)) for side in im.shape[-2:])
-    return resize_to(im, (h, w), f"by the scale {scale}; use a smaller one")
+    shape = _scaled_shape(tuple(im.shape[-2:]), scale)
+    return resize_to(im, shape, f"by the scale {scale}; use a smaller one")

@@ -66,7 +66,7 @@ def guarded_allocations() -> Iterator[list[torch.Tensor]]:
     allocated = []
 
     def empty(*args, **kwargs):
-        tensor = guarded(torch.empty(*args, **kwargs).fill_(math.nan))
+        tensor = guarded(_poisoned(torch.empty)(*args, **kwargs))
         allocated.append(tensor)
         return tensor
 

@@ -1,7 +1,8 @@
-"""Makes bfloat16 right in Triton's interpreter, for tests on a machine without a GPU.
+"""Makes bfloat16 and fma right in Triton's interpreter, for tests on a machine without a GPU.
 
 The stock interpreter keeps bfloat16 as raw uint16: tl.dot multiplies the bit patterns (errors of 1e10), float32 ->
-bfloat16 truncates instead of rounding to the nearest even, and subnormal values widen to zero.
+bfloat16 truncates instead of rounding to the nearest even, and subnormal values widen to zero. tl.fma
+rounds the product.
 tests/test_interpreter.py compares all of it with torch. Tried with Triton 3.6 and 3.8.
 """
 
@@ -30,6 +31,8 @@ def _converted(src, dst):
     kinds = (src.dtype.scalar, dst.scalar)
     if kinds == (tl.float32, tl.bfloat16):
         return _round_to_bf16(src)
+    if src.dtype.scalar.is_int() and dst.scalar == tl.bfloat16:
+        return _round_to_bf16(interp.TensorHandle(src.data.astype(np.float32), tl.float32))
     return _to_fp32(src) if kinds == (tl.bfloat16, tl.float32) else None
 
 
@@ -53,6 +56,11 @@ def patch():
         converted = _converted(src, dst)
         return stock_fp_to_fp(self, src, dst, rounding_mode) if converted is None else converted
 
+    def create_fma(self, x, y, z):
+        wide = x.data.astype(np.float64) * y.data + z.data  # holds the product of two float32 numbers exactly
+        return interp.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
     builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
+    builder.create_fma = create_fma
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, lambda self, src, dst: self.cast_impl(src, dst))

@@ -1,4 +1,4 @@
-"""The memory layouts that a tensor may come in. Each function rebuilds a tensor in its layout; gaps hold NaN.
+"""The memory layouts that a tensor may come in. Each function rebuilds a tensor in its layout; gaps hold NaN, or 0.
 
 Values stay the same except where a layout cannot hold them: `expanded` repeats the first slice of the first dimension,
 and `huge_stride` keeps only that slice unless some dimension already has size 1. So compare an operator on
@@ -14,7 +14,8 @@ HUGE = 3331333  # a stride that nothing may ever multiply with anything but 0
 
 
 def _gap(*shape: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.full(shape, math.nan, dtype=like.dtype, device=like.device)
+    value = math.nan if like.is_floating_point() else torch.iinfo(like.dtype).min
+    return torch.full(shape, value, dtype=like.dtype, device=like.device)
 
 
 def contiguous(t: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,17 @@ from tests import conftest  # sets up the interpreter  # isort: skip
 import torch
 from tqdm import tqdm
 
-from segmenter.kernels import attention, configs, launch, layernorm, layernorm_mlp, linear, mask_head, reference
+from segmenter.kernels import (
+    attention,
+    configs,
+    launch,
+    layernorm,
+    layernorm_mlp,
+    linear,
+    mask_head,
+    pixels_to_tokens,
+    reference,
+)
 from segmenter.kernels.numerics import fits_rows
 from tests.layouts import LAYOUTS
 from tests.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
@@ -63,6 +73,15 @@ class Draw:
             name, placed = "contiguous", t
         self.layouts.append(name)
         return placed
+
+    def pictures(self, B: int, H: int, W: int) -> torch.Tensor:
+        """Bytes, dense or a crop of larger pictures, with rows at multiples of 16 or not."""
+        pixels = torch.randint(0, 256, (B, H, W, 3), generator=self.generator).byte().to(DEVICE)
+        around = self.choice((0, 0, 1, 16))
+        wide = torch.full((B, H + 2, W + 2 * around, 3), 77, dtype=torch.uint8, device=DEVICE)
+        self.layouts.append(f"{around} pixels around")
+        wide[:, 1 : H + 1, around : around + W] = pixels
+        return wide[:, 1 : H + 1, around : around + W]
 
     def dtype(self) -> torch.dtype:
         return self.choice((torch.float32, torch.float16, torch.float16, torch.bfloat16, torch.bfloat16))
@@ -231,6 +250,31 @@ def mask_head_case(draw: Draw) -> Case:
     )  # fmt: skip
 
 
+def pixels_to_tokens_case(draw: Draw) -> Case:
+    dtype, P, d = draw.dtype(), draw.choice((1, 3, 8, 8, 14, 16, 16, 32)), draw.choice((16, 31, 48, 64, 96, 192))
+    B, H, W = draw.choice((1, 2, 3)), draw.choice(LENGTHS), draw.choice(LENGTHS)
+    if P < 8:
+        H, W = min(H, 17), min(W, 17)
+    n, E, stream = -(-H // P) * -(-W // P), draw.choice((1, 2)), draw.choice((dtype, dtype, torch.float32))
+    weight = draw.tensor(d, 3, P, P, dtype=dtype, scale=(3 * P * P) ** -0.5)
+    bias = draw.tensor(d, dtype=dtype) if draw.maybe(0.7) else None
+    extra, positions = draw.tensor(E, d, dtype=stream), draw.tensor(E + n, d, dtype=stream)
+    statistics = draw.choice((((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))))
+    config = None if draw.maybe(0.4) else linear_config(draw, dtype)
+
+    def call(pixels, weight, bias, extra, positions):
+        if config is None:
+            return pixels_to_tokens.normalized_pixels_to_tokens(pixels, weight, bias, extra, positions, *statistics)
+        fold = reference.fold_normalization(weight, bias, *statistics, dtype, (H, W))
+        return pixels_to_tokens._run(pixels, *fold, extra.contiguous(), positions.contiguous(), P, config)
+
+    return Case(
+        (draw.pictures(B, H, W), weight, bias, extra, positions), call,
+        lambda *t: reference.pixels_to_tokens(*t, *statistics),
+        f"{B}x{H}x{W} P={P} d={d} E={E} {dtype} stream={stream} {config}",
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[Draw], Case]] = {
     "attention": attention_case,
     "cross_attention": cross_attention_case,
@@ -239,6 +283,7 @@ FAMILIES: dict[str, Callable[[Draw], Case]] = {
     "layernorm_linear": layernorm_linear_case,
     "layernorm_mlp": layernorm_mlp_case,
     "mask_head": mask_head_case,
+    "pixels_to_tokens": pixels_to_tokens_case,
 }
 
 

@@ -52,8 +52,9 @@ def test_import_rule(folder):
 
 
 def test_no_environment_variable_is_read():
+    torchrun = ROOT / "segmenter" / "cli" / "shards.py"  # it tells a process in no other way which one it is
     for folder in ("kernels", "segmenter"):
-        for path in sources(folder):
+        for path in set(sources(folder)) - {torchrun}:
             assert not re.search(r"os\.environ|getenv", path.read_text()), path
 
 
@@ -105,7 +106,11 @@ def needs_triton(path):
 
 
 def test_definitions_and_tables_need_no_triton():
-    assert {p.name for p in (ROOT / "kernels").glob("*.py") if not needs_triton(p)} == {"configs.py", "reference.py"}
+    assert {p.name for p in (ROOT / "kernels").glob("*.py") if not needs_triton(p)} == {
+        "configs.py",
+        "reference.py",
+        "tiling.py",
+    }
 
 
 def test_public_names_resolve():

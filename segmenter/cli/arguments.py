@@ -6,6 +6,8 @@ from collections.abc import Callable
 import segmenter
 
 LABEL_KINDS = ("png", "raw", "npy")
+EXPORT_FORMATS = ("torch", "onnx", "aoti")
+EXPORT_OUTPUTS = ("labels", "logits", "masks")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -15,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"segmenter {segmenter.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_info, _add_predict, _add_convert, _add_attention):
+    for add in (_add_info, _add_predict, _add_convert, _add_export, _add_attention):
         add(commands).add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -32,7 +34,9 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     text = (
         "Labels pictures. For each, writes NAME_overlay.png (class colours over the picture, with a legend), "
         "NAME_labels.png (pixel values are the labels) and NAME.json (share of each class). Files that cannot be read "
-        "are reported at the end and listed in failed.json; the exit status is then 3."
+        "are reported at the end and listed in failed.json; the exit status is then 3. Started by "
+        "torchrun, for several GPUs or machines, its processes share the pictures, go on after a restart, and make one "
+        "report; the exit status is then 0, since torchrun takes any other for a lost process."
     )
     parser = commands.add_parser("predict", help="pictures to labels and overlays", description=text)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="picture, folder (with sub-folders) or glob")
@@ -76,7 +80,24 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="PIXELS",
         help="(default: the model's, scaled with --window-size)",
     )
-    how.add_argument("--batch-size", type=_positive_int, metavar="N", help="windows a forward call")
+    how.add_argument(
+        "--pictures",
+        type=_positive_int,
+        metavar="N",
+        help="pictures of one size to run together (default: 1 on a CPU, else 8); halved when memory runs out",
+    )
+    how.add_argument(
+        "--batch-size",
+        type=_positive_int,
+        metavar="N",
+        help="windows a forward call (default: --pictures, but at least 8 if not on a CPU)",
+    )
+    how.add_argument(
+        "--workers",
+        type=_positive_int,
+        metavar="N",
+        help="threads that read pictures (default: one a processor, at most 4)",
+    )
     how.add_argument(
         "--scales", type=_scales, default=(1.0,), metavar="S[,S]", help="average over these sizes (default: 1)"
     )
@@ -99,6 +120,42 @@ def _add_convert(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--image-size", type=_positive_int, metavar="PIXELS", help="resample the position embedding")
     parser.add_argument("--patch-size", type=_positive_int, metavar="PIXELS", help="resample the patch embedding")
     _add_loading(parser)
+    return parser
+
+
+def _add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    text = (
+        "Writes a model as a file that takes uint8 pixels (batch, height, width, 3) and gives labels, without this "
+        "package; batch, height and width stay free. The file is loaded and compared with the model before it is put "
+        "in place; if they disagree there is no file, and the exit status is 1."
+    )
+    parser = commands.add_parser("export", help="a model as torch.export, ONNX or AOTInductor file", description=text)
+    _add_model(parser)
+    parser.add_argument(
+        "--format",
+        choices=EXPORT_FORMATS,
+        required=True,
+        help="torch: torch.export (.pt2); onnx: ONNX (.onnx); aoti: machine code by AOTInductor (.pt2)",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write")
+    parser.add_argument(
+        "--output-kind",
+        choices=EXPORT_OUTPUTS,
+        default="labels",
+        help="what the file computes: labels, scores at full size, or scores a patch (default: labels)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the network (default: that of the weights)",
+    )
+    parser.add_argument(
+        "--check-sizes",
+        type=_sizes,
+        metavar="HxW,HxW[,HxW]",
+        help="compare at these sizes (default: the window, an odd size, and another grid of as many patches)",
+    )
+    _add_device(parser)
     return parser
 
 
@@ -177,9 +234,17 @@ def _kinds(text: str) -> tuple[str, ...]:
     return kinds
 
 
+def _hxw(text: str) -> tuple[tuple[int, int], ...]:
+    sizes = tuple(tuple(map(_number(int, 1), size.split("x"))) for size in text.split(","))
+    if len(sizes) < 2 or any(len(size) != 2 for size in sizes):
+        raise ValueError
+    return sizes
+
+
 _index = _checked(_number(int, 0), "an integer from 0")
 _positive_int = _checked(_number(int, 1), "an integer from 1")
 _fraction = _checked(_number(float, 0, 1), "a number in 0..1")
 _index_or_all = _checked(lambda text: text if text == "all" else _number(int, 0)(text), "an integer from 0, or all")
 _scales = _checked(lambda text: tuple(map(_number(float, 0.01, 100), text.split(","))), "numbers such as 0.75,1,1.25")
 _label_kinds = _checked(_kinds, f"none, or some of {', '.join(LABEL_KINDS)} with commas")
+_sizes = _checked(_hxw, "two sizes or more such as 512x512,385x521")

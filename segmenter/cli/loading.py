@@ -44,11 +44,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load(args: argparse.Namespace, device: torch.device) -> Segmenter:
-    """The model of --model, with a loud warning unless its weights are trained."""
+def load(args: argparse.Namespace, device: torch.device, quiet: bool = False) -> Segmenter:
+    """The model of --model, with a loud warning unless its weights are trained (or another process gives it)."""
     with errors_of_loading():
         model = load_any(args.model, impl=args.impl, device=device, **loading_options(args))
-    warn_unless_trained(model.info.weights)
+    if not quiet:
+        warn_unless_trained(model.info.weights)
     return model
 
 

@@ -4,29 +4,30 @@ import argparse
 import contextlib
 import errno
 import glob
-import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from segmenter.classes import ClassSet
 from segmenter.cli.errors import DEVICE, FAILURE, OK, SOME_FAILED, CommandError
-from segmenter.cli.loading import choose_classes, choose_device, load
+from segmenter.cli.loading import choose_classes, load
+from segmenter.cli.report import FAILED, Tally, say, write_failed, write_json
 from segmenter.cli.resume import is_done, picture_facts, run_settings
-from segmenter.images import read_image
+from segmenter.cli.shards import Shard, SharedReport
 from segmenter.model import Segmenter
+from segmenter.segment import compute_dtype
+from segmenter.stream import PictureMemoryError, Result, results
 from segmenter.visualize import class_shares, overlay, save_label_png, save_png, with_legend, write_atomically
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".mpo"}
-FAILED = "failed.json"
 LABEL_FILES = {"png": "_labels.png", "raw": "_labels_raw.png", "npy": "_labels.npy"}
 
 
@@ -47,9 +48,11 @@ class Batch:
     classes: ClassSet
     settings: dict[str, Any]
     output: Path
-    done: int = 0
-    skipped: int = 0
-    failed: list[dict[str, str]] = field(default_factory=list)
+    resume: bool
+    tally: Tally = field(default_factory=Tally)
+
+    def fail(self, place: int, job: Job, error: Exception) -> None:
+        self.tally.failed[place] = {"image": str(job.source), "error": str(error)}
 
 
 class PictureError(Exception):
@@ -58,24 +61,44 @@ class PictureError(Exception):
 
 def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
+    shard = Shard.of_this_process()
     jobs = plan(args.inputs, output)
     _refuse_to_overwrite(jobs, output, args)
-    model = load(args, choose_device(args.device))
+    model = load(args, shard.device(args.device), quiet=shard.rank > 0)
     window = args.window_size or model.info.window_size
     if args.window_stride and args.window_stride > window:
         raise CommandError(f"--window-stride {args.window_stride} beyond the window of {window} would leave pixels out")
+    try:
+        compute_dtype(model, args.dtype)
+    except ValueError as error:
+        raise CommandError(f"--dtype {args.dtype}: {error}") from error
     classes = choose_classes(args.classes, model)
-    batch = Batch(args, model, classes, run_settings(args, model, classes), output)
+    settings = run_settings(args, model, classes)
+    batch = Batch(args, model, classes, settings, output, args.resume or shard.restarts > 0)
     output.mkdir(parents=True, exist_ok=True)
+    shared = None
+    if shard.world > 1:
+        shared = SharedReport(shard, output, [[(str(job.source), job.name) for job in jobs], settings])
+        if shard.rank == 0:
+            print(f"segmenter: {shard.world} processes share {len(jobs)} pictures", file=sys.stderr)
+    mine = shard.part(jobs)
     start, finished = time.perf_counter(), False
     try:
-        with tqdm(jobs, unit="picture", file=sys.stderr, disable=None) as bar:  # None: no bar unless on a terminal
-            for job in bar:
-                _do(job, batch)
+        no_bar = shard.rank > 0 or None  # None: no bar unless on a terminal
+        with tqdm(total=len(mine), unit="picture", file=sys.stderr, disable=no_bar) as bar:
+            _do(mine, batch, bar)
         finished = True
     finally:  # also after Ctrl-C or a full disk: say what there is
-        _report(batch, len(jobs), time.perf_counter() - start, finished)
-    return SOME_FAILED if batch.failed else OK
+        seconds = time.perf_counter() - start
+        if shared is None:
+            _report(batch, len(jobs), seconds, finished)
+        elif finished:
+            _report_together(shared, batch, len(jobs), seconds)
+        else:
+            early = f"process {shard.rank} of {shard.world} stopped early, --resume goes on: "
+            say(batch.tally, len(mine), seconds, args.output, early)
+    # to torchrun any other status is a lost process, for which it ends the others
+    return SOME_FAILED if batch.tally.failed and shared is None else OK
 
 
 def plan(inputs: Iterable[str], output: Path) -> list[Job]:
@@ -151,22 +174,63 @@ def _files(job: Job, args: argparse.Namespace) -> dict[str, str]:
     return files | {kind: job.name + suffix for kind, suffix in LABEL_FILES.items() if kind in args.labels}
 
 
-def _do(job: Job, batch: Batch) -> None:
-    """One picture: skipped, done, or noted as failed."""
-    if batch.args.resume and is_done(batch.output / f"{job.name}.json", job.source, batch.settings):
-        batch.skipped += 1
+def _do(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm) -> None:
+    """Each picture is skipped, done, or noted as failed."""
+    args = batch.args
+    taken: deque[tuple[int, Job, dict[str, int] | None]] = deque()  # those that the stream has, in its order
+    stream = results(
+        batch.model,
+        _sources(jobs, batch, bar, taken),
+        batch_size=args.pictures,
+        scales=args.scales,
+        flip=args.flip,
+        window_size=args.window_size,
+        window_stride=args.window_stride,
+        window_batch_size=args.batch_size,
+        dtype=args.dtype,
+        workers=args.workers,
+    )
+    try:
+        with contextlib.closing(stream):
+            for result in stream:
+                _finish(*taken.popleft(), result, batch)
+                bar.update()
+    except PictureMemoryError as error:
+        text = f"{error.source}: not enough memory for one window at a time; use a smaller --window-size or --scales, "
+        raise CommandError(f"{text}--dtype auto, or --device cpu", DEVICE) from error
+
+
+def _sources(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm, taken: deque) -> Iterator[Path]:
+    """The pictures that are to be done; `taken` gets (place, job, facts) of each."""
+    for place, job in jobs:
+        if batch.resume and is_done(batch.output / f"{job.name}.json", job.source, batch.settings):
+            batch.tally.skipped += 1
+            bar.update()
+            continue
+        try:
+            with _errors_of_writing(job, batch.output):
+                _make_room(job, batch)
+        except PictureError as error:
+            batch.fail(place, job, error)
+            bar.update()
+        else:
+            # facts before reading: a picture that changes meanwhile is done again
+            taken.append((place, job, picture_facts(job.source)))
+            yield job.source
+
+
+def _finish(place: int, job: Job, facts: dict[str, int] | None, result: Result, batch: Batch) -> None:
+    """Writes the results of one picture, or notes why there are none."""
+    if result.error is not None:
+        batch.fail(place, job, result.error)
         return
     try:
         with _errors_of_writing(job, batch.output):
-            _make_room(job, batch)
-        facts = picture_facts(job.source)  # before reading: a picture that changes meanwhile is done again
-        pixels, labels = _segment(job, batch)
-        with _errors_of_writing(job, batch.output):
-            _write_results(job, batch, pixels, labels, facts)
+            _write_results(job, batch, result.pixels, result.labels.numpy(), facts)
     except PictureError as error:
-        batch.failed.append({"image": str(job.source), "error": str(error)})
+        batch.fail(place, job, error)
     else:
-        batch.done += 1
+        batch.tally.done += 1
 
 
 @contextlib.contextmanager
@@ -186,28 +250,6 @@ def _make_room(job: Job, batch: Batch) -> None:
     for name in (*_files(job, batch.args).values(), f"{job.name}.json"):
         with contextlib.suppress(FileNotFoundError):
             os.lstat(batch.output / name)
-
-
-def _segment(job: Job, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    args = batch.args
-    try:
-        pixels = read_image(job.source)
-        labels = batch.model.segment(
-            pixels,
-            scales=args.scales,
-            flip=args.flip,
-            window_size=args.window_size,
-            window_stride=args.window_stride,
-            batch_size=args.batch_size,
-            dtype=args.dtype,
-        )
-    except torch.OutOfMemoryError as error:
-        text = f"{job.source}: not enough GPU memory; use a smaller --batch-size or --window-size, or --device cpu"
-        raise CommandError(text, DEVICE) from error
-    except ValueError as error:  # ImageError is one; so is a picture too long and thin for a window
-        text = str(error)
-        raise PictureError(text if str(job.source) in text else f"{job.source}: {text}") from error
-    return pixels, labels.numpy()
 
 
 def _write_results(
@@ -235,24 +277,19 @@ def _write_results(
         "files": files,
         "settings": batch.settings,
     }
-    _write_json(batch.output / f"{job.name}.json", result)
+    write_json(batch.output / f"{job.name}.json", result)
 
 
 def _report(batch: Batch, total: int, seconds: float, finished: bool) -> None:
-    """Says on stdout what was done, on stderr what failed, and lists that in failed.json."""
-    for entry in batch.failed:
-        print(f"segmenter: failed: {' '.join(entry['error'].split())}", file=sys.stderr)
-    each = f", {seconds / batch.done:.2f} s each" if batch.done else ""
-    counts = f"{batch.done} done, {batch.skipped} skipped, {len(batch.failed)} failed of {total}"
-    early = "" if finished else "stopped early, --resume goes on: "
-    print(f"{early}{counts} in {seconds:.1f} s{each} -> {batch.args.output}")
+    say(batch.tally, total, seconds, batch.args.output, "" if finished else "stopped early, --resume goes on: ")
     with contextlib.nullcontext() if finished else contextlib.suppress(OSError):  # what stopped it is the error to show
-        if batch.failed:
-            _write_json(batch.output / FAILED, batch.failed)
-        else:
-            (batch.output / FAILED).unlink(missing_ok=True)
+        write_failed(batch.tally, batch.output)
 
 
-def _write_json(path: Path, data: Any) -> None:
-    text = json.dumps(data, indent=2) + "\n"  # pure ASCII: file names need not be valid Unicode
-    write_atomically(path, lambda file: file.write(text.encode()))
+def _report_together(shared: SharedReport, batch: Batch, total: int, seconds: float) -> None:
+    """One report of all processes, made by the one that finishes last; the others say nothing."""
+    merged = shared.finish(batch.tally, seconds)
+    if merged is not None:
+        say(merged[0], total, merged[1], batch.args.output, by=f" by {shared.shard.world} processes")
+        write_failed(merged[0], batch.output)
+        shared.remove()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from segmenter import stream
 from segmenter.cli import loading, main
-from segmenter.model import Segmenter
 from segmenter.pretrained import from_pretrained
 from tests.cli.tools import load_json
 from tests.tiny import tiny_model
@@ -108,13 +108,15 @@ def test_implementation_that_cannot_run_ends_with_status_5(folder, photos, monke
     assert "not here" in capsys.readouterr().err
 
 
-def test_out_of_gpu_memory_ends_with_status_5(folder, photos, out, monkeypatch, capsys):
-    def exhausted(self, image, **kwargs):
+def test_out_of_memory_ends_with_status_5(folder, photos, out, monkeypatch, capsys):
+    def exhausted(model, pixels, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot\nand more text")
 
-    monkeypatch.setattr(Segmenter, "segment", exhausted)
+    monkeypatch.setattr(stream, "segment_pixels", exhausted)
     assert main(["predict", str(photos), "-m", folder, "-o", str(out)]) == 5
-    assert "a.png: not enough GPU memory; use a smaller --batch-size" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "a.png: not enough memory for one window at a time; use a smaller --window-size" in captured.err
+    assert captured.out.startswith("stopped early, --resume goes on: 0 done, 0 skipped, 0 failed of 3 in ")
 
 
 def test_output_that_cannot_be_written(folder, photos, tmp_path, capsys):

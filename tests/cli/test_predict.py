@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from segmenter import stream as stream_module
 from segmenter.cli import main
 from segmenter.cli import predict as predict_module
 from segmenter.cli.resume import model_fingerprint
 from segmenter.images import read_image
-from segmenter.model import Segmenter
 from segmenter.visualize import overlay, with_legend
 from tests.cli.tools import files, labels_of, load_json, picture
 from tests.tiny import tiny_model
@@ -229,13 +229,13 @@ def test_a_report_that_cannot_be_written_hides_no_interrupt(folder, photos, out,
 def runs(monkeypatch):
     """How many pictures were segmented."""
     calls = []
-    segment = Segmenter.segment
+    segment = stream_module.segment_pixels
 
-    def counted(self, image, **kwargs):
-        calls.append(image.shape)
-        return segment(self, image, **kwargs)
+    def counted(model, pixels, **kwargs):
+        calls.extend(x.shape for x in pixels)
+        return segment(model, pixels, **kwargs)
 
-    monkeypatch.setattr(Segmenter, "segment", counted)
+    monkeypatch.setattr(stream_module, "segment_pixels", counted)
     return calls
 
 

@@ -336,4 +336,95 @@ MASK_HEAD = _mutants(
     },
 )
 
-MUTANTS = [*ATTENTION, *LAYERNORM, *LINEAR, *NUMERICS, *LAYERNORM_MLP, *MASK_HEAD]
+PIXELS_TO_TOKENS = _mutants(
+    "kernels/pixels_to_tokens.py",
+    ("tests/test_pixels_to_tokens.py",),
+    {
+        "last_bytes_dropped": (
+            "for k_0 in tl.range(0, K, BLOCK_K):",
+            "for k_0 in tl.range(0, K - BLOCK_K, BLOCK_K):",
+        ),
+        "right_border_gets_the_constant_of_the_bottom": (
+            "tl.where(patch_x == grid_w - 1, 1, 0)",
+            "tl.where(patch_x == grid_w - 1, 2, 0)",
+        ),
+        "bottom_border_one_patch_early": (
+            "tl.where(patch_y == grid_h - 1, 2, 0)",
+            "tl.where(patch_y >= grid_h - 2, 2, 0)",
+        ),
+        "extra_tokens_without_positions": (
+            "            token += tl.load(Pos + e * D + offs_n, mask=mask_n, other=0.0).to(tl.float32)\n",
+            "",
+        ),
+        "positions_of_the_extra_tokens_for_patches": (
+            "tl.load(Pos + (E + patch)[:, None] * D",
+            "tl.load(Pos + patch[:, None] * D",
+        ),
+        "extra_tokens_of_one_image_a_block": (
+            "last = tl.cdiv(tl.minimum(m_0 + BLOCK_M, n_rows), n_patches)",
+            "last = tl.minimum(tl.cdiv(m_0, n_patches) + 1, n_rows // n_patches)",
+        ),
+        "padded_with_black": (
+            ".fill_(CENTRE)",
+            ".fill_(0)",
+        ),
+        "half_pixels_not_centred": (
+            "- (1024.0 + 128.0)",
+            "- 1024.0",
+        ),
+        "picture_offset_in_32_bits": (
+            "image = (rows // n_patches).to(tl.int64)",
+            "image = rows // n_patches",
+        ),
+        "picture_row_offset_in_32_bits": (
+            "(patch_y * P).to(tl.int64) * stride_ph",
+            "(patch_y * P) * stride_ph",
+        ),
+        "unaligned_pictures_read_in_place": (
+            " and all(n % 16 == 0 for n in offsets)",
+            "",
+            "the same result: the copy is for the speed of the loads",
+        ),
+    },
+)
+
+FOLDING = _mutants(
+    "kernels/reference.py",
+    ("tests/test_pixels_to_tokens.py",),
+    {
+        "bias_of_the_weights_before_rounding": (
+            "constant = (folded.double() * (",
+            "constant = (exact * (CENTRE / (255 * std)) * (",
+        ),
+        "height_and_width_of_borders_exchanged": (
+            "parts = (constant, constant[:, :, :width], constant[:, :height],",
+            "parts = (constant, constant[:, :height], constant[:, :, :width],",
+        ),
+    },
+)
+
+MEMORY = _mutants(
+    "segmenter/remembered.py",
+    ("tests/test_embed_pixels.py",),
+    {
+        "written_weights_count_as_the_same": (
+            "            and self.version == tensor._version\n",
+            "",
+        ),
+        "other_memory_counts_as_the_same": (
+            "(old.data_ptr(), old.dtype, old.device) == (tensor.data_ptr(), tensor.dtype, tensor.device)",
+            "True",
+        ),
+        "steps_of_optimisers_forgotten": (
+            "    return autocast, stream, _steps()[0]",
+            "    return autocast, stream, 0",
+        ),
+        "autocast_forgotten": (
+            "    return autocast, stream, _steps()[0]",
+            "    return stream, _steps()[0]",
+            "the same result today: folding has the type in its key, and interpolation of positions does not round",
+        ),
+    },
+)
+
+MUTANTS = [*ATTENTION, *LAYERNORM, *LINEAR, *NUMERICS, *LAYERNORM_MLP, *MASK_HEAD, *PIXELS_TO_TOKENS, *FOLDING, *MEMORY]

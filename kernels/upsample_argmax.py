@@ -1,0 +1,378 @@
+"""From low-resolution masks to labels: bilinear upsampling, the average of overlapping windows and argmax in one pass.
+
+    masks (B, windows, gh, gw, K)  ->  labels (B, H, W), uint8 up to 256 classes, else int16
+
+The (B, K, H, W) logits never exist: 157 MB an image at 512x512 and 150 classes in float32, written and read again by
+eager PyTorch, against 0.6 MB of masks in bfloat16 and 0.26 MB of labels.
+
+One program takes one tile (`segmenter.kernels.tiling`), inside which every pixel is a convex combination of the same
+four cells of each window that covers it. At every pixel the best class is at least the mean of the four classes that
+win at the four cells. So a class that is below this mean at every cell is below it everywhere and cannot win: where one
+class wins all four, none is left but this one, at a border between two those two. Only what is left is upsampled. Where
+all classes are left, in noise, the work is that of the dense way.
+
+Exact: the comparison is widened by more than rounding can amount to, so no class is dropped that could win or tie. And
+what is computed is, to the last bit, what F.interpolate of contiguous (B, K, h, w) float32 computes, on CUDA (read from
+the machine code of torch 2.14 for sm_90) and on CPUs with fused multiply-add for results of more than 128 rows and
+columns together: with weights w of the right and h of the lower cells,
+
+    fma(1 - h, fma(1 - w, v00, w v01), h fma(1 - w, v10, w v11)).
+
+Masks in half types are widened first. Windows are added in order and divided by their number, as the published code
+does. Equals go to the lowest class. Masks must be finite: else labels are some class, as it happens.
+
+Limits: 1,024 classes; 64 windows over one pixel. Reference: `reference.windows_argmax`. Test:
+tests/test_upsample_argmax.py.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from segmenter.kernels import configs, launch, reference, tiling
+from segmenter.kernels.operators import define
+
+MAX_TABLES = 1024  # shapes whose tables are kept on the device, a few kilobytes each
+
+_ROUNDING = tl.constexpr(2.0**-16)  # more than six roundings for each of 64 windows
+_SUBNORMAL = tl.constexpr(1e-37)  # products below it lose digits
+_LEAST = tl.constexpr(-3.0e38)  # of what is no class
+_HEADER = tl.constexpr(4)  # start, stop, first window, number of windows; then `low` and `high` of each slot
+
+
+@triton.jit
+def _corners(Masks, Rows, Cols, image, s, first_y, first_x, n_x, windows_x, n_windows, grid_h, grid_w,
+             K: tl.constexpr, SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr):  # fmt: skip
+    """Pointers to class 0 of the four cells that a tile lies between, in the s-th window that covers it."""
+    s_y = s // n_x
+    s_x = s % n_x
+    window = (image * n_windows + (first_y + s_y) * windows_x + first_x + s_x).to(tl.int64)
+    cells = Masks + window * (grid_h * grid_w * K)
+    top = cells + tl.load(Rows + _HEADER + s_y) * grid_w * K
+    bottom = cells + tl.load(Rows + _HEADER + SLOTS_Y + s_y) * grid_w * K
+    left = tl.load(Cols + _HEADER + s_x) * K
+    right = tl.load(Cols + _HEADER + SLOTS_X + s_x) * K
+    return top + left, top + right, bottom + left, bottom + right
+
+
+@triton.jit
+def _above(P, c, k_0, k_1, k_2, k_3, v):
+    """How far every class is, at most, above the mean of four classes in one cell."""
+    v_0 = tl.load(P + k_0).to(tl.float32)
+    v_1 = tl.load(P + k_1).to(tl.float32)
+    v_2 = tl.load(P + k_2).to(tl.float32)
+    v_3 = tl.load(P + k_3).to(tl.float32)
+    size = tl.abs(v_0) + tl.abs(v_1) + tl.abs(v_2) + tl.abs(v_3)
+    return v + tl.abs(v) * _ROUNDING - (v_0 + v_1 + v_2 + v_3 - size * _ROUNDING) * 0.25 + _SUBNORMAL
+
+
+@triton.jit
+def _excess(P00, P01, P10, P11, c, k_0, k_1, k_2, k_3, K: tl.constexpr, FIRST: tl.constexpr):
+    """How far every class is, at most, above the mean of classes k_i in the cells of a window; and these classes.
+
+    Of the first window the k_i are the classes that win in its cells. (NaN could make them any padding, hence the cut.)
+    """
+    v00 = tl.load(P00 + c, mask=c < K, other=_LEAST).to(tl.float32)
+    v01 = tl.load(P01 + c, mask=c < K, other=_LEAST).to(tl.float32)
+    v10 = tl.load(P10 + c, mask=c < K, other=_LEAST).to(tl.float32)
+    v11 = tl.load(P11 + c, mask=c < K, other=_LEAST).to(tl.float32)
+    if FIRST:
+        k_0 = tl.minimum(tl.argmax(v00, 0), K - 1)
+        k_1 = tl.minimum(tl.argmax(v01, 0), K - 1)
+        k_2 = tl.minimum(tl.argmax(v10, 0), K - 1)
+        k_3 = tl.minimum(tl.argmax(v11, 0), K - 1)
+    upper = tl.maximum(_above(P00, c, k_0, k_1, k_2, k_3, v00), _above(P01, c, k_0, k_1, k_2, k_3, v01))
+    lower = tl.maximum(_above(P10, c, k_0, k_1, k_2, k_3, v10), _above(P11, c, k_0, k_1, k_2, k_3, v11))
+    return tl.maximum(upper, lower), k_0, k_1, k_2, k_3
+
+
+@triton.jit
+def _upsampled(P00, P01, P10, P11, k, h, w):
+    """Class k at the pixels with weights h (rows, 1) and w (1, columns)."""
+    v00 = tl.load(P00 + k).to(tl.float32)
+    v01 = tl.load(P01 + k).to(tl.float32)
+    v10 = tl.load(P10 + k).to(tl.float32)
+    v11 = tl.load(P11 + k).to(tl.float32)
+    top = tl.fma(1.0 - w, v00, w * v01)  # (1, columns)
+    bottom = tl.fma(1.0 - w, v10, w * v11)
+    return tl.fma(1.0 - h, top, h * bottom)  # (rows, columns)
+
+
+@triton.jit
+def _class_logits(k, Masks, Rows, Cols, RowWeights, ColWeights, P00, P01, P10, P11, y, x, in_y, in_x, h, w,
+                  image, n_slots, first_y, first_x, n_x, windows_x, n_windows, grid_h, grid_w, height, width,
+                  K: tl.constexpr, SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr):  # fmt: skip
+    """Class k of a tile, (rows, columns): the average over the windows that cover it. P, h, w: of the first."""
+    v = _upsampled(P00, P01, P10, P11, k, h, w)
+    if SLOTS_Y * SLOTS_X > 1:
+        for s in range(1, n_slots):
+            p00, p01, p10, p11 = _corners(Masks, Rows, Cols, image, s, first_y, first_x, n_x, windows_x, n_windows,
+                                          grid_h, grid_w, K, SLOTS_Y, SLOTS_X)  # fmt: skip
+            h_s = tl.load(RowWeights + (s // n_x) * height + y, mask=in_y, other=0.0)[:, None]
+            w_s = tl.load(ColWeights + (s % n_x) * width + x, mask=in_x, other=0.0)[None, :]
+            v += _upsampled(p00, p01, p10, p11, k, h_s, w_s)
+        v = tl.div_rn(v, n_slots.to(tl.float32))
+    return v
+
+
+@triton.jit
+def _upsample_argmax_kernel(
+    Masks, Labels, Score,  # (B, windows, gh, gw, K), (B, H, W), (B, H, W) or None
+    RowTiles, ColTiles, RowWeights, ColWeights,  # int32 (intervals, _HEADER + 2 slots) twice, float32 (slots, H or W)
+    n_row_tiles, n_col_tiles, windows_x, n_windows, grid_h, grid_w, height, width,
+    K: tl.constexpr, K_PAD: tl.constexpr,
+    SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr,  # the most windows over one pixel, along each axis
+    BLOCK_Y: tl.constexpr,  # rows at a time
+    BLOCK_X: tl.constexpr,  # at least the columns of any tile
+    SCORE: tl.constexpr,  # None, "probability" or "margin"
+):  # fmt: skip
+    pid = tl.program_id(0)
+    image = pid // (n_row_tiles * n_col_tiles)
+    Rows = RowTiles + (pid // n_col_tiles % n_row_tiles) * (_HEADER + 2 * SLOTS_Y)
+    Cols = ColTiles + (pid % n_col_tiles) * (_HEADER + 2 * SLOTS_X)
+    y_0 = tl.load(Rows)
+    y_end = tl.load(Rows + 1)
+    first_y = tl.load(Rows + 2)
+    x_0 = tl.load(Cols)
+    x_end = tl.load(Cols + 1)
+    first_x = tl.load(Cols + 2)
+    n_x = tl.load(Cols + 3) if SLOTS_X > 1 else 1
+    n_slots = tl.load(Rows + 3) * n_x if SLOTS_Y * SLOTS_X > 1 else 1
+
+    P00, P01, P10, P11 = _corners(Masks, Rows, Cols, image, 0, first_y, first_x, n_x, windows_x, n_windows,
+                                  grid_h, grid_w, K, SLOTS_Y, SLOTS_X)  # fmt: skip
+    c = tl.arange(0, K_PAD)
+    candidate = c < K
+    if SCORE is None:
+        excess, k_0, k_1, k_2, k_3 = _excess(P00, P01, P10, P11, c, 0, 0, 0, 0, K, True)
+        for s in range(1, n_slots):
+            p00, p01, p10, p11 = _corners(Masks, Rows, Cols, image, s, first_y, first_x, n_x, windows_x, n_windows,
+                                          grid_h, grid_w, K, SLOTS_Y, SLOTS_X)  # fmt: skip
+            excess += _excess(p00, p01, p10, p11, c, k_0, k_1, k_2, k_3, K, False)[0]
+        candidate = candidate & (excess >= 0.0)
+
+    x = x_0 + tl.arange(0, BLOCK_X)
+    in_x = x < x_end
+    w = tl.load(ColWeights + x, mask=in_x, other=0.0)[None, :]
+    for y_start in range(y_0, y_end, BLOCK_Y):
+        y = y_start + tl.arange(0, BLOCK_Y)
+        in_y = y < y_end
+        h = tl.load(RowWeights + y, mask=in_y, other=0.0)[:, None]
+        best = tl.full([BLOCK_Y, BLOCK_X], float("-inf"), tl.float32)
+        second = best
+        label = tl.zeros([BLOCK_Y, BLOCK_X], tl.int32)
+        k = tl.min(tl.where(candidate, c, K_PAD), 0)
+        while k < K_PAD:
+            v = _class_logits(k, Masks, Rows, Cols, RowWeights, ColWeights, P00, P01, P10, P11, y, x, in_y, in_x, h, w,
+                              image, n_slots, first_y, first_x, n_x, windows_x, n_windows, grid_h, grid_w, height,
+                              width, K, SLOTS_Y, SLOTS_X)  # fmt: skip
+            better = v > best
+            if SCORE == "margin":
+                second = tl.where(better, best, tl.maximum(second, v))
+            label = tl.where(better, k, label)
+            best = tl.where(better, v, best)
+            k = tl.min(tl.where(candidate & (c > k), c, K_PAD), 0)
+
+        inside = in_y[:, None] & in_x[None, :]
+        pixels = image.to(tl.int64) * height * width + y[:, None] * width + x[None, :]
+        tl.store(Labels + pixels, label.to(Labels.dtype.element_ty), mask=inside)
+        if SCORE == "margin":
+            tl.store(Score + pixels, (best - second).to(tl.float16), mask=inside)
+        if SCORE == "probability":
+            total = tl.zeros([BLOCK_Y, BLOCK_X], tl.float32)
+            for k in range(0, K):
+                v = _class_logits(k, Masks, Rows, Cols, RowWeights, ColWeights, P00, P01, P10, P11, y, x, in_y, in_x,
+                                  h, w, image, n_slots, first_y, first_x, n_x, windows_x, n_windows, grid_h, grid_w,
+                                  height, width, K, SLOTS_Y, SLOTS_X)  # fmt: skip
+                total += tl.exp2((v - best) * 1.4426950408889634)
+            tl.store(Score + pixels, (255.0 / total + 0.5).to(tl.uint8), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching
+
+_PLANS: dict[Any, launch.Plan] = {}
+_TABLES: dict[Any, tuple[torch.Tensor, ...]] = {}
+_CAPTURED: list[tuple[torch.Tensor, ...]] = []  # tables that a CUDA graph has the addresses of: never to be freed
+
+
+def _axes(
+    tops: tuple[int, ...],
+    lefts: tuple[int, ...],
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shape: tuple[int, int],
+) -> tuple[tiling.Axis, tiling.Axis]:
+    return tuple(tiling.axis(anchors, window[i], grid[i], size[i], shape[i]) for i, anchors in enumerate((tops, lefts)))
+
+
+def _table(axis: tiling.Axis) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of RowTiles or ColTiles, and the weights."""
+    header = np.stack([axis.starts[:-1], axis.starts[1:], axis.first, axis.count], 1)
+    return np.concatenate([header, axis.low.T, axis.high.T], 1).astype(np.int32), axis.weight
+
+
+def _tables(key: tuple, axes: tuple[tiling.Axis, tiling.Axis], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """(row tiles, column tiles, row weights, column weights) on the device, made once for a shape."""
+    tables = _TABLES.get(key)
+    if tables is None:
+        if len(_TABLES) >= MAX_TABLES:
+            _TABLES.clear()
+        (rows, row_weights), (cols, col_weights) = map(_table, axes)
+        arrays = (rows, cols, row_weights, col_weights)
+        tables = _TABLES[key] = tuple(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in arrays)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED.append(tables)
+    return tables
+
+
+def _run(
+    masks: torch.Tensor,
+    tops: tuple[int, ...],
+    lefts: tuple[int, ...],
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shape: tuple[int, int],
+    score: str | None,
+    config: configs.UpsampleArgmaxConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, n_windows, grid_h, grid_w, K = masks.shape
+    labels = torch.empty(B, *shape, dtype=reference.label_dtype(K), device=masks.device)
+    scores = torch.empty(labels.shape if score else 0, dtype=_score_dtype(score), device=masks.device)
+    if labels.numel() == 0:
+        return labels, scores
+    geometry = (tops, lefts, (grid_h, grid_w), size, window, shape)
+    axes = _axes(*geometry)
+    slots = (axes[0].n_slots, axes[1].n_slots)
+    if slots[0] * slots[1] > tiling.MAX_SLOTS:
+        raise launch.KernelError(
+            f"{slots[0] * slots[1]} windows over one pixel, more than {tiling.MAX_SLOTS}; use a larger window_stride"
+        )
+    tables = _tables((geometry, masks.device), axes, masks.device)
+
+    def plan() -> launch.Plan:
+        k_pad = triton.next_power_of_2(K)
+        block_x = triton.next_power_of_2(axes[1].longest)
+        c = config or configs.upsample_argmax(launch.architecture(masks), block_x, k_pad)
+        n_tiles = [len(axis.starts) - 1 for axis in axes]
+        scalars = (
+            *n_tiles, len(lefts), n_windows, grid_h, grid_w, *shape,
+            K, k_pad, *slots, min(c.block_y, triton.next_power_of_2(axes[0].longest)), block_x, score,
+        )  # fmt: skip
+        options = {"num_warps": c.num_warps, "num_stages": 1}
+        return launch.Plan(_upsample_argmax_kernel, B * n_tiles[0] * n_tiles[1], (None,) * 7, scalars, options)
+
+    key = (launch.layout(masks), geometry, score, config)
+    launch.planned(_PLANS, key, plan).run(masks, labels, scores if score else None, *tables)
+    return labels, scores
+
+
+def _score_dtype(score: str | None) -> torch.dtype:
+    return torch.float16 if score == "margin" else torch.uint8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operator
+
+
+def _check(
+    masks: torch.Tensor,
+    tops: Sequence[int],
+    lefts: Sequence[int],
+    shape: Sequence[int],
+    score: str,
+) -> None:
+    if masks.ndim != 5 or masks.shape[1] != len(tops) * len(lefts):
+        n = len(tops) * len(lefts)
+        raise ValueError(f"masks must be (B, {n}, gh, gw, K), one for each window, got {tuple(masks.shape)}")
+    if masks.shape[-1] == 0:
+        raise ValueError(f"there are no classes: masks is {tuple(masks.shape)}")
+    if score not in ("", "probability", "margin"):
+        raise ValueError(f"score={score!r} is unknown; choose probability or margin")
+
+
+def _windows_argmax_kernel(masks, tops, lefts, size, window, shape, score):
+    launch.check_device(masks)
+    launch.check_floats("masks", masks)
+    _check(masks, tops, lefts, shape, score)
+    if masks.shape[-1] > tiling.MAX_CLASSES:
+        raise launch.KernelError(f'{masks.shape[-1]} classes are more than {tiling.MAX_CLASSES}; use impl="eager"')
+    pairs = (tuple(x) for x in (tops, lefts, size, window, shape))
+    return _run(masks.contiguous(), *pairs, score or None)
+
+
+def _windows_argmax_fake(masks, tops, lefts, size, window, shape, score):
+    _check(masks, tops, lefts, shape, score)
+    labels = masks.new_empty(len(masks), *shape, dtype=reference.label_dtype(masks.shape[-1]))
+    return labels, masks.new_empty(labels.shape if score else 0, dtype=_score_dtype(score))
+
+
+def _windows_argmax_reference(masks, tops, lefts, size, window, shape, score):
+    _check(masks, tops, lefts, shape, score)
+    if score:
+        return reference.windows_argmax(masks, tops, lefts, size, window, shape, score)
+    return reference.windows_argmax(masks, tops, lefts, size, window, shape), masks.new_empty(0, dtype=torch.uint8)
+
+
+_windows_argmax = define(
+    "windows_argmax(Tensor masks, int[] tops, int[] lefts, int[] size, int[] window, int[] shape, str score)"
+    " -> (Tensor, Tensor)",
+    kernel=_windows_argmax_kernel,
+    reference=_windows_argmax_reference,
+    fake=_windows_argmax_fake,
+    flops=lambda *args, **kwargs: 0,  # depends on the values; see bench.shapes.masks_to_labels
+    autocast=lambda dtype, args: args,
+)
+
+
+def windows_argmax(
+    masks: torch.Tensor,
+    tops: Sequence[int],
+    lefts: Sequence[int],
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shape: tuple[int, int],
+    score: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Labels of pictures from the masks of overlapping windows; not differentiable.
+
+    Args:
+        masks: (B, len(tops) * len(lefts), gh, gw, K), class last, windows row by row; bfloat16, float16 or float32.
+        tops, lefts: first row of each row of windows, first column of each column, ascending, from 0 on; the last
+            window ends where the picture ends.
+        size: (h, w) that a window's masks are upsampled to (bilinear, align_corners=False).
+        window: (h, w) of a window; what `size` has more is padding. shape: (H, W) of the pictures.
+        score: also return for each pixel "probability", the softmax of the winning class as uint8 (255 is 1), or
+            "margin", its logit minus the second best as float16. All classes are upsampled then.
+    Returns:
+        labels (B, H, W), uint8 up to 256 classes, else int16; with `score` a pair (labels, scores (B, H, W)).
+    Raises:
+        KernelError: another type or device, too many classes or windows. ValueError: sizes that do not fit.
+    """
+    launch.check_device(masks)
+    labels, scores = _windows_argmax(masks, list(tops), list(lefts), list(size), list(window), list(shape), score or "")
+    return (labels, scores) if score else labels
+
+
+def upsample_argmax(
+    masks: torch.Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None, score: str | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Labels of upsampled masks, as F.interpolate(masks, size, mode="bilinear")[..., :H0, :W0].argmax; exact.
+
+    Args:
+        masks: (B, h, w, K), class last; bfloat16, float16 or float32. size: (H, W) to upsample to, any.
+        crop: (H0, W0) to cut the result to, or None. score: as for `windows_argmax`.
+    Returns:
+        labels (B, H0, W0), uint8 up to 256 classes, else int16; with `score` a pair (labels, scores (B, H0, W0)).
+    Raises:
+        KernelError: another type or device, too many classes. ValueError: sizes that do not fit.
+    """
+    if masks.ndim != 4:
+        raise ValueError(f"masks must be (B, h, w, K), got {tuple(masks.shape)}")
+    crop = tuple(crop or size)
+    return windows_argmax(masks.unsqueeze(1), (0,), (0,), tuple(size), crop, crop, score)

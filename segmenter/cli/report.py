@@ -1,0 +1,44 @@
+"""What became of the pictures of a run: for people on stdout and stderr, for programs in failed.json."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from segmenter.visualize import write_atomically
+
+FAILED = "failed.json"
+
+
+@dataclass
+class Tally:
+    """How far a run is. `failed`: place among the planned pictures -> {"image", "error"}."""
+
+    done: int = 0
+    skipped: int = 0
+    failed: dict[int, dict[str, str]] = field(default_factory=dict)
+
+    def in_words(self, total: int) -> str:
+        return f"{self.done} done, {self.skipped} skipped, {len(self.failed)} failed of {total}"
+
+
+def say(tally: Tally, total: int, seconds: float, output: str, early: str = "", by: str = "") -> None:
+    """Prints the failures on stderr, in the order of the pictures, and the summary on stdout."""
+    for _, entry in sorted(tally.failed.items()):
+        print(f"segmenter: failed: {' '.join(entry['error'].split())}", file=sys.stderr)
+    each = f", {seconds / tally.done:.2f} s each" if tally.done else ""
+    print(f"{early}{tally.in_words(total)} in {seconds:.1f} s{each}{by} -> {output}")
+
+
+def write_failed(tally: Tally, output: Path) -> None:
+    """Lists the failures in failed.json; there is no such file if there are none."""
+    if tally.failed:
+        write_json(output / FAILED, [entry for _, entry in sorted(tally.failed.items())])
+    else:
+        (output / FAILED).unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    text = json.dumps(data, indent=2) + "\n"  # pure ASCII: file names need not be valid Unicode
+    write_atomically(path, lambda file: file.write(text.encode()))

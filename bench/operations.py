@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from bench import gate, providers, shapes
 from bench.shapes import Shape, Work
-from segmenter.implementation import load_kernels
 from segmenter.bands import View, bands
+from segmenter.implementation import load_kernels
 from segmenter.kernels import reference
 
 IGNORE = 255

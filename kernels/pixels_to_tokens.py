@@ -361,5 +361,5 @@ def normalized_pixels_to_tokens(
         return reference.fold_normalization(weight, bias, mean, std, dtype, size, tf32)
 
     key = ("fold", tuple(mean), tuple(std), dtype, size, tf32)
-    folded, table = remember(key, parameters, fold) if remember else fold()
+    folded, table = fold() if remember is None else remember(key, parameters, fold)
     return pixels_to_tokens(pixels, folded, table, extra_tokens, pos_embed, P)

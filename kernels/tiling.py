@@ -13,6 +13,7 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 MAX_INTERVAL = 32  # pixels; longer ones are cut, so that bounds stay tight and tiles small
 
@@ -46,6 +47,12 @@ class Axis:
     def longest(self) -> int:
         """Pixels of the longest interval."""
         return int(np.diff(self.starts).max())
+
+    def table(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """For the kernel: int32 (I, 4 + 2 S) of start, stop, first, count, low of each slot, high of each; weights."""
+        header = np.stack([self.starts[:-1], self.starts[1:], self.first, self.count], 1)
+        rows = np.concatenate([header, self.low.T, self.high.T], 1).astype(np.int32)
+        return torch.from_numpy(rows), torch.from_numpy(np.ascontiguousarray(self.weight))
 
 
 def source_cells(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

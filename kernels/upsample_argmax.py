@@ -28,7 +28,6 @@ tests/test_upsample_argmax.py.
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -211,21 +210,14 @@ def _axes(
     return tuple(tiling.axis(anchors, window[i], grid[i], size[i], shape[i]) for i, anchors in enumerate((tops, lefts)))
 
 
-def _table(axis: tiling.Axis) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of RowTiles or ColTiles, and the weights."""
-    header = np.stack([axis.starts[:-1], axis.starts[1:], axis.first, axis.count], 1)
-    return np.concatenate([header, axis.low.T, axis.high.T], 1).astype(np.int32), axis.weight
-
-
 def _tables(key: tuple, axes: tuple[tiling.Axis, tiling.Axis], device: torch.device) -> tuple[torch.Tensor, ...]:
     """(row tiles, column tiles, row weights, column weights) on the device, made once for a shape."""
     tables = _TABLES.get(key)
     if tables is None:
         if len(_TABLES) >= MAX_TABLES:
             _TABLES.clear()
-        (rows, row_weights), (cols, col_weights) = map(_table, axes)
-        arrays = (rows, cols, row_weights, col_weights)
-        tables = _TABLES[key] = tuple(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in arrays)
+        (rows, row_weights), (cols, col_weights) = (axis.table() for axis in axes)
+        tables = _TABLES[key] = tuple(x.to(device) for x in (rows, cols, row_weights, col_weights))
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _CAPTURED.append(tables)
     return tables
@@ -244,7 +236,7 @@ def _run(
     B, n_windows, grid_h, grid_w, K = masks.shape
     labels = torch.empty(B, *shape, dtype=reference.label_dtype(K), device=masks.device)
     scores = torch.empty(labels.shape if score else 0, dtype=_score_dtype(score), device=masks.device)
-    if labels.numel() == 0:
+    if B == 0:
         return labels, scores
     geometry = (tops, lefts, (grid_h, grid_w), size, window, shape)
     axes = _axes(*geometry)
@@ -316,7 +308,8 @@ def _windows_argmax_reference(masks, tops, lefts, size, window, shape, score):
     _check(masks, tops, lefts, shape, score)
     if score:
         return reference.windows_argmax(masks, tops, lefts, size, window, shape, score)
-    return reference.windows_argmax(masks, tops, lefts, size, window, shape), masks.new_empty(0, dtype=torch.uint8)
+    labels = reference.windows_argmax(masks, tops, lefts, size, window, shape)
+    return labels, torch.empty(0, dtype=torch.uint8, device=masks.device)
 
 
 _windows_argmax = define(

@@ -199,7 +199,11 @@ def _signature(module: nn.Module) -> Any:
 
 def _swap_own(name: str, module: nn.Module, operators: Any) -> Row:
     """Our own modules have their operators in an attribute."""
-    before, what = module.ops, "all of it" if not hasattr(module, "mask_norm") else "class masks"
+    before, what = module.ops, "all of it"
+    if hasattr(module, "mask_norm"):
+        what = "class masks"
+    elif hasattr(module, "why_not_bytes"):
+        what = "bytes to tokens"
     if type(before) is type(operators) and getattr(before, "name", None) == operators.name:
         return Row(name, _was(module), what, already=True)
     module.__dict__.setdefault("_segmenter", before)

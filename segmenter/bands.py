@@ -48,8 +48,9 @@ class View:
             logits = self._merged_rows(top, bottom)
         else:
             low, high, weight = _source_rows(top, bottom, H, ori_shape[0], self.masks.device)
-            first = int(low[0])
-            merged = self._merged_rows(first, int(high[-1]) + 1)
+            # a row more than needed at either end, where the host may round otherwise; asking the device would wait
+            first = max(0, int(H / ori_shape[0] * (top + 0.5) - 0.5) - 1)
+            merged = self._merged_rows(first, min(H, int(H / ori_shape[0] * (bottom - 0.5) - 0.5) + 3))
             logits = _lerp(merged, low - first, high - first, weight)
         if ori_shape[1] != W:
             logits = self._resize_width(logits, ori_shape[1], "resized")

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from segmenter.export_formats import FORMATS, LOADERS, OPSET, WRITERS, as_export_error, check_path, require
-from segmenter.export_program import OUTPUTS, ExportError, Size, check_exportable, eager_twin, label_dtype, trace
+from segmenter.export_program import OUTPUTS, ExportError, Size, check_exportable, eager_twin, trace
 from segmenter.images import normalize
+from segmenter.kernels.reference import label_dtype
 from segmenter.model import Segmenter
 from segmenter.segment import DTYPES
 
@@ -123,7 +124,7 @@ def export_model(
             beyond 2 GB go to a second file, path + ".data") or "aoti" (machine code by AOTInductor for the device
             where the model is; needs a C++ compiler). An "aoti" file trusts its caller: pixels that are not uint8, not
             contiguous or not of 3 channels give wrong labels and no error, unless AOTI_RUNTIME_CHECK_INPUTS=1 is in
-            the environment.
+            the environment of the program that loads it.
         output: one of OUTPUTS.
         dtype: type of the network: "float32", "bfloat16", "float16", by default that of the model. Scores are float32.
         check_sizes: (H, W) to compare at, by default those of `default_check_sizes`. Batches of 1 and 2 take turns.

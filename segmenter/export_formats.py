@@ -77,7 +77,10 @@ def _write_torch(program: torch.export.ExportedProgram, path: Path, output: str)
 def _write_aoti(program: torch.export.ExportedProgram, path: Path, output: str) -> None:
     import torch._inductor
 
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    # else a file that is asked to check what it is given (AOTI_RUNTIME_CHECK_INPUTS=1) refuses a batch of one
+    known = hasattr(torch._inductor.config.aot_inductor, "check_lowerbound")
+    options = {"aot_inductor.check_lowerbound": False} if known else {}
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, output: str) -> None:

@@ -12,6 +12,7 @@ from segmenter.acceleration import restore
 from segmenter.encoder import VisionTransformer
 from segmenter.images import NORMALIZATION
 from segmenter.implementation import EAGER, Automatic, Operators
+from segmenter.kernels.reference import label_dtype
 from segmenter.layers import resize_pos_embed
 from segmenter.model import Segmenter
 
@@ -91,11 +92,6 @@ def positions(encoder: VisionTransformer, grid: Size) -> torch.Tensor:
     last = own.shape[1] - 1
     rows = torch.arange(n_extra + grid[0] * grid[1], device=own.device)
     return torch.where((rows[-1:] == last)[:, None], own[:, rows.clamp(max=last)], resampled)
-
-
-def label_dtype(n_cls: int) -> torch.dtype:
-    """The smallest of uint8, int16 and int32 that holds every label, as `segment_image` returns them."""
-    return torch.uint8 if n_cls <= 256 else torch.int16 if n_cls <= 32_768 else torch.int32
 
 
 def eager_twin(model: Segmenter, dtype: torch.dtype | None = None) -> Segmenter:

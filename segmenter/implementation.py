@@ -174,7 +174,7 @@ def parts(model: torch.nn.Module) -> dict[str, str]:
             reason = module.why_not_bytes()
             count("pixels_to_tokens", name if reason is None else f"layer by layer ({reason})")
         elif hasattr(module, "masks_of_pixels"):  # the whole model
-            too_many = name == "triton" and module.n_cls > MAX_CLASSES and module.ops is AUTO
+            too_many = name == "triton" and module.n_cls > MAX_CLASSES and isinstance(module.ops, Automatic)
             count("windows_argmax", f"eager ({module.n_cls} classes)" if too_many else name)
     described = {}
     for part, found in counts.items():

@@ -179,7 +179,7 @@ class _Corners:
     """The mask cells around T tiles that equally many windows cover, and the weights of the tiles' pixels.
 
     Attributes:
-        cells: (4 windows, T) indices of mask cells; of each window the upper left, upper right, lower left, lower right.
+        cells: (4 windows, T) mask cells; of each window upper left, upper right, lower left, lower right.
         weights: of each window (height, T) of the lower and (width, T) of the right cells.
     """
 

@@ -141,6 +141,22 @@ class Segmenter(nn.Module):
 
         return segment_stream(self, images, **kwargs)
 
+    def compile_inference(self, batch: int, height: int, width: int, **kwargs: Any) -> Any:
+        """A function from pictures (B, H, W, 3) uint8 to labels (B, H, W), as a CUDA graph for each shape.
+
+        Args:
+            batch, height, width: the shape to capture now; others follow as they come.
+            kwargs: dtype, window_size, window_stride as for `segment`; window_batch_size (8), windows a forward call;
+                max_shapes (8), the captured shapes that are kept.
+        Returns:
+            `segmenter.captured.CompiledInference`. On a CPU it has the same interface, and no graphs.
+        """
+        from segmenter.captured import CompiledInference
+
+        compiled = CompiledInference(self, **kwargs)
+        compiled.capture(batch, height, width)
+        return compiled
+
     def get_attention_map_enc(self, im: torch.Tensor, layer_id: int) -> torch.Tensor:
         """Encoder attention (B, heads, T, T), T = extra tokens + patches; `im` is not padded."""
         return self.encoder.get_attention_map(im, layer_id)

@@ -1,11 +1,13 @@
 """What follows from parameters alone and is computed once for many calls: resampled positions, folded weights."""
 
+import contextlib
+import contextvars
 import functools
 import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +73,7 @@ class Remembered:
             seen, result = self._results.get(key, ((), None))
             if seen and all(s.unchanged(t) for s, t in zip(seen, tensors, strict=True)):
                 self._results.move_to_end(key)
-                return result
+                return _keep(result)
         # Not as a tensor of inference mode, which could not be used where gradients are recorded.
         with torch.inference_mode(False), torch.no_grad():
             seen = tuple(_Seen(weakref.ref(t), t.detach(), t._version) for t in tensors)
@@ -83,7 +85,7 @@ class Remembered:
                 self._results[key] = (seen, result)
                 while len(self._results) > self.limit:
                     self._results.popitem(last=False)
-        return result
+        return _keep(result)
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -106,6 +108,22 @@ class Remembered:
                 del self._results[key]
 
 
+_kept: contextvars.ContextVar[list | None] = contextvars.ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[list[Any]]:
+    """Within it results are remembered while a CUDA graph is captured too, and all that is used is put into the list.
+
+    For who holds the list as long as the graph, and captures it anew when parameters change.
+    """
+    token = _kept.set([])
+    try:
+        yield _kept.get()
+    finally:
+        _kept.reset(token)
+
+
 def _may_remember(tensors: Sequence[torch.Tensor]) -> bool:
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return False
@@ -114,7 +132,7 @@ def _may_remember(tensors: Sequence[torch.Tensor]) -> bool:
     for t in tensors:
         if type(t) not in (nn.Parameter, torch.Tensor) or t.is_inference() or not t.is_leaf or t.grad is not None:
             return False
-    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+    return _kept.get() is not None or not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _surroundings(tensor: torch.Tensor) -> tuple:
@@ -124,6 +142,13 @@ def _surroundings(tensor: torch.Tensor) -> tuple:
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
     return autocast, stream, _steps()[0]
+
+
+def _keep(result: Any) -> Any:
+    kept = _kept.get()
+    if kept is not None:
+        kept.append(result)
+    return result
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import torch
 
 from segmenter.bands import View, bands
 from segmenter.images import NORMALIZATION, read_image
-from segmenter.implementation import AUTO, EAGER
+from segmenter.implementation import EAGER, Automatic
 from segmenter.inference import (
     Windows,
     check_finite,
@@ -103,9 +103,13 @@ def segment_pixels(
         for scale in scales:
             for mirrored in (False, True) if flip else (False,):
                 x = pixels.flip(2) if mirrored else pixels
-                views.append(_predict(model, x, scale, window_size, window_stride, batch_size))
-        mirrored = [False, True] * len(scales) if flip else [False] * len(scales)
-        return _merge(model, views, mirrored, tuple(pixels.shape[1:3]), return_probabilities)
+                masks, windows = predict(model, x, window_size, window_stride, batch_size, scale)
+                check_finite(masks)
+                views.append((masks, windows, mirrored))
+        shape = tuple(pixels.shape[1:3])
+        if not return_probabilities:
+            return labels_of_views(model, views, shape).cpu()
+        return _with_probabilities(views, shape)
 
 
 def window_of(model: torch.nn.Module, window_size: int | None, window_stride: int | None) -> tuple[int, int]:
@@ -117,8 +121,13 @@ def window_of(model: torch.nn.Module, window_size: int | None, window_stride: in
     return window_size, window_stride
 
 
-def _predict(
-    model: torch.nn.Module, pixels: torch.Tensor, scale: float, window_size: int, window_stride: int, batch_size: int
+def predict(
+    model: torch.nn.Module,
+    pixels: torch.Tensor,
+    window_size: int,
+    window_stride: int,
+    batch_size: int,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, Windows]:
     """Masks (B, windows, gh, gw, n_cls) of pictures (B, H, W, 3) at one scale, and how windows cut them."""
     size = tuple(pixels.shape[1:3])
@@ -135,31 +144,37 @@ def _predict(
             windows = windows_of(tuple(im.shape[-2:]), window_size, window_stride, model.patch_size)
             masks.append(predict_masks(model.masks, im, windows, batch_size))
         masks = torch.cat(masks)
-    check_finite(masks)
     return masks, windows
 
 
-def _merge(
-    model: torch.nn.Module,
-    views: list[tuple[torch.Tensor, Windows]],
-    mirrored: list[bool],
-    shape: tuple[int, int],
-    return_probabilities: bool,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Labels (B, *shape) from the masks of all views, and probabilities if asked for, both on the CPU."""
-    masks, windows = views[0]
-    if len(views) == 1 and windows.shape == shape and not return_probabilities:
-        return labels_of_windows(model, masks, windows).cpu()
-    B, n_cls = len(masks), masks.shape[-1]
-    labels = torch.empty(B, *shape, dtype=label_dtype(n_cls))
-    probabilities = torch.empty(B, n_cls, *shape) if return_probabilities else None
+Views = Sequence[tuple[torch.Tensor, Windows, bool]]  # masks (B, windows, gh, gw, n_cls), windows, mirrored
+
+
+def labels_of_views(model: torch.nn.Module, views: Views, shape: tuple[int, int]) -> torch.Tensor:
+    """Labels (B, *shape), on the device of the masks."""
+    masks, windows, mirrored = views[0]
+    if len(views) == 1 and windows.shape == shape and not mirrored:
+        return labels_of_windows(model, masks, windows)
+    labels = torch.empty(len(masks), *shape, dtype=label_dtype(masks.shape[-1]), device=masks.device)
+    for b, picture in enumerate(labels):
+        for top, scores in bands(_views_of(views, b), shape, probabilities=False):
+            picture[top : top + len(scores)] = scores.argmax(-1)
+    return labels
+
+
+def _with_probabilities(views: Views, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels (B, *shape), probabilities (B, n_cls, *shape)), both on the CPU, where there is more memory."""
+    B, n_cls = len(views[0][0]), views[0][0].shape[-1]
+    labels, probabilities = torch.empty(B, *shape, dtype=label_dtype(n_cls)), torch.empty(B, n_cls, *shape)
     for b in range(B):
-        picture = [View(m[b].float(), *w.geometry, flip) for (m, w), flip in zip(views, mirrored, strict=True)]
-        for top, scores in bands(picture, shape, return_probabilities):
+        for top, scores in bands(_views_of(views, b), shape, probabilities=True):
             labels[b, top : top + len(scores)] = scores.argmax(-1)
-            if probabilities is not None:
-                probabilities[b, :, top : top + len(scores)] = scores.permute(2, 0, 1)
-    return labels if probabilities is None else (labels, probabilities)
+            probabilities[b, :, top : top + len(scores)] = scores.permute(2, 0, 1)
+    return labels, probabilities
+
+
+def _views_of(views: Views, b: int) -> list[View]:
+    return [View(masks[b].float(), *windows.geometry, mirrored) for masks, windows, mirrored in views]
 
 
 def labels_of_windows(model: torch.nn.Module, masks: torch.Tensor, windows: Windows) -> torch.Tensor:
@@ -169,7 +184,8 @@ def labels_of_windows(model: torch.nn.Module, masks: torch.Tensor, windows: Wind
     `impl="auto"` takes plain PyTorch, `impl="triton"` raises.
     """
     ops = model.ops.on(masks)
-    if model.ops is AUTO and ops.name == "triton" and not windows_fit(masks.shape[-1], *windows.geometry):
+    automatic = isinstance(model.ops, Automatic)
+    if automatic and ops.name == "triton" and not windows_fit(masks.shape[-1], *windows.geometry):
         ops = EAGER
     return ops.windows_argmax(masks, *windows.geometry)
 

@@ -112,15 +112,20 @@ def test_onnx(options, output, limit, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
-def test_aoti(tmp_path):
+def test_aoti(tmp_path, monkeypatch):
     """One small model without vector code: most of its time is the compiler's, reading PyTorch's headers."""
+    monkeypatch.setenv("AOTI_RUNTIME_CHECK_INPUTS", "1")
     import torch._inductor
 
     model, path = tiny_model(**{**LINEAR, "normalization": "vit"}), tmp_path / "model.pt2"
     with torch._inductor.config.patch({"cpp.simdlen": 1, "aot_inductor.compile_wrapper_opt_level": "O0"}):
         report = export_model(model, path, "aoti")
     assert [file.name for file in tmp_path.iterdir()] == report.files == ["model.pt2"]
-    assert_same(torch._inductor.aoti_load_package(str(path)), model, "labels")
+    run = torch._inductor.aoti_load_package(str(path))
+    assert_same(run, model, "labels")
+    for wrong in (pixels(1, 20, 30).float(), pixels(1, 20, 30).mT.contiguous().mT, pixels(1, 20, 30)[..., :2]):
+        with pytest.raises(RuntimeError, match="unmatched"):
+            run(wrong)
 
 
 def test_other_types(tmp_path):

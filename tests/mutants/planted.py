@@ -383,7 +383,6 @@ PIXELS_TO_TOKENS = _mutants(
         "unaligned_pictures_read_in_place": (
             " and all(n % 16 == 0 for n in offsets)",
             "",
-            "the same result: the copy is for the speed of the loads",
         ),
     },
 )
@@ -422,7 +421,7 @@ MEMORY = _mutants(
         "autocast_forgotten": (
             "    return autocast, stream, _steps()[0]",
             "    return stream, _steps()[0]",
-            "the same result today: folding has the type in its key, and interpolation of positions does not round",
+            "the same result today: folding has the type in its key, and autocast leaves interpolation alone",
         ),
     },
 )

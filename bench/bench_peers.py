@@ -64,7 +64,7 @@ class Ours:
             providers.require("triton", device, dtype)
             provider = "triton"
         except providers.Unavailable:
-            provider = "bands"
+            provider = "pruned"
         self.labels = models.labels_of(self.model, provider, dtype)
         unused = sum(p.numel() for p in self.model.encoder.head.parameters())  # the ImageNet head
         self.parameters = sum(p.numel() for p in self.model.parameters()) - unused

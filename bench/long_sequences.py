@@ -1,12 +1,13 @@
 """Time and peak memory of a model as its pictures grow, up to where a provider runs out of memory.
 
-What runs is the network, from a normalised picture to low-resolution masks, and the labels. "triton" takes labels by
-bands of rows (`segmenter.inference.bands`); eager, sdpa and compile go by way of full-resolution logits, as everybody
-does. No provider runs as a CUDA graph here, so launches are in every time.
+What runs is the network, from a normalised picture to low-resolution masks, and the labels. "triton" takes labels
+without full-resolution logits; eager, sdpa and compile go by way of these, as everybody does. No provider runs as a
+CUDA graph here, so launches are in every time.
 """
 
 import contextlib
 import copy
+import functools
 import math
 import statistics
 import time
@@ -175,7 +176,9 @@ def network(
         compile_options: of torch.compile, beyond those of COMPILE_MODE.
     """
     models.set_operators(model, EAGER if provider == "compile" else providers.operators(provider))
-    labels = operations.band_labels if provider == "triton" else operations.full_labels
+    labels = operations.full_labels
+    if provider == "triton":
+        labels = functools.partial(operations.labels_by, providers.operators(provider).windows_argmax)
 
     def run(im: torch.Tensor) -> torch.Tensor:
         masks = model.masks(im)

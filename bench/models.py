@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from bench import gate, providers
-from bench.operations import band_labels, full_labels, segmentation_loss, upsampled
+from bench.operations import full_labels, labels_by, segmentation_loss, upsampled
 from bench.shapes import Shape
 from segmenter.config import preset
 from segmenter.images import NORMALIZATION
@@ -22,7 +22,7 @@ from segmenter.pretrained import from_pretrained
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "examples" / "camvid-seg-s-16"
 STEP_PROVIDERS = tuple(name for name in providers.PROVIDERS if name != "sdpa-math")  # which is eager by another name
-MODEL_PROVIDERS = (*STEP_PROVIDERS, "bands")
+MODEL_PROVIDERS = (*STEP_PROVIDERS, "pruned")
 LEARNING_RATE = 1e-3  # the published one
 
 
@@ -76,14 +76,20 @@ def set_operators(model: torch.nn.Module, ops: Operators) -> None:
 
 
 def pixels_to_labels(
-    model: Segmenter, ops: Operators, dtype: torch.dtype, tail: str, compiled: bool = False
+    model: Segmenter,
+    ops: Operators,
+    dtype: torch.dtype,
+    tail: str,
+    compiled: bool = False,
+    from_bytes: bool = False,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A way from pixels (B, H, W, 3) uint8 to labels (B, H, W) uint8, with a copy of the model in `dtype`.
 
     Args:
         tail: "softmax" (full-resolution logits, softmax, argmax: published), "logits" (without the softmax, which no
-            label needs) or "bands" (never holds full-resolution logits).
+            label needs) or "labels" (by `ops.windows_argmax`, without full-resolution logits).
         compiled: torch.compile(max-autotune) of all of it.
+        from_bytes: the patch embedding reads the bytes, by `ops.pixels_to_tokens`.
     """
     device = next(model.parameters()).device
     model = copy.deepcopy(model).to(dtype)
@@ -91,10 +97,10 @@ def pixels_to_labels(
     normalize, patch = Normalize(model.info.normalization, dtype, device), model.patch_size
 
     def run(pixels: torch.Tensor) -> torch.Tensor:
-        masks = model.masks(normalize(pixels))
+        masks = model.masks_of_pixels(pixels) if from_bytes else model.masks(normalize(pixels))
         if tail == "softmax":
             return upsampled(masks, patch).softmax(1).argmax(1).to(torch.uint8)
-        return (band_labels if tail == "bands" else full_labels)(masks, patch)
+        return labels_by(ops.windows_argmax, masks, patch) if tail == "labels" else full_labels(masks, patch)
 
     if compiled:
         return torch.no_grad()(torch.compile(run, mode="max-autotune", dynamic=False))
@@ -102,14 +108,15 @@ def pixels_to_labels(
 
 
 def labels_of(model: Segmenter, provider: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The provider's way from pixels to labels. "bands" is what `impl="auto"` does without a GPU: eager, in bands."""
-    if provider in ("bands", "compile"):
-        tail = "bands" if provider == "bands" else "logits"
-        return pixels_to_labels(model, EAGER, dtype, tail, compiled=provider == "compile")
+    """The provider's way from pixels to labels. "pruned" is what `impl="auto"` does without a GPU."""
+    if provider == "pruned":
+        return pixels_to_labels(model, EAGER, dtype, "labels", from_bytes=True)
+    if provider == "compile":
+        return pixels_to_labels(model, EAGER, dtype, "logits", compiled=True)
     if provider in providers.BACKENDS:  # held once for the whole call, not in every layer
         return providers.with_backend(provider, pixels_to_labels(model, EAGER, dtype, "logits"))
-    tail = {"eager": "softmax", "triton": "bands"}.get(provider, "logits")
-    return pixels_to_labels(model, providers.operators(provider), dtype, tail)
+    tail, ours = {"eager": "softmax", "triton": "labels"}.get(provider, "logits"), provider == "triton"
+    return pixels_to_labels(model, providers.operators(provider), dtype, tail, from_bytes=ours)
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from bench import gate, providers, shapes
 from bench.shapes import Shape, Work
+from segmenter import labels as pruned
 from segmenter.bands import View, bands
 from segmenter.implementation import load_kernels
 from segmenter.kernels import reference
@@ -163,9 +164,18 @@ MASK_HEAD = Operation(
 
 
 def _masks(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(B, K, g, g) as the mask head leaves them: class last in memory."""
+    """(B, K, g, g) as the mask head leaves them: class last in memory. Noise, so that nearly every class could win."""
     grid = shape.size // shape.patch
     return _random((shape.batch, grid, grid, shape.n_cls), dtype, device).permute(0, 3, 1, 2)
+
+
+def _regions(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The same of regions of one class each, about four patches wide, with a little noise: as after training."""
+    grid, coarse = shape.size // shape.patch, max(2, shape.size // shape.patch // 4)
+    regions = torch.randn(shape.batch, shape.n_cls, coarse, coarse, device=device)
+    regions = F.interpolate(regions, (grid, grid), mode="bicubic").argmax(1)
+    noise = torch.randn(shape.batch, grid, grid, shape.n_cls, device=device) * 0.3
+    return (F.one_hot(regions, shape.n_cls) * 4.0 + noise).to(dtype).permute(0, 3, 1, 2)
 
 
 def upsampled(masks: torch.Tensor, patch: int) -> torch.Tensor:
@@ -180,7 +190,7 @@ def full_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
 
 
 def band_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
-    """The same without ever holding the logits of a whole picture: `segmenter.inference.bands`."""
+    """The same without ever holding the logits of a whole picture: `segmenter.bands`."""
     class_last = masks.float().permute(0, 2, 3, 1).contiguous()
     H, W = masks.shape[2] * patch, masks.shape[3] * patch
     labels = torch.empty(len(masks), H, W, dtype=torch.uint8, device=masks.device)
@@ -191,7 +201,16 @@ def band_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
     return labels
 
 
+def labels_by(operator: Callable, masks: torch.Tensor, patch: int) -> torch.Tensor:
+    """The same by an operator `windows_argmax`: (B, K, g, g) -> (B, H, W) uint8."""
+    size = (masks.shape[2] * patch, masks.shape[3] * patch)
+    return operator(masks.permute(0, 2, 3, 1).unsqueeze(1), (0,), (0,), size, size, size)
+
+
 def _labels_call(provider: str, shape: Shape) -> Callable:
+    if provider in ("pruned", "triton"):
+        operator = load_kernels().windows_argmax if provider == "triton" else pruned.windows_argmax
+        return lambda masks: labels_by(operator, masks, shape.patch)
     fn = band_labels if provider == "bands" else full_labels
     return _compiled(provider, lambda masks: fn(masks, shape.patch))
 
@@ -235,12 +254,9 @@ def _check_loss(provider: str, shape: Shape, gradient: torch.Tensor, inputs: Ten
     return gate.check(provider, gradient, exact(torch.float64), eager)
 
 
+_LABELS = ("eager", "compile", "bands", "pruned", "triton")
 MASKS_TO_LABELS = Operation(
-    "masks-to-labels",
-    ("eager", "compile", "bands"),
-    lambda *args: (_masks(*args),),
-    _labels_call,
-    _check_labels,
-    shapes.masks_to_labels,
+    "masks-to-labels", _LABELS, lambda *args: (_regions(*args),), _labels_call, _check_labels, shapes.masks_to_labels
 )
+NOISE_TO_LABELS = MASKS_TO_LABELS._replace(kind="noise-to-labels", inputs=lambda *args: (_masks(*args),))
 LOSS = Operation("loss", ("eager", "compile"), _masks_and_target, _loss_call, _check_loss, shapes.loss)

@@ -9,8 +9,8 @@ trace_*.json.gz (for chrome://tracing or ui.perfetto.dev) and on CUDA device_ker
 memory_*.html (pytorch.org/memory_viz; the page loads its viewer from the network); for all together roofline.png,
 memory.png, scaling.csv, scaling.png, summary.md and report.html, which needs nothing else.
 
-What runs is the network and the labels; "triton" takes labels by bands, the others by full-resolution logits. A trace
-and a snapshot hold function names and a snapshot the paths of source files: look before you publish them.
+What runs is the network and the labels; "triton" takes labels without full-resolution logits, the others by these.
+A trace and a snapshot hold function names and a snapshot the paths of source files: look before you publish them.
 """
 
 import argparse

@@ -247,7 +247,7 @@ def notes(report: Report) -> list[str]:
     """What a reader has to know."""
     clock = "their kernels' time on the GPU" if report.facts["device"] == "cuda" else "their own time on the CPU"
     found = [
-        "One call is the network, from a normalised picture to low-resolution masks, and the labels: by bands of rows"
+        "One call is the network, from a normalised picture to low-resolution masks, and the labels: by our kernel"
         " for triton, by full-resolution logits and argmax for all others. Weights are random.",
         f"Operators have {clock}, from {report.profiler}'s profiler; the time of a call is measured without any."
         " Operations are those of matrix products, bytes those of every input and output of an operator.",

@@ -94,7 +94,7 @@ def models(result: Results) -> list[str]:
         return []
     heads = ["model", "eager", "best sdpa", "compile", "ours", "vs eager", "vs best sdpa", "vs compile", "peak memory"]
     more = len(groups) - len(rows)
-    said = "Images a second; ours: triton where it runs, else bands."
+    said = "Images a second; ours: triton where it runs, else pruned."
     if more:
         said += f" {rr.counted(more, 'more shape')} in the report."
     return ["", said, "", *_table(heads, rows)]

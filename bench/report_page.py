@@ -133,8 +133,9 @@ PROVIDERS = {  # as bench/providers.py and bench/models.py define them
     "eager": "the published code's order of work in plain PyTorch: explicit score matrices, full-resolution logits",
     "sdpa-…": "the same with scaled_dot_product_attention held to one backend; whole models without the softmax",
     "compile": "torch.compile (max-autotune) of the scaled_dot_product_attention form",
-    "bands": "ours without kernels: labels that never need the full-resolution logits",
-    "triton": "ours: the kernels, and in whole models the bands",
+    "bands": "labels in bands of rows: the full-resolution logits are never held whole",
+    "pruned": "ours without kernels: only classes that can win somewhere are upsampled",
+    "triton": "ours: the kernels",
 }
 METHOD = (
     "Nothing wrong is timed: before a row is timed its result is compared with an exact one, and has to be as near as "

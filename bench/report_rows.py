@@ -22,8 +22,17 @@ from bench.shapes import Shape
 
 LEAST_DIFFERENCE = 0.03  # relative
 FASTER, SLOWER, SAME, UNKNOWN = "faster", "slower", "no difference", "spread unknown"
-OURS = ("triton", "bands")
-OPERATIONS = ("attention", "attention-backward", "layernorm-mlp", "mask-head", "masks-to-labels", "loss", "train-step")
+OURS = ("triton", "pruned", "bands")
+OPERATIONS = (
+    "attention",
+    "attention-backward",
+    "layernorm-mlp",
+    "mask-head",
+    "masks-to-labels",
+    "noise-to-labels",
+    "loss",
+    "train-step",
+)
 USUAL_CLASSES = 150  # not worth saying in a label
 NO_VALUE = "–"  # an en dash
 

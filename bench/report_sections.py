@@ -19,7 +19,8 @@ TITLES = {
     "attention-backward": ("Attention with its gradient", "Forward and backward in one call, as training does."),
     "layernorm-mlp": ("LayerNorm and MLP, one encoder layer", "x + fc2(gelu(fc1(layer_norm(x))))."),
     "mask-head": ("Mask head", "Decoded patch and class tokens to class masks."),
-    "masks-to-labels": ("Masks to labels", "Low-resolution masks to a label for every pixel."),
+    "masks-to-labels": ("Masks to labels", "Low-resolution masks of regions, as after training, to a label a pixel."),
+    "noise-to-labels": ("Noise to labels", "The same of noise, where nearly every class could win: the worst case."),
     "loss": ("Loss", "Upsampling, cross-entropy, and the gradient of the low-resolution masks."),
     "train-step": ("Training step", "Forward, loss, backward, SGD with momentum; a whole batch, by the wall clock."),
 }
@@ -340,7 +341,7 @@ def _slower(pairs: Sequence[tuple[Row, Row]]) -> Html:
 
 def _plot_of(kind: str) -> tuple[Callable[[Row], str], Callable[[Row], float | None], str]:
     """(panel of a row, its x, name of x): models of one width share a panel, but the tail of inference has no width."""
-    if kind in ("masks-to-labels", "loss"):
+    if kind in ("masks-to-labels", "noise-to-labels", "loss"):
         return (
             (lambda r: f"Patches of {r.shape.get('patch', '?')}"),
             (lambda r: rr.number(r.shape.get("size"))),

@@ -23,6 +23,7 @@ STYLES = {
     "sdpa-math": ("#948200", "#f0e442", "down"),
     "compile": ("#b0538a", "#e6a6cb", "plus"),
     "bands": ("#b87400", "#ffb833", "square"),
+    "pruned": ("#8a5a00", "#ffcf70", "diamond"),
     "triton": ("#c94f00", "#ff9248", "circle"),
 }
 OTHERS = (

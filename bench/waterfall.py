@@ -46,13 +46,16 @@ STEPS = (
     Step("our attention", "attention", "our attention kernel, reading the packed qkv"),
     Step("LayerNorm-MLP", "mlp", "our kernels for LayerNorm with products, GELU and residuals"),
     Step("mask head", "mask_head", "our kernel from decoded tokens to class masks"),
-    Step("labels without logits", "bands", "the full-resolution logits are never held"),
+    Step("labels without logits", "labels", "only classes that can win are upsampled; no full-resolution logits"),
+    Step("bytes to tokens", "pixels", "our kernel from the picture's bytes to tokens; no normalised picture"),
     Step("CUDA graph", "graph", "one launch for the whole model; labels as the step before"),
 )
 KERNELS = {
     "attention": ("attention",),
     "mlp": ("layernorm_linear", "linear", "layernorm_mlp"),
     "mask_head": ("mask_head",),
+    "labels": ("windows_argmax",),
+    "pixels": ("pixels_to_tokens",),
 }
 
 
@@ -60,7 +63,7 @@ def why_not(adds: str, device: torch.device) -> str | None:
     """Why this machine does not have a technique, or None."""
     if adds == "half" and device.type == "cpu" and not cpu_has_bfloat16():
         return "this processor has no bfloat16 instructions; what follows stays in float32"
-    if adds in KERNELS:
+    if adds in KERNELS and adds != "labels":  # which there is in plain PyTorch too
         return "our kernels need a GPU" if device.type == "cpu" else why_not_on(device.type, device.index)
     if adds == "graph" and device.type != "cuda":
         return "CUDA graphs need a GPU"
@@ -83,7 +86,8 @@ def features(index: int, device: torch.device) -> frozenset[str]:
 def operators(on: frozenset[str]) -> Operators:
     """The operators of a step."""
     ops = EAGER if "sdpa" in on else PUBLISHED
-    names = [name for technique, names in KERNELS.items() if technique in on for name in names]
+    ours = on if "mask_head" in on else on - {"labels"}  # without a GPU labels are plain PyTorch's, as all the rest
+    names = [name for technique, names in KERNELS.items() if technique in ours for name in names]
     return ops._replace(**{name: getattr(load_kernels(), name) for name in names}) if names else ops
 
 
@@ -98,8 +102,9 @@ def labels_of(model: Segmenter, on: frozenset[str]) -> Callable[[torch.Tensor], 
     Raises:
         Unavailable: it cannot be captured in a CUDA graph.
     """
-    tail = "bands" if "bands" in on else "logits" if "sdpa" in on else "softmax"
-    run = pixels_to_labels(model, operators(on), dtype_of(on), tail, compiled="compile" in on)
+    tail = "labels" if "labels" in on else "logits" if "sdpa" in on else "softmax"
+    compiled, from_bytes = "compile" in on, "pixels" in on
+    run = pixels_to_labels(model, operators(on), dtype_of(on), tail, compiled, from_bytes)
     return _Graphed(run) if "graph" in on else run
 
 
@@ -134,7 +139,7 @@ def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> 
 
     @torch.no_grad()
     def run(pixels: np.ndarray) -> torch.Tensor:
-        if "bands" in on:
+        if "labels" in on:
             return model.segment(pixels, batch_size=1).long()
         im = normalize(pixels, info.normalization)[None].to(device, dtype)
         sizes = info.window_size, info.window_stride, 1

@@ -16,9 +16,11 @@ import torch.nn as nn
 
 from segmenter import segment
 from segmenter.inference import check_finite, check_sizes
-from segmenter.remembered import keeping
+from segmenter.remembered import Remembered, keeping, optimiser_steps
 
-MATRICES = (nn.Linear, nn.Conv2d)  # whose parameters autocast converts, as it does `proj_patch` and `proj_classes`
+# Whose parameters autocast converts, as it does `proj_patch` and `proj_classes`. Not the patch embedding: the kernels
+# fold the normalisation into its float32 weights, which rounds once, and remember that.
+MATRICES = (nn.Linear,)
 
 
 def half_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -80,10 +82,10 @@ class Direct:
     nbytes = 0
 
     def __init__(self, function: Callable, example: torch.Tensor, pool: Any = None):
-        self.function = function
+        self.function, self.device = function, example.device
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.function(x)
+        return self.function(x.to(self.device))
 
 
 class CompiledInference:
@@ -118,6 +120,7 @@ class CompiledInference:
         self._shapes: collections.OrderedDict[Shape, Graph | Direct] = collections.OrderedDict()
         self._met: collections.OrderedDict[Shape, None] = collections.OrderedDict()  # shapes run once, not captured
         self._weights: tuple = ()
+        self._memory: list[torch.Tensor] = []
         self._network: nn.Module = model
         self._pool: Any = None
         self._n_captured = 0
@@ -149,12 +152,15 @@ class CompiledInference:
 
         All shapes take from one pool: a shape that fits into what others left free adds nothing.
         """
-        return {shape: graph.nbytes for shape, graph in self._shapes.items()}
+        return {shape: graph.nbytes for shape, graph in list(self._shapes.items())}  # other threads may change it
 
     def refresh(self) -> None:
         """Reads the weights again and forgets what was captured."""
         with self._lock:
             self._weights = ()
+            for module in self.model.modules():
+                if isinstance(getattr(module, "remembered", None), Remembered):
+                    module.remembered.clear()
             self._follow_weights()
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -238,10 +244,15 @@ class CompiledInference:
             return labels, masks.abs().max().float()
 
     def _follow_weights(self) -> None:
-        weights = tuple(_state(t) for t in (*self.model.parameters(), *self.model.buffers()))
+        if self.model.training:
+            raise RuntimeError("the model is in training mode; call model.eval() before segmenting")
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        # fused optimisers write without counting
+        weights = (optimiser_steps(), *(_state(t) for t in tensors))
         if weights == self._weights:
             return
         self._weights = weights
+        self._memory = [t.detach() for t in tensors]  # so that no later tensor can come to lie at the same address
         self._shapes.clear()
         self._pool = None
         parameter = next(self.model.parameters())

@@ -141,7 +141,7 @@ def _surroundings(tensor: torch.Tensor) -> tuple:
     kind = tensor.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else None
-    return autocast, stream, _steps()[0]
+    return autocast, stream, optimiser_steps()
 
 
 def _keep(result: Any) -> Any:
@@ -149,6 +149,11 @@ def _keep(result: Any) -> Any:
     if kept is not None:
         kept.append(result)
     return result
+
+
+def optimiser_steps() -> int:
+    """How many steps optimisers have made in this process since the first call. Fused ones write without counting."""
+    return _steps()[0]
 
 
 @functools.cache

@@ -280,16 +280,16 @@ def test_peak_memory_sees_what_is_freed_again():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_peak_memory_of_bands_is_without_the_logits():
+def test_peak_memory_of_ours_is_without_the_logits():
     shape = Shape("X", 32, 512, 1)
     logits = 150 * 512 * 512 * 4
     pixels = models.pictures(shape, CPU)
     peaks = {}
-    for provider in ("eager", "bands"):
+    for provider in ("eager", "pruned"):
         run = models.labels_of(models.build(shape, CPU), provider, torch.float32)
         run(pixels)
         peaks[provider] = timing.peak_bytes(lambda run=run: run(pixels), CPU)
-    assert peaks["eager"] > logits and peaks["bands"] < logits / 2
+    assert peaks["eager"] > logits and peaks["pruned"] < logits / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,14 +311,15 @@ def test_each_step_adds_one_technique(monkeypatch):
         if "compile" not in on[i - 1]:
             assert on[i] - on[i - 1] == {waterfall.STEPS[i].adds} and on[i - 1] <= on[i]
     assert [i for i, features in enumerate(on) if "compile" in features] == [3]
-    assert on[-1] >= {"half", "sdpa", "attention", "mlp", "mask_head", "bands", "graph"}
+    assert on[-1] >= {"half", "sdpa", "attention", "mlp", "mask_head", "labels", "pixels", "graph"}
 
 
 def test_steps_without_a_gpu():
     on = waterfall.features(7, CPU)
-    assert "bands" in on and "sdpa" in on and not {"attention", "mlp", "mask_head", "compile"} & on
+    assert "labels" in on and "sdpa" in on and not {"attention", "mlp", "mask_head", "compile"} & on
     with pytest.raises(providers.Unavailable, match="need"):
         waterfall.features(8, CPU)
+    assert waterfall.operators(on).windows_argmax is providers.EAGER.windows_argmax
     assert waterfall.operators(frozenset()) is providers.PUBLISHED
 
 

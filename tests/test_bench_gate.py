@@ -70,13 +70,13 @@ def test_whole_models_are_judged_by_their_labels():
     shape = Shape("X", 8, 40, 2, n_cls=7)
     torch.manual_seed(0)
     pixels = models.pictures(shape, CPU)
-    labels = models.labels_of(models.build(shape, CPU), "bands", torch.float32)(pixels)
-    verdict, agreement = models.check_labels(shape, "bands", labels, pixels, torch.float32)
+    labels = models.labels_of(models.build(shape, CPU), "pruned", torch.float32)(pixels)
+    verdict, agreement = models.check_labels(shape, "pruned", labels, pixels, torch.float32)
     assert agreement > 0.99 and "labels as eager's" in verdict
     with pytest.raises(gate.GateError):
-        models.check_labels(shape, "bands", (labels + 1) % 7, pixels, torch.float32)
+        models.check_labels(shape, "pruned", (labels + 1) % 7, pixels, torch.float32)
     with pytest.raises(ValueError, match="not those"):
-        models.check_labels(shape, "bands", labels, 255 - pixels, torch.float32)
+        models.check_labels(shape, "pruned", labels, 255 - pixels, torch.float32)
 
 
 def test_gradients_are_judged():

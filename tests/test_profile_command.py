@@ -286,7 +286,7 @@ def test_the_summary_says_what_ran(run):
     summary = (run[0] / "summary.md").read_text()
     assert str(run[0]) not in summary
     assert "nothing of this says how a GPU does" in summary
-    assert "by bands of rows for triton, by full-resolution logits" in summary
+    assert "by our kernel for triton, by full-resolution logits" in summary
     assert "| decoder.blocks.\\*.attn |" in summary
     tables = re.findall(r"(?:^\|.*\|\n)+", summary, re.MULTILINE)
     assert len(tables) == 7

@@ -1,23 +1,9 @@
 """The planted bugs: one text edit each, in a file of the kernels, and the tests that should find it."""
 
-import dataclasses
+from tests.mutants.mutant import Mutant, planted_in
+from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, TILING
 
-
-@dataclasses.dataclass(frozen=True)
-class Mutant:
-    name: str
-    file: str
-    old: str  # occurs exactly once in the file
-    new: str
-    tests: tuple[str, ...]
-    reason: str | None = None  # why it may survive
-
-
-def _mutants(file: str, tests: tuple[str, ...], edits: dict[str, tuple[str, ...]]) -> list[Mutant]:
-    return [Mutant(name, file, edit[0], edit[1], tests, *edit[2:]) for name, edit in edits.items()]
-
-
-ATTENTION = _mutants(
+ATTENTION = planted_in(
     "kernels/attention.py",
     ("tests/test_attention.py",),
     {
@@ -156,7 +142,7 @@ ATTENTION = _mutants(
     },
 )
 
-LAYERNORM = _mutants(
+LAYERNORM = planted_in(
     "kernels/layernorm.py",
     ("tests/test_layernorm.py",),
     {
@@ -191,7 +177,7 @@ LAYERNORM = _mutants(
     },
 )
 
-LINEAR = _mutants(
+LINEAR = planted_in(
     "kernels/linear.py",
     ("tests/test_linear.py",),
     {
@@ -243,7 +229,7 @@ LINEAR = _mutants(
     },
 )
 
-NUMERICS = _mutants(
+NUMERICS = planted_in(
     "kernels/numerics.py",
     ("tests/test_layernorm_mlp.py", "tests/test_linear.py"),
     {
@@ -266,7 +252,7 @@ NUMERICS = _mutants(
     },
 )
 
-LAYERNORM_MLP = _mutants(
+LAYERNORM_MLP = planted_in(
     "kernels/layernorm_mlp.py",
     ("tests/test_layernorm_mlp.py",),
     {
@@ -293,7 +279,7 @@ LAYERNORM_MLP = _mutants(
     },
 )
 
-MASK_HEAD = _mutants(
+MASK_HEAD = planted_in(
     "kernels/mask_head.py",
     ("tests/test_mask_head.py",),
     {
@@ -336,7 +322,7 @@ MASK_HEAD = _mutants(
     },
 )
 
-PIXELS_TO_TOKENS = _mutants(
+PIXELS_TO_TOKENS = planted_in(
     "kernels/pixels_to_tokens.py",
     ("tests/test_pixels_to_tokens.py",),
     {
@@ -387,7 +373,7 @@ PIXELS_TO_TOKENS = _mutants(
     },
 )
 
-FOLDING = _mutants(
+FOLDING = planted_in(
     "kernels/reference.py",
     ("tests/test_pixels_to_tokens.py",),
     {
@@ -402,7 +388,7 @@ FOLDING = _mutants(
     },
 )
 
-MEMORY = _mutants(
+MEMORY = planted_in(
     "segmenter/remembered.py",
     ("tests/test_embed_pixels.py",),
     {
@@ -415,15 +401,31 @@ MEMORY = _mutants(
             "True",
         ),
         "steps_of_optimisers_forgotten": (
-            "    return autocast, stream, _steps()[0]",
+            "    return autocast, stream, optimiser_steps()",
             "    return autocast, stream, 0",
         ),
         "autocast_forgotten": (
-            "    return autocast, stream, _steps()[0]",
-            "    return stream, _steps()[0]",
+            "    return autocast, stream, optimiser_steps()",
+            "    return stream, optimiser_steps()",
             "the same result today: folding has the type in its key, and autocast leaves interpolation alone",
         ),
     },
 )
 
-MUTANTS = [*ATTENTION, *LAYERNORM, *LINEAR, *NUMERICS, *LAYERNORM_MLP, *MASK_HEAD, *PIXELS_TO_TOKENS, *FOLDING, *MEMORY]
+MUTANTS = [
+    *ATTENTION,
+    *LAYERNORM,
+    *LINEAR,
+    *NUMERICS,
+    *LAYERNORM_MLP,
+    *MASK_HEAD,
+    *PIXELS_TO_TOKENS,
+    *FOLDING,
+    *MEMORY,
+    *LABELS_KERNEL,
+    *TILING,
+    *LABELS,
+    *CAPTURED,
+]
+
+__all__ = ["MUTANTS", "Mutant"]

@@ -1,0 +1,259 @@
+"""The planted bugs on the way from masks to labels, and of what is captured; see `tests.mutants.planted`."""
+
+from tests.mutants.mutant import planted_in
+
+LABELS_KERNEL = planted_in(
+    "kernels/upsample_argmax.py",
+    ("tests/test_upsample_argmax.py",),
+    {
+        "last_class_dropped": (
+            "    candidate = c < K\n",
+            "    candidate = c < K - 1\n",
+        ),
+        "equal_classes_go_to_the_highest": (
+            "better = v > best",
+            "better = v >= best",
+        ),
+        "no_allowance_for_rounding": (
+            "return v + tl.abs(v) * _ROUNDING - (v_0 + v_1 + v_2 + v_3 - size * _ROUNDING) * 0.25 + _SUBNORMAL",
+            "return v - (v_0 + v_1 + v_2 + v_3) * 0.25",
+        ),
+        "no_allowance_for_subnormals": (
+            " * 0.25 + _SUBNORMAL",
+            " * 0.25",
+        ),
+        "windows_counted_by_columns": (
+            "(first_y + s_y) * windows_x + first_x + s_x",
+            "(first_x + s_x) * windows_x + first_y + s_y",
+        ),
+        "lower_cell_of_the_first_window": (
+            "tl.load(Rows + _HEADER + SLOTS_Y + s_y)",
+            "tl.load(Rows + _HEADER + SLOTS_Y)",
+        ),
+        "lower_cell_is_the_upper": (
+            "tl.load(Rows + _HEADER + SLOTS_Y + s_y)",
+            "tl.load(Rows + _HEADER + s_y)",
+        ),
+        "right_cell_is_the_left": (
+            "tl.load(Cols + _HEADER + SLOTS_X + s_x)",
+            "tl.load(Cols + _HEADER + s_x)",
+        ),
+        "row_weights_of_another_window": (
+            "RowWeights + (s // n_x) * height + y",
+            "RowWeights + (s % n_x) * height + y",
+        ),
+        "column_weights_of_the_first_window": (
+            "ColWeights + (s % n_x) * width + x",
+            "ColWeights + x",
+        ),
+        "rows_weighted_the_wrong_way": (
+            "tl.fma(1.0 - h, top, h * bottom)",
+            "tl.fma(h, top, (1.0 - h) * bottom)",
+        ),
+        "product_rounded": (
+            "tl.fma(1.0 - w, v00, w * v01)",
+            "(1.0 - w) * v00 + w * v01",
+        ),
+        "average_not_divided": (
+            "        v = tl.div_rn(v, n_slots.to(tl.float32))\n",
+            "",
+        ),
+        "only_the_last_window_prunes": (
+            "            excess += _excess(",
+            "            excess = _excess(",
+        ),
+        "every_window_compares_with_its_own_winners": (
+            "k_0, k_1, k_2, k_3, K, False)[0]",
+            "k_0, k_1, k_2, k_3, K, True)[0]",
+        ),
+        "lower_cells_do_not_count": (
+            "return tl.maximum(upper, lower), k_0",
+            "return upper, k_0",
+        ),
+        "class_of_padding_not_cut": (
+            "k_0 = tl.minimum(tl.argmax(v00, 0), K - 1)",
+            "k_0 = tl.argmax(v00, 0)",
+            "differs for masks that are all NaN only, and what it then reads is compared with NaN",
+        ),
+        "mask_offset_in_32_bits": (
+            "(image * n_windows + (first_y + s_y) * windows_x + first_x + s_x).to(tl.int64)",
+            "image * n_windows + (first_y + s_y) * windows_x + first_x + s_x",
+            "needs 8 GiB of masks: tests/gpu/test_labels_on_gpu.py",
+        ),
+        "label_offset_in_32_bits": (
+            "pixels = image.to(tl.int64) * height",
+            "pixels = image * height",
+            "needs 2 GiB of labels: tests/gpu/test_labels_on_gpu.py",
+        ),
+        "one_row_too_many_written": (
+            "        in_y = y < y_end\n",
+            "        in_y = y <= y_end\n",
+        ),
+        "one_column_too_many_written": (
+            "    in_x = x < x_end\n",
+            "    in_x = x <= x_end\n",
+        ),
+        "second_best_forgotten": (
+            "tl.where(better, best, tl.maximum(second, v))",
+            "tl.where(better, best, second)",
+        ),
+        "probability_cut_off": (
+            "(255.0 / total + 0.5).to(tl.uint8)",
+            "(255.0 / total).to(tl.uint8)",
+        ),
+        "plan_of_another_geometry": (
+            "key = (launch.layout(masks), geometry, score, config)",
+            "key = (launch.layout(masks), score, config)",
+        ),
+    },
+)
+
+TILING = planted_in(
+    "kernels/tiling.py",
+    ("tests/test_tiling.py",),
+    {
+        "not_cut_where_windows_end": (
+            "np.concatenate([[0], changes, [window]])",
+            "np.concatenate([[0], changes])",
+        ),
+        "window_counted_from_its_second_pixel": (
+            'np.searchsorted(starts, cuts, side="right") - first',
+            'np.searchsorted(starts, cuts, side="left") - first',
+        ),
+        "window_counted_beyond_its_end": (
+            'np.searchsorted(starts + window, cuts, side="right")',
+            'np.searchsorted(starts + window, cuts, side="left")',
+        ),
+        "cut_a_pixel_early": (
+            "(np.diff(high) != 0)) + 1",
+            "(np.diff(high) != 0))",
+        ),
+        "border_not_cut": (
+            "np.flatnonzero((np.diff(low) != 0) | (np.diff(high) != 0))",
+            "np.flatnonzero(np.diff(low) != 0)",
+        ),
+        "scale_in_float64": (
+            "np.float64(np.float32(n_in) / np.float32(n_out))",
+            "np.float64(n_in / n_out)",
+        ),
+        "border_weight_not_cut_off": (
+            "np.clip(source - low.astype(np.float32), 0, 1)",
+            "(source - low.astype(np.float32))",
+        ),
+        "windows_that_touch_refused": (
+            "if (np.diff(starts) > window).any():",
+            "if (np.diff(starts) >= window).any():",
+        ),
+        "one_window_too_few_fits": (
+            "slots[0] * slots[1] <= MAX_SLOTS",
+            "slots[0] * slots[1] < MAX_SLOTS",
+        ),
+        "windows_of_both_axes_added": (
+            "slots[0] * slots[1] <= MAX_SLOTS",
+            "slots[0] + slots[1] <= MAX_SLOTS",
+        ),
+    },
+)
+
+LABELS = planted_in(
+    "segmenter/labels.py",
+    ("tests/test_labels.py",),
+    {
+        "equal_candidates_go_to_the_highest": (
+            "torch.where(values > best[..., :n]",
+            "torch.where(values >= best[..., :n]",
+        ),
+        "candidates_without_allowance": (
+            "given.mean(1) - given.abs().mean(1) * _ROUNDING - _SUBNORMAL\n"
+            "                above = values + values.abs().mul_(_ROUNDING) - bar[:, None]\n",
+            "given.mean(1)\n                above = values - bar[:, None]\n",
+        ),
+        "candidates_without_allowance_for_subnormals": (
+            "given.abs().mean(1) * _ROUNDING - _SUBNORMAL",
+            "given.abs().mean(1) * _ROUNDING",
+        ),
+        "near_ties_at_all_corners_ignored": (
+            "((at == at[0]) & clear[corners.cells])",
+            "(at == at[0])",
+        ),
+        "candidates_of_one_window": (
+            "excess = most + excess",
+            "excess = most",
+        ),
+        "candidates_of_the_worst_corner": (
+            "torch.maximum(most, above, out=most)",
+            "torch.minimum(most, above, out=most)",
+        ),
+        "windows_of_the_other_axis": (
+            "(rows.first[y] + slot_y) * len(view.lefts)",
+            "(rows.first[y] + slot_y) * len(view.tops)",
+        ),
+        "windows_summed_not_averaged": (
+            "return total if len(self.weights) == 1 else total.div_(len(self.weights))",
+            "return total",
+        ),
+        "fewest_candidates_first": (
+            "counts.argsort(descending=True)",
+            "counts.argsort()",
+        ),
+        "dense_strip_at_the_top": (
+            "labels[band : band + len(logits)] = logits.argmax(-1)",
+            "labels[band - top : band - top + len(logits)] = logits.argmax(-1)",
+        ),
+        "product_of_a_candidate_rounded": (
+            "torch.addcmul(h * bottom, 1 - h, top)",
+            "h * bottom + (1 - h) * top",
+        ),
+        "axes_of_weights_exchanged": (
+            "[(h[:, tiles], w[:, tiles]) for h, w in self.weights]",
+            "[(w[:, tiles], h[:, tiles]) for h, w in self.weights]",
+        ),
+        "last_strip_left_out": (
+            "for start in range(0, len(rows.first), step):",
+            "for start in range(0, len(rows.first) - step + 1, step):",
+        ),
+    },
+)
+
+CAPTURED = planted_in(
+    "segmenter/captured.py",
+    ("tests/test_captured.py",),
+    {
+        "weights_not_followed": (
+            "        if weights == self._weights:\n",
+            "        if self._weights:\n",
+        ),
+        "every_first_call_captured": (
+            "        if shape in self._shapes or shape in self._met:\n",
+            "        if True:\n",
+        ),
+        "the_shape_used_last_evicted": (
+            "                self._shapes.popitem(last=False)\n",
+            "                self._shapes.popitem()\n",
+        ),
+        "use_does_not_count": (
+            "        self._shapes.move_to_end(shape)\n",
+            "",
+        ),
+        "results_of_earlier_calls_overwritten": (
+            "else labels.clone()",
+            "else labels",
+        ),
+        "filled_up_pictures_returned": (
+            "return labels[: shape.batch], finite",
+            "return labels, finite",
+        ),
+        "scores_not_checked": (
+            "            check_finite(finite)\n        return labels\n",
+            "        return labels\n",
+        ),
+        "biases_of_norms_converted": (
+            'if isinstance(module, MATRICES) or name in ("proj_patch", "proj_classes"):',
+            "if True:",
+        ),
+        "projections_not_converted": (
+            'if isinstance(module, MATRICES) or name in ("proj_patch", "proj_classes"):',
+            "if isinstance(module, MATRICES):",
+        ),
+    },
+)

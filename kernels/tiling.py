@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+ROUNDING = 2.0**-16  # relative: more than six roundings for each of 64 windows can amount to
+SUBNORMAL = 1e-37  # absolute: products below it lose digits
 MAX_INTERVAL = 32  # pixels; longer ones are cut, so that bounds stay tight and tiles small
 
 

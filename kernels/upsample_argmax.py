@@ -14,7 +14,7 @@ all classes are left, in noise, the work is that of the dense way.
 Exact: the comparison is widened by more than rounding can amount to, so no class is dropped that could win or tie. And
 what is computed is, to the last bit, what F.interpolate of contiguous (B, K, h, w) float32 computes, on CUDA (read from
 the machine code of torch 2.14 for sm_90) and on CPUs with fused multiply-add for results of more than 128 rows and
-columns together: with weights w of the right and h of the lower cells,
+columns together (and not of exactly three classes, which PyTorch takes for colours): with weights w of the right and h of the lower cells,
 
     fma(1 - h, fma(1 - w, v00, w v01), h fma(1 - w, v10, w v11)).
 
@@ -33,12 +33,12 @@ import triton
 import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference, tiling
-from segmenter.kernels.operators import define
+from segmenter.kernels.operators import define, forbid_forward_mode
 
-MAX_TABLES = 1024  # shapes whose tables are kept on the device, a few kilobytes each
+MAX_TABLES = 1024  # shapes whose tables are kept on the device: 20 bytes a pixel of height and width, and per window
 
-_ROUNDING = tl.constexpr(2.0**-16)  # more than six roundings for each of 64 windows
-_SUBNORMAL = tl.constexpr(1e-37)  # products below it lose digits
+_ROUNDING = tl.constexpr(tiling.ROUNDING)
+_SUBNORMAL = tl.constexpr(tiling.SUBNORMAL)
 _LEAST = tl.constexpr(-3.0e38)  # of what is no class
 _HEADER = tl.constexpr(4)  # start, stop, first window, number of windows; then `low` and `high` of each slot
 
@@ -152,7 +152,7 @@ def _upsample_argmax_kernel(
             p00, p01, p10, p11 = _corners(Masks, Rows, Cols, image, s, first_y, first_x, n_x, windows_x, n_windows,
                                           grid_h, grid_w, K, SLOTS_Y, SLOTS_X)  # fmt: skip
             excess += _excess(p00, p01, p10, p11, c, k_0, k_1, k_2, k_3, K, False)[0]
-        candidate = candidate & (excess >= 0.0)
+        candidate = candidate & ~(excess < 0.0)  # with NaN, or beyond the largest number, all are left
 
     x = x_0 + tl.arange(0, BLOCK_X)
     in_x = x < x_end
@@ -196,7 +196,8 @@ def _upsample_argmax_kernel(
 
 _PLANS: dict[Any, launch.Plan] = {}
 _TABLES: dict[Any, tuple[torch.Tensor, ...]] = {}
-_CAPTURED: list[tuple[torch.Tensor, ...]] = []  # tables that a CUDA graph has the addresses of: never to be freed
+_OLD_TABLES: dict[Any, tuple[torch.Tensor, ...]] = {}  # of before _TABLES was full: kernels may still read them
+_CAPTURED: dict[Any, tuple[torch.Tensor, ...]] = {}  # CUDA graphs have their addresses: never freed
 
 
 def _axes(
@@ -212,14 +213,18 @@ def _axes(
 
 def _tables(key: tuple, axes: tuple[tiling.Axis, tiling.Axis], device: torch.device) -> tuple[torch.Tensor, ...]:
     """(row tiles, column tiles, row weights, column weights) on the device, made once for a shape."""
-    tables = _TABLES.get(key)
+    tables = _TABLES.get(key) or _OLD_TABLES.get(key)
     if tables is None:
-        if len(_TABLES) >= MAX_TABLES:
-            _TABLES.clear()
         (rows, row_weights), (cols, col_weights) = (axis.table() for axis in axes)
-        tables = _TABLES[key] = tuple(x.to(device) for x in (rows, cols, row_weights, col_weights))
+        tables = tuple(x.to(device) for x in (rows, cols, row_weights, col_weights))
+    if key not in _TABLES:
+        if len(_TABLES) >= MAX_TABLES:
+            _OLD_TABLES.clear()
+            _OLD_TABLES.update(_TABLES)
+            _TABLES.clear()
+        _TABLES[key] = tables
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _CAPTURED.append(tables)
+        _CAPTURED[key] = tables
     return tables
 
 
@@ -292,6 +297,8 @@ def _windows_argmax_kernel(masks, tops, lefts, size, window, shape, score):
     launch.check_device(masks)
     launch.check_floats("masks", masks)
     _check(masks, tops, lefts, shape, score)
+    if masks.shape[2] * masks.shape[3] * masks.shape[4] >= 2**31:
+        raise launch.KernelError("the masks of one window have 2^31 elements or more; use smaller windows")
     if masks.shape[-1] > tiling.MAX_CLASSES:
         raise launch.KernelError(f'{masks.shape[-1]} classes are more than {tiling.MAX_CLASSES}; use impl="eager"')
     pairs = (tuple(x) for x in (tops, lefts, size, window, shape))
@@ -300,7 +307,7 @@ def _windows_argmax_kernel(masks, tops, lefts, size, window, shape, score):
 
 def _windows_argmax_fake(masks, tops, lefts, size, window, shape, score):
     _check(masks, tops, lefts, shape, score)
-    labels = masks.new_empty(len(masks), *shape, dtype=reference.label_dtype(masks.shape[-1]))
+    labels = masks.new_empty(masks.shape[0], *shape, dtype=reference.label_dtype(masks.shape[-1]))
     return labels, masks.new_empty(labels.shape if score else 0, dtype=_score_dtype(score))
 
 
@@ -348,6 +355,7 @@ def windows_argmax(
         KernelError: another type or device, too many classes or windows. ValueError: sizes that do not fit.
     """
     launch.check_device(masks)
+    forbid_forward_mode()
     labels, scores = _windows_argmax(masks, list(tops), list(lefts), list(size), list(window), list(shape), score or "")
     return (labels, scores) if score else labels
 

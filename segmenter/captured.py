@@ -7,7 +7,9 @@ than running them. A graph launches all of them at once.
 import collections
 import contextlib
 import copy
+import itertools
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -46,32 +48,50 @@ class Shape(NamedTuple):
     width: int
 
 
+class Place(NamedTuple):
+    """Where graphs of one model are captured: blocks that one leaves free are there for the next on the same stream."""
+
+    pool: Any
+    stream: Any
+
+    @staticmethod
+    def on(device: torch.device) -> "Place":
+        """A new one."""
+        return Place(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+
+
+_capturing = threading.Lock()  # PyTorch allows one capture at a time in a process
+
+
 class Graph:
     """A function of one tensor, captured with a static input and static outputs.
 
     Attributes:
-        input, outputs: the static tensors. nbytes: what capturing allocated on the device.
+        input, outputs: the static tensors. nbytes: what they and capturing took on the device.
     """
 
     def __init__(
-        self, function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], example: torch.Tensor, pool: Any = None
+        self, function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], example: torch.Tensor, place: Place
     ):
         self.input = example.clone()
-        before = torch.cuda.memory_reserved(example.device)
-        stream = torch.cuda.Stream(example.device)
-        stream.wait_stream(torch.cuda.current_stream(example.device))
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream), keeping() as self.kept:
-            for _ in range(2):  # compiles kernels, makes tables, and lets libraries allocate their workspaces
-                function(self.input)
-            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self.outputs = function(self.input)
-        torch.cuda.current_stream(example.device).wait_stream(stream)
-        self.nbytes = self.input.nbytes + max(0, torch.cuda.memory_reserved(example.device) - before)
+        with _capturing, keeping() as self.kept:
+            place.stream.wait_stream(torch.cuda.current_stream(example.device))
+            with torch.cuda.stream(place.stream):
+                for _ in range(2):  # compiles kernels, makes tables, and lets libraries allocate their workspaces
+                    function(self.input)
+                torch.cuda.synchronize(example.device)
+                torch.cuda.empty_cache()  # as capturing does itself: else it would hide what capturing takes
+                before = torch.cuda.memory_reserved(example.device)
+                with torch.cuda.graph(self.graph, place.pool, place.stream, capture_error_mode="thread_local"):
+                    self.outputs = function(self.input)
+            torch.cuda.current_stream(example.device).wait_stream(place.stream)
+            self.nbytes = self.input.nbytes + max(0, torch.cuda.memory_reserved(example.device) - before)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The outputs for x, which the next call overwrites."""
-        self.input.copy_(x, non_blocking=True)
+        with torch.inference_mode():  # outside, a tensor that was made inside could not be written to
+            self.input.copy_(x, non_blocking=True)
         self.graph.replay()
         return self.outputs
 
@@ -81,19 +101,47 @@ class Direct:
 
     nbytes = 0
 
-    def __init__(self, function: Callable, example: torch.Tensor, pool: Any = None):
+    def __init__(self, function: Callable, example: torch.Tensor, place: Place | None):
         self.function, self.device = function, example.device
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.function(x.to(self.device))
 
 
+class Watched:
+    """The parameters and buffers of a model as they are, to tell later, in microseconds, whether any has changed.
+
+    Changed means written to, moved or replaced. Not seen are modules that are added or taken away, and writes that
+    PyTorch does not count; `optimiser_steps` stands for those of fused optimisers.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.steps = optimiser_steps()
+        self.tensors = []  # (the module's dictionary, name, tensor, address, version)
+        self.memory = []  # kept, so that no later tensor can come to lie at the same address
+        for module in model.modules():
+            for owner in (module._parameters, module._buffers):
+                for name, tensor in owner.items():
+                    if tensor is not None:
+                        self.tensors.append((owner, name, tensor, tensor.data_ptr(), _version(tensor)))
+                        self.memory.append(tensor.detach())
+
+    def unchanged(self) -> bool:
+        return self.steps == optimiser_steps() and all(
+            owner.get(name) is tensor and tensor.data_ptr() == address and _version(tensor) == version
+            for owner, name, tensor, address, version in self.tensors
+        )
+
+
 class CompiledInference:
     """Labels of batches of pictures, each shape captured once; see `Segmenter.compile_inference`.
 
     Calls may come from several threads; they run one after the other. Weights may be changed in place
-    (`load_state_dict`, an optimiser's step) or moved: the next call sees it, converts them again where `dtype` asks for
-    that, and captures anew. After changes that PyTorch does not count (`p.data.mul_(2)`), call `refresh`.
+    (`load_state_dict`, a step of any optimiser in the process), replaced or moved: the next call sees it, converts
+    them again where `dtype` asks for that, and captures anew what comes twice. Call `refresh` after changes that
+    PyTorch does not count (`p.data.mul_(2)`), and after others than of weights (`model.info`, `accelerate`).
+
+    A shape that cannot be captured runs without a graph, which is warned of once.
 
     Attributes:
         graphs: whether shapes are captured; False on a CPU, where calls run one by one.
@@ -119,11 +167,10 @@ class CompiledInference:
         self._lock = threading.RLock()
         self._shapes: collections.OrderedDict[Shape, Graph | Direct] = collections.OrderedDict()
         self._met: collections.OrderedDict[Shape, None] = collections.OrderedDict()  # shapes run once, not captured
-        self._weights: tuple = ()
-        self._memory: list[torch.Tensor] = []
+        self._weights: Watched | None = None
         self._network: nn.Module = model
-        self._pool: Any = None
-        self._n_captured = 0
+        self._place: Place | None = None
+        self._last: torch.cuda.Event | None = None
 
     @property
     def device(self) -> torch.device:
@@ -157,7 +204,7 @@ class CompiledInference:
     def refresh(self) -> None:
         """Reads the weights again and forgets what was captured."""
         with self._lock:
-            self._weights = ()
+            self._weights = None
             for module in self.model.modules():
                 if isinstance(getattr(module, "remembered", None), Remembered):
                     module.remembered.clear()
@@ -185,33 +232,57 @@ class CompiledInference:
     def map(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Labels (on the CPU) of batches (on the CPU), in order; copies to and from the device overlap computing.
 
-        Two batches are under way at a time, through pinned memory. While they are, other threads' calls wait.
+        Two batches are under way at a time, through pinned memory: one is taken from `batches` before the labels of the
+        one before are given. If taking or running one raises, those before it are given first.
         """
         if not self.graphs:
             yield from map(self, batches)
             return
         waiting: collections.deque[_Transfer] = collections.deque()
         transfers = [_Transfer(self.device), _Transfer(self.device)]
-        for i, pixels in enumerate(batches):
-            _check_pixels(pixels)
+        iterator, failure = iter(batches), None
+        for i in itertools.count():
             transfer = transfers[i % 2]  # its labels were fetched in the turn before last
-            with self._lock, self._on_device():
-                transfer.send(pixels, self._run)
+            try:
+                pixels = next(iterator)
+                _check_pixels(pixels)
+                with self._lock, self._on_device():
+                    transfer.send(pixels, self._run)
+            except StopIteration:
+                break
+            except Exception as error:
+                failure = error
+                break
             waiting.append(transfer)
             if len(waiting) == 2:
                 yield waiting.popleft().fetch()
         while waiting:
             yield waiting.popleft().fetch()
+        if failure is not None:
+            raise failure
 
-    def _on_device(self) -> contextlib.AbstractContextManager:
-        return torch.cuda.device(self.device) if self.graphs else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """On the model's device, after what an earlier call started there: graphs share memory, and the callers'
+        streams may differ."""
+        if not self.graphs:
+            yield
+            return
+        with torch.cuda.device(self.device):
+            if self._last is not None:
+                self._last.wait()
+            try:
+                yield
+            finally:
+                self._last = torch.cuda.current_stream().record_event()
 
     def _run(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(labels, largest score), of which the next call may overwrite both."""
         self._follow_weights()
         shape = Shape(*pixels.shape[:3])
-        larger = [s for s in self._shapes if s[1:] == shape[1:] and s.batch > shape.batch]
-        if shape not in self._shapes and larger:
+        # a graph for a few pictures more is faster than no graph
+        larger = [s for s in self._shapes if s[1:] == shape[1:] and shape.batch < s.batch <= 2 * shape.batch]
+        if self.graphs and shape not in self._shapes and larger:
             rest = min(larger).batch - shape.batch
             labels, finite = self._run(torch.cat([pixels, pixels[-1:].expand(rest, -1, -1, -1)]))
             return labels[: shape.batch], finite
@@ -225,20 +296,38 @@ class CompiledInference:
     def _captured(self, shape: Shape, pixels: torch.Tensor) -> Graph | Direct:
         graph = self._shapes.get(shape)
         if graph is None:
-            while len(self._shapes) >= self.max_shapes:
-                self._shapes.popitem(last=False)
             with self._on_device():
-                if self.graphs and self._pool is None:
-                    self._pool = torch.cuda.graph_pool_handle()
-                kind = Graph if self.graphs else Direct
-                graph = self._shapes[shape] = kind(self._labels, pixels.to(self.device), self._pool)
-            self._n_captured += 1
+                graph = self._capture(shape, pixels.to(self.device))
+            self._shapes[shape] = graph
+            while len(self._shapes) > self.max_shapes:
+                self._shapes.popitem(last=False)
         self._shapes.move_to_end(shape)
         return graph
 
+    def _capture(self, shape: Shape, pixels: torch.Tensor) -> Graph | Direct:
+        if not self.graphs:
+            return Direct(self._labels, pixels, None)
+        try:
+            return Graph(self._labels, pixels, self._place)
+        except torch.OutOfMemoryError:
+            if not self._shapes:
+                raise
+            self._shapes.clear()
+        except RuntimeError as error:
+            cause = str(error.__context__ or error).strip().splitlines()[0]
+            warnings.warn(f"pictures {tuple(shape)} cannot be captured and run without a graph: {cause}", stacklevel=5)
+            return Direct(self._labels, pixels, None)
+        self._place = Place.on(self.device)  # what the graphs before held goes back with their pool
+        return Graph(self._labels, pixels, self._place)
+
     def _labels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Labels (B, H, W), and a number that is finite if all scores are. What is captured."""
-        with segment.compute_dtype(self.model, self.dtype), torch.inference_mode():
+        parameter = next(self.model.parameters())
+        dtype = segment.resolve_dtype(self.dtype, parameter.device, parameter.dtype)
+        half = dtype != parameter.dtype
+        # said in full, so that what the caller has on is not captured; and weights are converted already
+        autocast = torch.autocast(parameter.device.type, dtype if half else None, enabled=half, cache_enabled=False)
+        with autocast, torch.inference_mode():
             masks, windows = segment.predict(self._network, pixels, *self._windows)
             labels = segment.labels_of_views(self._network, [(masks, windows, False)], tuple(pixels.shape[1:3]))
             return labels, masks.abs().max().float()
@@ -246,15 +335,12 @@ class CompiledInference:
     def _follow_weights(self) -> None:
         if self.model.training:
             raise RuntimeError("the model is in training mode; call model.eval() before segmenting")
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        # fused optimisers write without counting
-        weights = (optimiser_steps(), *(_state(t) for t in tensors))
-        if weights == self._weights:
+        if self._weights is not None and self._weights.unchanged():
             return
-        self._weights = weights
-        self._memory = [t.detach() for t in tensors]  # so that no later tensor can come to lie at the same address
+        self._weights = Watched(self.model)
         self._shapes.clear()
-        self._pool = None
+        self._met.clear()
+        self._place = Place.on(self.device) if self.graphs else None
         parameter = next(self.model.parameters())
         dtype = segment.resolve_dtype(self.dtype, parameter.device, parameter.dtype)
         self._network = self.model if dtype == parameter.dtype else half_weights(self.model, dtype)
@@ -309,6 +395,6 @@ def _check_pixels(pixels: Any) -> None:
         raise ValueError(f"expected pictures (B, H, W, 3), got {tuple(pixels.shape)}")
 
 
-def _state(tensor: torch.Tensor) -> tuple:
-    """What changes when a tensor is written to or moved. Those made under inference_mode do not count writes."""
-    return tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version
+def _version(tensor: torch.Tensor) -> int:
+    """How often it was written to. Tensors made under inference_mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -3,8 +3,9 @@
 The idea is that of the kernel (`segmenter.kernels.upsample_argmax`): inside a tile (`segmenter.kernels.tiling`) only
 classes that are somewhere above the mean of the classes that win at its corners can win, so only these are upsampled,
 with the arithmetic of F.interpolate. Most tiles need not even that: one class wins at all corners, and so everywhere.
-Where a strip of the picture has too many candidates for that to pay, its scores are computed densely, in bands
-(`segmenter.bands`). Scores of pixels, where asked for, always are.
+Where a strip of the picture has too many candidates for that to pay, all classes are upsampled, a row of pixels at a
+time. Either way labels are those of `reference.windows_argmax` to the last tie, if the CPU has fused multiply-add and
+masks are float32 or narrower. Scores of pixels, where asked for, come from `segmenter.bands`, within rounding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,6 @@ import torch
 from segmenter.bands import View, bands
 from segmenter.kernels import reference, tiling
 
-_ROUNDING, _SUBNORMAL = 2.0**-16, 1e-37  # as in the kernel
 STRIP_BYTES = 8 << 20  # of the corners of the tiles that are looked at together
 CHUNK_PIXELS = 1 << 16  # that are upsampled together: a few float32 arrays of them stay in a CPU core's cache
 DENSE_ABOVE = 0.25  # share of the classes that are candidates: to pick one costs that much more than one of all
@@ -32,8 +32,9 @@ def windows_argmax(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Labels of pictures from the masks of overlapping windows; arguments and result as `reference.windows_argmax`.
 
-    Memory beyond masks and labels: a few times STRIP_BYTES and `bands.BAND_BYTES`, whatever the size of the picture.
-    On a GPU all of it is in bands: looking at candidates would wait for the device at every step.
+    Memory beyond masks and labels: a few times STRIP_BYTES or what one row of tiles takes, (4, W / P, n_cls) float32,
+    and a few rows of scores, (W, n_cls). On a GPU all of it is in `bands`: looking at candidates would wait for the
+    device at every step.
     """
     labels = torch.empty(len(masks), *shape, dtype=reference.label_dtype(masks.shape[-1]), device=masks.device)
     scores = torch.empty(labels.shape, dtype=torch.float16 if score == "margin" else torch.uint8, device=masks.device)
@@ -64,7 +65,7 @@ def _scores(logits: torch.Tensor, score: str) -> torch.Tensor:
     if score != "margin":
         raise ValueError(f"score={score!r} is unknown; choose probability or margin")
     if logits.shape[-1] == 1:
-        return torch.full(logits.shape[:-1], torch.inf)
+        return torch.full(logits.shape[:-1], torch.inf, device=logits.device)
     best = logits.topk(2, dim=-1).values
     return best[..., 0] - best[..., 1]
 
@@ -84,7 +85,7 @@ def _pruned(view: View, labels: torch.Tensor) -> None:
     clear = torch.ones_like(winners, dtype=torch.bool)
     if n_cls > 1:  # whether the winner is above the second by more than rounding can hide
         first, second = best.values.flatten(0, -2).unbind(-1)
-        clear = first - second > (first.abs() + second.abs()) * _ROUNDING + _SUBNORMAL
+        clear = first - second > (first.abs() + second.abs()) * tiling.ROUNDING + tiling.SUBNORMAL
     slots = 4 * rows.n_slots * cols.n_slots
     step = max(1, STRIP_BYTES // (n_cols * n_cls * slots * 4))
     for start in range(0, len(rows.first), step):
@@ -92,10 +93,49 @@ def _pruned(view: View, labels: torch.Tensor) -> None:
         strip = _Strip(view, rows, cols, start, stop, winners, clear)
         top, bottom = int(rows.starts[start]), int(rows.starts[stop])
         if strip.n_candidates > DENSE_ABOVE * n_cls * (stop - start) * n_cols:
-            for band, logits in bands([view], view.shape, probabilities=False, top=top, bottom=bottom):
-                labels[band : band + len(logits)] = logits.argmax(-1)
+            _dense(view, labels, top, bottom)
         else:
             labels[top:bottom] = strip.labels(labels.dtype)
+
+
+def _dense(view: View, labels: torch.Tensor, top: int, bottom: int) -> None:
+    """Fills rows top..bottom of `labels` (H, W) with all classes upsampled: a row at a time, which stays in cache."""
+    (grid_h, grid_w, n_cls), n_x, width = view.masks.shape[1:], len(view.lefts), view.window[1]
+    low, high, h = (torch.from_numpy(x) for x in tiling.source_cells(grid_h, view.size[0]))
+    left, right, w = (torch.from_numpy(x)[:width] for x in tiling.source_cells(grid_w, view.size[1]))
+    w = w[:, None]
+    upsampled: dict[tuple[int, int], torch.Tensor] = {}  # (window, mask row) -> that row, (width, n_cls)
+    total = torch.empty(view.shape[1], n_cls)
+    row = torch.empty(width, n_cls)
+    count = torch.zeros(view.shape[1], 1)
+    for anchor in view.lefts:
+        count[anchor : anchor + width] += 1
+
+    def mask_row(window: int, cell: int) -> torch.Tensor:
+        if (window, cell) not in upsampled:
+            cells = view.masks[window, cell]
+            upsampled[window, cell] = torch.addcmul(w * cells[right], 1 - w, cells[left])
+        return upsampled[window, cell]
+
+    for y in range(top, bottom):
+        covering = [i for i, anchor in enumerate(view.tops) if anchor <= y < anchor + view.window[0]]
+        single = len(covering) * n_x == 1
+        if not single:
+            total.zero_()
+        needed = set()
+        for i in covering:
+            t = y - view.tops[i]
+            for j, anchor in enumerate(view.lefts):
+                keys = [(i * n_x + j, int(cell[t])) for cell in (low, high)]
+                needed.update(keys)
+                above, below = (mask_row(*key) for key in keys)
+                torch.mul(below, h[t], out=row)
+                torch.addcmul(row, above, 1 - h[t], out=row)
+                if not single:
+                    total[anchor : anchor + width] += row
+        for key in upsampled.keys() - needed:
+            del upsampled[key]
+        labels[y] = (row if single else total.div_(count * len(covering))).argmax(-1)
 
 
 class _Strip:
@@ -218,11 +258,11 @@ class _Corners:
             for cells in window:
                 values = masks[cells]  # (T, n_cls)
                 given = values.gather(1, winners.T)
-                bar = given.mean(1) - given.abs().mean(1) * _ROUNDING - _SUBNORMAL
-                above = values + values.abs().mul_(_ROUNDING) - bar[:, None]
+                bar = given.mean(1) - given.abs().mean(1) * tiling.ROUNDING - tiling.SUBNORMAL
+                above = values + values.abs().mul_(tiling.ROUNDING) - bar[:, None]
                 most = above if most is None else torch.maximum(most, above, out=most)
             excess = most + excess
-        return excess >= 0
+        return ~(excess < 0)  # with NaN all classes are left, so that there is one
 
     def logits(self, classes: torch.Tensor) -> torch.Tensor:
         """Class `classes[t]` at the pixels of tile t, for the first len(classes) tiles: (height, width, T)."""

@@ -71,9 +71,11 @@ class Remembered:
         key = (key, *_surroundings(tensors[0]))
         with self._lock:
             seen, result = self._results.get(key, ((), None))
-            if seen and all(s.unchanged(t) for s, t in zip(seen, tensors, strict=True)):
+            if seen and len(seen) == len(tensors) and all(map(_Seen.unchanged, seen, tensors)):
                 self._results.move_to_end(key)
                 return _keep(result)
+        if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return _keep(make())  # in the graph's memory, which holds it only once the graph has run
         # Not as a tensor of inference mode, which could not be used where gradients are recorded.
         with torch.inference_mode(False), torch.no_grad():
             seen = tuple(_Seen(weakref.ref(t), t.detach(), t._version) for t in tensors)

@@ -26,7 +26,9 @@ from segmenter.segment import compute_dtype, segment_pixels
 MAX_BYTES = 1 << 30  # of pictures that are read and wait; reading pauses above it
 _CLOSING_SECONDS = 1.0
 # What running out of memory is called where it is no torch.OutOfMemoryError: on the CPU, and outside torch's allocator
-_NO_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory")
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+)
 
 OnError = str | Callable[[int, Any, ImageError], None]
 

@@ -3,8 +3,9 @@
     python -m tests.random_cases --op attention --seed 123            one case, as printed by a failure
     python -m tests.random_cases --cases 5000 --first-seed 1000       many, of all operators in turn
 
-Every case compares with float64 and with eager PyTorch in the same type, puts NaN guards around all inputs and outputs,
-and sees that inputs stay as they were. `pytest tests/test_random_cases.py` runs the first few hundred.
+Every case compares with float64 and with eager PyTorch in the same type (labels with the right ones), puts NaN guards
+around all inputs and outputs, and sees that inputs stay as they were. `pytest tests/test_random_cases.py` runs the
+first few hundred.
 """
 
 import argparse
@@ -27,10 +28,12 @@ from segmenter.kernels import (
     mask_head,
     pixels_to_tokens,
     reference,
+    upsample_argmax,
 )
 from segmenter.kernels.numerics import fits_rows
 from tests.layouts import LAYOUTS
 from tests.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
+from tests.upsampling import MASKS, expected_labels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = 1.2  # of attention in half types: few keys and few values; tests/test_attention.py asks for 0.65 of long rows
@@ -48,6 +51,7 @@ class Case:
     what: str
     max_ratio: float = 3.0  # the worst of a few elements: chance is larger than in the tests of one operator
     frobenius: float = 1.1
+    labels: bool = False  # the result is equal or wrong
 
 
 class Draw:
@@ -66,7 +70,11 @@ class Draw:
 
     def tensor(self, *shape: int, dtype: torch.dtype, scale: float = 1.0, mean: float = 0.0, plain: float = 0.3):
         """Normal numbers in a random layout that keeps the shape."""
-        t = (torch.randn(*shape, generator=self.generator) * scale + mean).to(dtype).to(DEVICE)
+        t = torch.randn(*shape, generator=self.generator) * scale + mean
+        return self.placed(t.to(dtype).to(DEVICE), plain)
+
+    def placed(self, t: torch.Tensor, plain: float = 0.3) -> torch.Tensor:
+        """t in a random layout that keeps the shape."""
         name = "contiguous" if self.maybe(plain) else self.choice(LAYOUTS)
         placed = LAYOUTS[name](t)
         if placed.shape != t.shape:
@@ -275,6 +283,31 @@ def pixels_to_tokens_case(draw: Draw) -> Case:
     )  # fmt: skip
 
 
+def windows_argmax_case(draw: Draw) -> Case:
+    """Few tiles and classes, each of which the interpreter takes long for; with a score all classes are upsampled."""
+    grid, K, size, window, starts = [], draw.choice((1, 2, 3, 4)), [], [], []
+    for axis in range(2):
+        grid.append(draw.choice((1, 2, 3) if axis == 0 else (1, 1, 2)))
+        size.append(draw.choice((grid[-1] * 8, grid[-1] * 14, 3, 17, 40)))
+        window.append(size[-1] - draw.choice((0, 0, 1, size[-1] // 3)))
+        more = draw.choice((0, 0, 1)) if axis == 0 or len(starts[0]) == 1 else 0
+        starts.append((0, *(draw.choice((1, window[-1] // 2 + 1, window[-1])) for _ in range(more))))
+    shape = tuple(s[-1] + n for s, n in zip(starts, window, strict=True))
+    geometry = (*starts, tuple(size), tuple(window), shape)
+    n, B, kind, dtype = len(starts[0]) * len(starts[1]), draw.choice((1, 1, 1, 2)), draw.choice(MASKS), draw.dtype()
+    dtype = torch.float32 if kind == "close" else dtype  # beyond the range of float16
+    masks = MASKS[kind](B * n, *grid, K, draw.random.randrange(2**31)).unflatten(0, (B, n))
+    score = draw.choice((None, None, None, "margin", "probability"))
+
+    def call(masks):
+        out = upsample_argmax.windows_argmax(masks, *geometry, score)
+        return out if score is None else out[0]
+
+    what = f"B={B} grid={grid} K={K} {geometry} {kind} {dtype} score={score}"
+    args = (draw.placed(masks.to(dtype).to(DEVICE)),)
+    return Case(args, call, lambda masks: expected_labels(masks.cpu(), *geometry).to(DEVICE), what, labels=True)
+
+
 FAMILIES: dict[str, Callable[[Draw], Case]] = {
     "attention": attention_case,
     "cross_attention": cross_attention_case,
@@ -284,6 +317,7 @@ FAMILIES: dict[str, Callable[[Draw], Case]] = {
     "layernorm_mlp": layernorm_mlp_case,
     "mask_head": mask_head_case,
     "pixels_to_tokens": pixels_to_tokens_case,
+    "windows_argmax": windows_argmax_case,
 }
 
 
@@ -306,11 +340,14 @@ def run_case(op: str, seed: int) -> None:
             if before is not None:
                 assert_bitwise_equal(after, before, "of an input")
                 check_guards(after, "of an input")
+        assert actual.is_contiguous(), "the result is not contiguous"
+        if case.labels:
+            assert_bitwise_equal(actual, case.definition(*case.args), "of the labels")
+            return
         exact = case.definition(*(None if t is None else t.double() for t in case.args))
         eager = case.definition(*case.args)
         luck = 2.0 if actual.numel() < 1024 else 1.0  # a norm of few numbers is a matter of chance
         assert_parity(actual, exact, eager, max_ratio=luck * case.max_ratio, frobenius=luck * case.frobenius)
-        assert actual.is_contiguous(), "the result is not contiguous"
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}\n  {context}") from error
 

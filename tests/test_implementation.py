@@ -6,8 +6,18 @@ from importlib import metadata
 import pytest
 import torch
 
-from segmenter import create_segmenter, implementation
-from segmenter.implementation import AUTO, EAGER, ImplementationError, explain, parts, select, why_not_triton
+from segmenter import create_segmenter, implementation, segment
+from segmenter.implementation import (
+    AUTO,
+    EAGER,
+    Automatic,
+    ImplementationError,
+    explain,
+    parts,
+    select,
+    why_not_triton,
+)
+from segmenter.inference import windows_of
 from segmenter.kernels import reference
 from segmenter.layers import Block
 from tests.tiny import tiny_config, tiny_model
@@ -207,3 +217,33 @@ def test_dropout_left_on_in_evaluation_is_applied():
     assert (block.why_not_fused("attention"), block.why_not_fused("mlp")) == (None, "dropout")
     x = torch.randn(2, 5, 64)
     assert not torch.equal(block(x), block(x))
+
+
+@pytest.mark.parametrize(
+    ("n_cls", "stride", "name"),
+    [(1024, 14, "triton"), (1025, 14, "eager"), (5, 2, "triton"), (5, 1, "eager")],  # 8 by 8 windows, 15 by 15
+)
+def test_labels_beyond_the_limits_of_the_kernel(monkeypatch, n_cls, stride, name):
+    """`impl="auto"` takes plain PyTorch for them, and impl="triton" the kernel, which raises."""
+
+    def operators(name):
+        return EAGER._replace(name=name, windows_argmax=lambda *args: name)
+
+    kernels = operators("triton")
+    monkeypatch.setattr(Automatic, "on", lambda self, x: kernels)
+    monkeypatch.setattr(segment, "EAGER", operators("eager"))
+    windows = windows_of((30, 30), 16, stride, 16)
+    masks = torch.zeros(1, len(windows.tops) * len(windows.lefts), 1, 1, 1).expand(-1, -1, -1, -1, n_cls)
+    assert segment.labels_of_windows(types.SimpleNamespace(ops=AUTO), masks, windows) == name
+    assert segment.labels_of_windows(types.SimpleNamespace(ops=kernels), masks, windows) == "triton"
+    assert segment.labels_of_windows(types.SimpleNamespace(ops=operators("asked")), masks, windows) == "asked"
+
+
+def test_parts_tell_where_labels_come_from(monkeypatch):
+    few, many = tiny_model(), tiny_model(n_cls=1025)
+    assert parts(few)["windows_argmax"] == parts(many)["windows_argmax"] == "eager"
+    monkeypatch.setattr(Automatic, "on", lambda self, x: EAGER._replace(name="triton"))
+    assert parts(few)["windows_argmax"] == "triton"
+    assert parts(many)["windows_argmax"] == "eager (1025 classes)"
+    many.ops = EAGER._replace(name="triton")  # asked for: it will raise, and say so
+    assert parts(many)["windows_argmax"] == "triton"

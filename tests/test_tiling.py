@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segmenter.kernels.tiling import MAX_INTERVAL, axis, source_cells
+from segmenter.kernels.tiling import MAX_CLASSES, MAX_INTERVAL, axis, source_cells, windows_fit
 from tests.upsampling import weights
 
 
@@ -78,3 +78,13 @@ def test_weights_make_interpolate(n_in):
 def test_bad_cuts(arguments, message):
     with pytest.raises(ValueError, match=message):
         axis(*arguments)
+
+
+def test_what_fits_the_kernel():
+    """64 windows over a pixel in all, and 1,024 classes."""
+    eight, nine = tuple(range(8)), tuple(range(9))
+    square = {"size": (16, 16), "window": (16, 16)}
+    assert windows_fit(MAX_CLASSES, eight, eight, shape=(23, 23), **square)
+    assert not windows_fit(MAX_CLASSES + 1, eight, eight, shape=(23, 23), **square)
+    assert not windows_fit(5, nine, eight, shape=(24, 23), **square)
+    assert not windows_fit(5, eight, nine, shape=(23, 24), **square)

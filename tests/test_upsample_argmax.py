@@ -148,6 +148,12 @@ def test_scores_of_overlapping_windows():
     torch.testing.assert_close(margin.cpu(), (best[..., -1] - best[..., -2]).half(), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("score", ["", "margin", "probability"])
+def test_nothing_is_written_outside_the_labels(score, guarded_outputs):
+    """With tiles that end within a block of rows and columns, at every border."""
+    labels(random_masks(1, 2, 2, 3), (22, 26), (21, 23), *([score] if score else []))
+
+
 def test_masks_that_are_no_numbers_give_some_class():
     masks = random_masks(1, 3, 3, 5)
     masks[0, 1, 1] = torch.nan

@@ -74,7 +74,24 @@ def close_masks(B, h, w, K, seed=0):
     return base.expand(-1, -1, -1, K) * (1 + steps * 2.0**-23)
 
 
-MASKS = {"random": random_masks, "smooth": smooth_masks, "tied": tied_masks, "close": close_masks}
+def near_masks(B, h, w, K, seed=0, scale=1.0):
+    """The last class best in every cell, by the least that numbers can differ: rounding makes many pixels equals."""
+    best = (1 + torch.rand(B, h, w, 1, generator=torch.Generator().manual_seed(seed))) * scale
+    return torch.cat([torch.nextafter(best, torch.zeros(())).expand(-1, -1, -1, K - 1), best], -1)
+
+
+def subnormal_masks(B, h, w, K, seed=0):
+    return near_masks(B, h, w, K, seed, 1e-42)
+
+
+MASKS = {
+    "random": random_masks,
+    "smooth": smooth_masks,
+    "tied": tied_masks,
+    "close": close_masks,
+    "near": near_masks,
+    "subnormal": subnormal_masks,
+}
 
 WINDOWS = [  # tops, lefts, cells, size, window, shape
     ((0, 16), (0,), 4, 32, 32, (48, 32)),

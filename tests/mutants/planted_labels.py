@@ -164,13 +164,13 @@ LABELS = planted_in(
             "torch.where(values >= best[..., :n]",
         ),
         "candidates_without_allowance": (
-            "given.mean(1) - given.abs().mean(1) * _ROUNDING - _SUBNORMAL\n"
-            "                above = values + values.abs().mul_(_ROUNDING) - bar[:, None]\n",
+            "given.mean(1) - given.abs().mean(1) * tiling.ROUNDING - tiling.SUBNORMAL\n"
+            "                above = values + values.abs().mul_(tiling.ROUNDING) - bar[:, None]\n",
             "given.mean(1)\n                above = values - bar[:, None]\n",
         ),
         "candidates_without_allowance_for_subnormals": (
-            "given.abs().mean(1) * _ROUNDING - _SUBNORMAL",
-            "given.abs().mean(1) * _ROUNDING",
+            "given.abs().mean(1) * tiling.ROUNDING - tiling.SUBNORMAL",
+            "given.abs().mean(1) * tiling.ROUNDING",
         ),
         "near_ties_at_all_corners_ignored": (
             "((at == at[0]) & clear[corners.cells])",
@@ -197,8 +197,29 @@ LABELS = planted_in(
             "counts.argsort()",
         ),
         "dense_strip_at_the_top": (
-            "labels[band : band + len(logits)] = logits.argmax(-1)",
-            "labels[band - top : band - top + len(logits)] = logits.argmax(-1)",
+            "labels[y] = (row if single",
+            "labels[y - top] = (row if single",
+        ),
+        "dense_windows_summed_not_averaged": (
+            "total.div_(count * len(covering))).argmax(-1)",
+            "total).argmax(-1)",
+        ),
+        "dense_rows_of_the_first_window": (
+            "            t = y - view.tops[i]\n",
+            "            t = y - view.tops[covering[0]]\n",
+        ),
+        "dense_rows_kept_too_long": (
+            "        for key in upsampled.keys() - needed:\n            del upsampled[key]\n",
+            "",
+            "the same labels, in more memory",
+        ),
+        "dense_product_rounded": (
+            "torch.addcmul(row, above, 1 - h[t], out=row)",
+            "row.add_(above * (1 - h[t]))",
+        ),
+        "no_class_of_scores_that_are_no_numbers": (
+            "return ~(excess < 0)",
+            "return excess >= 0",
         ),
         "product_of_a_candidate_rounded": (
             "torch.addcmul(h * bottom, 1 - h, top)",
@@ -220,8 +241,8 @@ CAPTURED = planted_in(
     ("tests/test_captured.py",),
     {
         "weights_not_followed": (
-            "        if weights == self._weights:\n",
-            "        if self._weights:\n",
+            "if self._weights is not None and self._weights.unchanged():",
+            "if self._weights is not None:",
         ),
         "every_first_call_captured": (
             "        if shape in self._shapes or shape in self._met:\n",
@@ -254,6 +275,34 @@ CAPTURED = planted_in(
         "projections_not_converted": (
             'if isinstance(module, MATRICES) or name in ("proj_patch", "proj_classes"):',
             "if isinstance(module, MATRICES):",
+        ),
+        "patch_embedding_converted": (
+            "MATRICES = (nn.Linear,)",
+            "MATRICES = (nn.Linear, nn.Conv2d)",
+        ),
+        "fused_optimisers_not_seen": (
+            "self.steps == optimiser_steps() and all(",
+            "all(",
+        ),
+        "written_in_place_not_seen": (
+            " and _version(tensor) == version\n",
+            "\n",
+        ),
+        "other_memory_not_seen": (
+            "tensor.data_ptr() == address and ",
+            "",
+        ),
+        "other_parameters_not_seen": (
+            "owner.get(name) is tensor and ",
+            "",
+        ),
+        "ambient_autocast_captured": (
+            "dtype if half else None, enabled=half, cache_enabled=False)",
+            "dtype if half else None, cache_enabled=False) if half else contextlib.nullcontext()",
+        ),
+        "refresh_leaves_what_is_remembered": (
+            "                    module.remembered.clear()\n",
+            "                    pass\n",
         ),
     },
 )

@@ -14,7 +14,8 @@ all classes are left, in noise, the work is that of the dense way.
 Exact: the comparison is widened by more than rounding can amount to, so no class is dropped that could win or tie. And
 what is computed is, to the last bit, what F.interpolate of contiguous (B, K, h, w) float32 computes, on CUDA (read from
 the machine code of torch 2.14 for sm_90) and on CPUs with fused multiply-add for results of more than 128 rows and
-columns together (and not of exactly three classes, which PyTorch takes for colours): with weights w of the right and h of the lower cells,
+columns together (and not of exactly three classes, which PyTorch takes for colours): with weights w of the right and
+h of the lower cells,
 
     fma(1 - h, fma(1 - w, v00, w v01), h fma(1 - w, v10, w v11)).
 

@@ -3,8 +3,8 @@
 The idea is that of the kernel (`segmenter.kernels.upsample_argmax`): inside a tile (`segmenter.kernels.tiling`) only
 classes that are somewhere above the mean of the classes that win at its corners can win, so only these are upsampled,
 with the arithmetic of F.interpolate. Most tiles need not even that: one class wins at all corners, and so everywhere.
-Where a strip of the picture has too many candidates for that to pay, all classes are upsampled, a row of pixels at a
-time. Either way labels are those of `reference.windows_argmax` to the last tie, if the CPU has fused multiply-add and
+Where a strip of the picture has too many candidates for that to pay, all classes are upsampled, a few rows of pixels at
+a time. Either way labels are those of `reference.windows_argmax` to the last tie, if the CPU has fused multiply-add and
 masks are float32 or narrower. Scores of pixels, where asked for, come from `segmenter.bands`, within rounding.
 """
 
@@ -17,6 +17,7 @@ from segmenter.bands import View, bands
 from segmenter.kernels import reference, tiling
 
 STRIP_BYTES = 8 << 20  # of the corners of the tiles that are looked at together
+DENSE_BYTES = 4 << 20  # of the scores that are computed together where all classes are
 CHUNK_PIXELS = 1 << 16  # that are upsampled together: a few float32 arrays of them stay in a CPU core's cache
 DENSE_ABOVE = 0.25  # share of the classes that are candidates: to pick one costs that much more than one of all
 
@@ -99,17 +100,15 @@ def _pruned(view: View, labels: torch.Tensor) -> None:
 
 
 def _dense(view: View, labels: torch.Tensor, top: int, bottom: int) -> None:
-    """Fills rows top..bottom of `labels` (H, W) with all classes upsampled: a row at a time, which stays in cache."""
-    (grid_h, grid_w, n_cls), n_x, width = view.masks.shape[1:], len(view.lefts), view.window[1]
+    """Fills rows top..bottom of `labels` (H, W) with all classes upsampled, a few rows at a time."""
+    (grid_h, grid_w, n_cls), n_x, (height, width) = view.masks.shape[1:], len(view.lefts), view.window
     low, high, h = (torch.from_numpy(x) for x in tiling.source_cells(grid_h, view.size[0]))
     left, right, w = (torch.from_numpy(x)[:width] for x in tiling.source_cells(grid_w, view.size[1]))
     w = w[:, None]
-    upsampled: dict[tuple[int, int], torch.Tensor] = {}  # (window, mask row) -> that row, (width, n_cls)
-    total = torch.empty(view.shape[1], n_cls)
-    row = torch.empty(width, n_cls)
     count = torch.zeros(view.shape[1], 1)
     for anchor in view.lefts:
         count[anchor : anchor + width] += 1
+    upsampled: dict[tuple[int, int], torch.Tensor] = {}  # (window, mask row) -> that row, (width, n_cls)
 
     def mask_row(window: int, cell: int) -> torch.Tensor:
         if (window, cell) not in upsampled:
@@ -117,25 +116,33 @@ def _dense(view: View, labels: torch.Tensor, top: int, bottom: int) -> None:
             upsampled[window, cell] = torch.addcmul(w * cells[right], 1 - w, cells[left])
         return upsampled[window, cell]
 
-    for y in range(top, bottom):
-        covering = [i for i, anchor in enumerate(view.tops) if anchor <= y < anchor + view.window[0]]
-        single = len(covering) * n_x == 1
-        if not single:
-            total.zero_()
-        needed = set()
-        for i in covering:
-            t = y - view.tops[i]
-            for j, anchor in enumerate(view.lefts):
-                keys = [(i * n_x + j, int(cell[t])) for cell in (low, high)]
-                needed.update(keys)
-                above, below = (mask_row(*key) for key in keys)
-                torch.mul(below, h[t], out=row)
-                torch.addcmul(row, above, 1 - h[t], out=row)
-                if not single:
-                    total[anchor : anchor + width] += row
+    rows = tiling.axis(tuple(view.tops), height, grid_h, view.size[0], view.shape[0])
+    most = max(1, DENSE_BYTES // (view.shape[1] * n_cls * 4))
+    band = torch.empty(min(most, rows.longest), width, n_cls)
+    total = torch.empty(len(band), view.shape[1], n_cls)
+    for interval in range(*np.searchsorted(rows.starts, (top, bottom))):
+        windows_y = range(rows.first[interval], rows.first[interval] + rows.count[interval])
+        single, needed = len(windows_y) * n_x == 1, set()
+        for start in range(rows.starts[interval], rows.starts[interval + 1], most):
+            stop = min(start + most, int(rows.starts[interval + 1]))
+            values, merged = band[: stop - start], total[: stop - start]
+            if not single:
+                merged.zero_()
+            for i in windows_y:
+                t = start - view.tops[i]
+                weight = h[t : t + len(values), None, None]
+                for j, anchor in enumerate(view.lefts):
+                    keys = [(i * n_x + j, int(cells[t])) for cells in (low, high)]
+                    needed.update(keys)
+                    above, below = (mask_row(*key) for key in keys)
+                    torch.mul(below, weight, out=values)
+                    torch.addcmul(values, above, 1 - weight, out=values)
+                    if not single:
+                        merged[:, anchor : anchor + width] += values
+            best = values if single else merged.div_(count * len(windows_y))
+            labels[start:stop] = best.argmax(-1)
         for key in upsampled.keys() - needed:
             del upsampled[key]
-        labels[y] = (row if single else total.div_(count * len(covering))).argmax(-1)
 
 
 class _Strip:

@@ -197,16 +197,16 @@ LABELS = planted_in(
             "counts.argsort()",
         ),
         "dense_strip_at_the_top": (
-            "labels[y] = (row if single",
-            "labels[y - top] = (row if single",
+            "labels[start:stop] = best",
+            "labels[start - top : stop - top] = best",
         ),
         "dense_windows_summed_not_averaged": (
-            "total.div_(count * len(covering))).argmax(-1)",
-            "total).argmax(-1)",
+            "merged.div_(count * len(windows_y))",
+            "merged",
         ),
         "dense_rows_of_the_first_window": (
-            "            t = y - view.tops[i]\n",
-            "            t = y - view.tops[covering[0]]\n",
+            "                t = start - view.tops[i]\n",
+            "                t = start - view.tops[windows_y[0]]\n",
         ),
         "dense_rows_kept_too_long": (
             "        for key in upsampled.keys() - needed:\n            del upsampled[key]\n",
@@ -214,8 +214,8 @@ LABELS = planted_in(
             "the same labels, in more memory",
         ),
         "dense_product_rounded": (
-            "torch.addcmul(row, above, 1 - h[t], out=row)",
-            "row.add_(above * (1 - h[t]))",
+            "torch.addcmul(values, above, 1 - weight, out=values)",
+            "values.add_(above * (1 - weight))",
         ),
         "no_class_of_scores_that_are_no_numbers": (
             "return ~(excess < 0)",

@@ -1,4 +1,4 @@
-.PHONY: help install test test-gpu golden golden-kernels compile-report mutants lint format bench bench-smoke
+.PHONY: help install test test-slow test-gpu golden golden-kernels compile-report mutants lint format bench bench-smoke
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -6,8 +6,11 @@ help:            ## this list
 install:         ## editable install with everything that tests need
 	pip install -e ".[test]"
 
-test:            ## all tests that need no GPU, with the coverage gate
-	python -m pytest -n auto --dist loadscope -m "not gpu" --cov --cov-report=term --cov-fail-under=90
+test:            ## the tests that need no GPU, but for the slow ones, with the coverage gate
+	python -m pytest -n auto --dist loadscope -m "not gpu and not slow" --cov --cov-report=term --cov-fail-under=90
+
+test-slow:       ## the rest of them: export by compilers, windows in the interpreter
+	python -m pytest -n auto -m slow
 
 test-gpu:        ## the tests that need a GPU
 	python -m pytest -m gpu
@@ -37,4 +40,4 @@ bench:           ## the core sweep on this machine; see bench/conftest.py for th
 	python -m pytest bench --results bench/results
 
 bench-smoke:     ## every kind of benchmark once on tiny inputs, checked and not timed; of torch.compile one row
-	python -m pytest bench --benchmark-disable -q -k "not compile or mlp"
+	python -m pytest bench --benchmark-disable -q -k "(not compile and not noise) or mlp"

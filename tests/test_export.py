@@ -50,7 +50,11 @@ def assert_same(run, model, output, sizes=SIZES):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize(("options", "output"), [(MASK, "labels"), (LINEAR, "logits")], ids=["mask", "linear"])
+@pytest.mark.parametrize(
+    ("options", "output"),
+    [pytest.param(MASK, "labels", marks=pytest.mark.slow), (LINEAR, "logits")],
+    ids=["mask", "linear"],
+)
 def test_torch(options, output, tmp_path):
     model, path, said = tiny_model(**options), tmp_path / "model.pt2", []
     report = export_model(model, path, "torch", output=output, progress=said.append)
@@ -86,7 +90,9 @@ def assert_needs_no_segmenter(path, model):
 
 @onnx_needed
 @pytest.mark.parametrize(
-    ("options", "output", "limit"), [(MASK, "labels", None), (LINEAR, "logits", 1000)], ids=["mask", "linear"]
+    ("options", "output", "limit"),
+    [(MASK, "labels", None), pytest.param(LINEAR, "logits", 1000, marks=pytest.mark.slow)],
+    ids=["mask", "linear"],
 )
 def test_onnx(options, output, limit, tmp_path, monkeypatch):
     """One file; and two files, in place of an older one, where weights are beyond the limit of one."""
@@ -111,6 +117,7 @@ def test_onnx(options, output, limit, tmp_path, monkeypatch):
     assert_same(lambda x: torch.from_numpy(session.run(None, {"pixels": x.numpy()})[0]), model, output)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_aoti(tmp_path, monkeypatch):
     """One small model without vector code: most of its time is the compiler's, reading PyTorch's headers."""
@@ -128,6 +135,7 @@ def test_aoti(tmp_path, monkeypatch):
             run(wrong)
 
 
+@pytest.mark.slow
 def test_other_types(tmp_path):
     """More than 256 classes, and a network in half precision, which is judged by float32."""
     model, path = tiny_model(n_layers=1, n_cls=300), tmp_path / "model.pt2"

@@ -48,7 +48,10 @@ def assert_labels(labels, scores):
     np.testing.assert_array_equal(labels.numpy()[clear], scores.argmax(0)[clear])
 
 
-@pytest.mark.parametrize("impl", ["eager", "triton"])
+BOTH = ["eager", pytest.param("triton", marks=[] if torch.cuda.is_available() else pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("impl", BOTH)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_labels_without_logits(case, impl):
     """From the model's masks straight to labels: those of the golden logits."""
@@ -66,12 +69,10 @@ def test_labels_without_logits(case, impl):
         assert_labels(picture, logits)
 
 
-@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("impl", BOTH)
 @pytest.mark.parametrize("case", CASES[3:], ids=lambda c: c.name)
 def test_labels_of_windows_and_views(case, impl):
     """Overlapping windows, scales and mirrored views: labels of the golden score maps."""
-    if impl == "triton" and not torch.cuda.is_available():
-        pytest.skip("a minute in the interpreter; tests/test_upsample_argmax.py has smaller windows")
     data = np.load(case / "data.npz")
     model, _ = load_model(case / "checkpoint.pth", impl=impl, device=DEVICE)
     views = []

@@ -278,13 +278,7 @@ def _score_dtype(score: str | None) -> torch.dtype:
 # Operator
 
 
-def _check(
-    masks: torch.Tensor,
-    tops: Sequence[int],
-    lefts: Sequence[int],
-    shape: Sequence[int],
-    score: str,
-) -> None:
+def _check(masks: torch.Tensor, tops: Sequence[int], lefts: Sequence[int], score: str) -> None:
     if masks.ndim != 5 or masks.shape[1] != len(tops) * len(lefts):
         n = len(tops) * len(lefts)
         raise ValueError(f"masks must be (B, {n}, gh, gw, K), one for each window, got {tuple(masks.shape)}")
@@ -297,23 +291,23 @@ def _check(
 def _windows_argmax_kernel(masks, tops, lefts, size, window, shape, score):
     launch.check_device(masks)
     launch.check_floats("masks", masks)
-    _check(masks, tops, lefts, shape, score)
+    _check(masks, tops, lefts, score)
     if masks.shape[2] * masks.shape[3] * masks.shape[4] >= 2**31:
         raise launch.KernelError("the masks of one window have 2^31 elements or more; use smaller windows")
     if masks.shape[-1] > tiling.MAX_CLASSES:
         raise launch.KernelError(f'{masks.shape[-1]} classes are more than {tiling.MAX_CLASSES}; use impl="eager"')
-    pairs = (tuple(x) for x in (tops, lefts, size, window, shape))
-    return _run(masks.contiguous(), *pairs, score or None)
+    geometry = (tuple(x) for x in (tops, lefts, size, window, shape))
+    return _run(masks.contiguous(), *geometry, score or None)
 
 
 def _windows_argmax_fake(masks, tops, lefts, size, window, shape, score):
-    _check(masks, tops, lefts, shape, score)
+    _check(masks, tops, lefts, score)
     labels = masks.new_empty(masks.shape[0], *shape, dtype=reference.label_dtype(masks.shape[-1]))
     return labels, masks.new_empty(labels.shape if score else 0, dtype=_score_dtype(score))
 
 
 def _windows_argmax_reference(masks, tops, lefts, size, window, shape, score):
-    _check(masks, tops, lefts, shape, score)
+    _check(masks, tops, lefts, score)
     if score:
         return reference.windows_argmax(masks, tops, lefts, size, window, shape, score)
     labels = reference.windows_argmax(masks, tops, lefts, size, window, shape)

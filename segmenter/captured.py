@@ -190,7 +190,7 @@ class CompiledInference:
         shape = Shape(batch, height, width)
         if min(shape) < 1:
             raise ValueError(f"batch, height and width must be at least 1, got {tuple(shape)}")
-        with self._lock:
+        with self._lock, self._on_device():
             self._follow_weights()
             self._captured(shape, torch.zeros(*shape, 3, dtype=torch.uint8, device=self.device))
 
@@ -215,8 +215,8 @@ class CompiledInference:
 
         Args:
             pixels: (B, H, W, 3) uint8, on the CPU or on the model's device. A shape that is not captured runs without a
-                graph the first time and is captured the second; fewer pictures than a captured batch of their size are
-                filled up.
+                graph the first time and is captured the second; up to half fewer pictures than a captured batch of
+                their size are filled up.
         Returns:
             labels (B, H, W), new memory, on the device of pixels.
         Raises:
@@ -296,9 +296,7 @@ class CompiledInference:
     def _captured(self, shape: Shape, pixels: torch.Tensor) -> Graph | Direct:
         graph = self._shapes.get(shape)
         if graph is None:
-            with self._on_device():
-                graph = self._capture(shape, pixels.to(self.device))
-            self._shapes[shape] = graph
+            graph = self._shapes[shape] = self._capture(shape, pixels.to(self.device))
             while len(self._shapes) > self.max_shapes:
                 self._shapes.popitem(last=False)
         self._shapes.move_to_end(shape)

@@ -111,7 +111,7 @@ def predict_masks(
                 ]
                 crops = parts[0] if len(parts) == 1 else torch.cat(parts)
             masks.append(network(crops).permute(0, 2, 3, 1))
-        return torch.cat(masks).contiguous().unflatten(0, (len(images), -1))
+        return (masks[0] if len(masks) == 1 else torch.cat(masks)).contiguous().unflatten(0, (len(images), -1))
 
 
 def check_finite(masks: torch.Tensor) -> None:

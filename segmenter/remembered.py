@@ -115,7 +115,7 @@ _kept: contextvars.ContextVar[list | None] = contextvars.ContextVar("kept", defa
 
 @contextlib.contextmanager
 def keeping() -> Iterator[list[Any]]:
-    """Within it results are remembered while a CUDA graph is captured too, and all that is used is put into the list.
+    """Within it what is remembered is used while a CUDA graph is captured too; all that is used is put into the list.
 
     For who holds the list as long as the graph, and captures it anew when parameters change.
     """

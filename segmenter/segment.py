@@ -93,8 +93,7 @@ def segment_pixels(
         raise ValueError(f"expected pictures (B, H, W, 3) uint8, got {pixels.dtype} {tuple(pixels.shape)}")
     device = next(model.parameters()).device
     window_size, window_stride = window_of(model, window_size, window_stride)
-    if batch_size is None:
-        batch_size = 1 if device.type == "cpu" else 8
+    batch_size = usual_batch_size(device) if batch_size is None else batch_size
     check_sizes(window_size, batch_size)
 
     pixels = pixels.to(device)
@@ -110,6 +109,11 @@ def segment_pixels(
         if not return_probabilities:
             return labels_of_views(model, views, shape).cpu()
         return _with_probabilities(views, shape)
+
+
+def usual_batch_size(device: torch.device) -> int:
+    """Windows a forward call, or pictures a batch, unless said otherwise: a CPU gains nothing from batches."""
+    return 1 if device.type == "cpu" else 8
 
 
 def window_of(model: torch.nn.Module, window_size: int | None, window_stride: int | None) -> tuple[int, int]:
@@ -131,15 +135,18 @@ def predict(
 ) -> tuple[torch.Tensor, Windows]:
     """Masks (B, windows, gh, gw, n_cls) of pictures (B, H, W, 3) at one scale, and how windows cut them."""
     size = tuple(pixels.shape[1:3])
-    shape = resized_shape(*_scaled_shape(size, scale), window_size)
-    if shape == size:  # no float picture is made but of one batch of windows, and of that none by the kernels
-        windows = windows_of(shape, window_size, window_stride, model.patch_size)
+    scaled = _scaled_shape(size, scale)
+    if (
+        size == scaled == resized_shape(*scaled, window_size)
+    ):  # no float picture is made but of one batch of windows, and of that none by the kernels
+        windows = windows_of(size, window_size, window_stride, model.patch_size)
         masks = predict_masks(model.masks_of_pixels, pixels, windows, batch_size)
     else:
         mean, std = NORMALIZATION[model.info.normalization]
         masks = []
         for picture in pixels.split(1):  # one by one: a float picture is four times as large as its bytes
-            im = _rescale(normalized(picture, mean, std, torch.float32), scale)
+            im = normalized(picture, mean, std, torch.float32)
+            im = resize_to(im, scaled, f"by the scale {scale}; use a smaller one")
             im = resize(im, window_size).to(next(model.parameters()).dtype)
             windows = windows_of(tuple(im.shape[-2:]), window_size, window_stride, model.patch_size)
             masks.append(predict_masks(model.masks, im, windows, batch_size))
@@ -240,8 +247,3 @@ def _scaled_shape(shape: tuple[int, int], scale: float) -> tuple[int, int]:
     """Sides rounded half up, as the published multi-scale pipeline does."""
     h, w = (max(1, int(side * scale + 0.5)) for side in shape)
     return h, w
-
-
-def _rescale(im: torch.Tensor, scale: float) -> torch.Tensor:
-    shape = _scaled_shape(tuple(im.shape[-2:]), scale)
-    return resize_to(im, shape, f"by the scale {scale}; use a smaller one")

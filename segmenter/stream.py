@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from segmenter.images import ImageError, read_image
-from segmenter.segment import compute_dtype, segment_pixels
+from segmenter.segment import compute_dtype, segment_pixels, usual_batch_size
 
 MAX_BYTES = 1 << 30  # of pictures that are read and wait; reading pauses above it
 _CLOSING_SECONDS = 1.0
@@ -160,8 +160,7 @@ def results(
         raise TypeError(f"expected many pictures, got one ({type(images).__name__}); use segment(), or give a list")
     if model.training:
         raise RuntimeError("the model is in training mode: dropout would make the labels random; call model.eval()")
-    device = next(model.parameters()).device.type
-    usual = 1 if device == "cpu" else 8  # a CPU gains nothing from batches
+    usual = usual_batch_size(next(model.parameters()).device)
     batch_size = usual if batch_size is None else batch_size
     window_batch_size = max(batch_size, usual) if window_batch_size is None else window_batch_size
     workers = min(4, os.cpu_count() or 1) if workers is None else workers

@@ -76,6 +76,18 @@ def test_flip_and_scales(model):
     assert (one - two).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("side", [64, 40])
+def test_a_picture_made_smaller_and_larger_again_is_not_the_picture(model, side):
+    """At scale 0.5 the published pipeline halves the picture, then enlarges it to the window: perhaps to its old size."""
+    pixels = picture(side, side)
+    small = normalize(pixels, "vit")[None]
+    small = torch.nn.functional.interpolate(small, (side // 2, side // 2), mode="bilinear")
+    want = published_inference(model, [small], [False], (side, side), 64, 64, 2).argmax(0)
+    got = model.segment(pixels, scales=(0.5,))
+    assert torch.equal(got.long(), want)
+    assert not torch.equal(got, model.segment(pixels))
+
+
 def test_scaled_sides_are_rounded_half_up(model, monkeypatch):
     shapes = []
     original = segment_module.resize

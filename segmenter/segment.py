@@ -136,9 +136,8 @@ def predict(
     """Masks (B, windows, gh, gw, n_cls) of pictures (B, H, W, 3) at one scale, and how windows cut them."""
     size = tuple(pixels.shape[1:3])
     scaled = _scaled_shape(size, scale)
-    if (
-        size == scaled == resized_shape(*scaled, window_size)
-    ):  # no float picture is made but of one batch of windows, and of that none by the kernels
+    if size == scaled == resized_shape(*scaled, window_size):
+        # no float picture is made but of one batch of windows, and of that none by the kernels
         windows = windows_of(size, window_size, window_stride, model.patch_size)
         masks = predict_masks(model.masks_of_pixels, pixels, windows, batch_size)
     else:

@@ -78,7 +78,7 @@ def test_flip_and_scales(model):
 
 @pytest.mark.parametrize("side", [64, 40])
 def test_a_picture_made_smaller_and_larger_again_is_not_the_picture(model, side):
-    """At scale 0.5 the published pipeline halves the picture, then enlarges it to the window: perhaps to its old size."""
+    """The published pipeline halves it at scale 0.5, then enlarges it to the window: perhaps to its old size."""
     pixels = picture(side, side)
     small = normalize(pixels, "vit")[None]
     small = torch.nn.functional.interpolate(small, (side // 2, side // 2), mode="bilinear")

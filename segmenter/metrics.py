@@ -27,9 +27,7 @@ class ConfusionMatrix:
         Raises:
             ValueError: the shapes differ. TypeError: values that are not integers.
         """
-        prediction, label = _integers("prediction", prediction), _integers("label", label)
-        if prediction.shape != label.shape:
-            raise ValueError(f"prediction {prediction.shape} and label {label.shape} must have the same shape")
+        prediction, label = integer_pair(prediction, label)
         valid = label != self.ignore_index
         prediction, label = self._clip(prediction[valid]), self._clip(label[valid])
         size = self.n_cls + 1
@@ -49,6 +47,14 @@ class ConfusionMatrix:
             raise ValueError("cannot merge confusion matrices of different n_cls or ignore_index")
         self._counts += other._counts
 
+    def add_counts(self, counts: Any) -> None:
+        """Adds `counts` of another matrix, stored before for instance.
+
+        Raises:
+            ValueError: another shape. TypeError: values that are not integers.
+        """
+        self._counts[:-1, :-1] += integer_counts(counts, (self.n_cls, self.n_cls))
+
     def scores(self) -> dict[str, Any]:
         """aAcc, mAcc, mIoU as fractions, and per class Acc and IoU (NaN where 0/0; means skip those classes)."""
         intersect = np.diag(self._counts)[:-1].astype(np.float64)
@@ -58,7 +64,7 @@ class ConfusionMatrix:
             acc = intersect / labels
             iou = intersect / (labels + predictions - intersect)
             overall = intersect.sum() / labels.sum()
-        return {"aAcc": float(overall), "mAcc": _nanmean(acc), "mIoU": _nanmean(iou), "Acc": acc, "IoU": iou}
+        return {"aAcc": float(overall), "mAcc": nanmean(acc), "mIoU": nanmean(iou), "Acc": acc, "IoU": iou}
 
 
 def mean_iou(predictions: Any, labels: Any, n_cls: int, ignore_index: int = 255) -> dict[str, Any]:
@@ -76,8 +82,33 @@ def percent(scores: dict[str, Any]) -> dict[str, Any]:
     return {name: np.round(np.multiply(value, 100), 2) for name, value in scores.items()}
 
 
-def _nanmean(values: np.ndarray) -> float:
+def nanmean(values: np.ndarray) -> float:
+    """Mean of the values that are not NaN; NaN if there are none."""
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+
+def integer_pair(prediction: Any, label: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Two integer arrays or tensors of equal shape, as int64 arrays.
+
+    Raises:
+        ValueError: the shapes differ. TypeError: values that are not integers.
+    """
+    prediction, label = _integers("prediction", prediction), _integers("label", label)
+    if prediction.shape != label.shape:
+        raise ValueError(f"prediction {prediction.shape} and label {label.shape} must have the same shape")
+    return prediction, label
+
+
+def integer_counts(counts: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Stored counts as an int64 array.
+
+    Raises:
+        ValueError: another shape. TypeError: values that are not integers.
+    """
+    counts = _integers("counts", counts)
+    if counts.shape != shape:
+        raise ValueError(f"counts must have shape {shape}, got {counts.shape}: were they of another n_cls?")
+    return counts
 
 
 def _integers(name: str, values: Any) -> np.ndarray:

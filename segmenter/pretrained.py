@@ -194,7 +194,7 @@ def _from_path(
     if (path.is_dir() or path.name == WEIGHTS) and is_ours(folder):
         kept = {name: options[name] for name in ("verify", "allow_nonfinite")}
         model = _reshaped(from_pretrained(folder, impl=impl, **kept), impl, request, notes)
-        return model, _variant_of(model), "segmenter", notes
+        return model, variant_of(model), "segmenter", notes
     if path.is_dir():
         path = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
         if path is None:
@@ -222,7 +222,7 @@ def _from_path(
     if kind == "mmseg":
         model.info.window_stride = max(model.info.window_size - 32, 1)
         model.info.classes = _mmseg_classes(extra, model.n_cls)
-    return model, _variant_of(model), converted.kind, converted.notes
+    return model, variant_of(model), converted.kind, converted.notes
 
 
 def _assemble(converted: Converted, impl: str, source: str) -> Segmenter:
@@ -286,7 +286,7 @@ def _info_of(variant: dict[str, Any], config: ModelConfig, source: str, path: Pa
     )
 
 
-def _variant_of(model: Segmenter) -> dict[str, Any]:
+def variant_of(model: Segmenter) -> dict[str, Any]:
     """A variant.yml for a model that came without one."""
     config, info = model.config.to_dict(), model.info
     config["decoder"] = {**config["decoder"], "n_cls": config["n_cls"]}

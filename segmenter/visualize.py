@@ -149,13 +149,20 @@ def attention_grid(tiles: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     return np.array(canvas)
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls `write(file)` on a temporary file beside `path` and renames it: never a half-written file at `path`."""
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any], durable: bool = False) -> None:
+    """Calls `write(file)` on a temporary file beside `path` and renames it: never a half-written file at `path`.
+
+    With `durable` it waits until the bytes are on the disk before it renames, so that even a power cut leaves the old
+    file or the new one.
+    """
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # any name of its own: that of path may be at the limit
     try:
         with temporary.open("wb") as file:
             write(file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -38,6 +38,31 @@ def test_equals_the_histogram_definition(out_of_range):
         np.testing.assert_allclose(got[name], value, rtol=1e-12, err_msg=name)
 
 
+def test_equals_an_independent_library():
+    """segmentation_models_pytorch counts true and false positives and negatives a class."""
+    metrics = pytest.importorskip("segmentation_models_pytorch.metrics")
+    rng = np.random.default_rng(4)
+    label = rng.integers(0, 6, (3, 19, 23))
+    prediction = np.where(rng.random(label.shape) < 0.5, label, rng.integers(0, 6, label.shape))
+    label[rng.random(label.shape) < 0.2] = 255
+    matrix = ConfusionMatrix(7)  # one class does not occur
+    for pair in zip(prediction, label, strict=True):
+        matrix.update(*pair)
+    stats = metrics.get_stats(
+        torch.from_numpy(prediction), torch.from_numpy(label), mode="multiclass", ignore_index=255, num_classes=7
+    )
+    stats = [stat.sum(0)[None] for stat in stats]
+    scores = matrix.scores()
+    nothing = {"zero_division": float("nan")}
+    np.testing.assert_allclose(scores["IoU"], metrics.iou_score(*stats, **nothing)[0], rtol=1e-6)
+    np.testing.assert_allclose(scores["Acc"], metrics.recall(*stats, **nothing)[0], rtol=1e-6)
+    tp, fp, fn, _ = (stat[0].numpy() for stat in stats)
+    np.testing.assert_array_equal(np.diag(matrix.counts), tp)
+    np.testing.assert_array_equal(matrix.counts.sum(0) - tp, fp)
+    np.testing.assert_array_equal(matrix.counts.sum(1) - tp, fn)
+    assert tp[:6].min() > 50 and scores["mIoU"] == pytest.approx(np.mean((tp / (tp + fp + fn + (tp == 0)))[:6]))
+
+
 def test_classes_that_do_not_occur_are_nan_and_left_out():
     got = mean_iou([np.array([[0, 1, 1, 3]])], [np.array([[0, 1, 0, 1]])], 5)
     np.testing.assert_array_equal(got["Acc"], [0.5, 0.5, np.nan, np.nan, np.nan])
@@ -78,6 +103,10 @@ def test_merge_equals_one_stream_and_counts_are_exact():
         (a if i % 2 else b).update(*pair)
     a.merge(b)
     np.testing.assert_array_equal(a.counts, whole.counts)
+    stored = ConfusionMatrix(3)
+    stored.add_counts(a.counts.tolist())
+    stored.add_counts(a.counts)
+    np.testing.assert_array_equal(stored.counts, 2 * whole.counts)
     assert whole.counts.sum() == 200
     assert whole.counts[1, 2] == sum(((label == 1) & (prediction == 2)).sum() for prediction, label in pairs)
 
@@ -101,3 +130,7 @@ def test_bad_input():
         mean_iou([1, 2], [1], 2)
     with pytest.raises(ValueError, match="different n_cls"):
         ConfusionMatrix(2).merge(ConfusionMatrix(3))
+    with pytest.raises(ValueError, match=r"counts must have shape \(2, 2\), got \(3, 3\): were they of another n_cls"):
+        ConfusionMatrix(2).add_counts(np.zeros((3, 3), int))
+    with pytest.raises(TypeError, match="counts must hold integers, found float64"):
+        ConfusionMatrix(2).add_counts(np.zeros((2, 2)))

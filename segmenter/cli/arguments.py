@@ -1,9 +1,11 @@
 """Arguments of all commands. Imports nothing heavy, so that --help is instant."""
 
 import argparse
+import sys
 from collections.abc import Callable
 
 import segmenter
+from segmenter.cli.train_arguments import add_settings
 
 LABEL_KINDS = ("png", "raw", "npy")
 EXPORT_FORMATS = ("torch", "onnx", "aoti")
@@ -17,7 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"segmenter {segmenter.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_info, _add_predict, _add_convert, _add_export, _add_attention):
+    using = _add_predict, _add_convert, _add_export, _add_attention, _add_compare
+    for add in (_add_info, *using, _add_eval, _add_train, _add_data):
         add(commands).add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -186,6 +189,161 @@ def _add_attention(commands: argparse._SubParsersAction) -> argparse.ArgumentPar
     return parser
 
 
+def _add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    text = (
+        "Draws the labels that several models give to one picture, usually of patch 32, 16 and 8, side by side "
+        "with the truth, and enlarged where they differ most along borders. Below each stand its boundary F, mIoU and "
+        "time; all figures also go into a JSON file of the same name."
+    )
+    parser = commands.add_parser("compare", help="models side by side on one picture", description=text)
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="a picture of your own")
+    parser.add_argument("--truth", metavar="FILE", help="its labels: pixel values are class ids, 255 does not count")
+    sample = parser.add_argument_group("a sample of a data set instead of IMAGE")
+    sample.add_argument("-d", "--data", metavar="DIR", help="folder of the data set; see data check")
+    sample.add_argument("--kind", metavar="KIND", help="ade20k, cityscapes ... (default: told by its folders)")
+    sample.add_argument("--split", default="val", help="(default: val)")
+    sample.add_argument("--sample", metavar="NAME", help="name of the sample: its file, without extension")
+    parser.add_argument(
+        "-m", "--models", nargs="+", required=True, metavar="M", help="model folders, checkpoint files or presets"
+    )
+    parser.add_argument("--impl", choices=("auto", "eager", "triton"), default="auto", help="(default: auto)")
+    _add_loading(parser)
+    parser.add_argument(
+        "-o", "--output", default="comparison.png", metavar="FILE", help="PNG to write (default: comparison.png)"
+    )
+    parser.add_argument("--classes", metavar="KEY_OR_FILE", help="names and colours, as for predict")
+    how = parser.add_argument_group("how to run")
+    _add_device(how)
+    how.add_argument(
+        "--dtype",
+        choices=("float32", "auto", "bfloat16", "float16"),
+        default="float32",
+        help="compute type; auto: half precision where the processor gains from it (default: float32)",
+    )
+    how.add_argument("--window-size", type=_positive_int, metavar="PIXELS", help="(default: each model's)")
+    how.add_argument(
+        "--window-stride",
+        type=_positive_int,
+        metavar="PIXELS",
+        help="(default: each model's, scaled with --window-size)",
+    )
+    how.add_argument("--repeats", type=_positive_int, default=5, metavar="N", help="timed runs (default: 5)")
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    text = (
+        "Trains a model, by default as published (SGD, poly 0.9, stochastic depth 0.1). Settings come from a YAML "
+        "recipe, from flags, or both (flags win). The output folder holds the checkpoint that the same command goes on "
+        "from after any kind of end, the best and the final model, and the log. Started by torchrun, its processes "
+        "share each batch."
+    )
+    parser = commands.add_parser("train", help="train on a data set", description=text)
+    parser.add_argument("--recipe", metavar="FILE", help="YAML file of settings, named as the flags with _ for -")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder of the run")
+    _add_device(parser)
+    add_settings(parser)
+    return parser
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    text = (
+        "Scores of a model on a data set: mIoU, mAcc, aAcc, boundary F and boundary IoU, in all and for each class. "
+        "Writes scores.json, scores.yml, per_class.png (a chart), and what was counted of each picture (records/), "
+        "from which --resume goes on. Started by torchrun, its processes share the pictures and give exactly the same "
+        "scores; see predict about restarts and the exit status."
+    )
+    parser = commands.add_parser("eval", help="scores on a data set", description=text)
+    parser.add_argument("-d", "--data", required=True, metavar="DIR", help="folder of the data set; see data check")
+    parser.add_argument("--kind", metavar="KIND", help="ade20k, cityscapes ... (default: told by its folders)")
+    parser.add_argument("--split", default="val", help="(default: val)")
+    _add_model(parser)
+    parser.add_argument("-o", "--output", default="out", metavar="DIR", help="folder of the results (default: out)")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what is recorded, if settings and files are still the same"
+    )
+    parser.add_argument(
+        "--bad-samples",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do about files that cannot be used; those skipped are listed in failed.json, and the exit status "
+        "is 3 (default: stop)",
+    )
+    what = parser.add_argument_group("what to write")
+    what.add_argument("--boundary", action=argparse.BooleanOptionalAction, default=True, help="the boundary scores")
+    what.add_argument("--chart", action=argparse.BooleanOptionalAction, default=True, help="per_class.png")
+    what.add_argument(
+        "--overlays",
+        type=_positive_int,
+        nargs="?",
+        const=sys.maxsize,
+        metavar="N",
+        help="overlays/NAME.png: picture, truth and prediction of N samples, evenly spread, or of all",
+    )
+    how = parser.add_argument_group("how to run")
+    _add_device(how)
+    how.add_argument(
+        "--dtype",
+        choices=("float32", "auto", "bfloat16", "float16"),
+        default="float32",
+        help="compute type; auto: half precision where the processor gains from it (default: float32)",
+    )
+    how.add_argument(
+        "--im-size",
+        type=_im_size,
+        metavar="PIXELS|own",
+        help="resize the short side to this, or do not resize (default: as published for the data set, else own)",
+    )
+    how.add_argument(
+        "--max-ratio",
+        type=_ratio,
+        metavar="R",
+        help="the long side gets at most R times --im-size (default: as published, else 4)",
+    )
+    how.add_argument("--window-size", type=_positive_int, metavar="PIXELS", help="(default: the model's)")
+    how.add_argument(
+        "--window-stride",
+        type=_positive_int,
+        metavar="PIXELS",
+        help="(default: the model's, scaled with --window-size; the published eval/miou.py took the window less 32)",
+    )
+    how.add_argument("--batch-size", type=_positive_int, metavar="N", help="windows a forward call (default: 1 or 8)")
+    how.add_argument("--workers", type=_positive_int, metavar="N", help="threads that read and count (default: 1 to 4)")
+    scales = how.add_mutually_exclusive_group()
+    scales.add_argument(
+        "--scales", type=_scales, default=(1.0,), metavar="S[,S]", help="average over these sizes (default: 1)"
+    )
+    scales.add_argument(
+        "--multiscale", action="store_true", help="as published: 0.5,0.75,1,1.25,1.5,1.75, each also mirrored"
+    )
+    how.add_argument("--flip", action="store_true", help="average with the mirrored picture too")
+    return parser
+
+
+def _add_data(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser("data", help="check a data set", description="Data sets.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    text = (
+        "Reads every picture and label of a data set: ADE20K, Pascal Context, Cityscapes, CamVid, or a folder of your "
+        "own with images/, annotations/ and dataset.yml. Reports sizes, the share of each class, pictures that are the "
+        "same in several splits, and every file that cannot be used; if there are any, the exit status is 3."
+    )
+    check = actions.add_parser("check", help="what is in a data set, and what is wrong with it", description=text)
+    check.add_argument("folder", metavar="DIR")
+    check.add_argument(
+        "--kind",
+        metavar="KIND",
+        help="ade20k, pascal_context, pascal_context_59, cityscapes, camvid or folder (default: told by its folders)",
+    )
+    check.add_argument("--split", type=_words, metavar="S[,S]", help="such as train,val (default: all that are there)")
+    check.add_argument("--classes", metavar="KEY_OR_FILE", help="other names and colours, as for predict")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.add_argument(
+        "--workers", type=_positive_int, metavar="N", help="threads that read (default: one a processor, at most 4)"
+    )
+    return check
+
+
 def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("-m", "--model", required=required, metavar="M", help="model folder, checkpoint file or preset")
     parser.add_argument("--impl", choices=("auto", "eager", "triton"), default="auto", help="(default: auto)")
@@ -241,10 +399,22 @@ def _hxw(text: str) -> tuple[tuple[int, int], ...]:
     return sizes
 
 
+_im_size = _checked(lambda text: text if text == "own" else _number(int, 1)(text), "an integer from 1, or own")
+_ratio = _checked(_number(float, 1), "a number from 1")
+
+
+def _split_names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not all(names):
+        raise ValueError
+    return names
+
+
 _index = _checked(_number(int, 0), "an integer from 0")
 _positive_int = _checked(_number(int, 1), "an integer from 1")
 _fraction = _checked(_number(float, 0, 1), "a number in 0..1")
 _index_or_all = _checked(lambda text: text if text == "all" else _number(int, 0)(text), "an integer from 0, or all")
 _scales = _checked(lambda text: tuple(map(_number(float, 0.01, 100), text.split(","))), "numbers such as 0.75,1,1.25")
 _label_kinds = _checked(_kinds, f"none, or some of {', '.join(LABEL_KINDS)} with commas")
+_words = _checked(_split_names, "names with commas such as train,val")
 _sizes = _checked(_hxw, "two sizes or more such as 512x512,385x521")

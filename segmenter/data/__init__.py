@@ -1,0 +1,1 @@
+"""Data sets: pictures with their labels, as they lie on a disk."""

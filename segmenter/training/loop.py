@@ -1,0 +1,310 @@
+"""The training loop: `train` runs a recipe, from its first step or from where the folder's checkpoint left it.
+
+Every step is the same function of (weights, optimiser, step): see `segmenter.data.loader` and `Run.step`. That is what
+makes a resumed run follow the very same trajectory.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from segmenter.checkpoint import CheckpointError
+from segmenter.data.augment import Augmentation
+from segmenter.data.datasets import DataError, Dataset, open_dataset
+from segmenter.data.loader import Batch, Steps, TrainingSamples, load_batches
+from segmenter.training import state as files
+from segmenter.training.distributed import Group
+from segmenter.training.losses import make_loss
+from segmenter.training.optimizer import averaged, gradient_norm, make_optimizer
+from segmenter.training.recipe import Recipe, RecipeError
+from segmenter.training.start import starting_model
+from segmenter.training.validation import Validation
+
+ONE = Group()
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and why."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended: steps done, of how many, whether a signal stopped it, and the best mIoU on val (or None)."""
+
+    step: int
+    total: int
+    stopped: bool
+    best: float | None
+
+
+def train(recipe: Recipe, output: str | Path, group: Group = ONE, progress: bool = True) -> Outcome:
+    """Trains a model, and goes on with a run that is already in `output`.
+
+    Args:
+        recipe: settings, completed here by the data set's published ones.
+        output: folder of the run; `segmenter.training.state` lists what is put there.
+        group: this process among those that train together; a group of several is joined and left by the caller.
+        progress: a progress bar (of the leading process).
+    Raises:
+        RecipeError, CheckpointError, ConfigError: settings or weights that cannot be used. DataError: the data set, or
+            a sample while bad_samples is "stop". TrainingError: loss or gradients are not finite.
+
+    SIGTERM ends the step under way, saves, and returns with `stopped`; so does Ctrl-C, which then raises.
+    """
+    dataset = open_dataset(recipe.data, recipe.split, recipe.kind)
+    recipe = recipe.completed(dataset.key)
+    output = Path(output)
+    if group.leads:
+        output.mkdir(parents=True, exist_ok=True)
+        files.remove_leftovers(output)
+    with _stop_signal() as stop:
+        run = Run(recipe, dataset, output, group)
+        return run.run(stop, progress)
+
+
+class Run:
+    """Everything a training step changes or reads.
+
+    Attributes:
+        model, average: what is trained, and the moving average of its weights or None. step: steps done. total: of all.
+    """
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, output: Path, group: Group):
+        if recipe.batch_size % group.world:
+            raise RecipeError(f"batch_size {recipe.batch_size} must be a multiple of the {group.world} processes")
+        self.recipe, self.dataset, self.output, self.group = recipe, dataset, output, group
+        self.per_epoch = Steps.per_epoch(len(dataset), recipe.batch_size)
+        self.total = recipe.epochs * self.per_epoch
+        torch.manual_seed(recipe.seed)
+        self.model = starting_model(recipe, dataset).to(group.device)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer, self.schedule = make_optimizer(self.model, recipe, self.total)
+        self.scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.amp == "float16")
+        self.average = averaged(self.model, recipe.ema) if recipe.ema else None
+        self.step, self.best, self.bad = 0, None, 0
+        checkpoint = output / files.CHECKPOINT
+        if checkpoint.exists():
+            self._restore(files.load_state(checkpoint, recipe.to_dict()))
+        if group.sums([self.step])[0] != self.step * group.world:
+            raise CheckpointError(f"{checkpoint}: the processes find different ones; let them share the output folder")
+        self.loss = make_loss(recipe, dataset, group.device)
+        self.parallel = group.parallel(self.model)
+        self.validation = Validation(recipe, group) if recipe.val_split else None
+
+    def run(self, stop: threading.Event, progress: bool) -> Outcome:
+        """All steps that are left, with evaluations and saves between them."""
+        leads = self.group.leads
+        if leads:
+            files.write_yaml(self.output / files.RECIPE, self.recipe.to_dict())
+            files.write_yaml(self.output / files.VARIANT, self._variant())
+        log = files.Log(self.output, self.step, self.recipe.tensorboard) if leads else None
+        stopped, saved = False, time.monotonic()
+        bar = tqdm(total=self.total, initial=self.step, desc="training", unit="step", disable=not (progress and leads))
+        meter = _Meter()
+        with bar:
+            for batch in self._batches():
+                facts = self.training_step(batch, stop.is_set())
+                stopped = facts.pop("stop")
+                meter.add(facts)
+                bar.update()
+                bar.set_postfix(loss=f"{meter.loss:.3f}", refresh=False)
+                last = self.step == self.total
+                if log and (last or self.step % self.recipe.log_steps == 0):
+                    log.write(self.step, {"epoch": self.epoch, **meter.take(self.recipe.batch_size), "bad": self.bad})
+                if self.validation and self.step % self.per_epoch == 0 and self._evaluates(self.epoch, last):
+                    self._evaluate(log, bar)
+                due = self.group.sums([time.monotonic() - saved])[0] / self.group.world > 60 * self.recipe.save_minutes
+                if last or stopped or due:
+                    self.save()
+                    saved = time.monotonic()
+                if stopped:
+                    break
+        if log:
+            log.close()
+        if self.step == self.total and leads:
+            self.save_model(files.FINAL)
+        self.group.wait()
+        return Outcome(self.step, self.total, stopped and self.step < self.total, self.best)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done, the one under way not counted."""
+        return self.step // self.per_epoch
+
+    @property
+    def evaluated(self) -> torch.nn.Module:
+        """The model that is evaluated and saved: the average, if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def training_step(self, batch: Batch, stop: bool = False) -> dict[str, Any]:
+        """One update of the weights.
+
+        Returns:
+            loss (of all processes), lr, grad_norm (before clipping); stop: whether any process was asked to stop.
+        Raises:
+            TrainingError: loss or gradients are not finite; nothing is changed then. DataError: samples that cannot be
+                read, if they are to stop the run.
+        """
+        recipe, group = self.recipe, self.group
+        torch.manual_seed((recipe.seed * 1_000_003 + self.step) * 1_009 + group.rank)  # dropout, stochastic depth
+        images = batch.images.to(group.device, non_blocking=True)
+        labels = batch.labels.to(group.device, non_blocking=True)
+        counted, stops, bad = group.sums([self.loss.denominator(labels).item(), stop, len(batch.errors)])
+        if bad and recipe.bad_samples == "stop":  # in every process: none waits for one that has ended
+            raise DataError(batch.errors[0] if batch.errors else "another process has a sample that cannot be read")
+        dtype = DTYPES.get(recipe.amp, torch.float32)
+        with torch.autocast(group.device.type, dtype=dtype, enabled=recipe.amp != "none"):
+            logits = self.parallel(images)
+        loss = self.loss(logits, labels, counted / group.world)
+        value = group.sums([loss.item()])[0] / group.world
+        self._check_finite("the loss", value, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.trained, recipe.clip_grad)
+        if not self.scaler.is_enabled():  # which leaves out such a step, and lowers its scale
+            self._check_finite("the norm of the gradients", norm, batch)
+        lr = self.optimizer.param_groups[-1]["lr"]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.step += 1
+        self.bad += int(bad)
+        return {"loss": value, "lr": lr, "grad_norm": norm, "stop": bool(stops)}
+
+    def _check_finite(self, what: str, value: float, batch: Batch) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{what} is {value} at step {self.step}, of the samples {', '.join(batch.names)}; the last checkpoint "
+                "is as it was. Try a lower learning_rate, warmup_steps, clip_grad, or amp bfloat16 in place of float16"
+            )
+
+    def save(self) -> None:
+        """Replaces the folder's checkpoint."""
+        if not self.group.leads:
+            return
+        average = None if self.average is None else self.average.state_dict()
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "n_cls": self.model.n_cls,
+            "lr_scheduler": self.schedule.state_dict(),
+            "loss_scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "average": average,
+            "best": self.best,
+            "bad": self.bad,
+            "recipe": self.recipe.to_dict(),
+        }
+        files.save_state(self.output / files.CHECKPOINT, state)
+
+    def save_model(self, name: str) -> None:
+        """Puts the model into a folder of the run that `load_model` reads."""
+        self.evaluated.save_pretrained(self.output / name, classes=self.dataset.classes)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if (total := state["lr_scheduler"]["iter_max"]) != self.total:  # of which order, rates and epochs follow
+            raise CheckpointError(
+                f"{self.output / files.CHECKPOINT}: its run has {total} steps, but {len(self.dataset)} pictures make "
+                f"{self.total}; bring back the data set as it was, or start in another folder"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["lr_scheduler"])
+        self.scaler.load_state_dict(state["loss_scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.step, self.best, self.bad = state["step"], state["best"], state["bad"]
+
+    def _batches(self) -> Iterator[Batch]:
+        recipe, group = self.recipe, self.group
+        augmentation = Augmentation(
+            crop_size=recipe.crop_size,
+            im_size=recipe.im_size,
+            max_ratio=recipe.max_ratio,
+            scale=recipe.scale,
+            normalization=self.model.info.normalization,
+            ignore_index=self.dataset.ignore_index,
+            cat_max_ratio=recipe.cat_max_ratio,
+            flip=recipe.flip,
+            photometric=recipe.photometric,
+        )
+        samples = TrainingSamples(self.dataset, augmentation, recipe.seed)
+        of_steps = (len(self.dataset), recipe.batch_size, recipe.seed, self.step, self.total, group.rank, group.world)
+        yield from load_batches(samples, Steps(*of_steps), recipe.workers, pin_memory=group.device.type == "cuda")
+
+    def _evaluates(self, epoch: int, last: bool) -> bool:
+        return last or epoch % self.recipe.eval_freq == 0
+
+    def _evaluate(self, log: "files.Log | None", bar: tqdm) -> None:
+        scores = self.validation(self.evaluated, self.output / files.OVERLAYS, self.step)
+        if log is None:
+            return
+        log.write(self.step, {"epoch": self.epoch, **scores})
+        best = self.best is None or scores["val_mIoU"] > self.best
+        line = f"epoch {self.epoch}: val mIoU {scores['val_mIoU']:.2f}, pixel accuracy {scores['val_aAcc']:.2f}"
+        bar.write(line + (" (best so far)" if best else ""))
+        if best:
+            self.best = scores["val_mIoU"]
+            self.save_model(files.BEST)
+
+    def _variant(self) -> dict[str, Any]:
+        from segmenter.pretrained import variant_of
+
+        variant = variant_of(self.model)
+        variant["dataset_kwargs"] |= {"dataset": self.dataset.key, "crop_size": self.recipe.crop_size}
+        return variant
+
+
+class _Meter:
+    """Means since the last line of the log."""
+
+    def __init__(self):
+        self.loss = math.nan  # running mean, for the progress bar
+        self._start()
+
+    def _start(self) -> None:
+        self._facts: list[dict[str, float]] = []
+        self._since = time.monotonic()
+
+    def add(self, facts: dict[str, float]) -> None:
+        self.loss = facts["loss"] if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * facts["loss"]
+        self._facts.append(facts)
+
+    def take(self, batch_size: int) -> dict[str, float]:
+        facts, seconds = self._facts, max(time.monotonic() - self._since, 1e-9)
+        self._start()
+        means = {name: sum(fact[name] for fact in facts) / len(facts) for name in ("loss", "grad_norm")}
+        speed = len(facts) * batch_size / seconds
+        return {**means, "lr": facts[-1]["lr"], "seconds": round(seconds, 3), "images_per_second": round(speed, 3)}
+
+
+@contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, and Ctrl-C, which after that interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

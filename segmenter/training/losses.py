@@ -1,0 +1,71 @@
+"""The training loss: cross-entropy of the upsampled masks, averaged over the labelled pixels of all processes."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from segmenter.data.datasets import DataError, Dataset
+from segmenter.training.recipe import Recipe
+
+
+class SegmentationLoss:
+    """The loss of a batch, so that the mean over processes of its gradients is that of one process with all pixels.
+
+    Args:
+        weight: (n_cls,) float32, what a pixel of each class counts; None: all the same, as published.
+        lovasz: how much of the Lovász-softmax loss is added, of each process's own batch (it has no such mean).
+    """
+
+    def __init__(self, ignore_index: int, weight: torch.Tensor | None = None, lovasz: float = 0.0):
+        self.ignore_index, self.weight, self.lovasz = ignore_index, weight, lovasz
+        self._lovasz = _lovasz(ignore_index) if lovasz else None
+
+    def denominator(self, labels: torch.Tensor) -> torch.Tensor:
+        """What cross-entropy divides by: the sum of the weights of the pixels that count."""
+        valid = labels[labels != self.ignore_index]
+        return torch.tensor(float(valid.numel())) if self.weight is None else self.weight[valid].sum()
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, denominator: torch.Tensor | float) -> torch.Tensor:
+        """Loss in float32.
+
+        Args:
+            logits: (b, n_cls, H, W). labels: (b, H, W) int64.
+            denominator: of all processes together, over their number.
+        """
+        logits = logits.float()
+        total = F.cross_entropy(logits, labels, self.weight, ignore_index=self.ignore_index, reduction="sum")
+        loss = total / max(float(denominator), 1e-12)
+        if self._lovasz is not None and bool((labels != self.ignore_index).any()):
+            loss = loss + self.lovasz * self._lovasz(logits, labels)
+        return loss
+
+
+def class_weights(dataset: Dataset, power: float) -> torch.Tensor:
+    """(share of the pixels of each class) ** -power over all labels of a data set, with mean 1; absent classes get 0.
+
+    Files that cannot be read are left out here: training stops at them, or counts them.
+    """
+    counts = np.zeros(dataset.n_cls, np.int64)
+    for sample in tqdm(dataset.samples, desc="counting classes", unit="label", leave=False):
+        try:
+            labels = dataset.read_labels(sample)
+        except DataError:
+            continue
+        counts += np.bincount(labels[labels != dataset.ignore_index], minlength=dataset.n_cls)[: dataset.n_cls]
+    shares = counts / max(counts.sum(), 1)
+    weights = np.where(shares > 0, np.where(shares > 0, shares, 1.0) ** -power, 0.0)
+    return torch.from_numpy(weights / max(weights.sum(), 1e-12) * (counts > 0).sum()).float()
+
+
+def make_loss(recipe: Recipe, dataset: Dataset, device: torch.device) -> SegmentationLoss:
+    weight = class_weights(dataset, recipe.class_weighting).to(device) if recipe.class_weighting else None
+    return SegmentationLoss(dataset.ignore_index, weight, recipe.lovasz)
+
+
+def _lovasz(ignore_index: int) -> Callable:
+    from segmentation_models_pytorch.losses import LovaszLoss
+
+    return LovaszLoss("multiclass", ignore_index=ignore_index)

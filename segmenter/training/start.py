@@ -1,0 +1,131 @@
+"""The model that a training run starts from."""
+
+import dataclasses
+import re
+from typing import Any
+
+import torch.nn as nn
+
+from segmenter.checkpoint import CheckpointError
+from segmenter.config import preset
+from segmenter.convert import convert
+from segmenter.data.datasets import Dataset
+from segmenter.model import Segmenter, create_segmenter
+from segmenter.pretrained import load_any, load_model
+from segmenter.state import load_state
+from segmenter.training.recipe import Recipe, RecipeError
+
+TIMM, PRESET = "timm/", "Seg-"
+_BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
+_KEPT = ("normalization", "pos_embed_mode", "pos_embed_check")  # of an encoder, unless the recipe says otherwise
+
+
+def starting_model(recipe: Recipe, dataset: Dataset) -> Segmenter:
+    """A model for `dataset`, in training mode; what is random in it follows from torch's seed.
+
+    Args:
+        recipe: completed.
+    Raises:
+        CheckpointError, ConfigError: weights that cannot be used. RecipeError: settings that contradict each other.
+    """
+    fields = {
+        "n_cls": dataset.n_cls,
+        "image_size": recipe.crop_size,
+        "normalization": recipe.normalization,
+        "dropout": recipe.dropout,
+        "drop_path_rate": recipe.drop_path,
+        "pos_embed_mode": recipe.pos_embed_mode,
+        "pos_embed_check": recipe.pos_embed_check,
+    }
+    if recipe.model.startswith(PRESET):
+        model = _random(recipe, fields)
+    else:
+        fields |= {"decoder": _decoder(recipe), "patch_size": recipe.patch_size}
+        model = _pretrained(recipe, fields)
+    if recipe.n_layers is not None:
+        model = first_layers(model, recipe.n_layers)
+    model.info = dataclasses.replace(
+        model.info,
+        window_size=recipe.window_size,
+        window_stride=recipe.window_stride,
+        classes=None,  # the data set's own are saved with the model
+        weights="trained",
+        source=f"{dataset.key} {recipe.split}, {len(dataset)} pictures; started from {recipe.model.split('/')[-1]}",
+    )
+    if recipe.freeze_backbone:
+        model.encoder.requires_grad_(False)
+    for name in ("head", "head_dist"):  # the ImageNet classifiers, which nothing here uses
+        if hasattr(model.encoder, name):
+            getattr(model.encoder, name).requires_grad_(False)
+    return model.train()
+
+
+def first_layers(model: Segmenter, n_layers: int) -> Segmenter:
+    """The same model with only the first blocks of its encoder, stochastic depth spread over these.
+
+    Raises:
+        RecipeError: it has fewer.
+    """
+    if n_layers > model.config.n_layers:
+        raise RecipeError(f"n_layers {n_layers}: the encoder has only {model.config.n_layers} blocks")
+    shorter = create_segmenter(dataclasses.replace(model.config, n_layers=n_layers))
+    kept = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not (match := _BLOCK.match(name)) or int(match[1]) < n_layers
+    }
+    load_state(shorter, kept, "the model's first layers")
+    shorter.info = model.info
+    return shorter
+
+
+def _decoder(recipe: Recipe) -> dict[str, Any]:
+    if recipe.decoder == "linear":
+        return {"name": "linear"}
+    return {"name": recipe.decoder, "n_layers": recipe.decoder_layers, "dropout": recipe.decoder_dropout}
+
+
+def _random(recipe: Recipe, fields: dict[str, Any]) -> Segmenter:
+    """A preset, whose name says patch size and decoder."""
+    fields = {name: value for name, value in fields.items() if value is not None}
+    config = preset(recipe.model, n_decoder_layers=recipe.decoder_layers, **fields)
+    if config.decoder["name"] == "mask_transformer":
+        config = dataclasses.replace(config, decoder=_decoder(recipe))
+    return create_segmenter(config)
+
+
+def _pretrained(recipe: Recipe, fields: dict[str, Any]) -> Segmenter:
+    source: str | nn.Module = recipe.model
+    if recipe.model.startswith(TIMM):
+        source = _timm(recipe.model.removeprefix(TIMM))
+    elif recipe.new_decoder:
+        return _with_new_decoder(load_model(recipe.model)[0], fields)
+    try:
+        return load_any(source, **fields)
+    except CheckpointError as error:
+        hint = "; new_decoder: true puts a random decoder on its encoder" if "asked for, the file" in str(error) else ""
+        raise CheckpointError(f"{error}{hint}") from error
+
+
+def _with_new_decoder(model: Segmenter, fields: dict[str, Any]) -> Segmenter:
+    """A random decoder on the encoder of a model that has another."""
+    encoder = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("encoder.")}
+    kept = {name: getattr(model.config, name) for name in ("n_heads", "norm_eps", "backbone", *_KEPT)}
+    asked = {name: value for name, value in fields.items() if value is not None}
+    grid = model.encoder.patch_embed.grid_size
+    converted = convert(encoder, kind="segmenter", grid=grid, **{**kept, **asked})
+    fresh = create_segmenter(converted.config)
+    load_state(fresh.encoder, {n.removeprefix("encoder."): t for n, t in converted.state.items()}, "the encoder")
+    return fresh
+
+
+def _timm(name: str) -> nn.Module:
+    try:  # a broken torchvision makes timm raise other things than ImportError
+        import timm
+
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"timm cannot make {name!r} with its pretrained weights ({' '.join(str(error).split())[:300]}); without a "
+            "network, give the path of a weight file"
+        ) from error

@@ -155,7 +155,8 @@ def test_scores_are_those_of_matrix_and_boundaries_over_all_pictures(model, stre
     assert 0.1 < got["mIoU"] < 0.9
     assert 0.1 < got["bF"] < 0.95
     without = evaluate(model, streets, protocol, boundary=False)
-    assert without == pytest.approx({name: got[name] for name in without if name != "pictures"} | {"pictures": 6})
+    assert without.keys() == {*matrix.scores(), "pictures"}
+    assert without["mIoU"] == got["mIoU"]
 
 
 def test_a_model_that_is_right_scores_one(model, streets):

@@ -1,7 +1,7 @@
 """The training loop: `train` runs a recipe, from its first step or from where the folder's checkpoint left it.
 
-Every step is the same function of (weights, optimiser, step): see `segmenter.data.loader` and `Run.step`. That is what
-makes a resumed run follow the very same trajectory.
+Every step is the same function of (weights, optimiser, step): see `segmenter.data.loader` and `Run.training_step`. That
+is what makes a resumed run follow the very same trajectory.
 """
 
 import math
@@ -57,7 +57,7 @@ def train(recipe: Recipe, output: str | Path, group: Group = ONE, progress: bool
         RecipeError, CheckpointError, ConfigError: settings or weights that cannot be used. DataError: the data set, or
             a sample while bad_samples is "stop". TrainingError: loss or gradients are not finite.
 
-    SIGTERM ends the step under way, saves, and returns with `stopped`; so does Ctrl-C, which then raises.
+    SIGTERM ends the step under way, saves, and returns with `stopped`. So does Ctrl-C; a second one interrupts.
     """
     dataset = open_dataset(recipe.data, recipe.split, recipe.kind)
     recipe = recipe.completed(dataset.key)
@@ -121,8 +121,7 @@ class Run:
                     log.write(self.step, {"epoch": self.epoch, **meter.take(self.recipe.batch_size), "bad": self.bad})
                 if self.validation and self.step % self.per_epoch == 0 and self._evaluates(self.epoch, last):
                     self._evaluate(log, bar)
-                due = self.group.sums([time.monotonic() - saved])[0] / self.group.world > 60 * self.recipe.save_minutes
-                if last or stopped or due:
+                if last or stopped or time.monotonic() - saved > 60 * self.recipe.save_minutes:
                     self.save()
                     saved = time.monotonic()
                 if stopped:

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from segmenter.charts import comparison
 from segmenter.data.datasets import open_dataset
 from segmenter.evaluate import Protocol, outcomes
 from segmenter.metrics import ConfusionMatrix, percent
 from segmenter.training.distributed import Group
 from segmenter.training.recipe import Recipe
-from segmenter.visualize import colorize, overlay, save_png
+from segmenter.visualize import save_png
 
 
 class Validation:
@@ -52,7 +53,8 @@ class Validation:
                 done += 1
                 if outcome.sample in drawn:
                     folder.mkdir(exist_ok=True)
-                    panel = self._panel(outcome.pixels, outcome.label, outcome.prediction)
+                    facts = (outcome.pixels, outcome.label, outcome.prediction)
+                    panel = comparison(*facts, self.dataset.classes, self.dataset.ignore_index)
                     save_png(panel, folder / f"{step:07d}_{outcome.sample.name.replace('/', '_')}.png")
         finally:
             model.train(training)
@@ -66,8 +68,3 @@ class Validation:
         """Pictures spread evenly over the split."""
         n = min(self.n_overlays, len(self.dataset))
         return {self.dataset.samples[i * len(self.dataset) // n] for i in range(n)}
-
-    def _panel(self, pixels: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-        """Picture, truth and prediction side by side."""
-        classes = self.dataset.classes
-        return np.concatenate([pixels, colorize(label, classes), overlay(pixels, prediction, classes)], axis=1)

@@ -311,7 +311,8 @@ def test_the_protocol_is_the_published_one_of_the_data_set_unless_said_otherwise
 def test_overlays_are_evenly_spread_and_drawn_again_if_they_are_missing(out, argv, runs):
     assert main([*argv, "--overlays", "2"]) == 0
     drawn = [f for f in files(out) if f.startswith("overlays/")]
-    samples = [f"overlays/{json.loads(line)['sample']}.png" for line in (out / RECORDS / "rank-0.jsonl").open()]
+    lines = (out / RECORDS / "rank-0.jsonl").read_text().splitlines()
+    samples = [f"overlays/{json.loads(line)['sample']}.png" for line in lines]
     assert drawn == sorted([samples[0], samples[3]])
     assert Image.open(out / drawn[1]).width > 3 * 64
     (out / drawn[1]).unlink()

@@ -19,6 +19,7 @@ from segmenter.visualize import class_shares, enlarge, overlay
 COLUMN = 480  # width of a panel; pictures of CamVid fill it pixel by pixel
 MAX_COLUMNS = 5  # photograph, three patch sizes and truth stand in one row
 _HIGHEST = 720
+_LARGEST_FACTOR = 32  # of pictures a few pixels wide
 _GAP, _MARGIN = 28, 28
 _TITLE, _TEXT, _SMALL = 38, 28, 24
 _LINE = 38
@@ -60,7 +61,7 @@ class Part:
 def choose_part(predictions: Sequence[np.ndarray], truth: np.ndarray | None, n_cls: int) -> Part:
     """The part to enlarge, a column wide when it is: a quarter of the usual picture's width; see `telling_part`."""
     height, width = predictions[0].shape
-    factor = max(2, round(4 * COLUMN / width))
+    factor = min(max(2, round(4 * COLUMN / width)), _LARGEST_FACTOR)
     w = max(1, min(COLUMN // factor, width))
     h = max(1, min(w * 3 // 4, height))
     return Part(*telling_part(predictions, truth, ignore_index(n_cls), (h, w)), h, w, factor)

@@ -76,23 +76,24 @@ class TestOptimizer:
         assert differences(weights(model), weights(tiny_model()))
 
     def test_layers_learn_the_slower_the_further_from_the_decoder(self):
-        """Two blocks; positions, tokens, biases and norms are not decayed."""
+        """Two blocks, the last one at half the decoder's rate; positions, tokens, biases and norms are not decayed."""
         model = tiny_model()
-        recipe = Recipe("d", learning_rate=1.0, layer_decay=0.5, weight_decay=0.1, optimizer="adamw", min_lr=0.0)
+        rates = {"learning_rate": 1.0, "backbone_rate": 0.5, "layer_decay": 0.25, "min_lr": 0.0}
+        recipe = Recipe("d", weight_decay=0.1, optimizer="adamw", **rates)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         groups = parameter_groups(model, recipe)
         found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
         assert found.keys() == set(names.values()) and sum(len(g["params"]) for g in groups) == len(found)
         expected = {
-            "encoder.pos_embed": (0.125, 0.0),
-            "encoder.cls_token": (0.125, 0.0),
-            "encoder.patch_embed.proj.weight": (0.125, 0.1),
-            "encoder.patch_embed.proj.bias": (0.125, 0.0),
-            "encoder.blocks.0.attn.qkv.weight": (0.25, 0.1),
-            "encoder.blocks.0.norm1.weight": (0.25, 0.0),
+            "encoder.pos_embed": (0.03125, 0.0),
+            "encoder.cls_token": (0.03125, 0.0),
+            "encoder.patch_embed.proj.weight": (0.03125, 0.1),
+            "encoder.patch_embed.proj.bias": (0.03125, 0.0),
+            "encoder.blocks.0.attn.qkv.weight": (0.125, 0.1),
+            "encoder.blocks.0.norm1.weight": (0.125, 0.0),
             "encoder.blocks.1.mlp.fc2.weight": (0.5, 0.1),
             "encoder.blocks.1.mlp.fc2.bias": (0.5, 0.0),
-            "encoder.norm.weight": (1.0, 0.0),
+            "encoder.norm.weight": (0.5, 0.0),
             "decoder.cls_emb": (1.0, 0.0),
             "decoder.proj_dec.weight": (1.0, 0.1),
             "decoder.blocks.0.attn.qkv.weight": (1.0, 0.1),
@@ -114,7 +115,7 @@ class TestOptimizer:
 
     def test_a_floor_above_the_smallest_rate_would_raise_it(self):
         recipe = Recipe("d", learning_rate=1e-4, layer_decay=0.3)
-        with pytest.raises(RecipeError, match=r"min_lr 1e-05 is above the smallest learning rate, 2\.7e-06"):
+        with pytest.raises(RecipeError, match=r"min_lr 1e-05 is above the smallest learning rate, 9e-06"):
             make_optimizer(tiny_model(), recipe, 10)
 
     def test_nothing_to_train(self):
@@ -296,6 +297,7 @@ class TestSteps:
         run.save()
         assert bool(read_checkpoint(tmp_path / amp)["loss_scaler"]) == (amp == "float16")
 
+    @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")  # the very first step is left out
     def test_an_overflow_of_float16_is_stepped_over(self, folder, tmp_path):
         run = make_run(tiny_recipe(folder, amp="float16"), tmp_path)
         before, scale = weights(run.model), run.scaler.get_scale()
@@ -310,12 +312,13 @@ class TestSteps:
         assert differences(weights(run.model), before) == [] and run.scaler.get_scale() == scale / 2
 
 
-class TestWholeRuns:
-    @pytest.fixture(scope="class")
-    def done(self, folder):
-        """One epoch with an evaluation after it: outcome and folder."""
-        return train(tiny_recipe(folder, epochs=1), folder / "done", progress=False), folder / "done"
+@pytest.fixture(scope="module")
+def done(folder):
+    """One epoch with an evaluation after it: outcome and folder."""
+    return train(tiny_recipe(folder, epochs=1), folder / "done", progress=False), folder / "done"
 
+
+class TestWholeRuns:
     def test_what_is_left(self, done, folder):
         outcome, output = done
         assert (outcome.step, outcome.total, outcome.stopped) == (3, 3, False)
@@ -323,7 +326,7 @@ class TestWholeRuns:
         assert names == {"checkpoint.pth", "variant.yml", "recipe.yml", "log.jsonl", "best", "final", "overlays"}
         ((overlay),) = (output / "overlays").iterdir()
         with Image.open(overlay) as image:
-            assert (overlay.name, image.size) == ("0000003_val_0.png", (3 * 32, 24))
+            assert overlay.name == "0000003_val_0.png" and image.width >= 3 * 32 and image.height >= 24
         steps, scores = log_of(output)[:-1], log_of(output)[-1]
         assert [line["step"] for line in steps] == [1, 2, 3] and [line["epoch"] for line in steps] == [0, 0, 1]
         assert all(line["loss"] > 0 and line["lr"] > 0 and line["grad_norm"] > 0 and line["bad"] == 0 for line in steps)
@@ -369,13 +372,17 @@ class TestWholeRuns:
         with pytest.raises(CheckpointError, match="not written by this version"):
             train(tiny_recipe(folder), tmp_path, progress=False)
 
-    def test_learns_what_it_is_shown(self, folder, tmp_path):
-        """One flat picture a class would be too easy: the five of the data set, until the loss is a third."""
-        fields = {"dropout": 0.0, "drop_path": 0.0, "decoder_dropout": 0.0, "scale": (1.0, 1.0), "photometric": False}
-        recipe = tiny_recipe(folder, epochs=12, val_split=None, ema=0.0, flip=0.0, optimizer="adamw", **fields)
+    def test_learns_what_it_is_shown(self, tmp_path):
+        """Dark is class 3 and bright is class 1, on one side or the other."""
+        recipe = tiny_recipe(tmp_path, epochs=10, val_split=None, ema=0.0, optimizer="adamw")
+        for i in range(N):
+            dark = np.broadcast_to((np.arange(32) < 16) == (i % 2 == 0), (24, 32))
+            pixels = np.where(dark, 30, 200).astype(np.uint8)[..., None].repeat(3, -1)
+            save(tmp_path / f"data/images/train/train_{i}.png", pixels)
+            save(tmp_path / f"data/annotations/train/train_{i}.png", np.where(dark, 3, 1).astype(np.uint8))
         train(dataclasses.replace(recipe, learning_rate=3e-3), tmp_path / "run", progress=False)
         losses = [line["loss"] for line in log_of(tmp_path / "run")]
-        assert len(losses) == 36 and np.mean(losses[-3:]) < 0.75 * np.mean(losses[:3])
+        assert len(losses) == 30 and np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
         assert not (tmp_path / "run" / files.BEST).exists(), "without evaluation there is no best"
 
     def test_bad_samples_stop_or_are_counted(self, tmp_path):

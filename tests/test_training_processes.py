@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from segmenter.data.loader import Steps, TrainingSamples, load_batches
 from segmenter.training.loop import train
 from segmenter.training.state import BEST, FINAL, write_yaml
 from tests import dying_runs
+from tests.data_sets import SIZE, save
 from tests.tiny_runs import differences, read_checkpoint, tiny_recipe
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
@@ -36,6 +38,9 @@ def runs(tmp_path_factory):
         "pair_bad": tiny_recipe(folder / "bad", **SHARED),
     }
     (folder / "bad/data/images/train/train_2.png").write_bytes(b"no picture")
+    few = np.full(SIZE, 255, np.uint8)
+    few[:4] = 2
+    save(folder / "data/annotations/train/train_0.png", few)
     for name, recipe in recipes.items():
         write_yaml(folder / f"{name}.yml", recipe.to_dict())
     command = [sys.executable, "-m", "tests.dying_runs", str(folder)]
@@ -128,7 +133,7 @@ def test_the_two_processes_have_different_numbers_of_pixels_that_count(runs):
     for rank in range(2):
         batches = load_batches(samples, Steps(len(dataset), 4, 0, 0, 2, rank, 2))
         counts.append([int((batch.labels != 255).sum()) for batch in batches])
-    assert all(max(pair) > 1.2 * min(pair) for pair in zip(*counts, strict=True)), counts
+    assert any(max(pair) > 1.4 * min(pair) for pair in zip(*counts, strict=True)), counts
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(runs):

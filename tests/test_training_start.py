@@ -38,7 +38,7 @@ def start(dataset, model, **changes):
 
 
 def drop_rates(model):
-    return [block.drop_path.rate for block in model.encoder.blocks]
+    return [getattr(block.drop_path, "rate", 0.0) for block in model.encoder.blocks]
 
 
 def encoder_of(model):
@@ -185,5 +185,5 @@ def test_timm_without_a_network(dataset, monkeypatch):
 
 def test_weights_that_are_not_there(dataset, tmp_path):
     for changes in ({}, {"new_decoder": True}):
-        with pytest.raises(CheckpointError, match="nothing.pth"):
+        with pytest.raises(CheckpointError, match="nothing.pth: no such file or folder, and neither a preset"):
             start(dataset, tmp_path / "nothing.pth", **changes)

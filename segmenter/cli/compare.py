@@ -114,10 +114,11 @@ def _load(args: argparse.Namespace, device: torch.device) -> list[Segmenter]:
 
 def _check_classes(args: argparse.Namespace, models: list[Segmenter], dataset: Dataset | None) -> None:
     """One legend and one truth are for all, so all must have the same number of classes."""
-    counts = [model.n_cls for model in models] + ([] if dataset is None else [dataset.n_cls])
-    if len(set(counts)) > 1:
-        names = [*args.models, f"the data set {args.data}"]
-        each = ", ".join(f"{name} {n}" for name, n in zip(names, counts, strict=False))
+    counts = list(zip(args.models, (model.n_cls for model in models), strict=True))
+    if dataset is not None:
+        counts.append((f"the data set {args.data}", dataset.n_cls))
+    if len({n for _, n in counts}) > 1:
+        each = ", ".join(f"{name} {n}" for name, n in counts)
         raise CommandError(f"numbers of classes differ: {each}; --n-cls gives the number for presets and encoders")
 
 
@@ -173,7 +174,7 @@ def write(output: Path, subject: Subject, classes: ClassSet, compared: list[Comp
     part = choose_part([model.labels for model in compared], subject.truth, len(classes))
     types = " and ".join(dict.fromkeys(model.dtype for model in compared))
     notes = [
-        f"Time: from bytes to labels, {types}, {data['device']}; median of {data['repeats']} runs after a first one.",
+        f"Time: from bytes to labels, {types}, {data['device']}; after a first run {data['repeats']} by the clock, median.",
         "Tokens: patches in all windows.",
         f"Lower row: the framed part, {part.factor} times as large, where the predictions differ most along borders.",
     ]
@@ -188,4 +189,4 @@ def write(output: Path, subject: Subject, classes: ClassSet, compared: list[Comp
 def _in_words(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    return f"cpu, threads: {torch.get_num_threads()}" if device.type == "cpu" else device.type

@@ -52,7 +52,8 @@ def make_optimizer(model: Segmenter, recipe: Recipe, total_steps: int) -> tuple[
             "(0 with layer_decay), or raise learning_rate"
         )
     if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=True)
+        nesterov = recipe.momentum > 0  # torch refuses it without momentum, where it means nothing
+        optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=nesterov)
     else:
         optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
     warmup = min(recipe.warmup_steps, total_steps)

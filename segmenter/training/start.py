@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
@@ -98,6 +99,10 @@ def _pretrained(recipe: Recipe, fields: dict[str, Any]) -> Segmenter:
     source: str | nn.Module = recipe.model
     if recipe.model.startswith(TIMM):
         source = _timm(recipe.model.removeprefix(TIMM))
+    elif not Path(recipe.model).exists():
+        raise CheckpointError(
+            f"{recipe.model}: no such file or folder, and neither a preset (Seg-S-Mask/16) nor timm/NAME"
+        )
     elif recipe.new_decoder:
         return _with_new_decoder(load_model(recipe.model)[0], fields)
     try:

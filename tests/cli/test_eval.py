@@ -96,7 +96,7 @@ def test_scores_are_those_of_the_library(trained, streets, out, argv, capsys):
     found = evaluate(trained, open_dataset(streets, "val"), Protocol(80, flip=True))
     want = percent(found)
     assert data["scores"] == {name: want[name] for name in ("mIoU", "mAcc", "aAcc", "bF", "bIoU")}
-    assert min(data["scores"].values()) > 3
+    assert min(data["scores"].values()) > 1
     for row, iou, bf in zip(data["classes"], want["IoU"], want["bF_per_class"], strict=True):
         assert (row["IoU"], row["bF"]) == tuple(None if np.isnan(v) else v for v in (iou, bf))
     assert [row["name"] for row in data["classes"]][:2] == ["Sky", "Building"]

@@ -42,7 +42,7 @@ def test_ends_with_models_that_know_the_classes(argv, tmp_path, capsys):
     assert main(argv) == 0
     run = tmp_path / "run"
     printed = capsys.readouterr().out
-    assert printed.startswith("3 steps done, best mIoU on val ") and printed.endswith(f" -> {run}\n")
+    assert "\n3 steps done, best mIoU on val " in printed and printed.endswith(f" -> {run}\n")
     for name in ("final", "best"):
         model, _ = load_model(run / name)
         assert load_classes(model.info.classes).names == ("road", "car", "person", "tree", "sky")

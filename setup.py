@@ -48,6 +48,7 @@ setup(
             "onnx",
             "onnxruntime",
             "onnxscript",
+            "tensorboard",
         ],
         "bench": [
             "pytest>=8",
@@ -58,7 +59,7 @@ setup(
             "scipy",
             "segmentation-models-pytorch",
         ],
-        "train": ["torchvision", "tensorboard", "matplotlib"],
+        "train": ["torchvision", "tensorboard", "matplotlib", "segmentation-models-pytorch"],
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "hub": ["huggingface_hub"],
     },

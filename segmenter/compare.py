@@ -131,7 +131,7 @@ def telling_part(
     reference = predictions[-1] if truth is None else truth
     counted = np.ones(reference.shape, bool) if truth is None else truth != ignored
     maps = [*predictions, *([truth] if truth is not None and len(predictions) == 1 else [])]
-    differ = np.any([labels != maps[0] for labels in maps], axis=0) & counted
+    differ = np.any([labels != maps[0] for labels in maps], axis=0)
     radius = max(1, round(DILATION_RATIO * math.hypot(*reference.shape)))
     edges = np.pad(border_pixels(reference, counted), radius)
     near = (_box_sums(edges, 2 * radius + 1, 2 * radius + 1) > 0) & counted

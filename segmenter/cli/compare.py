@@ -174,7 +174,7 @@ def write(output: Path, subject: Subject, classes: ClassSet, compared: list[Comp
     part = choose_part([model.labels for model in compared], subject.truth, len(classes))
     types = " and ".join(dict.fromkeys(model.dtype for model in compared))
     notes = [
-        f"Time: from bytes to labels, {types}, {data['device']}; after a first run {data['repeats']} by the clock, median.",
+        f"Time: from bytes to labels, {types}, {data['device']}; runs: {data['repeats']} after a first one, median.",
         "Tokens: patches in all windows.",
         f"Lower row: the framed part, {part.factor} times as large, where the predictions differ most along borders.",
     ]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from segmenter.data.datasets import DataError, Dataset
-from segmenter.training.recipe import Recipe
+from segmenter.training.recipe import Recipe, RecipeError
 
 
 class SegmentationLoss:
@@ -66,6 +66,11 @@ def make_loss(recipe: Recipe, dataset: Dataset, device: torch.device) -> Segment
 
 
 def _lovasz(ignore_index: int) -> Callable:
-    from segmentation_models_pytorch.losses import LovaszLoss
+    try:
+        from segmentation_models_pytorch.losses import LovaszLoss
+    except ImportError as error:
+        raise RecipeError(
+            f"lovasz needs segmentation-models-pytorch: pip install 'segmenter-triton[train]' ({error})"
+        ) from error
 
     return LovaszLoss("multiclass", ignore_index=ignore_index)

@@ -33,8 +33,8 @@ def starting_model(recipe: Recipe, dataset: Dataset) -> Segmenter:
         "n_cls": dataset.n_cls,
         "image_size": recipe.crop_size,
         "normalization": recipe.normalization,
-        "dropout": recipe.dropout,
-        "drop_path_rate": recipe.drop_path,
+        "dropout": 0.0 if recipe.freeze_backbone else recipe.dropout,
+        "drop_path_rate": 0.0 if recipe.freeze_backbone else recipe.drop_path,
         "pos_embed_mode": recipe.pos_embed_mode,
         "pos_embed_check": recipe.pos_embed_check,
     }

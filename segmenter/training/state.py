@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from segmenter.checkpoint import CheckpointError
+from segmenter.training.recipe import RecipeError
 from segmenter.visualize import write_atomically
 
 CHECKPOINT, VARIANT, RECIPE, LOG = "checkpoint.pth", "variant.yml", "recipe.yml", "log.jsonl"
@@ -112,6 +113,9 @@ def _step_of(line: str) -> float:
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RecipeError(f"tensorboard is not installed: pip install 'segmenter-triton[train]' ({error})") from error
 
     return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

@@ -17,7 +17,14 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["segmenter", "segmenter.cli", "segmenter.classes", "segmenter.data", "segmenter.kernels"],
+    packages=[
+        "segmenter",
+        "segmenter.cli",
+        "segmenter.classes",
+        "segmenter.data",
+        "segmenter.training",
+        "segmenter.kernels",
+    ],
     package_dir={"segmenter": "segmenter", "segmenter.kernels": "kernels"},
     package_data={"segmenter.classes": ["*.yml"]},
     install_requires=[

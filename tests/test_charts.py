@@ -32,12 +32,11 @@ def test_bars_have_the_colours_and_lengths_of_their_classes(tmp_path):
 
 def test_many_classes_stand_in_columns(tmp_path):
     pytest.importorskip("matplotlib")
-    for n in (50, 51, 150):
+    for n in (50, 51):
         save_class_chart(tmp_path / f"{n}.png", generic_classes(n), np.linspace(0, 1, n), "title")
-    sizes = [Image.open(tmp_path / f"{n}.png").size for n in (50, 51, 150)]
-    assert sizes[1][1] < 0.6 * sizes[0][1], "two columns of 26"
-    assert sizes[2][0] > 1.4 * sizes[1][0]
-    assert sizes[2][1] == sizes[0][1]
+    (width, height), (width_of_two, height_of_two) = (Image.open(tmp_path / f"{n}.png").size for n in (50, 51))
+    assert width_of_two > width
+    assert height_of_two < 0.6 * height, "two columns of 26"
 
 
 def test_no_class_at_all(tmp_path):

@@ -407,6 +407,8 @@ def test_check_warns_of_the_same_picture_in_two_splits_and_of_odd_labels(tmp_pat
     report = check_dataset(find_source(tmp_path), ["train", "trainval", "train"])
     assert [s.split for s in report.splits] == ["train", "trainval"]
     assert report.duplicates == ((train[0].image, val[1].image),), "a file is no duplicate of itself"
+    val[0].image.write_bytes(val[1].image.read_bytes())
+    assert check_dataset(find_source(tmp_path), ["val"]).duplicates == (), "two in one split do not leak"
 
 
 def test_published_settings_are_those_of_known_data_sets():

@@ -144,5 +144,6 @@ def test_wheel_holds_the_package_and_no_top_level_kernels(tmp_path):
     assert wheel.name.startswith("segmenter_triton-")
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"segmenter"}
-    for needed in ("kernels/reference.py", "model.py", "cli/__init__.py", "classes/ade20k.yml", "classes/camvid.yml"):
-        assert f"segmenter/{needed}" in names
+    sources = {p.relative_to(ROOT) for p in (ROOT / "segmenter").rglob("*") if p.suffix in (".py", ".yml")}
+    sources |= {Path("segmenter") / p.relative_to(ROOT) for p in (ROOT / "kernels").glob("*.py")}
+    assert {str(source) for source in sources} <= set(names)

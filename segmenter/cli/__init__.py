@@ -1,6 +1,7 @@
 """The command line: `python -m segmenter`, or `segmenter` once installed.
 
-Exit status: 0 fine, 1 anything unexpected, 2 usage, 3 some files failed, 4 checkpoint, 5 device, 130 interrupted.
+Exit status: 0 fine, 1 anything unexpected, 2 usage, 3 some files failed, 4 checkpoint, 5 device, 130 interrupted,
+143 training was stopped and has saved.
 """
 
 import importlib

@@ -235,8 +235,8 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     text = (
         "Trains a model, by default as published (SGD, poly 0.9, stochastic depth 0.1). Settings come from a YAML "
         "recipe, from flags, or both (flags win). The output folder holds the checkpoint that the same command goes on "
-        "from after any kind of end, the best and the final model, and the log. Started by torchrun, its processes "
-        "share each batch."
+        "from after any kind of end, the best and the final model, and the log. SIGTERM, or Ctrl-C, ends the step "
+        "under way and saves; the exit status is then 143. Started by torchrun, its processes share each batch."
     )
     parser = commands.add_parser("train", help="train on a data set", description=text)
     parser.add_argument("--recipe", metavar="FILE", help="YAML file of settings, named as the flags with _ for -")

@@ -96,7 +96,11 @@ def resized(shape: tuple[int, int], short: float, long: float) -> tuple[int, int
 
 
 def resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear and without antialiasing, as OpenCV's, on bytes (H, W, 3)."""
+    """Bilinear and without antialiasing, as OpenCV's, on bytes (H, W, 3); the fast one of torchvision for bytes.
+
+    Its last grey level depends on the processor. Evaluation, which must not, computes in floats
+    (`segmenter.evaluate`).
+    """
     from torchvision.transforms.v2.functional import InterpolationMode, resize
 
     if pixels.shape[:2] == size:

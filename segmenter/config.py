@@ -10,6 +10,7 @@ from typing import Any
 MAX_CLASSES = 65_535
 MAX_IMAGE_SIZE = 16_384
 NORMALIZATIONS = ("vit", "deit")
+IMPLEMENTATIONS = ("auto", "eager", "triton")
 
 
 class ConfigError(ValueError):

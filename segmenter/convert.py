@@ -101,6 +101,7 @@ def convert(
         )
     if isinstance(decoder, str) or decoder is None:
         decoder = {"name": decoder or "mask_transformer"}
+    decoder = {"name": "mask_transformer", **decoder}
     if grid is not None:
         arch["image_size"] = (grid[0] * arch["patch_size"], grid[1] * arch["patch_size"])
     _fit_grid(state, arch, image_size, patch_size, found["pos_embed_mode"], notes)

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from segmenter import labels
+from segmenter.config import IMPLEMENTATIONS
 from segmenter.kernels import reference
 from segmenter.kernels.configs import FLOATS
 from segmenter.kernels.tiling import MAX_CLASSES
 
-IMPLEMENTATIONS = ("auto", "eager", "triton")
 MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
 MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 

@@ -32,23 +32,25 @@ def test_every_sample_once_an_epoch_and_the_last_batch_is_filled_from_its_beginn
     assert [len(step) for step in steps] == [3] * 6
     for epoch in range(2):
         keys = [key for step in steps[3 * epoch : 3 * epoch + 3] for key in step]
-        assert {e for e, _ in keys} == {epoch}
-        order = [index for _, index in keys]
+        assert {e for e, _, _ in keys} == {epoch}
+        assert [lap for _, _, lap in keys] == [0] * N + [1] * (9 - N), "which are augmented once more"
+        order = [index for _, index, _ in keys]
         assert sorted(order[:N]) == list(range(N))
         assert order[N:] == order[: 9 - N]
-    first, second = ([i for step in steps[a : a + 3] for _, i in step] for a in (0, 3))
+    first, second = ([i for step in steps[a : a + 3] for _, i, _ in step] for a in (0, 3))
     assert first != second and first[:N] != list(range(N)), "another order each epoch"
     assert list(Steps(N, 3, seed=1, start=0, stop=3)) != steps[:3]
 
 
 def test_an_epoch_that_the_batch_divides_repeats_nothing():
     assert Steps.per_epoch(6, 3) == 2
-    assert sorted(i for step in Steps(6, 3, 0, 0, 2) for _, i in step) == list(range(6))
+    assert sorted(i for step in Steps(6, 3, 0, 0, 2) for _, i, _ in step) == list(range(6))
 
 
 def test_a_batch_larger_than_the_data_set():
     ((step),) = Steps(2, 5, 0, 0, 1)
-    order = [index for _, index in step]
+    order = [index for _, index, _ in step]
+    assert [lap for _, _, lap in step] == [0, 0, 1, 1, 2]
     assert len(order) == 5 and order[:2] == order[2:4] and set(order) == {0, 1}
 
 
@@ -79,7 +81,7 @@ def test_batches_are_the_augmented_samples(dataset):
     assert (batch.images.shape, batch.images.dtype) == ((3, 3, 16, 16), torch.float32)
     assert (batch.labels.shape, batch.labels.dtype) == ((3, 16, 16), torch.int64)
     assert batch.errors == []
-    for i, (epoch, index) in enumerate(next(iter(Steps(N, 3, 0, 1, 2)))):
+    for i, (epoch, index, _) in enumerate(next(iter(Steps(N, 3, 0, 1, 2)))):
         sample = dataset.samples[index]
         rng = np.random.default_rng([0, epoch, index])
         image, labels = samples.augmentation(*dataset.read(sample), rng)
@@ -90,10 +92,11 @@ def test_batches_are_the_augmented_samples(dataset):
 
 def test_a_sample_is_augmented_anew_each_epoch_and_for_each_seed(dataset):
     samples = samples_of(dataset)
-    first = samples[0, 0][0]
-    assert torch.equal(first, samples[0, 0][0])
-    assert not torch.equal(first, samples[1, 0][0])
-    assert not torch.equal(first, samples_of(dataset, seed=1)[0, 0][0])
+    first = samples[0, 0, 0][0]
+    assert torch.equal(first, samples[0, 0, 0][0])
+    assert not torch.equal(first, samples[1, 0, 0][0])
+    assert not torch.equal(first, samples[0, 0, 1][0])
+    assert not torch.equal(first, samples_of(dataset, seed=1)[0, 0, 0][0])
 
 
 def test_processes_that_read_change_nothing(dataset):
@@ -106,7 +109,7 @@ def test_a_sample_that_cannot_be_read_counts_nowhere_and_says_why(tmp_path):
     dataset = open_dataset(make_data_set(tmp_path, n=2))
     bad = dataset.samples[1]
     bad.image.write_bytes(b"no picture")
-    image, labels, name, error = samples_of(dataset)[0, 1]
+    image, labels, name, error = samples_of(dataset)[0, 1, 0]
     assert not image.any() and (labels == 255).all()
     assert name == bad.name and str(bad.image) in error
     (batch,) = load_batches(samples_of(dataset), Steps(2, 2, 0, 0, 1))

@@ -18,7 +18,8 @@ OTHERS = {  # a value other than the default for every setting
     "optimizer": "adamw", "learning_rate": 3e-4, "momentum": 0.8, "backbone_rate": 0.5, "layer_decay": 0.75,
     "weight_decay": 0.05,
     "min_lr": 0.0, "power": 1.0, "warmup_steps": 100, "clip_grad": 1.0, "class_weighting": 0.5, "lovasz": 1.0,
-    "ema": 0.999, "amp": "bfloat16", "seed": 5, "eval_freq": 2, "save_minutes": 1.5, "log_steps": 5, "overlays": 0,
+    "ema": 0.999, "amp": "bfloat16", "impl": "auto",
+    "seed": 5, "eval_freq": 2, "save_minutes": 1.5, "log_steps": 5, "overlays": 0,
     "tensorboard": True, "workers": 0, "bad_samples": "skip", "window_size": 224, "window_stride": 112,
 }  # fmt: skip
 MINIMAL = {"data": "d", "crop_size": 32, "epochs": 1, "batch_size": 2, "learning_rate": 0.1}
@@ -52,7 +53,7 @@ def test_defaults_are_the_published_recipe():
         "clip_grad": None, "drop_path": 0.1, "dropout": 0.0, "decoder_dropout": 0.1, "scale": (0.5, 2.0),
         "cat_max_ratio": 0.75, "flip": 0.5, "photometric": True, "amp": "none", "ema": 0.0, "layer_decay": 1.0,
         "backbone_rate": 1.0,
-        "class_weighting": 0.0, "lovasz": 0.0, "decoder_layers": 2,
+        "class_weighting": 0.0, "lovasz": 0.0,
     }  # fmt: skip
     assert {name: getattr(recipe, name) for name in published} == published
 
@@ -90,10 +91,8 @@ def test_windows_follow_the_crop():
 
 def test_other_data_sets_must_say_what_was_never_published():
     recipe = Recipe(**MINIMAL).completed("folder")
-    assert (recipe.im_size, recipe.max_ratio, recipe.eval_freq, recipe.window_size) == (32, 4.0, 1, 32)
-    with pytest.raises(
-        RecipeError, match="'camvid' has no published im_size, crop_size, epochs, batch_size, learning_rate"
-    ):
+    assert (recipe.im_size, recipe.max_ratio, recipe.eval_freq, recipe.window_size) == (None, 4.0, 1, 32)
+    with pytest.raises(RecipeError, match="'camvid' has no published crop_size, epochs, batch_size, learning_rate"):
         Recipe("d").completed("camvid")
 
 

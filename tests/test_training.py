@@ -110,8 +110,12 @@ class TestOptimizer:
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             schedule.step()
-        ramp = [0.1 * t / 4 * 0.6**0.9 for t in (1, 2, 3)]
-        assert rates == pytest.approx([0.1 / 4, *ramp, 0.1 * 0.6**0.9, 0.1 * 0.5**0.9])
+        ramp = [0.1 * t / 4 * 0.6**0.9 for t in (1, 1, 2, 3)]
+        assert rates == pytest.approx([*ramp, 0.1 * 0.6**0.9, 0.1 * 0.5**0.9])
+
+    def test_a_warm_up_as_long_as_the_run(self):
+        with pytest.raises(RecipeError, match="warmup_steps 10 must be fewer than the 10 steps"):
+            make_optimizer(tiny_model(), Recipe("d", learning_rate=0.1, warmup_steps=10), 10)
 
     def test_a_floor_above_the_smallest_rate_would_raise_it(self):
         recipe = Recipe("d", learning_rate=1e-4, layer_decay=0.3)
@@ -233,7 +237,7 @@ class TestSteps:
         for old, new in zip(before.parameters(), run.model.parameters(), strict=True):
             if old.grad is not None:  # Nesterov: the first update is (1 + momentum) times the gradient
                 torch.testing.assert_close(new.data, old.data - 0.02 * 1.9 * old.grad, rtol=1e-4, atol=1e-6)
-        assert run.step == 1 and not facts["stop"]
+        assert run.step == 1
 
     def test_dropout_follows_from_the_step_alone(self, folder, tmp_path):
         losses = []

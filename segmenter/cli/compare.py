@@ -18,7 +18,7 @@ from segmenter.cli.report import write_json
 from segmenter.compare import Compared, as_json, compare
 from segmenter.compare_picture import choose_part, comparison_picture
 from segmenter.data.datasets import DataError, Dataset, open_dataset
-from segmenter.data.labels import Ids, read_ids
+from segmenter.data.labels import Ids, ignore_index, read_ids
 from segmenter.evaluate import Protocol
 from segmenter.images import ImageError, read_image
 from segmenter.model import Segmenter
@@ -95,7 +95,7 @@ def _read_picture(args: argparse.Namespace) -> Subject:
 
 def _read_truth(path: Path, n_cls: int, subject: Subject) -> np.ndarray:
     try:
-        truth = Ids().to_labels(read_ids(path), n_cls, path)
+        truth = Ids(ignored=(ignore_index(n_cls),)).to_labels(read_ids(path), n_cls, path)
     except DataError as error:
         text = f"{error} (--data and --sample read label files as their data set means them)"
         raise CommandError(text, SOME_FAILED) from error

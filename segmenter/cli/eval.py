@@ -111,7 +111,7 @@ def prepare(args: argparse.Namespace, shard: Shard) -> Evaluation:
         "impl": model.impl,
         "device": device.type,
     }
-    samples = dataset.samples[:: max(1, len(dataset) // args.overlays)][: args.overlays] if args.overlays else ()
+    samples = dataset.spread(args.overlays) if args.overlays else ()
     folder = Path(args.output) / "overlays"
     overlays = {sample.name: folder / f"{sample.name}.png" for sample in samples}
     return Evaluation(args, model, dataset, protocol, settings, overlays)

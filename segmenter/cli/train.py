@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import sys
+from pathlib import Path
 from typing import Any
 
 from segmenter.cli.errors import FAILURE, OK, USAGE, CommandError
@@ -11,6 +13,7 @@ from segmenter.data.datasets import DataError
 from segmenter.training.distributed import Group
 from segmenter.training.loop import TrainingError, train
 from segmenter.training.recipe import Recipe, RecipeError, make_recipe, read_recipe
+from segmenter.training.start import PRESET
 
 TERMINATED = 143
 
@@ -20,6 +23,9 @@ def run(args: argparse.Namespace) -> int:
     group = Group(shard.rank, shard.world, shard.device(args.device))
     try:
         recipe = recipe_of(args)
+        if recipe.model.startswith(PRESET) and not Path(recipe.model).exists() and group.leads:
+            text = "is RANDOM WEIGHTS; the published recipe starts from ImageNet's: --model timm/NAME, or a file"
+            print(f"segmenter: WARNING: {recipe.model} {text}", file=sys.stderr)
         group.join()
         with errors_of_loading():
             outcome = train(recipe, args.output, group)

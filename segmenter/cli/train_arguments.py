@@ -16,7 +16,7 @@ _SETTINGS = {
         "model": "preset (random weights), timm/NAME (downloads its weights), or weights of any kind "
         "(default: Seg-S-Mask/16)",
         "new_decoder": "put a random decoder on a model that has one",
-        "decoder": "mask_transformer or linear (a preset's name says it)",
+        "decoder": "mask_transformer (default) or linear, where the file has none",
         "decoder_layers": "blocks of the mask transformer (default: 2)",
         "patch_size": "resample the patch embedding to this patch",
         "n_layers": "keep only the encoder's first blocks",
@@ -30,7 +30,7 @@ _SETTINGS = {
     },
     "augmentation": {
         "crop_size": "side of the crops, pixels",
-        "im_size": "short side of the picture before the random ratio, pixels",
+        "im_size": "short side before the random ratio, and in evaluation (default: as published, or own size)",
         "max_ratio": "its long side is at most this times that",
         "scale": "smallest and largest ratio (default: 0.5 2.0)",
         "cat_max_ratio": "a crop with a larger share of one class is drawn again (default: 0.75)",
@@ -53,6 +53,7 @@ _SETTINGS = {
         "class_weighting": "classes weigh their share of pixels to the power of minus this (default: 0)",
         "lovasz": "weight of an added Lovasz-softmax loss (default: 0)",
         "ema": "decay of an average of the weights, which is then what is evaluated and saved (default: 0, none)",
+        "impl": "eager, triton or auto (default: eager)",
         "amp": "none, bfloat16 or float16 autocast (default: none)",
         "seed": "of weights, order, augmentation and dropout (default: 0)",
     },

@@ -26,14 +26,15 @@ class Augmentation:
     Args:
         crop_size: side of the square that comes out, pixels.
         im_size: the picture's short side becomes ratio * im_size, with a random ratio; its long side at most
-            ratio * max_ratio * im_size. scale: (low, high) of the ratio, uniform.
+            ratio * max_ratio * im_size. None: the picture's own size times the ratio. scale: (low, high) of the ratio,
+            uniform.
         normalization: "vit" or "deit". ignore_index: the label of pixels that do not count, and of the padding.
         cat_max_ratio: a crop is drawn again, up to ten times, while one class has this share of it or more.
         flip: probability of mirroring. photometric: whether colours are distorted.
     """
 
     crop_size: int
-    im_size: int
+    im_size: int | None
     max_ratio: float = 4.0
     scale: tuple[float, float] = (0.5, 2.0)
     normalization: str = "vit"
@@ -47,7 +48,10 @@ class Augmentation:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Picture (H, W, 3) uint8 and labels (H, W) -> (3, crop, crop) float32, normalised, and (crop, crop) int64."""
         ratio = rng.uniform(*self.scale)
-        size = resized(pixels.shape[:2], ratio * self.im_size, ratio * self.im_size * self.max_ratio)
+        short, long = sorted(pixels.shape[:2])
+        if self.im_size is not None:
+            short, long = self.im_size, self.im_size * self.max_ratio
+        size = resized(pixels.shape[:2], ratio * short, ratio * long)
         labels = resize_labels(labels, size)
         top, left = self._corner(labels, rng)
         window = np.s_[top : top + self.crop_size, left : left + self.crop_size]

@@ -88,6 +88,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def spread(self, n: int) -> tuple[Sample, ...]:
+        """`n` samples, or all if there are fewer, evenly spread over their order."""
+        n = min(n, len(self))
+        return tuple(self.samples[i * len(self) // n] for i in range(n))
+
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """The picture, upright, and its labels.
 

@@ -28,9 +28,9 @@ class Batch(NamedTuple):
 
 
 class Steps:
-    """For each step the keys (epoch, index) of this process's share of the batch: a batch sampler.
+    """For each step the keys (epoch, index, lap) of this process's share of the batch: a batch sampler.
 
-    An epoch is a permutation of the samples; the last batch is filled up from its beginning.
+    An epoch is a permutation of the samples; the last batch is filled up from its beginning, in another lap.
 
     Args:
         n_samples: in the data set. batch_size: of all processes together, a multiple of `world`.
@@ -53,7 +53,7 @@ class Steps:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         per_epoch = self.per_epoch(self.n_samples, self.batch_size)
         order, of_epoch = np.empty(0, int), -1
         for step in range(self.start, self.stop):
@@ -61,11 +61,12 @@ class Steps:
             if epoch != of_epoch:
                 order, of_epoch = np.random.default_rng([self.seed, epoch]).permutation(self.n_samples), epoch
             places = range(i * self.batch_size, (i + 1) * self.batch_size)
-            yield [(epoch, int(order[p % self.n_samples])) for p in places[self.rank :: self.world]]
+            laps = (divmod(p, self.n_samples) for p in places[self.rank :: self.world])
+            yield [(epoch, int(order[p]), lap) for lap, p in laps]
 
 
 class TrainingSamples(torch.utils.data.Dataset):
-    """Augmented samples by key (epoch, index). One that cannot be read counts for nothing and says why."""
+    """Augmented samples by key (epoch, index, lap). One that cannot be read counts for nothing and says why."""
 
     def __init__(self, dataset: Dataset, augmentation: Augmentation, seed: int):
         self.dataset, self.augmentation, self.seed = dataset, augmentation, seed
@@ -73,14 +74,14 @@ class TrainingSamples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, str, str | None]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, str, str | None]:
+        epoch, index, lap = key
         sample = self.dataset.samples[index]
         try:
             pixels, labels = self.dataset.read(sample)
         except DataError as error:
             return *self.augmentation.nothing(), sample.name, str(error)
-        rng = np.random.default_rng([self.seed, epoch, index])
+        rng = np.random.default_rng([self.seed, epoch, index, lap] if lap else [self.seed, epoch, index])
         return *self.augmentation(pixels, labels, rng), sample.name, None
 
 

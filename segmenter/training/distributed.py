@@ -59,5 +59,4 @@ class Group:
         """The model such that its gradients are the mean over all processes."""
         if self.world == 1:
             return model
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        return nn.parallel.DistributedDataParallel(model)

@@ -17,16 +17,18 @@ import torch
 from tqdm import tqdm
 
 from segmenter.checkpoint import CheckpointError
+from segmenter.config import ModelConfig
 from segmenter.data.augment import Augmentation
 from segmenter.data.datasets import DataError, Dataset, open_dataset
 from segmenter.data.loader import Batch, Steps, TrainingSamples, load_batches
+from segmenter.model import Segmenter, create_segmenter
 from segmenter.training import state as files
 from segmenter.training.distributed import Group
-from segmenter.training.losses import make_loss
+from segmenter.training.losses import SegmentationLoss, class_weights
 from segmenter.training.optimizer import averaged, gradient_norm, make_optimizer
 from segmenter.training.recipe import Recipe, RecipeError
-from segmenter.training.start import starting_model
-from segmenter.training.validation import Validation
+from segmenter.training.start import prepare, starting_model
+from segmenter.training.validation import Validation, report_bad
 
 ONE = Group()
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,7 +59,8 @@ def train(recipe: Recipe, output: str | Path, group: Group = ONE, progress: bool
         RecipeError, CheckpointError, ConfigError: settings or weights that cannot be used. DataError: the data set, or
             a sample while bad_samples is "stop". TrainingError: loss or gradients are not finite.
 
-    SIGTERM ends the step under way, saves, and returns with `stopped`. So does Ctrl-C; a second one interrupts.
+    SIGTERM ends the step, or the evaluation, under way, saves, and returns with `stopped`. So does Ctrl-C; a second one
+    interrupts.
     """
     dataset = open_dataset(recipe.data, recipe.split, recipe.kind)
     recipe = recipe.completed(dataset.key)
@@ -66,8 +69,8 @@ def train(recipe: Recipe, output: str | Path, group: Group = ONE, progress: bool
         output.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(output)
     with _stop_signal() as stop:
-        run = Run(recipe, dataset, output, group)
-        return run.run(stop, progress)
+        run = Run(recipe, dataset, output, group, progress)
+        return run.run(stop)
 
 
 class Run:
@@ -77,55 +80,61 @@ class Run:
         model, average: what is trained, and the moving average of its weights or None. step: steps done. total: of all.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, output: Path, group: Group):
+    def __init__(self, recipe: Recipe, dataset: Dataset, output: Path, group: Group, progress: bool = False):
         if recipe.batch_size % group.world:
             raise RecipeError(f"batch_size {recipe.batch_size} must be a multiple of the {group.world} processes")
         self.recipe, self.dataset, self.output, self.group = recipe, dataset, output, group
+        self.progress = progress and group.leads
+        self.validation = Validation(recipe, group, progress) if recipe.val_split else None
         self.per_epoch = Steps.per_epoch(len(dataset), recipe.batch_size)
         self.total = recipe.epochs * self.per_epoch
-        torch.manual_seed(recipe.seed)
-        self.model = starting_model(recipe, dataset).to(group.device)
+        checkpoint = output / files.CHECKPOINT
+        state = files.load_state(checkpoint, recipe.to_dict()) if checkpoint.exists() else None
+        self.model = self._model(state).to(group.device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = make_optimizer(self.model, recipe, self.total)
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.amp == "float16")
         self.average = averaged(self.model, recipe.ema) if recipe.ema else None
-        self.step, self.best, self.bad = 0, None, 0
-        checkpoint = output / files.CHECKPOINT
-        if checkpoint.exists():
-            self._restore(files.load_state(checkpoint, recipe.to_dict()))
+        self.step, self.evaluated_at, self.best, self.bad, self.reported = 0, 0, None, 0, set[str]()
+        self.class_weights = None
+        if state is not None:
+            self._restore(state)
+        elif recipe.class_weighting:
+            self.class_weights = class_weights(dataset, recipe.class_weighting, self.progress)
         if group.sums([self.step])[0] != self.step * group.world:
             raise CheckpointError(f"{checkpoint}: the processes find different ones; let them share the output folder")
-        self.loss = make_loss(recipe, dataset, group.device)
+        weight = None if self.class_weights is None else self.class_weights.to(group.device)
+        self.loss = SegmentationLoss(dataset.ignore_index, weight, recipe.lovasz)
         self.parallel = group.parallel(self.model)
-        self.validation = Validation(recipe, group) if recipe.val_split else None
 
-    def run(self, stop: threading.Event, progress: bool) -> Outcome:
+    def run(self, stop: threading.Event) -> Outcome:
         """All steps that are left, with evaluations and saves between them."""
         leads = self.group.leads
         if leads:
             files.write_yaml(self.output / files.RECIPE, self.recipe.to_dict())
             files.write_yaml(self.output / files.VARIANT, self._variant())
         log = files.Log(self.output, self.step, self.recipe.tensorboard) if leads else None
-        stopped, saved = False, time.monotonic()
-        bar = tqdm(total=self.total, initial=self.step, desc="training", unit="step", disable=not (progress and leads))
-        meter = _Meter()
+        bar = tqdm(total=self.total, initial=self.step, desc="training", unit="step", disable=not self.progress)
+        meter, stopped, saved = _Meter(), False, time.monotonic()
         with bar:
+            self._evaluate_if_due(log, bar)  # what a run that was killed had still to do
             for batch in self._batches():
-                facts = self.training_step(batch, stop.is_set())
-                stopped = facts.pop("stop")
-                meter.add(facts)
+                meter.add(self.training_step(batch))
                 bar.update()
                 bar.set_postfix(loss=f"{meter.loss:.3f}", refresh=False)
                 last = self.step == self.total
                 if log and (last or self.step % self.recipe.log_steps == 0):
                     log.write(self.step, {"epoch": self.epoch, **meter.take(self.recipe.batch_size), "bad": self.bad})
-                if self.validation and self.step % self.per_epoch == 0 and self._evaluates(self.epoch, last):
-                    self._evaluate(log, bar)
-                if last or stopped or time.monotonic() - saved > 60 * self.recipe.save_minutes:
-                    self.save()
+                stopped = bool(self.group.sums([stop.is_set()])[0])
+                pause = time.monotonic()
+                if last or stopped or self._evaluates() or pause - saved > 60 * self.recipe.save_minutes:
+                    self.save()  # before an evaluation, in which things can go wrong
                     saved = time.monotonic()
-                if stopped:
+                if stopped and not last:
                     break
+                if self._evaluate_if_due(log, bar):
+                    self.save()
+                meter.leave_out(time.monotonic() - pause)
         if log:
             log.close()
         if self.step == self.total and leads:
@@ -143,11 +152,11 @@ class Run:
         """The model that is evaluated and saved: the average, if there is one."""
         return self.model if self.average is None else self.average.module
 
-    def training_step(self, batch: Batch, stop: bool = False) -> dict[str, Any]:
+    def training_step(self, batch: Batch) -> dict[str, float]:
         """One update of the weights.
 
         Returns:
-            loss (of all processes), lr, grad_norm (before clipping); stop: whether any process was asked to stop.
+            loss (of all processes), lr, grad_norm (before clipping).
         Raises:
             TrainingError: loss or gradients are not finite; nothing is changed then. DataError: samples that cannot be
                 read, if they are to stop the run.
@@ -156,21 +165,21 @@ class Run:
         torch.manual_seed((recipe.seed * 1_000_003 + self.step) * 1_009 + group.rank)  # dropout, stochastic depth
         images = batch.images.to(group.device, non_blocking=True)
         labels = batch.labels.to(group.device, non_blocking=True)
-        counted, stops, bad = group.sums([self.loss.denominator(labels).item(), stop, len(batch.errors)])
+        counted, bad = group.sums([self.loss.denominator(labels).item(), len(batch.errors)])
         if bad and recipe.bad_samples == "stop":  # in every process: none waits for one that has ended
             raise DataError(batch.errors[0] if batch.errors else "another process has a sample that cannot be read")
+        report_bad(batch.errors, self.reported)
         dtype = DTYPES.get(recipe.amp, torch.float32)
         with torch.autocast(group.device.type, dtype=dtype, enabled=recipe.amp != "none"):
             logits = self.parallel(images)
         loss = self.loss(logits, labels, counted / group.world)
-        value = group.sums([loss.item()])[0] / group.world
-        self._check_finite("the loss", value, batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.trained, recipe.clip_grad)
-        if not self.scaler.is_enabled():  # which leaves out such a step, and lowers its scale
-            self._check_finite("the norm of the gradients", norm, batch)
+        value, norm = torch.stack([loss.detach(), norm]).tolist()  # the one time that the device is waited for
+        value = group.sums([value])[0] / group.world
+        self._check_finite(value, norm, batch)
         lr = self.optimizer.param_groups[-1]["lr"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -179,14 +188,19 @@ class Run:
             self.average.update_parameters(self.model)
         self.step += 1
         self.bad += int(bad)
-        return {"loss": value, "lr": lr, "grad_norm": norm, "stop": bool(stops)}
+        return {"loss": value, "lr": lr, "grad_norm": norm}
 
-    def _check_finite(self, what: str, value: float, batch: Batch) -> None:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"{what} is {value} at step {self.step}, of the samples {', '.join(batch.names)}; the last checkpoint "
-                "is as it was. Try a lower learning_rate, warmup_steps, clip_grad, or amp bfloat16 in place of float16"
-            )
+    def _check_finite(self, loss: float, norm: float, batch: Batch) -> None:
+        if not math.isfinite(loss):
+            what = f"the loss is {loss}"
+        elif math.isfinite(norm) or self.scaler.is_enabled() and self.scaler.get_scale() >= 1:
+            return  # the scaler leaves out a step whose scaled gradients overflow, and lowers its scale
+        else:
+            what = f"the norm of the gradients is {norm}"
+        raise TrainingError(
+            f"{what} at step {self.step}, of the samples {', '.join(batch.names)}; the last checkpoint is as it was. "
+            "Try a lower learning_rate, warmup_steps, clip_grad, or amp bfloat16 in place of float16, in another folder"
+        )
 
     def save(self) -> None:
         """Replaces the folder's checkpoint."""
@@ -201,6 +215,9 @@ class Run:
             "loss_scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
+            "evaluated_at": self.evaluated_at,
+            "config": self.model.config.to_dict(),
+            "class_weights": self.class_weights,
             "average": average,
             "best": self.best,
             "bad": self.bad,
@@ -211,6 +228,14 @@ class Run:
     def save_model(self, name: str) -> None:
         """Puts the model into a folder of the run that `load_model` reads."""
         self.evaluated.save_pretrained(self.output / name, classes=self.dataset.classes)
+
+    def _model(self, state: dict[str, Any] | None) -> Segmenter:
+        """What training starts from, or goes on with, for which nothing but the checkpoint is needed."""
+        if state is not None:
+            config = ModelConfig.from_dict(state["config"])
+            return prepare(create_segmenter(config, self.recipe.impl), self.recipe, self.dataset)
+        torch.manual_seed(self.recipe.seed)
+        return starting_model(self.recipe, self.dataset)
 
     def _restore(self, state: dict[str, Any]) -> None:
         if (total := state["lr_scheduler"]["iter_max"]) != self.total:  # of which order, rates and epochs follow
@@ -224,7 +249,8 @@ class Run:
         self.scaler.load_state_dict(state["loss_scaler"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.step, self.best, self.bad = state["step"], state["best"], state["bad"]
+        self.step, self.evaluated_at = state["step"], state["evaluated_at"]
+        self.best, self.bad, self.class_weights = state["best"], state["bad"], state["class_weights"]
 
     def _batches(self) -> Iterator[Batch]:
         recipe, group = self.recipe, self.group
@@ -243,26 +269,40 @@ class Run:
         of_steps = (len(self.dataset), recipe.batch_size, recipe.seed, self.step, self.total, group.rank, group.world)
         yield from load_batches(samples, Steps(*of_steps), recipe.workers, pin_memory=group.device.type == "cuda")
 
-    def _evaluates(self, epoch: int, last: bool) -> bool:
-        return last or epoch % self.recipe.eval_freq == 0
+    def _evaluates(self) -> bool:
+        """Whether an evaluation is due at this step."""
+        if self.validation is None or self.step == self.evaluated_at or self.step % self.per_epoch:
+            return False
+        return self.step == self.total or self.epoch % self.recipe.eval_freq == 0
 
-    def _evaluate(self, log: "files.Log | None", bar: tqdm) -> None:
+    def _evaluate_if_due(self, log: "files.Log | None", bar: tqdm) -> bool:
+        if not self._evaluates():
+            return False
+        self.evaluated_at = self.step
         scores = self.validation(self.evaluated, self.output / files.OVERLAYS, self.step)
-        if log is None:
-            return
-        log.write(self.step, {"epoch": self.epoch, **scores})
-        best = self.best is None or scores["val_mIoU"] > self.best
-        line = f"epoch {self.epoch}: val mIoU {scores['val_mIoU']:.2f}, pixel accuracy {scores['val_aAcc']:.2f}"
-        bar.write(line + (" (best so far)" if best else ""))
+        best = self.best is None or math.isnan(self.best) or scores["val_mIoU"] > self.best
         if best:
             self.best = scores["val_mIoU"]
+        if log is not None:
+            log.write(self.step, {"epoch": self.epoch, **scores})
+        if best and self.group.leads:
             self.save_model(files.BEST)
+        if self.progress:
+            line = f"epoch {self.epoch}: val mIoU {scores['val_mIoU']:.2f}, pixel accuracy {scores['val_aAcc']:.2f}"
+            bar.write(line + (" (best so far)" if best else ""))
+        return True
 
     def _variant(self) -> dict[str, Any]:
         from segmenter.pretrained import variant_of
 
         variant = variant_of(self.model)
-        variant["dataset_kwargs"] |= {"dataset": self.dataset.key, "crop_size": self.recipe.crop_size}
+        im_size = self.recipe.im_size or self.recipe.crop_size
+        variant["dataset_kwargs"] |= {
+            "dataset": self.dataset.key,
+            "image_size": im_size,
+            "crop_size": self.recipe.crop_size,
+        }
+        variant["inference_kwargs"]["im_size"] = im_size
         return variant
 
 
@@ -280,6 +320,10 @@ class _Meter:
     def add(self, facts: dict[str, float]) -> None:
         self.loss = facts["loss"] if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * facts["loss"]
         self._facts.append(facts)
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was spent on other things than steps."""
+        self._since += seconds
 
     def take(self, batch_size: int) -> dict[str, float]:
         facts, seconds = self._facts, max(time.monotonic() - self._since, 1e-9)

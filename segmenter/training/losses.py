@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from segmenter.data.datasets import DataError, Dataset
-from segmenter.training.recipe import Recipe, RecipeError
+from segmenter.training.recipe import RecipeError
 
 
 class SegmentationLoss:
@@ -25,8 +25,8 @@ class SegmentationLoss:
 
     def denominator(self, labels: torch.Tensor) -> torch.Tensor:
         """What cross-entropy divides by: the sum of the weights of the pixels that count."""
-        valid = labels[labels != self.ignore_index]
-        return torch.tensor(float(valid.numel())) if self.weight is None else self.weight[valid].sum()
+        valid = labels != self.ignore_index
+        return valid.sum() if self.weight is None else self.weight[labels[valid]].sum()
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor, denominator: torch.Tensor | float) -> torch.Tensor:
         """Loss in float32.
@@ -43,13 +43,13 @@ class SegmentationLoss:
         return loss
 
 
-def class_weights(dataset: Dataset, power: float) -> torch.Tensor:
+def class_weights(dataset: Dataset, power: float, progress: bool = False) -> torch.Tensor:
     """(share of the pixels of each class) ** -power over all labels of a data set, with mean 1; absent classes get 0.
 
     Files that cannot be read are left out here: training stops at them, or counts them.
     """
     counts = np.zeros(dataset.n_cls, np.int64)
-    for sample in tqdm(dataset.samples, desc="counting classes", unit="label", leave=False):
+    for sample in tqdm(dataset.samples, desc="counting classes", unit="label", leave=False, disable=not progress):
         try:
             labels = dataset.read_labels(sample)
         except DataError:
@@ -58,11 +58,6 @@ def class_weights(dataset: Dataset, power: float) -> torch.Tensor:
     shares = counts / max(counts.sum(), 1)
     weights = np.where(shares > 0, np.where(shares > 0, shares, 1.0) ** -power, 0.0)
     return torch.from_numpy(weights / max(weights.sum(), 1e-12) * (counts > 0).sum()).float()
-
-
-def make_loss(recipe: Recipe, dataset: Dataset, device: torch.device) -> SegmentationLoss:
-    weight = class_weights(dataset, recipe.class_weighting).to(device) if recipe.class_weighting else None
-    return SegmentationLoss(dataset.ignore_index, weight, recipe.lovasz)
 
 
 def _lovasz(ignore_index: int) -> Callable:

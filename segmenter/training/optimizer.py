@@ -1,6 +1,5 @@
 """Which parameters learn how fast, and the average of their values."""
 
-import math
 import re
 
 import torch
@@ -40,7 +39,8 @@ def make_optimizer(model: Segmenter, recipe: Recipe, total_steps: int) -> tuple[
     """The optimiser and its schedule, one step of which belongs to every step of training.
 
     Raises:
-        RecipeError: min_lr is above a learning rate, which would then rise; or nothing is left to train.
+        RecipeError: min_lr is above a learning rate, which would then rise; a warm-up as long as the run; or nothing
+            is left to train.
     """
     groups = parameter_groups(model, recipe)
     if not groups:
@@ -51,16 +51,19 @@ def make_optimizer(model: Segmenter, recipe: Recipe, total_steps: int) -> tuple[
             f"min_lr {recipe.min_lr:g} is above the smallest learning rate, {smallest:.2g}: lower it "
             "(0 with layer_decay), or raise learning_rate"
         )
+    warmup = recipe.warmup_steps
+    if warmup >= total_steps:
+        raise RecipeError(f"warmup_steps {warmup} must be fewer than the {total_steps} steps of the run")
     if recipe.optimizer == "sgd":
         nesterov = recipe.momentum > 0  # torch refuses it without momentum, where it means nothing
         optimizer = torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=nesterov)
     else:
         optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate)
-    warmup = min(recipe.warmup_steps, total_steps)
     schedule = PolynomialLR(optimizer, 1, warmup, total_steps, recipe.power, recipe.min_lr)
-    if warmup:  # the schedule leaves the very first step at the full rate
-        for group in optimizer.param_groups:
-            group["lr"] /= warmup
+    if warmup:  # the schedule leaves the very first step at the full rate; it gets that of the second
+        for group, lr in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+            factor = (1 - warmup / total_steps) ** recipe.power / warmup
+            group["lr"] = (lr - recipe.min_lr) * factor + recipe.min_lr
     return optimizer, schedule
 
 
@@ -77,6 +80,8 @@ def averaged(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedMo
     return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.no_grad()(update))
 
 
-def gradient_norm(parameters: list[nn.Parameter], clip: float | None) -> float:
-    """The norm of all gradients together, before they are scaled down to at most `clip`."""
-    return float(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+def gradient_norm(parameters: list[nn.Parameter], clip: float | None) -> torch.Tensor:
+    """The norm of all gradients together, a number, before they are scaled down to at most `clip`."""
+    if clip is None:
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return nn.utils.clip_grad_norm_(parameters, clip)

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from segmenter.config import NORMALIZATIONS
+from segmenter.config import IMPLEMENTATIONS, NORMALIZATIONS
 
 OPTIMIZERS = ("sgd", "adamw")
 AMP = ("none", "bfloat16", "float16")
@@ -33,11 +33,13 @@ class Recipe:
             None: no evaluation.
         model: what to start from: a preset such as "Seg-S-Mask/16" (random weights), "timm/NAME" (downloads its
             pretrained weights), or the path of weights of any kind that `segmenter convert` reads.
-        new_decoder: put a random decoder on a model that has one already. decoder, decoder_layers: its kind and depth.
+        new_decoder: put a random decoder on a model that has one already. decoder, decoder_layers: kind and depth of a
+            decoder that is not in the file; None: a mask transformer of 2 blocks, or what a preset's name says.
         patch_size: resamples the patch embedding. n_layers: keeps only the first blocks of the encoder.
         dropout, drop_path: of the encoder (drop_path is stochastic depth). decoder_dropout: of the mask transformer.
         freeze_backbone: train the decoder alone.
-        im_size, max_ratio, scale, crop_size, cat_max_ratio, flip, photometric: see `segmenter.data.augment`.
+        im_size, max_ratio, scale, crop_size, cat_max_ratio, flip, photometric: see `segmenter.data.augment`. im_size
+            holds for evaluation, too; None, of data sets that have no published one: the pictures' own size.
         normalization, pos_embed_mode, pos_embed_check: see `segmenter.config.ModelConfig`; None: the model's.
         epochs, batch_size: passes, and samples a step of all processes together.
         optimizer: "sgd" (Nesterov, `momentum`) or "adamw" (betas 0.9 and 0.999). learning_rate: of the decoder.
@@ -48,7 +50,9 @@ class Recipe:
         class_weighting: each class counts as its share of the pixels to the power of minus this (0: all the same).
         lovasz: this times the Lovász-softmax loss is added (Berman et al., CVPR 2018).
         ema: decay of the average of weights that is evaluated and saved, 0: none.
-        amp: "bfloat16" or "float16" autocast. seed: of weights, order and augmentation.
+        amp: "bfloat16" or "float16" autocast. impl: "eager", "triton" or "auto"; eager, since the kernels have no
+            backward of their own yet: they run the eager one, and its forward a second time.
+            seed: of weights, order and augmentation.
         eval_freq: epochs between evaluations. save_minutes: between saves. log_steps: between lines of the log.
         overlays: pictures of val that are drawn at each evaluation. tensorboard: also log for TensorBoard.
         workers: processes that read samples. bad_samples: "stop", or "skip" and count those that cannot be read.
@@ -61,8 +65,8 @@ class Recipe:
     split: str = "train"
     val_split: str | None = "val"
     new_decoder: bool = False
-    decoder: str = "mask_transformer"
-    decoder_layers: int = 2
+    decoder: str | None = None
+    decoder_layers: int | None = None
     patch_size: int | None = None
     n_layers: int | None = None
     dropout: float = 0.0
@@ -95,6 +99,7 @@ class Recipe:
     lovasz: float = 0.0
     ema: float = 0.0
     amp: str = "none"
+    impl: str = "eager"
     seed: int = 0
     eval_freq: int | None = None
     save_minutes: float = 10.0
@@ -140,8 +145,6 @@ class Recipe:
         usual = {"max_ratio": 4.0, "eval_freq": 1}
         if key in PUBLISHED:
             usual = dataclasses.asdict(PUBLISHED[key])
-        elif self.crop_size is not None:
-            usual |= {"im_size": self.crop_size}
         found = {name: usual.get(name) for name in _PUBLISHED if getattr(self, name) is None}
         filled = dataclasses.replace(self, **{name: value for name, value in found.items() if value is not None})
         # windows of another size than the crop would meet positions that were never trained
@@ -149,7 +152,7 @@ class Recipe:
         size = filled.window_size or (usual.get("window_size") if crop == usual.get("crop_size") else crop)
         stride = filled.window_stride or (usual.get("window_stride") if size == usual.get("window_size") else size)
         filled = dataclasses.replace(filled, window_size=size, window_stride=stride)
-        missing = [name for name in _PUBLISHED if getattr(filled, name) is None]
+        missing = [name for name in _PUBLISHED if name != "im_size" and getattr(filled, name) is None]
         if missing:
             raise RecipeError(f"the data set {key!r} has no published {', '.join(missing)}: say them in the recipe")
         if filled.window_stride > filled.window_size:
@@ -162,6 +165,7 @@ _ALLOWED = {
     "decoder": DECODERS,
     "optimizer": OPTIMIZERS,
     "amp": AMP,
+    "impl": IMPLEMENTATIONS,
     "bad_samples": BAD_SAMPLES,
     "normalization": NORMALIZATIONS,
     "pos_embed_mode": ("bilinear", "bicubic"),

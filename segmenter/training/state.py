@@ -1,14 +1,16 @@
 """A training run on the disk: what it is resumed from, its log, and the models it leaves.
 
-    checkpoint.pth   everything the next step follows from; its "model" is read by `load_model` too
+    checkpoint.pth   everything the next step follows from; its "model" is read by `load_model` too (the weights as
+                     they are trained; best/ and final/ hold their average, if there is one)
     variant.yml      what the published code reads beside a checkpoint.pth
     recipe.yml       the settings
     log.jsonl        a JSON line each few steps, and each evaluation
     best/, final/    models: the best on val so far, and that after the last step
     overlays/        pictures of val as the model labels them
 
-Each file is written under another name and renamed, so a kill at any time loses the steps since the last save and
-nothing else. No random state is saved: dropout follows from (seed, step, process), samples from (seed, epoch, sample).
+Each file but the log is written under another name and renamed, so a kill at any time loses the steps since the last
+save and nothing else. No random state is saved: dropout follows from (seed, step, process), samples from (seed, epoch,
+sample).
 """
 
 import json
@@ -27,7 +29,17 @@ CHECKPOINT, VARIANT, RECIPE, LOG = "checkpoint.pth", "variant.yml", "recipe.yml"
 BEST, FINAL, OVERLAYS = "best", "final", "overlays"
 SCHEMA = 1
 # Settings that may differ when a run is resumed: they do not change what is learned.
-FREE = ("data", "save_minutes", "log_steps", "overlays", "tensorboard", "workers", "eval_freq", "val_split")
+FREE = (
+    "data",
+    "bad_samples",
+    "save_minutes",
+    "log_steps",
+    "overlays",
+    "tensorboard",
+    "workers",
+    "eval_freq",
+    "val_split",
+)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Evaluation between epochs: single scale, each process a part of the pictures."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from segmenter.charts import comparison
-from segmenter.data.datasets import open_dataset
+from segmenter.data.datasets import DataError, open_dataset
 from segmenter.evaluate import Protocol, outcomes
 from segmenter.metrics import ConfusionMatrix, percent
 from segmenter.training.distributed import Group
@@ -24,10 +25,16 @@ class Validation:
     """
 
     def __init__(self, recipe: Recipe, group: Group, progress: bool = True):
-        self.dataset = open_dataset(recipe.data, recipe.val_split, recipe.kind)
-        self.protocol = Protocol(recipe.im_size, recipe.max_ratio, recipe.window_size, recipe.window_stride)
-        self.group, self.progress, self.n_overlays = group, progress and group.leads, recipe.overlays
-        self.bad_samples = recipe.bad_samples
+        try:
+            self.dataset = open_dataset(recipe.data, recipe.val_split, recipe.kind)
+        except DataError as error:
+            raise DataError(f"{error}; val_split none trains without evaluation", error.file) from error
+        windows = recipe.window_size, recipe.window_stride
+        dtype = None if recipe.amp == "none" else recipe.amp
+        self.protocol = Protocol(recipe.im_size, recipe.max_ratio, *windows, dtype=dtype)
+        self.group, self.progress = group, progress and group.leads
+        self.drawn = set(self.dataset.spread(recipe.overlays))
+        self.bad_samples, self.reported = recipe.bad_samples, set[str]()
 
     def __call__(self, model: torch.nn.Module, folder: Path, step: int) -> dict[str, Any]:
         """Scores of all processes together, in percent: val_mIoU, val_mAcc, val_aAcc, val_IoU, and val_pictures.
@@ -40,31 +47,38 @@ class Validation:
         training, group = model.training, self.group
         matrix, done = ConfusionMatrix(self.dataset.n_cls, self.dataset.ignore_index), 0
         samples = self.dataset.samples[group.rank :: group.world]
-        drawn = self._drawn()
+        error = None
         model.eval()
         try:
             found = outcomes(model, self.dataset, self.protocol, samples, boundary=False)
             for outcome in tqdm(found, "val", len(samples), leave=False, unit="picture", disable=not self.progress):
+                if outcome.error is not None and self.bad_samples == "stop":
+                    error = outcome.error
+                    break
                 if outcome.error is not None:
-                    if self.bad_samples == "stop":
-                        raise outcome.error
+                    report_bad([str(outcome.error)], self.reported)
                     continue
                 matrix.merge(outcome.counts.matrix)
                 done += 1
-                if outcome.sample in drawn:
+                if outcome.sample in self.drawn:
                     folder.mkdir(exist_ok=True)
                     facts = (outcome.pixels, outcome.label, outcome.prediction)
                     panel = comparison(*facts, self.dataset.classes, self.dataset.ignore_index)
                     save_png(panel, folder / f"{step:07d}_{outcome.sample.name.replace('/', '_')}.png")
         finally:
             model.train(training)
+        if group.sums([error is not None])[0]:  # in every process: none waits for one that has ended
+            raise error or DataError("another process has a sample of val that cannot be read")
         counts = group.sum_(torch.from_numpy(matrix.counts).to(group.device)).cpu().numpy()
         total = ConfusionMatrix(self.dataset.n_cls, self.dataset.ignore_index)
         total.add_counts(counts)
         scores = {f"val_{name}": np.asarray(value).tolist() for name, value in percent(total.scores()).items()}
         return {**scores, "val_pictures": int(group.sums([done])[0])}
 
-    def _drawn(self) -> set:
-        """Pictures spread evenly over the split."""
-        n = min(self.n_overlays, len(self.dataset))
-        return {self.dataset.samples[i * len(self.dataset) // n] for i in range(n)}
+
+def report_bad(errors: list[str], reported: set[str]) -> None:
+    """Says on stderr what was wrong with samples that are left out, once each; `reported` remembers."""
+    for error in errors:
+        if error not in reported:
+            reported.add(error)
+            tqdm.write(f"segmenter: left out: {error}", file=sys.stderr)

@@ -6,8 +6,14 @@ help:            ## this list
 install:         ## editable install with everything that tests need
 	pip install -e ".[test]"
 
+# Run in Triton's interpreter, which is Python and slow to trace, and kernels/ is not measured anyway.
+INTERPRETED = $(patsubst %,tests/test_%.py,attention compile golden layernorm layernorm_mlp linear mask_head \
+	pixels_to_tokens random_cases upsample_argmax)
+PYTEST = python -m pytest -n auto --dist loadscope -m "not gpu and not slow"
+
 test:            ## the tests that need no GPU, but for the slow ones, with the coverage gate
-	python -m pytest -n auto --dist loadscope -m "not gpu and not slow" --cov --cov-report=term --cov-fail-under=90
+	$(PYTEST) $(INTERPRETED)
+	$(PYTEST) $(INTERPRETED:%=--ignore=%) --cov --cov-report=term --cov-fail-under=90
 
 test-slow:       ## the rest of them: export by compilers, windows in the interpreter
 	python -m pytest -n auto -m slow

@@ -25,7 +25,7 @@ NOT_POISONED = {f"segmenter.kernels.{name}" for name in ("configs", "launch", "o
 
 
 def pytest_addoption(parser):
-    parser.addoption("--cases", type=int, default=320, help="random cases of tests/test_random_cases.py")
+    parser.addoption("--cases", type=int, default=200, help="random cases of tests/test_random_cases.py")
 
 
 @pytest.fixture

@@ -67,6 +67,44 @@ def test_a_preset_with_a_linear_decoder(dataset):
     assert type(model.decoder).__name__ == "DecoderLinear" and model.n_cls == 5
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("Seg-T-Mask/16", {"patch_size": 8}, "patch_size 8: the preset Seg-T-Mask/16 has 16"),
+        ("Seg-T-Mask/16", {"decoder": "linear"}, "decoder linear: the preset Seg-T-Mask/16 has mask_transformer"),
+        ("Seg-T/16", {"decoder": "mask_transformer"}, "decoder mask_transformer: the preset Seg-T/16 has linear"),
+    ],
+)
+def test_settings_that_contradict_a_preset(dataset, name, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        start(dataset, name, **changes)
+
+
+def test_a_depth_that_the_decoder_has_not(dataset, saved):
+    with pytest.raises(RecipeError, match="decoder_layers 4: the decoder of .* has 1; new_decoder: true makes another"):
+        start(dataset, saved, decoder_layers=4)
+
+
+def test_a_linear_decoder_is_kept(dataset, tmp_path):
+    model = tiny_model(decoder={"name": "linear"})
+    model.save_pretrained(tmp_path)
+    started = start(dataset, tmp_path)
+    assert torch.equal(started.decoder.head.weight, model.decoder.head.weight)
+
+
+def test_a_folder_is_taken_before_a_preset_or_a_name_of_timm(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("Seg-S-streets", "timm/mine"):
+        tiny_model().save_pretrained(tmp_path / name)
+        assert start(dataset, name).config.d_model == 64
+
+
+def test_the_kernels_are_used_only_if_asked_for(dataset, saved):
+    assert start(dataset, saved).encoder.ops.name == "eager"
+    assert start(dataset, saved, impl="auto").encoder.ops.name == "auto"
+    assert start(dataset, "Seg-T-Mask/16", n_layers=1).encoder.ops.name == "eager"
+
+
 def test_a_preset_that_is_none(dataset):
     with pytest.raises(ConfigError, match="Seg-X/16"):
         start(dataset, "Seg-X/16")
@@ -118,6 +156,8 @@ def test_an_encoder_gets_a_decoder(dataset, tmp_path):
     model = start(dataset, tmp_path / "vit.pth")
     assert same(encoder_of(model), encoder_of(old)) and model.n_cls == 5
     assert model.info.weights == "trained" and model.info.source.endswith("started from vit.pth")
+    again = start(dataset, tmp_path / "vit.pth", new_decoder=True, decoder_layers=3)
+    assert same(encoder_of(again), encoder_of(old)) and len(again.decoder.blocks) == 3
 
 
 def test_arrays_of_augreg(dataset, tmp_path):

@@ -1,12 +1,13 @@
 """Training runs that take a second: a tiny model on tiny pictures."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from segmenter.training.recipe import Recipe
-from segmenter.training.state import CHECKPOINT
+from segmenter.training.state import CHECKPOINT, LOG
 from tests.data_sets import make_data_set
 from tests.tiny import tiny_model
 
@@ -40,3 +41,11 @@ def differences(a: Any, b: Any, place: str = "") -> list[str]:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
     return [] if type(a) is type(b) and a == b else [place]
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def log_of(output):
+    return [json.loads(line) for line in (output / LOG).read_text().splitlines()]

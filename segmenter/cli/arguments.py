@@ -70,19 +70,8 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     how = parser.add_argument_group("how to run")
     _add_device(how)
-    how.add_argument(
-        "--dtype",
-        choices=("float32", "auto", "bfloat16", "float16"),
-        default="float32",
-        help="compute type; auto: half precision where the processor gains from it (default: float32)",
-    )
-    how.add_argument("--window-size", type=_positive_int, metavar="PIXELS", help="(default: the model's)")
-    how.add_argument(
-        "--window-stride",
-        type=_positive_int,
-        metavar="PIXELS",
-        help="(default: the model's, scaled with --window-size)",
-    )
+    _add_dtype(how)
+    _add_windows(how)
     how.add_argument(
         "--pictures",
         type=_positive_int,
@@ -214,19 +203,8 @@ def _add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--classes", metavar="KEY_OR_FILE", help="names and colours, as for predict")
     how = parser.add_argument_group("how to run")
     _add_device(how)
-    how.add_argument(
-        "--dtype",
-        choices=("float32", "auto", "bfloat16", "float16"),
-        default="float32",
-        help="compute type; auto: half precision where the processor gains from it (default: float32)",
-    )
-    how.add_argument("--window-size", type=_positive_int, metavar="PIXELS", help="(default: each model's)")
-    how.add_argument(
-        "--window-stride",
-        type=_positive_int,
-        metavar="PIXELS",
-        help="(default: each model's, scaled with --window-size)",
-    )
+    _add_dtype(how)
+    _add_windows(how)
     how.add_argument("--repeats", type=_positive_int, default=5, metavar="N", help="timed runs (default: 5)")
     return parser
 
@@ -282,12 +260,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("how to run")
     _add_device(how)
-    how.add_argument(
-        "--dtype",
-        choices=("float32", "auto", "bfloat16", "float16"),
-        default="float32",
-        help="compute type; auto: half precision where the processor gains from it (default: float32)",
-    )
+    _add_dtype(how)
     how.add_argument(
         "--im-size",
         type=_im_size,
@@ -357,6 +330,25 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     loading.add_argument("--allow-pickle", action="store_true", help="I trust this file: let it run its code")
     loading.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and infinite weights")
     loading.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare checksums")
+
+
+def _add_dtype(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "auto", "bfloat16", "float16"),
+        default="float32",
+        help="compute type; auto: half precision where the processor gains from it (default: float32)",
+    )
+
+
+def _add_windows(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--window-size", type=_positive_int, metavar="PIXELS", help="(default: the model's)")
+    parser.add_argument(
+        "--window-stride",
+        type=_positive_int,
+        metavar="PIXELS",
+        help="(default: the model's, scaled with --window-size)",
+    )
 
 
 def _add_device(parser: argparse._ActionsContainer) -> None:

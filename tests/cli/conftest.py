@@ -6,6 +6,8 @@ from PIL import Image
 from tests.cli.tools import picture
 from tests.tiny import tiny_model
 
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
+
 
 @pytest.fixture(scope="session")
 def trained():
@@ -35,3 +37,20 @@ def photos(tmp_path):
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "out"
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """Makes this process one of several, as torchrun does."""
+
+    def become(rank, world=2, restarts=0):
+        for name, value in zip(VARIABLES, (rank, world, rank, restarts, "run"), strict=True):
+            monkeypatch.setenv(name, str(value))
+
+    return become

@@ -25,24 +25,6 @@ from tests.cli.tools import files, load_json, picture
 from tests.data_sets import describe, make_data_set, rectangles, save
 
 ROOT = Path(__file__).parents[2]
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
-
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def process(monkeypatch):
-    """Makes this process one of several, as torchrun does."""
-
-    def become(rank, world=2, restarts=0):
-        for name, value in zip(VARIABLES, (rank, world, rank, restarts, "run"), strict=True):
-            monkeypatch.setenv(name, str(value))
-
-    return become
 
 
 @pytest.fixture(scope="session")

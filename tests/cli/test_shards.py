@@ -17,27 +17,10 @@ from segmenter.cli import predict as predict_module
 from segmenter.cli.errors import CommandError
 from segmenter.cli.report import Tally, say, write_failed
 from segmenter.cli.shards import FOLDER, Shard, SharedReport
+from tests.cli.conftest import VARIABLES
 from tests.cli.tools import files, labels_of, load_json, picture
 
 ROOT = Path(__file__).parents[2]
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
-
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def process(monkeypatch):
-    """Makes this process one of several, as torchrun does."""
-
-    def become(rank, world=2, restarts=0):
-        for name, value in zip(VARIABLES, (rank, world, rank, restarts, "run"), strict=True):
-            monkeypatch.setenv(name, str(value))
-
-    return become
 
 
 @pytest.fixture

@@ -287,7 +287,6 @@ class TestSteps:
         run.save()
         assert bool(read_checkpoint(tmp_path / amp)["loss_scaler"]) == (amp == "float16")
 
-    @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")  # the very first step is left out
     def test_an_overflow_of_float16_is_stepped_over(self, folder, tmp_path):
         run = make_run(tiny_recipe(folder, amp="float16"), tmp_path)
         before, scale = weights(run.model), run.scaler.get_scale()

@@ -181,9 +181,11 @@ class Run:
         value = group.sums([value])[0] / group.world
         self._check_finite(value, norm, batch)
         lr = self.optimizer.param_groups[-1]["lr"]
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.schedule.step()
+        if self.scaler.get_scale() >= scale:  # else float16 has overflowed, and there was no update
+            self.schedule.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.step += 1

@@ -1,7 +1,7 @@
 """The augmentation of the published training: resize, crop, flip, photometric distortion, normalise, pad.
 
 Order and figures are those of mmsegmentation 0.x as the published code configures it (Segmenter repository,
-segm/data/config; specified in the paper, section 4.1). Resizing, flipping and padding are torchvision's; cropping by
+segm/data/config; specified in the paper, section 4.1). Pictures are resized and padded by torchvision; cropping by
 class share and the distortion are not in it as the recipe has them, so they are here.
 """
 

@@ -120,6 +120,16 @@ def test_a_model_of_ours_goes_on_with_all_its_weights(dataset, saved):
     assert start(dataset, saved, normalization="vit").info.normalization == "vit"
 
 
+def test_the_source_names_every_start(dataset, saved, tmp_path):
+    first = start(dataset, saved)
+    first.save_pretrained(tmp_path / "first")
+    first_source = f"folder train, 1 pictures; started from {saved.name}"
+    assert first.info.source == first_source
+    assert start(dataset, tmp_path / "first").info.source == (
+        f"folder train, 1 pictures; started from first ({first_source})"
+    )
+
+
 def test_the_classifiers_of_imagenet_are_not_trained(dataset, saved):
     model = start(dataset, saved)
     still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

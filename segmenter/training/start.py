@@ -20,6 +20,7 @@ from segmenter.training.recipe import Recipe, RecipeError
 TIMM, PRESET = "timm/", "Seg-"
 DECODER_LAYERS = 2
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
+_STARTED = "; started from "
 _KEPT = ("normalization", "pos_embed_mode", "pos_embed_check")  # of an encoder, unless the recipe says otherwise
 
 
@@ -52,6 +53,9 @@ def starting_model(recipe: Recipe, dataset: Dataset) -> Segmenter:
 
 def prepare(model: Segmenter, recipe: Recipe, dataset: Dataset) -> Segmenter:
     """In training mode, with what the recipe says besides weights: windows, source, and which parts are frozen."""
+    start = recipe.model.split("/")[-1]
+    if _STARTED in model.info.source:  # a model that was trained here knows its own start
+        start += f" ({model.info.source})"
     model.info = dataclasses.replace(
         model.info,
         normalization=model.config.normalization,
@@ -59,7 +63,7 @@ def prepare(model: Segmenter, recipe: Recipe, dataset: Dataset) -> Segmenter:
         window_stride=recipe.window_stride,
         classes=None,  # the data set's own are saved with the model
         weights="trained",
-        source=f"{dataset.key} {recipe.split}, {len(dataset)} pictures; started from {recipe.model.split('/')[-1]}",
+        source=f"{dataset.key} {recipe.split}, {len(dataset)} pictures{_STARTED}{start}",
     )
     if recipe.freeze_backbone:
         model.encoder.requires_grad_(False)

@@ -20,14 +20,14 @@ from segmenter.model import Segmenter, create_segmenter
 from segmenter.pretrained import from_pretrained
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ROOT / "examples" / "camvid-seg-s-16"
+SHIPPED = ROOT / "examples" / "camvid-seg-s-mask-16"
 STEP_PROVIDERS = tuple(name for name in providers.PROVIDERS if name != "sdpa-math")  # which is eager by another name
 MODEL_PROVIDERS = (*STEP_PROVIDERS, "pruned")
 LEARNING_RATE = 1e-3  # the published one
 
 
 def shipped() -> Segmenter:
-    """The model in examples/: Seg-S/16 of CamVid, trained weights."""
+    """The model in examples/: a small Seg-S-Mask/16 of CamVid, trained weights."""
     return from_pretrained(SHIPPED)
 
 

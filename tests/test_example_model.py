@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from segmenter.classes import load_classes
@@ -38,6 +39,22 @@ def test_info_tells_what_the_model_is(model):
     assert model.info.source.startswith("camvid trainval, 468 pictures; started from ")
     assert model.n_cls == len(NAMES) == 11
     assert not model.training
+
+
+def test_card_and_readme_have_the_scores_that_eval_wrote():
+    result = yaml.safe_load((MODEL / "scores.yml").read_text(encoding="utf-8"))
+    scores, card = result["scores"], (MODEL / "README.md").read_text(encoding="utf-8")
+    assert (result["data"]["split"], result["data"]["pictures"], result["data"]["failed"]) == ("test", 233, 0)
+    assert result["model"]["source"] == from_pretrained(MODEL).info.source
+    columns = ("IoU", "Acc", "bF", "bIoU")
+    total = [f"**{scores[name]:.2f}**" for name in ("mIoU", "mAcc", "bF", "bIoU")]
+    assert f"| **all (mean)** | {' | '.join(total)} |" in card
+    for row in result["classes"]:
+        assert f"| {row['name']} | {' | '.join(f'{row[column]:.2f}' for column in columns)} |" in card
+    assert f"Pixel accuracy: {scores['aAcc']:.2f}." in card
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    assert f"mIoU {scores['mIoU']:.2f} on its test set" in readme
+    assert f"mIoU {scores['mIoU']:.2f}, boundary F {scores['bF']:.2f}" in readme
 
 
 def test_weights_are_stored_in_half_precision_and_stay_small():

@@ -14,7 +14,6 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {  # top-level folder -> what it may import of this project
     "kernels": {"segmenter.kernels"},
     "segmenter": {"segmenter"},
-    "examples": {"segmenter"},
     "bench": {"segmenter", "bench", "tests.parity"},  # the rule of right and wrong is one for tests and benchmark
     "tests": {"segmenter", "bench", "tests"},
 }
@@ -43,7 +42,7 @@ def test_import_rule(folder):
         for module, names in imports(path):
             top = module.split(".")[0]
             assert top != "kernels", f"{path} imports {module}; say segmenter.kernels"
-            if top not in {"segmenter", "bench", "tests", "examples"}:
+            if top not in {"segmenter", "bench", "tests"}:
                 continue
             assert any(module == a or module.startswith(a + ".") for a in ALLOWED[folder]), f"{path} imports {module}"
             if folder not in ("tests",) and not module.startswith(folder):

@@ -42,6 +42,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-cov",
+            "pytest-timeout>=2.2",
             "pytest-xdist>=3",
             "pytest-benchmark>=4",
             "hypothesis>=6.100",

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from segmenter.classes import ClassSet
-from segmenter.visualize import attention_grid, legend, overlay, write_atomically
+from segmenter.files import write_atomically
+from segmenter.visualize import attention_grid, legend, overlay
 
 _ROWS = 50  # bars one above the other; more classes make more columns
 _LONGEST_NAME = 22

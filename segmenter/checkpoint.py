@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from segmenter.errors import InputError
+
 MAX_NAMES = 8  # of keys or tensors listed in a message
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
@@ -35,7 +37,7 @@ _MAGIC = {  # first bytes, lower case -> what it is
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A file that cannot be used as weights or configuration; the message has its path, the cause and what to do."""
 
 

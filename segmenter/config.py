@@ -7,13 +7,15 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from segmenter.errors import InputError
+
 MAX_CLASSES = 65_535
 MAX_IMAGE_SIZE = 16_384
 NORMALIZATIONS = ("vit", "deit")
 IMPLEMENTATIONS = ("auto", "eager", "triton")
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A model configuration that cannot be built; the message says which value and what is allowed."""
 
 

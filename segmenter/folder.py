@@ -19,13 +19,13 @@ from segmenter.checkpoint import CheckpointError, read_state_dict
 from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig
 from segmenter.model import ModelInfo, Segmenter
 from segmenter.state import build
+from segmenter.text_files import read_json
 
 if TYPE_CHECKING:
     from segmenter.classes import ClassSet
 
 SCHEMA = 1
 CONFIG, WEIGHTS, NEW_WEIGHTS, CLASSES = "config.json", "model.safetensors", "model.safetensors.new", "classes.json"
-_MAX_CONFIG_BYTES = 1_000_000
 _STATES = ("random", "encoder", "trained")
 
 
@@ -203,16 +203,7 @@ def _download(name: str) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_MAX_CONFIG_BYTES + 1)
-        if len(text) > _MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path}: larger than {_MAX_CONFIG_BYTES} bytes, which no configuration is")
-        content = json.loads(text)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is no JSON ({error})") from error
+    content = read_json(path, CheckpointError)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
     return content

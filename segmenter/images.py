@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from segmenter.errors import InputError
+
 # Pillow knows more than 40 formats, some of which start other programs (EPS calls Ghostscript). JPEG covers MPO.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 64 * 1024 * 1024
@@ -30,7 +32,7 @@ NORMALIZATION = {
 }
 
 
-class ImageError(ValueError):
+class ImageError(InputError):
     """A picture that cannot be used; the message names the file and the cause."""
 
 

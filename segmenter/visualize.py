@@ -1,16 +1,15 @@
 """Labels and attention as pictures: colours, overlay, legend, label files, grids of attention maps."""
 
 import math
-import os
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from segmenter.classes import ClassSet
+from segmenter.files import write_atomically
 
 # 16 equally spaced colours of matplotlib's "viridis".
 _VIRIDIS = np.array(
@@ -147,25 +146,6 @@ def attention_grid(tiles: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
         draw.text((left, top + header // 2), text, "black", font, anchor="lm")
         canvas.paste(Image.fromarray(tile), (left, top + header))
     return np.array(canvas)
-
-
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any], durable: bool = False) -> None:
-    """Calls `write(file)` on a temporary file beside `path` and renames it: never a half-written file at `path`.
-
-    With `durable` it waits until the bytes are on the disk before it renames, so that even a power cut leaves the old
-    file or the new one.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # any name of its own: that of path may be at the limit
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_png(image: Image.Image, path: str | Path) -> None:

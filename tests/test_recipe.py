@@ -152,7 +152,7 @@ def test_wrong_settings_are_named(settings, message):
     [
         ("seed: 1", "data is missing"),
         ("- data", "expected a mapping"),
-        ("data: [", "r.yml: while parsing"),
+        ("data: [", r"r.yml: is no plain YAML \(while parsing"),
         ("", "expected a mapping"),
         ("data: d\nepochs: many", "r.yml: epochs must be an integer, found 'many'"),
         ("data: d\n1: 2", "unknown setting 1"),

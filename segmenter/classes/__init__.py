@@ -1,18 +1,18 @@
 """Class names and colours, of the usual data sets or from a file."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+
+from segmenter.errors import InputError
+from segmenter.text_files import read_json, read_yaml
 
 CLASS_SETS = ("ade20k", "pascal_context", "pascal_context_59", "cityscapes", "camvid")
-MAX_FILE_BYTES = 1_000_000
 
 
-class ClassesError(ValueError):
+class ClassesError(InputError):
     """Class names and colours that cannot be used; the message names the file and the cause."""
 
 
@@ -71,14 +71,11 @@ def generic_classes(n: int) -> ClassSet:
 
 
 def _read(path: Path) -> ClassSet:
+    entries = (read_json if path.suffix == ".json" else read_yaml)(path, ClassesError)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ClassesError(f"larger than {MAX_FILE_BYTES} bytes, not a class file")
-        text = path.read_text(encoding="utf-8")
-        entries = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         return _parse(path.stem, entries)
-    except Exception as error:  # besides YAMLError: RecursionError, KeyError ... for malformed text
-        raise ClassesError(f"{path}: {' '.join(str(error).split())}") from error
+    except ClassesError as error:
+        raise ClassesError(f"{path}: {error}") from error
 
 
 def _parse(name: str, entries: Any) -> ClassSet:

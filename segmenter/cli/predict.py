@@ -22,10 +22,11 @@ from segmenter.cli.loading import choose_classes, load
 from segmenter.cli.report import FAILED, Tally, say, write_failed, write_json
 from segmenter.cli.resume import is_done, picture_facts, run_settings
 from segmenter.cli.shards import Shard, SharedReport
+from segmenter.files import write_atomically
 from segmenter.model import Segmenter
 from segmenter.segment import compute_dtype
 from segmenter.stream import PictureMemoryError, Result, results
-from segmenter.visualize import class_shares, overlay, save_label_png, save_png, with_legend, write_atomically
+from segmenter.visualize import class_shares, overlay, save_label_png, save_png, with_legend
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".mpo"}
 LABEL_FILES = {"png": "_labels.png", "raw": "_labels_raw.png", "npy": "_labels.npy"}

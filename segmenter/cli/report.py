@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from segmenter.visualize import write_atomically
+from segmenter.files import write_text
 
 FAILED = "failed.json"
 
@@ -41,4 +41,4 @@ def write_failed(tally: Tally, output: Path) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     text = json.dumps(data, indent=2) + "\n"  # pure ASCII: file names need not be valid Unicode
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)

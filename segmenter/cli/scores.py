@@ -16,9 +16,9 @@ from segmenter.classes import ClassSet
 from segmenter.cli.report import write_json
 from segmenter.data.datasets import Dataset
 from segmenter.evaluate import Counts
+from segmenter.files import write_text
 from segmenter.metrics import percent
 from segmenter.model import Segmenter
-from segmenter.visualize import write_atomically
 
 MEANS = ("mIoU", "mAcc", "aAcc", "bF", "bIoU")
 PER_CLASS = {"IoU": "IoU", "Acc": "Acc", "bF": "bF_per_class", "bIoU": "bIoU_per_class"}  # ours -> of the metrics
@@ -78,7 +78,7 @@ def write_scores(data: dict[str, Any], classes: ClassSet, counts: Counts, output
     """Writes scores.json, scores.yml and, if wanted, per_class.png."""
     write_json(output / "scores.json", data)
     text = yaml.safe_dump(data, sort_keys=False, width=120)
-    write_atomically(output / "scores.yml", lambda file: file.write(text.encode()))
+    write_text(output / "scores.yml", text)
     if chart:
         where = f"{data['data']['kind']} {data['data']['split']}, {counts.pictures} pictures"
         title = f"mIoU {_cell(data['scores']['mIoU']).strip()} %   {where}"

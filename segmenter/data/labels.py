@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from segmenter.errors import InputError
 from segmenter.images import FORMATS, MAX_PIXELS
 
 LABEL_FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # the others lose values, hold colours only, or are scaled by Pillow
@@ -13,7 +14,7 @@ _SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads greys of 2 and 4 bits over 0.
 _SHOWN = 5
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data set or sample that cannot be used; the message names the file, the value, and what to do.
 
     Attributes:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
-from segmenter.classes import CLASS_SETS, MAX_FILE_BYTES, ClassSet, generic_classes, load_classes
+from segmenter.classes import CLASS_SETS, ClassSet, generic_classes, load_classes
 from segmenter.data.labels import DataError, Ids, ignore_index
 from segmenter.data.layouts import SPLITS, Part
+from segmenter.text_files import read_yaml
 
 FILE = "dataset.yml"
 _KEYS = ("name", "classes", "ignore_index", "reduce_zero", "splits")
@@ -46,12 +45,11 @@ def read_own(root: Path, classes: ClassSet | None = None) -> OwnData:
     """
     path = root / FILE
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise _Wrong(f"larger than {MAX_FILE_BYTES} bytes, not a description of a data set")
-        return _parse(yaml.safe_load(path.read_text(encoding="utf-8")), root, classes)
-    except Exception as error:  # besides YAMLError: RecursionError, UnicodeDecodeError ... for malformed text
-        cause = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise DataError(f"{path}: {cause}", path) from error
+        return _parse(read_yaml(path, DataError), root, classes)
+    except DataError as error:
+        raise DataError(str(error), path) from error
+    except ValueError as error:
+        raise DataError(f"{path}: {error}", path) from error
 
 
 class _Wrong(ValueError):

@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from segmenter.config import IMPLEMENTATIONS, NORMALIZATIONS
+from segmenter.errors import InputError
+from segmenter.text_files import read_yaml
 
 OPTIMIZERS = ("sgd", "adamw")
 AMP = ("none", "bfloat16", "float16")
 BAD_SAMPLES = ("stop", "skip")
 DECODERS = ("mask_transformer", "linear")
-MAX_BYTES = 1_000_000
 
 
-class RecipeError(ValueError):
+class RecipeError(InputError):
     """A setting that cannot be used; the message names it and what is allowed."""
 
 
@@ -190,19 +189,13 @@ def read_recipe(path: str | Path, **changes: Any) -> Recipe:
     Raises:
         RecipeError: no such file, no YAML mapping, an unknown setting or a wrong value; the message names the file.
     """
+    settings = read_yaml(path, RecipeError)
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path}: expected a mapping of settings")
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise RecipeError(f"larger than {MAX_BYTES} bytes, no recipe")
-        settings = yaml.safe_load(text.decode("utf-8"))
-        if not isinstance(settings, dict):
-            raise RecipeError("expected a mapping of settings")
         return make_recipe({**settings, **changes})
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # besides YAMLError: RecursionError and others for malformed text
-        raise RecipeError(f"{path}: {' '.join(str(error).split())}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
 
 
 def make_recipe(settings: dict[str, Any]) -> Recipe:

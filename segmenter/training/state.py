@@ -22,8 +22,9 @@ import torch
 import yaml
 
 from segmenter.checkpoint import CheckpointError
+from segmenter.files import remove_leftovers as _remove_leftovers
+from segmenter.files import write_atomically, write_text
 from segmenter.training.recipe import RecipeError
-from segmenter.visualize import write_atomically
 
 CHECKPOINT, VARIANT, RECIPE, LOG = "checkpoint.pth", "variant.yml", "recipe.yml", "log.jsonl"
 BEST, FINAL, OVERLAYS = "best", "final", "overlays"
@@ -44,7 +45,7 @@ FREE = (
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Replaces a checkpoint by `state`, plain types and tensors, and waits until it is on the disk."""
-    write_atomically(path, lambda file: torch.save({"schema": SCHEMA, **state}, file), durable=True)
+    write_atomically(path, lambda file: torch.save({"schema": SCHEMA, **state}, file))
 
 
 def load_state(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -71,13 +72,12 @@ def load_state(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 def remove_leftovers(folder: Path) -> None:
     """Deletes half-written files of a run that was killed."""
     for part in (folder, folder / BEST, folder / FINAL, folder / OVERLAYS):
-        for path in part.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        _remove_leftovers(part)
 
 
 def write_yaml(path: Path, content: dict[str, Any]) -> None:
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 class Log:
@@ -91,7 +91,7 @@ class Log:
         self.path = folder / LOG
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= step]
-        write_atomically(self.path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
         self._writer = _tensorboard(folder, step) if tensorboard else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:

@@ -1,0 +1,201 @@
+"""Writing files so that nothing is lost or mixed, locking folders, and finding the files in a folder. Standard library.
+
+A file is written under a random name beside its place, brought onto the disk, and renamed. While it is written it is
+locked, so that `remove_leftovers` can tell those of running processes from those of killed ones.
+"""
+
+import contextlib
+import io
+import os
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks there, and leftovers stay
+    fcntl = None
+
+_PREFIX, _SUFFIX = ".segmenter-", ".tmp"
+_held: set[int] = set()  # descriptors of locked folders
+_IN_USE = "another process is writing into this folder; wait for it to end, or choose another folder"
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
+    """Calls `write(file)` on a temporary file beside `path`, and renames it: at `path` lies the old file or the new.
+
+    A link at `path` is replaced, not followed. On return the file is on the disk, power cuts included.
+
+    Raises:
+        OSError: its `filename` is `path`; also where `write` turned the OSError of its file into another exception.
+        Whatever else `write` raises.
+    """
+    path = Path(path)
+    raw = None
+    try:
+        raw, temporary = _open_temporary(path.parent)
+        try:
+            with io.BufferedWriter(raw) as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)  # before it is unlocked
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        flush(path.parent)
+    except Exception as error:
+        failed = error if isinstance(error, OSError) else getattr(raw, "error", None)
+        if failed is None or failed.errno is None:
+            raise
+        raise type(failed)(failed.errno, failed.strerror, str(path)) from error
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """`write_atomically` of a text, in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def flush(path: Path) -> None:
+    """Forces a file, or the entries of a folder, onto the disk, where the file system can."""
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network file systems cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files in `folder` that a killed process left; those still being written stay."""
+    if fcntl is None:
+        return
+    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        with contextlib.suppress(OSError):  # locked, or gone meanwhile
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool) -> Iterator[None]:
+    """Keeps other processes, and other threads, that ask for the same lock out of `folder`, which must exist.
+
+    It ends with the process, however that ends; child processes do not hold it. File systems without locks, and
+    Windows, have none.
+
+    Args:
+        wait: until the other one has ended; else an OSError that says so.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise OSError(error.errno, _IN_USE, str(folder)) from error
+        except OSError:  # no locks on this file system
+            yield
+            return
+        _held.add(descriptor)
+        yield
+    finally:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def walk(folder: Path, suffixes: Collection[str], skip: Path | None = None) -> tuple[list[Path], list[str]]:
+    """The files below `folder` with one of these (lower-case) extensions, and what could not be looked at.
+
+    Links are followed. Each folder is entered once, by its own path rather than by a link to it, so loops end. Names
+    that begin with a dot are passed over.
+
+    Args:
+        skip: a folder (resolved) that is not entered.
+    Returns:
+        (paths that begin with `folder`, sorted; sentences, each with the path that it is about).
+    """
+    files: list[Path] = []
+    problems: list[str] = []
+    entered: dict[tuple[int, int], Path] = {}
+    real, linked = [folder], []
+    while real or linked:
+        place = real.pop() if real else linked.pop(0)
+        try:
+            status = os.stat(place)
+            identity = status.st_dev, status.st_ino
+            if skip is not None and os.path.realpath(place) == str(skip):
+                continue
+            if (before := entered.get(identity)) is not None:
+                if place.resolve() not in place.absolute().parents:  # a link to a folder above it is a usual thing
+                    problems.append(f"{place}: left out, it is the same folder as {before}")
+                continue
+            entered[identity] = place
+            with os.scandir(place) as entries:
+                names = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            problems.append(f"{place}: cannot be entered ({error.strerror})")
+            continue
+        links = []
+        for entry in names:
+            path = place / entry.name
+            if _is_folder(entry):
+                (links if entry.is_symlink() else real).append(path)
+            elif path.suffix.lower() in suffixes:
+                files.append(path)
+        linked += links
+    return sorted(files), problems
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: reading it will tell
+        return False
+
+
+class _Recording(io.FileIO):
+    """A file that keeps the first error of writing; torch and others turn it into one that says nothing."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+def _open_temporary(folder: Path) -> tuple[_Recording, Path]:
+    while True:
+        path = folder / f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"  # not from the name: that may be at the limit
+        raw = _Recording(path, "xb")
+        if fcntl is None:
+            return raw, path
+        with contextlib.suppress(OSError):  # no locks on this file system
+            fcntl.flock(raw, fcntl.LOCK_EX)
+        if path.exists():
+            return raw, path
+        raw.close()  # taken for a leftover before it was locked
+
+
+def _let_go() -> None:
+    """In a forked child: the lock is the parent's, and ends with it."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

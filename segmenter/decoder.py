@@ -85,7 +85,8 @@ class MaskTransformer(nn.Module):
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Encoder patches (B, N, d_encoder) -> decoder input (B, N + n_cls, d_model): patches first."""
-        return torch.cat([self.proj_dec(x), self.cls_emb.expand(x.shape[0], -1, -1)], dim=1)
+        # [0]: DistributedDataParallel wants the gradient laid out as the parameter, which that of a slice is not
+        return torch.cat([self.proj_dec(x), self.cls_emb[0].expand(x.shape[0], -1, -1)], dim=1)
 
     def forward(self, x: torch.Tensor, im_size: tuple[int, int]) -> torch.Tensor:
         """Patch tokens (B, N, d_encoder) of a padded image of im_size (H, W) -> masks (B, n_cls, H/P, W/P)."""

@@ -1,5 +1,6 @@
 """The encoder: a plain ViT or distilled DeiT (paper section 3.1; facebookresearch/deit and timm for the names)."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,6 +77,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, dropout, rate, norm_eps, ops) for rate in rates)
         self.norm = nn.LayerNorm(d_model, eps=norm_eps)
         self.head = nn.Linear(d_model, n_cls)
+        self.pre_logits = nn.Identity()  # part of the published class; neither calls it
 
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -91,6 +93,33 @@ class VisionTransformer(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone."""
         return {"pos_embed", "cls_token", "dist_token"}
+
+    def load_pretrained(self, checkpoint_path: str | os.PathLike, prefix: str = "") -> None:
+        """Takes the weights of an encoder from a file of any kind that `segmenter convert` reads, .npz of JAX included.
+
+        The position embedding is resized to this encoder's grid. An ImageNet head that the file lacks, or of another
+        number of classes, stays as it is.
+
+        Args:
+            checkpoint_path: the file. prefix: only names that begin so are read, without it.
+        Raises:
+            CheckpointError: the file is unusable, or does not fit. The encoder is then unchanged.
+        """
+        from segmenter.checkpoint import CheckpointError, read_state_dict
+        from segmenter.convert import convert
+        from segmenter.state import load_state
+
+        weights, _ = read_state_dict(checkpoint_path)
+        weights = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        if not weights:
+            raise CheckpointError(f"{checkpoint_path}: no name in it begins with {prefix!r}")
+        state = convert(weights, n_cls=1, decoder="linear", image_size=self.patch_embed.image_size).state
+        state = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
+        for head in ("head", "head_dist") if self.distilled else ("head",):
+            found = state.get(f"{head}.weight")
+            if found is None or found.shape != self._modules[head].weight.shape or not found.any():  # zeros: made up
+                state |= {f"{head}.{name}": p.detach() for name, p in self._modules[head].named_parameters()}
+        load_state(self, state, str(checkpoint_path))
 
     def train(self, mode: bool = True) -> "VisionTransformer":
         """As of every module. What was computed from the parameters is forgotten."""
@@ -128,7 +157,8 @@ class VisionTransformer(nn.Module):
         B, _, H, W = im.shape
         x = self.patch_embed(im)
         extra = [self.cls_token] + ([self.dist_token] if self.distilled else [])
-        x = torch.cat([token.expand(B, -1, -1) for token in extra] + [x], dim=1)
+        # token[0]: DistributedDataParallel wants gradients laid out as their parameters, which those of slices are not
+        x = torch.cat([token[0].expand(B, -1, -1) for token in extra] + [x], dim=1)
         return x + self.positions((H // self.patch_size, W // self.patch_size))
 
     def embed_pixels(self, pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The parts that encoder and decoder share, with the parameter names of the published checkpoints (and of timm)."""
 
+import warnings
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -9,15 +11,15 @@ from segmenter.implementation import Automatic, Operators, select
 from segmenter.kernels import reference
 
 
-def init_weights(module: nn.Module) -> None:
+def init_weights(m: nn.Module) -> None:
     """Linear: truncated normal of std 0.02, bias 0. LayerNorm: 1 and 0. For `Module.apply`."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
+    if isinstance(m, nn.Linear):
+        nn.init.trunc_normal_(m.weight, std=0.02)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
+    elif isinstance(m, nn.LayerNorm):
+        nn.init.ones_(m.weight)
+        nn.init.zeros_(m.bias)
 
 
 def stochastic_depth(rate: float, n_layers: int) -> list[float]:
@@ -73,24 +75,37 @@ class PatchEmbed(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drops the residual branch of a whole sample with probability `rate`."""
+    """Stochastic depth: in training, drops the residual branch of a whole sample with probability `drop_prob`."""
 
-    def __init__(self, rate: float):
+    def __init__(self, drop_prob: float = 0.0):
         super().__init__()
-        self.rate = rate
+        self.drop_prob = drop_prob
+
+    @property
+    def rate(self) -> float:
+        """`drop_prob` under the name that it had here first."""
+        return self.drop_prob
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        self.drop_prob = value
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.rate == 0.0 or not self.training:
+        if not self.drop_prob or not self.training:
             return x
-        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
+        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
+        return x * keep / (1 - self.drop_prob)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused qkv projection: (B, N, d) -> (B, N, d).
+    """Multi-head self-attention with a fused qkv projection.
 
-    Dropout of the attention probabilities (training with a rate above 0) exists in the eager definition only, which is
-    then what runs, whatever `ops` is.
+    Calling it is the published layer: (B, N, d) -> ((B, N, d), attention weights (B, heads, N, N)), weights in memory.
+    A `Block` uses `attend`, which gives the tokens alone and needs no weights.
+
+    Attributes:
+        heads: how many. scale: of the scores; another value than (d / heads) ** -0.5 is honoured.
+        attn: None; in the published code, too.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float, ops: Operators | Automatic | None = None):
@@ -98,14 +113,40 @@ class Attention(nn.Module):
         if dim % heads:
             raise ValueError(f"d_model {dim} must be divisible by n_heads {heads}")
         self.heads = heads
+        self.scale = (dim // heads) ** -0.5
+        self.attn = None
+        self._of_operators = (heads, self.scale)
         self.ops = ops or select("auto")
         self.qkv = nn.Linear(dim, dim * 3)
         self.attn_drop = nn.Dropout(dropout)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def unwrapped(self) -> "Attention":
+        return self
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, N, d) -> (tokens (B, N, d), attention weights (B, heads, N, N) after their dropout).
+
+        As in the published code a mask changes nothing; here that is warned of.
+        """
+        if mask is not None:
+            warnings.warn("Attention ignores its mask, as the published code does", stacklevel=2)
         qkv = self.qkv(x)  # (B, N, 3 d)
+        attn = self._weights(qkv)
+        x = attn @ reference.split_heads(qkv, self.heads)[2]  # (B, heads, N, d / heads)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2))), attn
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """The tokens of `forward`, by an operator that keeps no weights unless these have to be written out.
+
+        Dropout of the weights (training with a rate above 0) exists in the eager definition only, which is then what
+        runs, whatever `ops` is.
+        """
+        if self.why_written_out() is not None:
+            return Attention.forward(self, x)[0]
+        qkv = self.qkv(x)
         if self.training and self.attn_drop.p > 0:
             x = reference.attention(qkv, self.heads, dropout_p=self.attn_drop.p)
         else:
@@ -113,19 +154,33 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x))
 
     def probabilities(self, x: torch.Tensor) -> torch.Tensor:
-        """The attention map (B, heads, N, N) for the same input as `forward`."""
-        return self.attn_drop(reference.attention_probabilities(self.qkv(x), self.heads))
+        """The attention map (B, heads, N, N) of `forward`, without the tokens."""
+        return self._weights(self.qkv(x))
+
+    def why_written_out(self) -> str | None:
+        """Why no operator can stand for the weights and their product with the values at the moment, or None."""
+        if (self.heads, self.scale) != self._of_operators:
+            return "another scale or number of heads"
+        return why_not_bypass(self._modules["attn_drop"], _DROPOUT)
+
+    def _weights(self, qkv: torch.Tensor) -> torch.Tensor:
+        q, k, _ = reference.split_heads(qkv, self.heads)
+        return self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1))
 
 
 class Mlp(nn.Module):
     """fc2(gelu(fc1(x))) with the exact GELU."""
 
-    def __init__(self, dim: int, hidden_dim: int, dropout: float):
+    def __init__(self, dim: int, hidden_dim: int, dropout: float, out_dim: int | None = None):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(hidden_dim, dim if out_dim is None else out_dim)
         self.drop = nn.Dropout(dropout)
+
+    @property
+    def unwrapped(self) -> "Mlp":
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
@@ -156,25 +211,38 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, mlp_dim, dropout)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
-        """(B, N, d) -> (B, N, d), or the attention map (B, heads, N, N) of this block."""
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, return_attention: bool = False
+    ) -> torch.Tensor:
+        """(B, N, d) -> (B, N, d), or the attention map (B, heads, N, N) of this block. `mask` is for `attn`."""
         if return_attention:
-            return self.attn.probabilities(self.norm1(x))
+            return self._attended(self.norm1(x), mask, True)
         ops = self.ops.on(x)
         attn, mlp, norm1, norm2 = self.attn, self.mlp, self.norm1, self.norm2
-        if self.why_not_fused("attention") is None:
+        if mask is None and self.why_not_fused("attention") is None:
             qkv = ops.layernorm_linear(x, norm1.weight, norm1.bias, attn.qkv.weight, attn.qkv.bias, norm1.eps)
             x = ops.linear(ops.attention(qkv, attn.heads), attn.proj.weight, attn.proj.bias, residual=x)
         else:
-            x = x + self.drop_path(attn(norm1(x)))
+            x = x + self.drop_path(self._attended(norm1(x), mask, False))
         if self.why_not_fused("mlp") is None:
             fc1, fc2 = mlp.fc1, mlp.fc2
             return ops.layernorm_mlp(x, norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm2.eps)
         return x + self.drop_path(mlp(norm2(x)))
 
+    def _attended(self, x: torch.Tensor, mask: torch.Tensor | None, weights: bool) -> torch.Tensor:
+        """The attention layer's tokens, or its weights. It is called itself if it may be more than its type says."""
+        attn = self.attn
+        kind = type(attn) if getattr(type(attn), "forward", None) is Attention.forward else Attention
+        if mask is None and why_not_bypass(attn, (kind,)) is None:
+            return attn.probabilities(x) if weights else attn.attend(x)
+        y = attn(x) if mask is None else attn(x, mask)
+        if weights:
+            return y[1]
+        return y[0] if isinstance(y, tuple) else y
+
     def why_not_fused(self, half: str) -> str | None:
         """Why the "attention" or the "mlp" half has to run layer by layer at the moment, or None if it need not."""
-        if isinstance(self.drop_path, DropPath) and self.drop_path.training and self.drop_path.rate > 0:
+        if isinstance(self.drop_path, DropPath) and self.drop_path.training and self.drop_path.drop_prob > 0:
             return "stochastic depth"
         own = self._modules  # not self.attn and so on: attribute look-ups of modules are slow, and this runs every call
         inner = own["attn" if half == "attention" else "mlp"]
@@ -189,7 +257,7 @@ class Block(nn.Module):
             reason = why_not_bypass(layer, _LAYERS[name]) if name in _LAYERS else f"an extra layer {name}"
             if reason is not None:
                 return reason
-        return None
+        return inner.why_written_out() if half == "attention" else None
 
 
 _HALVES, _NORM, _DROP_PATH = (Attention, Mlp), (nn.LayerNorm,), (DropPath, nn.Identity)

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from segmenter.config import ModelConfig
+from segmenter.config import DECODERS, ConfigError, ModelConfig
 from segmenter.decoder import DecoderLinear, MaskTransformer
 from segmenter.encoder import VisionTransformer
 from segmenter.fusable import why_not_bypass
@@ -186,6 +186,63 @@ class Segmenter(nn.Module):
         return 1 + self.encoder.distilled
 
 
+def create_vit(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto") -> VisionTransformer:
+    """An encoder with random weights. (The published function of this name downloads pretrained ones; here
+    `VisionTransformer.load_pretrained` reads them from a file.)
+
+    Args:
+        model_cfg: as of `create_segmenter`; a mapping needs neither decoder nor n_cls. It is not changed.
+    Raises:
+        ConfigError, ImplementationError: as `create_segmenter`.
+    """
+    if isinstance(model_cfg, ModelConfig):
+        config = model_cfg
+    else:
+        config = ModelConfig.from_dict({"n_cls": ENCODER_HEAD_CLASSES, "decoder": {"name": "linear"}, **model_cfg})
+    return VisionTransformer(
+        config.image_size,
+        config.patch_size,
+        config.n_layers,
+        config.d_model,
+        4 * config.d_model,
+        config.n_heads,
+        ENCODER_HEAD_CLASSES,
+        config.dropout,
+        config.drop_path_rate,
+        config.distilled,
+        norm_eps=config.norm_eps,
+        pos_embed_mode=config.pos_embed_mode,
+        pos_embed_check=config.pos_embed_check,
+        impl=impl,
+    )
+
+
+def create_decoder(encoder: nn.Module, decoder_cfg: dict[str, Any], impl: str = "auto") -> nn.Module:
+    """A decoder with random weights for an encoder that has `d_model` and `patch_size`.
+
+    Args:
+        decoder_cfg: name ("linear" or "mask_transformer"), n_cls and, of a mask transformer, n_layers, drop_path_rate,
+            dropout, with the published defaults. It is not changed.
+    Raises:
+        ConfigError: an unknown name. ImplementationError: impl cannot run.
+    """
+    kwargs = dict(decoder_cfg)
+    name, n_cls = kwargs.pop("name"), kwargs.pop("n_cls")
+    d, patch_size = encoder.d_model, encoder.patch_size
+    if "linear" in name:
+        return DecoderLinear(n_cls, patch_size, d)
+    if name not in DECODERS:
+        raise ConfigError(f"decoder {name!r} is unknown; choose one of {', '.join(DECODERS)}")
+    if n_cls == 2:
+        warnings.warn(
+            "mask transformer with 2 classes: the LayerNorm over classes leaves only the sign and no gradient; "
+            "use 3 classes or the linear decoder",
+            stacklevel=3,
+        )
+    kwargs = {**DECODERS[name], **kwargs}
+    return MaskTransformer(n_cls, patch_size, d, n_heads=d // 64, d_model=d, d_ff=4 * d, impl=impl, **kwargs)
+
+
 def create_segmenter(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto") -> Segmenter:
     """Builds a model with random weights. (The published function of this name downloads a pretrained encoder; here
     `segmenter.pretrained.load_any` puts a decoder on one.)
@@ -198,36 +255,8 @@ def create_segmenter(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto"
         ConfigError: the configuration cannot be built. ImplementationError: impl cannot run.
     """
     config = model_cfg if isinstance(model_cfg, ModelConfig) else ModelConfig.from_dict(model_cfg)
-    d, patch_size = config.d_model, config.patch_size
-    encoder = VisionTransformer(
-        config.image_size,
-        patch_size,
-        config.n_layers,
-        d,
-        4 * d,
-        config.n_heads,
-        ENCODER_HEAD_CLASSES,
-        config.dropout,
-        config.drop_path_rate,
-        config.distilled,
-        norm_eps=config.norm_eps,
-        pos_embed_mode=config.pos_embed_mode,
-        pos_embed_check=config.pos_embed_check,
-        impl=impl,
-    )
-    decoder_kwargs = dict(config.decoder)
-    if decoder_kwargs.pop("name") == "linear":
-        decoder = DecoderLinear(config.n_cls, patch_size, d)
-    else:
-        if config.n_cls == 2:
-            warnings.warn(
-                "mask transformer with 2 classes: the LayerNorm over classes leaves only the sign and no gradient; "
-                "use 3 classes or the linear decoder",
-                stacklevel=2,
-            )
-        decoder = MaskTransformer(
-            config.n_cls, patch_size, d, n_heads=d // 64, d_model=d, d_ff=4 * d, impl=impl, **decoder_kwargs
-        )
+    encoder = create_vit(config, impl)
+    decoder = create_decoder(encoder, {**config.decoder, "n_cls": config.n_cls}, impl)
     model = Segmenter(encoder, decoder, config.n_cls, impl)
     model.config = config
     model.info.normalization = config.normalization

@@ -131,7 +131,8 @@ class Adapted(torch.nn.Module):
     bias = property(lambda self: self.base.bias)
 
     def forward(self, x):
-        return self.base(x) + 1
+        y = self.base(x)
+        return (y[0] + 1, y[1]) if isinstance(y, tuple) else y + 1  # an attention layer returns its weights, too
 
 
 def replace(block, path, make):

@@ -254,7 +254,7 @@ def test_initialisation_statistics():
 
 def test_training_uses_dropout_and_stochastic_depth_and_evaluation_does_not():
     model = create_segmenter(tiny_config(drop_path_rate=0.5))
-    assert [getattr(b.drop_path, "rate", 0) for b in model.encoder.blocks] == [0, 0.5]
+    assert [getattr(b.drop_path, "drop_prob", 0) for b in model.encoder.blocks] == [0, 0.5]
     im = image(64, 64)
     model.train()
     assert (model(im) - model(im)).abs().max() > 1e-3

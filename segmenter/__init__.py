@@ -19,26 +19,82 @@ _PUBLIC = {
     "segment_stream": "segmenter.stream",
     "preset": "segmenter.config",
     "preset_names": "segmenter.config",
+    # what the published code has besides: docs/drop-in.md
+    "DecoderLinear": "segmenter.decoder",
+    "MaskTransformer": "segmenter.decoder",
+    "VisionTransformer": "segmenter.encoder",
+    "create_decoder": "segmenter.model",
+    "create_vit": "segmenter.model",
+    "IGNORE_LABEL": "segmenter.segm.data.utils",
+    "STATS": "segmenter.segm.data.utils",
+    "dataset_cat_description": "segmenter.segm.data.utils",
+    "seg_to_rgb": "segmenter.segm.data.utils",
+    "compute_metrics": "segmenter.segm.metrics",
+    "gather_data": "segmenter.segm.metrics",
+    "checkpoint_filter_fn": "segmenter.segm.model.utils",
+    "init_weights": "segmenter.segm.model.utils",
+    "merge_windows": "segmenter.segm.model.utils",
+    "num_params": "segmenter.segm.model.utils",
+    "padding": "segmenter.segm.model.utils",
+    "resize": "segmenter.segm.model.utils",
+    "resize_pos_embed": "segmenter.segm.model.utils",
+    "sliding_window": "segmenter.segm.model.utils",
+    "unpadding": "segmenter.segm.model.utils",
 }
 __all__ = [
+    "IGNORE_LABEL",
+    "STATS",
+    "DecoderLinear",
+    "MaskTransformer",
     "Segmenter",
+    "VisionTransformer",
     "__version__",
     "accelerate",
+    "checkpoint_filter_fn",
+    "compute_metrics",
+    "create_decoder",
     "create_segmenter",
+    "create_vit",
+    "dataset_cat_description",
+    "gather_data",
+    "init_weights",
     "load_any",
     "load_model",
+    "merge_windows",
+    "num_params",
+    "padding",
     "preset",
     "preset_names",
+    "resize",
+    "resize_pos_embed",
     "restore",
+    "seg_to_rgb",
     "segment_image",
     "segment_stream",
+    "sliding_window",
+    "unpadding",
 ]
 
 if TYPE_CHECKING:
     from segmenter.acceleration import accelerate, restore
     from segmenter.config import preset, preset_names
-    from segmenter.model import Segmenter, create_segmenter
+    from segmenter.decoder import DecoderLinear, MaskTransformer
+    from segmenter.encoder import VisionTransformer
+    from segmenter.model import Segmenter, create_decoder, create_segmenter, create_vit
     from segmenter.pretrained import load_any, load_model
+    from segmenter.segm.data.utils import IGNORE_LABEL, STATS, dataset_cat_description, seg_to_rgb
+    from segmenter.segm.metrics import compute_metrics, gather_data
+    from segmenter.segm.model.utils import (
+        checkpoint_filter_fn,
+        init_weights,
+        merge_windows,
+        num_params,
+        padding,
+        resize,
+        resize_pos_embed,
+        sliding_window,
+        unpadding,
+    )
     from segmenter.segment import segment_image
     from segmenter.stream import segment_stream
 

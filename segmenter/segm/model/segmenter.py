@@ -1,0 +1,5 @@
+"""The whole network."""
+
+from segmenter.model import Segmenter
+
+__all__ = ["Segmenter"]

@@ -1,0 +1,5 @@
+"""The schedule."""
+
+from segmenter.schedule import PolynomialLR
+
+__all__ = ["PolynomialLR"]

@@ -115,7 +115,6 @@ class Attention(nn.Module):
         self.heads = heads
         self.scale = (dim // heads) ** -0.5
         self.attn = None
-        self._of_operators = (heads, self.scale)
         self.ops = ops or select("auto")
         self.qkv = nn.Linear(dim, dim * 3)
         self.attn_drop = nn.Dropout(dropout)
@@ -133,22 +132,20 @@ class Attention(nn.Module):
         """
         if mask is not None:
             warnings.warn("Attention ignores its mask, as the published code does", stacklevel=2)
-        qkv = self.qkv(x)  # (B, N, 3 d)
-        attn = self._weights(qkv)
-        x = attn @ reference.split_heads(qkv, self.heads)[2]  # (B, heads, N, d / heads)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2))), attn
+        return self._written_out(self.qkv(x))
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """The tokens of `forward`, by an operator that keeps no weights unless these have to be written out.
 
-        Dropout of the weights (training with a rate above 0) exists in the eager definition only, which is then what
-        runs, whatever `ops` is.
+        Dropout of the weights (`attn_drop` in training with a rate above 0) exists in the eager definition only, which
+        is then what runs, whatever `ops` is.
         """
-        if self.why_written_out() is not None:
-            return Attention.forward(self, x)[0]
-        qkv = self.qkv(x)
-        if self.training and self.attn_drop.p > 0:
-            x = reference.attention(qkv, self.heads, dropout_p=self.attn_drop.p)
+        qkv = self.qkv(x)  # (B, N, 3 d)
+        if self.why_written_out(qkv.shape[-1]) is not None:
+            return self._written_out(qkv)[0]
+        drop = self.attn_drop
+        if drop.training and (rate := getattr(drop, "p", 0.0)) > 0:
+            x = reference.attention(qkv, self.heads, dropout_p=rate)
         else:
             x = self.ops.on(qkv).attention(qkv, self.heads)
         return self.proj_drop(self.proj(x))
@@ -157,11 +154,19 @@ class Attention(nn.Module):
         """The attention map (B, heads, N, N) of `forward`, without the tokens."""
         return self._weights(self.qkv(x))
 
-    def why_written_out(self) -> str | None:
-        """Why no operator can stand for the weights and their product with the values at the moment, or None."""
-        if (self.heads, self.scale) != self._of_operators:
-            return "another scale or number of heads"
+    def why_written_out(self, columns: int) -> str | None:
+        """Why no operator can stand for the weights and their product with the values at the moment, or None.
+
+        columns: of qkv, 3 d.
+        """
+        if self.scale != (columns // (3 * self.heads)) ** -0.5:
+            return "another scale of the scores"
         return why_not_bypass(self._modules["attn_drop"], _DROPOUT)
+
+    def _written_out(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        attn = self._weights(qkv)
+        x = attn @ reference.split_heads(qkv, self.heads)[2]  # (B, heads, N, d / heads)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2))), attn
 
     def _weights(self, qkv: torch.Tensor) -> torch.Tensor:
         q, k, _ = reference.split_heads(qkv, self.heads)
@@ -257,7 +262,7 @@ class Block(nn.Module):
             reason = why_not_bypass(layer, _LAYERS[name]) if name in _LAYERS else f"an extra layer {name}"
             if reason is not None:
                 return reason
-        return inner.why_written_out() if half == "attention" else None
+        return inner.why_written_out(inner.qkv.weight.shape[0]) if half == "attention" else None
 
 
 _HALVES, _NORM, _DROP_PATH = (Attention, Mlp), (nn.LayerNorm,), (DropPath, nn.Identity)

@@ -119,6 +119,22 @@ def test_attention_weights_are_those_that_were_dropped():
     same(y, attention.proj((attn @ v).transpose(1, 2).flatten(2)))
 
 
+def test_dropout_of_the_weights_goes_by_its_own_layer():
+    """Monte-Carlo dropout: evaluation but for the dropout layers; and training without them."""
+    ours, theirs = two_blocks(dropout=0.9)
+    x = tokens(2, 5, 64)
+    want = theirs(x)
+    ours.attn.attn_drop.train()
+    assert (ours(x) - want).abs().max() > 0.01
+    ours.train()
+    for layer in (ours.attn.attn_drop, ours.attn.proj_drop, ours.mlp.drop):
+        layer.eval()
+    ours.attn.qkv.register_forward_hook(lambda *a: None)
+    same(ours(x), want)
+    ours.attn.attn_drop = torch.nn.Identity()
+    same(ours(x), want)
+
+
 def test_a_block_is_the_published_one_and_keeps_no_weights(monkeypatch):
     ours, theirs = two_blocks()
     x = tokens(2, 5, 64)
@@ -136,7 +152,7 @@ def test_another_scale_is_honoured():
     x = tokens(2, 5, 64)
     plain = ours(x)
     ours.attn.scale = theirs.attn.scale = 1.5
-    assert ours.why_not_fused("attention") == "another scale or number of heads"
+    assert ours.why_not_fused("attention") == "another scale of the scores"
     assert (ours(x) - plain).abs().max() > 0.01
     same(ours(x), theirs(x))
     same(ours.attn.attend(x), theirs.attn(x)[0])
@@ -147,6 +163,23 @@ def test_another_number_of_heads_is_honoured_as_published():
     ours, theirs = two_blocks()
     ours.attn.heads = theirs.attn.heads = 4
     same(ours(tokens(2, 5, 64)), theirs(tokens(2, 5, 64)))
+
+
+def test_pruned_heads_keep_no_weights(monkeypatch):
+    ours, theirs = two_blocks()
+    for attention in (ours.attn, theirs.attn):  # of two heads of 32 the first
+        attention.heads, attention.qkv, attention.proj = 1, torch.nn.Linear(64, 96), torch.nn.Linear(32, 64)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.attn.forward = lambda x, mask=None: pruned(theirs.attn, x)  # its own takes the width from its input
+    monkeypatch.setattr(Attention, "_weights", None)
+    assert ours.why_not_fused("attention") is None
+    same(ours(tokens(2, 5, 64)), theirs(tokens(2, 5, 64)))
+
+
+def pruned(attention, x):
+    q, k, v = attention.qkv(x).chunk(3, -1)
+    attn = torch.softmax(q @ k.mT * 32**-0.5, -1)
+    return attention.proj(attn @ v), attn
 
 
 @pytest.mark.parametrize("path", ["attn", "attn.attn_drop"])

@@ -13,7 +13,7 @@ from PIL import Image
 from segmenter.classes import ClassesError, ClassSet, load_classes
 from segmenter.data.labels import DataError, Ids, ignore_index, read_ids
 from segmenter.data.layouts import LAYOUTS, Layout, Part, Sample, in_short, pair
-from segmenter.data.own import FILE, read_own
+from segmenter.data.own import FILE, description, read_own
 from segmenter.images import ImageError, read_image
 
 IDS = {  # kind of data set -> what the values in its label files mean
@@ -186,7 +186,7 @@ def find_source(root: str | Path, kind: str | None = None, classes: ClassSet | s
         raise DataError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
     if not root.is_dir():
         raise DataError(f"{root}: no such folder", root)
-    if kind == OWN or (kind is None and (root / FILE).is_file()):
+    if kind == OWN or (kind is None and description(root)):
         return _own_source(root, _load(classes))
     layout, base = _find_layout(root, kind)
     key = kind or layout.key

@@ -102,14 +102,16 @@ class Dataset:
         Raises:
             DataError: a file is unreadable, the sizes differ, or a value is no class; the message names the file.
         """
+        pixels, labels = self.read_pixels(sample), self.read_labels(sample)
+        check_sizes(sample, pixels, labels)
+        return pixels, labels
+
+    def read_pixels(self, sample: Sample) -> np.ndarray:
+        """The picture alone, as of `read`."""
         try:
-            pixels = read_image(sample.image)
+            return read_image(sample.image)
         except ImageError as error:
             raise DataError(str(error), sample.image) from error
-        labels = self.read_labels(sample)
-        if labels.shape != pixels.shape[:2]:
-            raise DataError(_sizes_differ(sample, pixels, labels), sample.label)
-        return pixels, labels
 
     def read_labels(self, sample: Sample) -> np.ndarray:
         """The labels alone, as of `read`; the size is not compared with the picture's."""
@@ -237,12 +239,15 @@ def _fitting(asked: ClassSet | None, own: ClassSet, base: Path) -> ClassSet:
     return asked or own
 
 
-def _sizes_differ(sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> str:
+def check_sizes(sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> None:
+    """Raises DataError: a picture (H, W, 3) and its labels (H, W) are not of the same size."""
     (height, width), (label_height, label_width) = pixels.shape[:2], labels.shape
+    if pixels.shape[:2] == labels.shape:
+        return
     text = f"{sample.label}: {label_width} x {label_height} pixels, but {sample.image} has {width} x {height}"
-    if (orientation := _orientation(sample.image)) not in range(5, 9):  # those that swap the sides
-        return text
-    return f"{text} once turned upright (EXIF orientation {orientation}); labels are used as they are: turn them, too"
+    if (orientation := _orientation(sample.image)) in range(5, 9):  # those that swap the sides
+        text += f" once turned upright (EXIF orientation {orientation}); labels are used as they are: turn them, too"
+    raise DataError(text, sample.label)
 
 
 def _orientation(picture: Path) -> int:

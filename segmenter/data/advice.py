@@ -41,27 +41,25 @@ def advice(values: Mapping[int, int], ids: Ids, names: Sequence[str], own: bool,
     if not own:
         return texts
     never = [value for value in range(first, first + len(names)) if value not in of_class]
-    if above and not set(above) & set(of_class) and len(names) > 1 and _evenly_spread(above):
+    if 0 in values and above and not set(above) & set(of_class) and len(names) > 1 and _evenly_spread(above):
         texts.append(
             f"the values are {in_short([0, *above])}, as of masks made to be looked at: give the classes the values "
             f"{first}..{first + len(names) - 1}, so write {_rewritten(above)} in the label files"
         )
     elif unknown:
-        also = ", or, if 0 is no class, say reduce_zero: true" if unknown == [len(names)] and not first else ""
-        texts.append(
-            f"the values {in_short(unknown)} are of no class, {len(names)} are named: name the others, put the values "
-            f"into ignore_index{also}"
-        )
+        text = f"of no class, as {len(names)} are named: {in_short(unknown)}; name more, or put that into ignore_index"
+        zero = ", or, if 0 is no class, say reduce_zero: true" if unknown == [len(names)] and not first else ""
+        texts.append(text + zero)
     elif whole and ignored and len(never) == 1 < len(names):
         texts.append(
             f"class {_class(never[0], ids, names)} never occurs, but the ignored {in_short(ignored)} does: if that is "
             f"the class, write {never[0]} in the label files"
         )
-    if whole and of_class and first in never and not first:
+    if whole and of_class and not first and 0 in never:
         texts.append(
             "class 0 never occurs: if 0 is no class in the label files and 1 the first one, say reduce_zero: true"
         )
-    if whole and of_class and never and never[-1] == len(names) and first:
+    if whole and of_class and first and len(names) in never:
         texts.append(f"class {len(names) - 1} never occurs: if 0 is a class in the label files, say reduce_zero: false")
     return texts
 

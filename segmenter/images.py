@@ -35,9 +35,9 @@ NORMALIZATION = {
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """The usual extensions of the formats that are read, such as ".jpg"."""
-    registered = Image.registered_extensions().items()
-    return frozenset({".mpo"}.union(suffix.lower() for suffix, kind in registered if kind in FORMATS))
+    """Extensions of picture files, in lower case with the dot: all that Pillow knows of FORMATS, such as ".jfif"."""
+    kinds = (*FORMATS, "MPO")  # which opens as JPEG
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
 
 
 class ImageError(InputError):

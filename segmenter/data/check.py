@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from segmenter.classes import ClassSet
 from segmenter.data.advice import advice, nothing_to_learn, value_counts
-from segmenter.data.datasets import OWN, Dataset, Source, check_sizes
+from segmenter.data.datasets import OWN, Dataset, Source
 from segmenter.data.labels import DataError, read_ids
 from segmenter.data.layouts import Sample, in_short
 
@@ -197,7 +197,7 @@ def _examine(dataset: Dataset, sample: Sample) -> _Facts:
         labels = facts.tried(dataset.ids.to_labels, values, dataset.n_cls, sample.label)
     if pixels is None or labels is None:
         return facts
-    facts.tried(check_sizes, sample, pixels, labels)
+    facts.tried(dataset.check_sizes, sample, pixels, labels)
     data = sample.image.read_bytes()
     facts.size = pixels.shape[1], pixels.shape[0]
     facts.counts = np.bincount(labels.ravel(), minlength=dataset.ignore_index + 1)

@@ -103,7 +103,7 @@ class Dataset:
             DataError: a file is unreadable, the sizes differ, or a value is no class; the message names the file.
         """
         pixels, labels = self.read_pixels(sample), self.read_labels(sample)
-        check_sizes(sample, pixels, labels)
+        self.check_sizes(sample, pixels, labels)
         return pixels, labels
 
     def read_pixels(self, sample: Sample) -> np.ndarray:
@@ -116,6 +116,11 @@ class Dataset:
     def read_labels(self, sample: Sample) -> np.ndarray:
         """The labels alone, as of `read`; the size is not compared with the picture's."""
         return self.ids.to_labels(read_ids(sample.label), self.n_cls, sample.label)
+
+    def check_sizes(self, sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> None:
+        """Raises DataError: the picture (H, W, 3) and the labels (H, W) of a sample are not of the same size."""
+        if labels.shape != pixels.shape[:2]:
+            raise DataError(_sizes_differ(sample, pixels, labels), sample.label)
 
 
 @dataclass(frozen=True)
@@ -239,15 +244,12 @@ def _fitting(asked: ClassSet | None, own: ClassSet, base: Path) -> ClassSet:
     return asked or own
 
 
-def check_sizes(sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> None:
-    """Raises DataError: a picture (H, W, 3) and its labels (H, W) are not of the same size."""
+def _sizes_differ(sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> str:
     (height, width), (label_height, label_width) = pixels.shape[:2], labels.shape
-    if pixels.shape[:2] == labels.shape:
-        return
     text = f"{sample.label}: {label_width} x {label_height} pixels, but {sample.image} has {width} x {height}"
-    if (orientation := _orientation(sample.image)) in range(5, 9):  # those that swap the sides
-        text += f" once turned upright (EXIF orientation {orientation}); labels are used as they are: turn them, too"
-    raise DataError(text, sample.label)
+    if (orientation := _orientation(sample.image)) not in range(5, 9):  # those that swap the sides
+        return text
+    return f"{text} once turned upright (EXIF orientation {orientation}); labels are used as they are: turn them, too"
 
 
 def _orientation(picture: Path) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 from segmenter.classes import CLASS_SETS, ClassSet, generic_classes, load_classes
 from segmenter.data.labels import DataError, Ids, ignore_index
 from segmenter.data.layouts import Part, in_short, like_a_split
+from segmenter.errors import cause
 from segmenter.images import suffixes
 from segmenter.text_files import read_yaml
 
@@ -78,6 +79,8 @@ def read_own(root: Path, classes: ClassSet | None = None) -> OwnData:
         return own
     except DataError as error:
         raise DataError(str(error), path) from error
+    except OSError as error:  # images/ or annotations/ cannot be entered
+        raise DataError(f"{error.filename}: {cause(error)}", path) from error
     except ValueError as error:
         raise DataError(f"{path}: {error}", path) from error
 

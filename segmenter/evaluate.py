@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from segmenter.boundary import BoundaryCounts
 from segmenter.data.augment import resized
-from segmenter.data.datasets import DataError, Dataset, Sample
+from segmenter.data.datasets import PUBLISHED, DataError, Dataset, Sample
 from segmenter.images import normalize
 from segmenter.inference import (
     Windows,
@@ -33,6 +33,7 @@ from segmenter.inference import (
 from segmenter.metrics import ConfusionMatrix
 from segmenter.segment import compute_dtype, labels_of_views, segment_image, usual_batch_size, window_of
 
+OVERLAP = 32  # pixels; of the published evaluation's windows
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # the published scales; they go with flip=True
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ class Protocol:
     Attributes:
         im_size: the short side in pixels that the picture is resized to, or None: its own size, nothing is resized.
         max_ratio: the long side gets at most max_ratio * im_size pixels; then the short side is below im_size.
-        window_size, window_stride: sliding windows in pixels; None: the model's, as of `segmenter.segment.window_of`.
+        window_size, window_stride: sliding windows in pixels; None: see `of_model`.
         scales: sizes to average over, relative to im_size. flip: each also mirrored left to right.
         batch_size: windows a forward call; None: 1 on a CPU, else 8.
         dtype: compute type, as of `segment_image`; None: the model's own.
@@ -68,13 +69,22 @@ class Protocol:
         if not self.scales or not all(scale > 0 for scale in self.scales):
             raise ValueError(f"scales must be positive and at least one, got {self.scales!r}")
 
-    def of_model(self, model: torch.nn.Module) -> "Protocol":
-        """With the model's windows and a batch size where they are not given.
+    def of_model(self, model: torch.nn.Module, key: str | None = None) -> "Protocol":
+        """With windows and a batch size where they are not given.
 
+        The window is the model's. On the data sets of PUBLISHED windows overlap by OVERLAP pixels, as in the published
+        eval/miou.py, whatever stride the checkpoint's variant.yml names (which is that of evaluation during training);
+        on others the stride is the model's, as of `segmenter.segment.window_of`.
+
+        Args:
+            key: of the data set; None: with `im_size` the one that the model's classes are of, else none.
         Raises:
             ValueError: the windows leave pixels out, or the model cannot run in dtype.
         """
         window_size, window_stride = window_of(model, self.window_size, self.window_stride)
+        key = model.info.classes if key is None and self.im_size is not None else key
+        if self.window_stride is None and key in PUBLISHED and window_size > OVERLAP:
+            window_stride = window_size - OVERLAP
         usual = usual_batch_size(next(model.parameters()).device)
         batch_size = usual if self.batch_size is None else self.batch_size
         check_sizes(window_size, batch_size)
@@ -231,7 +241,7 @@ def evaluate(
 
     Args:
         model: a `Segmenter` in evaluation mode, with the data set's number of classes.
-        protocol: by default, single scale at the pictures' own size.
+        protocol: by default, single scale at the pictures' own size, with the windows of `Protocol.of_model`.
         boundary: also the boundary scores. workers: threads that read and count; by default one a processor, at most 4.
         progress: a progress bar on stderr; None: if that is a terminal.
     Returns:
@@ -270,7 +280,7 @@ def outcomes(
     """
     if model.n_cls != dataset.n_cls:
         raise ValueError(f"the model has {model.n_cls} classes and the data set {dataset.key} {dataset.n_cls}")
-    protocol = protocol.of_model(model)
+    protocol = protocol.of_model(model, dataset.key)
     workers = min(4, os.cpu_count() or 1) if workers is None else workers
     samples = dataset.samples if samples is None else samples
     return _outcomes(model, dataset, protocol, samples, boundary, workers)

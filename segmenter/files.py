@@ -7,10 +7,14 @@ locked, so that `remove_leftovers` can tell those of running processes from thos
 import contextlib
 import io
 import os
+import unicodedata
 import uuid
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from segmenter.errors import cause, printable
 
 try:
     import fcntl
@@ -114,11 +118,14 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def walk(folder: Path, suffixes: Collection[str], skip: Path | None = None) -> tuple[list[Path], list[str]]:
-    """The files below `folder` with one of these (lower-case) extensions, and what could not be looked at.
+def walk(
+    folder: Path, suffixes: Collection[str] | None = None, skip: Path | None = None
+) -> tuple[list[Path], list[str]]:
+    """The files below `folder` with one of these (lower-case) extensions, or all, and what could not be looked at.
 
-    Links are followed. Each folder is entered once, by its own path rather than by a link to it, so loops end. Names
-    that begin with a dot are passed over.
+    Links are followed. Each folder is entered once, by its own path rather than by a link to it, so loops end; and no
+    link leads to the folders above `folder`. Names that begin with a dot are passed over. What is told as a file may
+    be anything that is no folder: a pipe, a link that leads nowhere.
 
     Args:
         skip: a folder (resolved) that is not entered.
@@ -127,41 +134,57 @@ def walk(folder: Path, suffixes: Collection[str], skip: Path | None = None) -> t
     """
     files: list[Path] = []
     problems: list[str] = []
-    entered: dict[tuple[int, int], Path] = {}
-    real, linked = [folder], []
+    top = os.path.realpath(folder)
+    entered: dict[str, str] = {}  # where a folder really lies -> the path that it was entered by
+    real, linked = [(str(folder), top)], deque[tuple[str, str]]()
     while real or linked:
-        place = real.pop() if real else linked.pop(0)
-        try:
-            status = os.stat(place)
-            identity = status.st_dev, status.st_ino
-            if skip is not None and os.path.realpath(place) == str(skip):
-                continue
-            if (before := entered.get(identity)) is not None:
-                if place.resolve() not in place.absolute().parents:  # a link to a folder above it is a usual thing
-                    problems.append(f"{place}: left out, it is the same folder as {before}")
-                continue
-            entered[identity] = place
-            with os.scandir(place) as entries:
-                names = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-        except OSError as error:
-            problems.append(f"{place}: cannot be entered ({error.strerror})")
+        place, resolved = real.pop() if real else linked.popleft()
+        if resolved == str(skip):
             continue
-        links = []
-        for entry in names:
-            path = place / entry.name
-            if _is_folder(entry):
-                (links if entry.is_symlink() else real).append(path)
-            elif path.suffix.lower() in suffixes:
-                files.append(path)
-        linked += links
-    return sorted(files), problems
+        if (before := entered.get(resolved)) is not None:
+            if not _is_below(place, before):  # else it leads back to where one comes from, a usual thing
+                problems.append(f"{place}: left out, it is the same folder as {before}")
+            continue
+        if _is_below(top, resolved):
+            problems.append(f"{place}: left out, it leads to a folder above {folder}")
+            continue
+        entered[resolved] = place
+        try:
+            with os.scandir(place) as entries:
+                found = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            problems.append(f"{place}: cannot be entered ({cause(error)})")
+            continue
+        for entry in found:
+            path = os.path.join(place, entry.name)
+            try:
+                if _is_folder(entry) and entry.is_symlink():
+                    linked.append((path, os.path.realpath(path)))
+                elif _is_folder(entry):
+                    real.append((path, os.path.join(resolved, entry.name)))
+                elif suffixes is None or os.path.splitext(entry.name)[1].lower() in suffixes:
+                    files.append(Path(path))
+                elif entry.is_symlink():
+                    os.stat(path)  # may have led to a folder
+            except OSError as error:
+                problems.append(f"{path}: cannot be followed ({cause(error)})")
+    return sorted(files), [printable(problem) for problem in problems]
+
+
+def same_form(name: str) -> str:
+    """The form in which names are compared: Unicode has two for an accented letter, and macOS writes the other one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself: reading it will tell
+    except OSError:  # a link that leads to itself
         return False
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path.startswith(os.path.join(folder, ""))
 
 
 class _Recording(io.FileIO):

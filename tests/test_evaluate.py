@@ -1,6 +1,7 @@
 """The published test pipeline, and counts that are summed over pictures."""
 
 import json
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from bench.published import published_inference
+from segmenter import evaluate as evaluate_module
 from segmenter.boundary import BoundaryCounts
+from segmenter.data import datasets as datasets_module
 from segmenter.data.datasets import DataError, open_dataset
 from segmenter.evaluate import MULTISCALE, Counts, Protocol, _resize_bytes, evaluate, outcomes, predict_labels
 from segmenter.images import normalize
@@ -92,6 +95,54 @@ def test_labels_are_the_argmax_of_the_published_inference(protocol, size):
     np.testing.assert_array_equal(got, published_inference(model, ims, flips, *options).argmax(0))
     metas = [{"flip": flip} for flip in flips]
     np.testing.assert_array_equal(got, inference(model, ims, metas, *options).argmax(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "expected"),
+    [
+        ({"im_size": 1024, "max_ratio": 2}, None, (96, 64)),  # the model's classes are of cityscapes
+        ({}, None, (96, 80)),  # as `segment`
+        ({}, "cityscapes", (96, 64)),
+        ({"im_size": 512}, "ade20k", (96, 64)),
+        ({"window_size": 128}, "pascal_context", (128, 96)),
+        ({"window_size": 128, "window_stride": 50}, "pascal_context_59", (128, 50)),
+        ({"im_size": 512}, "camvid", (96, 80)),
+        ({"im_size": 512, "window_size": 48}, "folder", (48, 40)),
+        ({"window_size": 32}, "ade20k", (32, 27)),  # nothing would be left
+    ],
+)
+def test_windows_overlap_as_published_on_the_data_sets_that_have_been(options, key, expected):
+    """In eval/miou.py by 32 pixels: Cityscapes 768 and 736, where the checkpoint's variant.yml says 512."""
+    model = tiny_model()
+    model.info.classes, model.info.window_size, model.info.window_stride = "cityscapes", 96, 80
+    protocol = Protocol(**options).of_model(model, key)
+    assert (protocol.window_size, protocol.window_stride) == expected
+    assert protocol.of_model(model, "cityscapes") == protocol
+
+
+def test_scores_of_a_published_data_set_are_of_its_windows(tmp_path):
+    dataset = open_dataset(make_data_set(tmp_path, "cityscapes", n=2, size=(70, 150)), "val")
+    model = tiny_model(n_cls=19)
+    scores = [
+        evaluate(model, dataset, Protocol(window_stride=stride), boundary=False)["IoU"] for stride in (None, 32, 64)
+    ]
+    np.testing.assert_array_equal(scores[0], scores[1])
+    assert not np.array_equal(scores[0], scores[2], equal_nan=True)
+
+
+@pytest.mark.parametrize("place", ["read_image", "predict_labels", "Counts"])
+def test_an_interrupt_is_one_wherever_it_comes(monkeypatch, tmp_path, place):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    dataset = open_dataset(make_data_set(tmp_path), "val")
+    model = tiny_model(n_cls=5)
+    stream = outcomes(model, dataset, Protocol(), workers=2)
+    monkeypatch.setattr(datasets_module if place == "read_image" else evaluate_module, place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("segmenter-evaluate")]
+    assert left == []
 
 
 def test_without_im_size_labels_are_those_of_segment(model):

@@ -278,7 +278,8 @@ def _add_eval(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--window-stride",
         type=_positive_int,
         metavar="PIXELS",
-        help="(default: the model's, scaled with --window-size; the published eval/miou.py took the window less 32)",
+        help="(default: as published, the window less 32, for ADE20K, Pascal Context and Cityscapes; for others the "
+        "model's, scaled with --window-size)",
     )
     how.add_argument("--batch-size", type=_positive_int, metavar="N", help="windows a forward call (default: 1 or 8)")
     how.add_argument("--workers", type=_positive_int, metavar="N", help="threads that read and count (default: 1 to 4)")

@@ -23,7 +23,7 @@ from segmenter.cli.resume import model_fingerprint
 from segmenter.cli.scores import print_scores, report, write_scores
 from segmenter.cli.shards import Shard, SharedReport
 from segmenter.data.datasets import PUBLISHED, DataError, Dataset, Sample, open_dataset
-from segmenter.evaluate import MULTISCALE, Outcome, Protocol, outcomes
+from segmenter.evaluate import MULTISCALE, OVERLAP, Outcome, Protocol, outcomes
 from segmenter.metrics import ConfusionMatrix
 from segmenter.model import Segmenter
 from segmenter.segment import resolve_dtype
@@ -97,7 +97,7 @@ def prepare(args: argparse.Namespace, shard: Shard) -> Evaluation:
     model = load(args, device, quiet=shard.rank > 0)
     _check_classes(model, dataset, quiet=shard.rank > 0)
     try:
-        protocol = choose_protocol(args, dataset).of_model(model)
+        protocol = choose_protocol(args, dataset).of_model(model, dataset.key)
     except ValueError as error:
         raise CommandError(str(error)) from error
     compute_type = resolve_dtype(protocol.dtype, device, next(model.parameters()).dtype)
@@ -132,6 +132,17 @@ def choose_protocol(args: argparse.Namespace, dataset: Dataset) -> Protocol:
         batch_size=args.batch_size,
         dtype=args.dtype,
     )
+
+
+def windows_in_words(args: argparse.Namespace, protocol: Protocol, dataset: Dataset) -> str:
+    """Which windows and stride there were, and whose choice they are."""
+    size, stride = protocol.window_size, protocol.window_stride
+    whose = "as the model says"
+    if args.window_stride is not None:
+        whose = "as asked for"
+    elif dataset.key in PUBLISHED and stride == size - OVERLAP:
+        whose = f"as published for {dataset.key}"
+    return f"windows of {size} x {size} pixels every {stride} pixels ({whose})"
 
 
 def _check_classes(model: Segmenter, dataset: Dataset, quiet: bool) -> None:
@@ -237,3 +248,4 @@ def _finish(job: Evaluation, records: Records, tally: Tally, seconds: float, pro
     print_scores(data)
     by = f" by {processes} processes" if processes > 1 else ""
     say(tally, len(job.dataset), seconds, job.args.output, by=by)
+    print(windows_in_words(job.args, job.protocol, job.dataset))

@@ -3,10 +3,14 @@
 import argparse
 import contextlib
 import errno
+import fnmatch
+import functools
 import glob
+import itertools
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,13 +26,13 @@ from segmenter.cli.loading import choose_classes, load
 from segmenter.cli.report import FAILED, Tally, say, write_failed, write_json
 from segmenter.cli.resume import is_done, picture_facts, run_settings
 from segmenter.cli.shards import Shard, SharedReport
-from segmenter.files import write_atomically
+from segmenter.files import same_form, walk, write_atomically
+from segmenter.images import suffixes
 from segmenter.model import Segmenter
 from segmenter.segment import compute_dtype
 from segmenter.stream import PictureMemoryError, Result, results
 from segmenter.visualize import class_shares, overlay, save_label_png, save_png, with_legend
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".mpo"}
 LABEL_FILES = {"png": "_labels.png", "raw": "_labels_raw.png", "npy": "_labels.npy"}
 
 
@@ -107,6 +111,7 @@ def plan(inputs: Iterable[str], output: Path) -> list[Job]:
 
     Pictures of a folder keep their sub-folders; other names are that of the file without its suffix. When taken, the
     suffix is added and then a number. An output folder inside an input folder is no input: it holds earlier results.
+    Folders that cannot be entered, or were already, are warned of.
 
     Raises:
         CommandError: an input folder that is the output folder, where results and pictures could not be told apart;
@@ -115,58 +120,107 @@ def plan(inputs: Iterable[str], output: Path) -> list[Job]:
     jobs: list[Job] = []
     seen: set[str] = set()
     taken = {Path(FAILED).stem}
+    numbers: dict[str, int] = {}  # name with suffix -> the last number that was tried after it
+    folders = _Folders()
     for path, relative in _expand(inputs, output.resolve()):
-        if (key := os.path.realpath(path)) in seen:
+        if (target := folders.target(path)) in seen:
             continue
-        seen.add(key)
-        stem = relative.with_suffix("").as_posix()
-        candidates = [stem, f"{stem}_{relative.suffix[1:]}"]
-        candidates += [f"{candidates[1]}-{i}" for i in range(2, len(seen) + 2)]
-        name = next(c for c in candidates if c.casefold() not in taken)  # some file systems ignore case
-        taken.add(name.casefold())
+        seen.add(target)
+        name = relative.with_suffix("").as_posix()
+        if _key(name) in taken:
+            name = long = f"{name}_{relative.suffix[1:]}"
+            number = numbers.get(_key(long), 1)
+            while _key(name) in taken:
+                number += 1
+                name = f"{long}-{number}"
+            numbers[_key(long)] = number
+        taken.add(_key(name))
         jobs.append(Job(path, name))
     return jobs
 
 
 def _expand(inputs: Iterable[str], output: Path) -> Iterable[tuple[Path, Path]]:
     """(path of a picture, its path below the folder it was found in)."""
+    told: set[str] = set()
     for text in inputs:
-        path = Path(text)
+        path, problems = Path(text), []
         if os.path.isdir(path):  # Path.is_dir() raises for a name that is too long
             if path.resolve() == output:
                 raise CommandError(f"{text}: the input folder is the output folder; choose another --output")
-            found = [(p, p.relative_to(path)) for p in _pictures(path, output)]
-            nothing = f"{text}: no pictures in this folder ({' '.join(sorted(SUFFIXES))})"
+            pictures, problems = walk(path, suffixes(), output)
+            found = [(p, p.relative_to(path)) for p in pictures]
+            nothing = f"{text}: no pictures in this folder ({' '.join(sorted(suffixes()))})"
         elif glob.has_magic(text) and not os.path.exists(path):
-            matches = (Path(p) for p in sorted(glob.glob(text, recursive=True)))
-            found = [(p, Path(p.name)) for p in matches if not p.is_dir()]
-            nothing = f"{text}: no file matches"
+            matches, problems = _matches(path)
+            found, nothing = [(p, Path(p.name)) for p in matches], f"{text}: no file matches"
         else:
             found, nothing = [(path, Path(path.name))], ""
+        for problem in problems:
+            if problem not in told:
+                told.add(problem)
+                warnings.warn(problem, stacklevel=2)
         if not found:
             raise CommandError(nothing)
         yield from found
 
 
-def _pictures(folder: Path, output: Path) -> list[Path]:
-    found = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and Path(root, f).resolve() != output]
-        found += [p for f in files if (p := Path(root, f)).suffix.lower() in SUFFIXES and not f.startswith(".")]
-    return sorted(found)
+def _matches(pattern: Path) -> tuple[list[Path], list[str]]:
+    """The files that a glob pattern means, sorted, and what could not be looked at for **."""
+    before = list(itertools.takewhile(lambda part: part != "**", pattern.parts))
+    after = pattern.parts[len(before) :]
+    start = str(Path(*before))
+    places = sorted(Path(p) for p in (glob.glob(start) if glob.has_magic(start) else [start]))
+    if not after:
+        return [p for p in places if not p.is_dir()], []
+    found, problems = [], []  # glob itself goes round in circles where links do
+    for place in filter(os.path.isdir, places):
+        files, untold = walk(place)
+        found += [p for p in files if _fits(p.relative_to(place).parts, after)]
+        problems += untold
+    return found, problems
+
+
+def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether names of folders and a file are what the parts of a pattern mean, with ** for any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern == ("**",):
+        return True
+    if pattern[0] == "**":
+        return any(_fits(parts[i:], pattern[1:]) for i in range(len(parts)))
+    return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _refuse_to_overwrite(jobs: Iterable[Job], output: Path, args: argparse.Namespace) -> None:
     """Raises CommandError if a picture lies where a result, or the list of failures, would be written."""
-    sources = {_place(job.source): job.source for job in jobs}
-    names = [FAILED, *(name for job in jobs for name in [*_files(job, args).values(), f"{job.name}.json"])]
-    for name in names:
-        if (source := sources.get(_place(output / name))) is not None:
+    folders = _Folders()
+    sources = {
+        _key(place): job.source for job in jobs for place in (folders.place(job.source), folders.target(job.source))
+    }
+    names = (name for job in jobs for name in (*_files(job, args).values(), f"{job.name}.json"))
+    for name in itertools.chain([FAILED], names):
+        if (source := sources.get(_key(folders.place(output / name)))) is not None:
             raise CommandError(f"{source}: a result would be written over this input; choose another --output")
 
 
-def _place(path: Path) -> str:
-    return os.path.realpath(path).casefold()  # some file systems ignore case
+class _Folders:
+    """Where paths really lie; each folder is looked up once."""
+
+    def __init__(self):
+        self._resolved = functools.cache(os.path.realpath)
+
+    def place(self, path: Path) -> str:
+        """With the links in its folder followed, but not the one that it may be itself."""
+        return os.path.join(self._resolved(path.parent), path.name)
+
+    def target(self, path: Path) -> str:
+        """With all links followed."""
+        return os.path.realpath(path) if os.path.islink(path) else self.place(path)
+
+
+def _key(name: str) -> str:
+    """The same for names that some file systems do not tell apart."""
+    return same_form(same_form(name).casefold())
 
 
 def _files(job: Job, args: argparse.Namespace) -> dict[str, str]:

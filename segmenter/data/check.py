@@ -1,20 +1,26 @@
 """Reads a whole data set and tells what is in it, and what is wrong with it."""
 
+import contextlib
 import sys
+import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from segmenter.classes import ClassSet
+from segmenter.data.advice import advice, nothing_to_learn, value_counts
 from segmenter.data.datasets import OWN, Dataset, Source
-from segmenter.data.labels import DataError
+from segmenter.data.labels import DataError, read_ids
 from segmenter.data.layouts import Sample, in_short
+
+T = TypeVar("T")
 
 MUCH_IGNORED = 0.5  # a larger share of pixels that do not count is worth a warning
 
@@ -26,7 +32,9 @@ class SplitReport:
     Attributes:
         split: its name. samples: how many good and bad pairs there are. bad: what is wrong, one error a file.
         sizes: (width, height) -> pictures. pixels, pictures: (n_cls,) int64, the pixels of each class, and the pictures
-        that hold it. ignored: pixels that do not count. These four are of good samples alone.
+        that hold it. ignored: pixels that do not count. empty: samples without any other pixel. own_labels: samples
+        whose label file is their picture. All these are of good samples alone. values: value in the label files ->
+        pixels, of all that can be read.
     """
 
     split: str
@@ -34,8 +42,25 @@ class SplitReport:
     pixels: np.ndarray
     pictures: np.ndarray
     ignored: int = 0
+    empty: int = 0
+    own_labels: int = 0
+    values: Counter[int] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     bad: list[DataError] = field(default_factory=list)
+
+    def add(self, facts: "_Facts") -> None:
+        """One sample more."""
+        self.bad += facts.errors
+        self.values.update(facts.values)
+        if facts.errors:
+            return
+        of_classes = facts.counts[: len(self.pixels)]
+        self.pixels += of_classes
+        self.pictures += of_classes > 0
+        self.ignored += int(facts.counts[-1])
+        self.empty += not of_classes.any()
+        self.own_labels += facts.own_label
+        self.sizes[facts.size] += 1
 
     def shares(self) -> np.ndarray:
         """(n_cls + 1,) float64: shares of all pixels, of each class and of what is ignored; NaN if there are none."""
@@ -70,13 +95,49 @@ class CheckReport:
         return np.flatnonzero(sum(report.pixels for report in self.splits) == 0).tolist()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Facts:
-    """Of one sample: (width, height), pixels of each label 0..ignore_index, and what tells its bytes from others."""
+    """Of one sample. `values`: in the label file -> pixels, if it can be read; the rest only of a good sample.
 
-    size: tuple[int, int]
-    counts: np.ndarray
-    fingerprint: tuple[int, int]
+    Attributes:
+        size: (width, height). counts: pixels of each label 0..ignore_index. fingerprint: tells the picture's bytes from
+        others. own_label: the label file is the picture once more.
+    """
+
+    errors: list[DataError] = field(default_factory=list)
+    values: dict[int, int] = field(default_factory=dict)
+    size: tuple[int, int] = (0, 0)
+    counts: np.ndarray | None = None
+    fingerprint: tuple[int, int] = (0, 0)
+    own_label: bool = False
+
+    def tried(self, step: Callable[..., T], *args: Any) -> T | None:
+        """What `step` gives; a DataError is noted."""
+        try:
+            return step(*args)
+        except DataError as error:
+            self.errors.append(error)
+            return None
+
+
+def glance(dataset: Dataset, n: int = 64, seconds: float = 10.0) -> list[str]:
+    """What is odd about the values in `n` label files, evenly spread, as far as one gets in `seconds`; in words.
+
+    Raises:
+        DataError: it has looked at all label files, and nothing can be learned from them.
+    """
+    values, looked, end = Counter(), 0, time.monotonic() + seconds
+    for sample in dataset.spread(n):
+        if time.monotonic() > end:
+            break
+        looked += 1
+        with contextlib.suppress(DataError):  # training tells of it
+            values.update(value_counts(read_ids(sample.label)))
+    where = f"{dataset.root}: split {dataset.split}, {looked} of {len(dataset)} label files looked at"
+    texts = advice(values, dataset.ids, dataset.classes.names, dataset.key == OWN)
+    if looked == len(dataset) and nothing_to_learn(values, dataset.ids, dataset.n_cls):
+        raise DataError(f"{where}: {'; '.join(texts)}", dataset.root)
+    return [f"{where}: {text}" for text in texts]
 
 
 def check_dataset(
@@ -95,7 +156,7 @@ def check_dataset(
         raise DataError(f"{source.base}: none of the splits {', '.join(source.splits)} is there", source.base)
     listings = [source.listing(name) for name in names]
     reports = []
-    seen: dict[tuple[int, int], dict[Path, str]] = defaultdict(dict)  # fingerprint -> picture -> split
+    seen: dict[tuple[int, int], dict[Path, set[str]]] = defaultdict(dict)  # fingerprint -> picture -> splits
     total = sum(len(dataset) for dataset, _ in listings)
     with tqdm(total=total, unit="picture", file=sys.stderr, disable=not bar or None) as shown:
         for dataset, problems in listings:
@@ -104,18 +165,21 @@ def check_dataset(
             report.bad += problems
             for sample, facts in zip(dataset.samples, _examine_all(dataset, workers), strict=True):
                 shown.update()
-                if isinstance(facts, list):
-                    report.bad += facts
-                else:
-                    _add(report, facts)
-                    seen[facts.fingerprint].setdefault(sample.image, dataset.split)
+                report.add(facts)
+                if not facts.errors:
+                    seen[facts.fingerprint].setdefault(sample.image, set()).add(_split_of(sample, dataset, source))
             reports.append(report)
-    duplicates = tuple(tuple(places) for places in seen.values() if len(set(places.values())) > 1)
+    duplicates = tuple(tuple(places) for places in seen.values() if len(set().union(*places.values())) > 1)
     report = CheckReport(source.key, source.base, source.classes, tuple(reports), duplicates, ())
     return replace(report, warnings=tuple(_warnings(report, source)))
 
 
-def _examine_all(dataset: Dataset, workers: int) -> Iterator[_Facts | list[DataError]]:
+def _split_of(sample: Sample, dataset: Dataset, source: Source) -> str:
+    """The split that it is in; of trainval, which is two, the one that its name begins with."""
+    return dataset.split if len(source.splits[dataset.split]) == 1 else sample.name.split("/")[0]
+
+
+def _examine_all(dataset: Dataset, workers: int) -> Iterator[_Facts]:
     with ThreadPoolExecutor(workers) as pool:
         try:
             yield from pool.map(lambda sample: _examine(dataset, sample), dataset.samples)
@@ -123,31 +187,23 @@ def _examine_all(dataset: Dataset, workers: int) -> Iterator[_Facts | list[DataE
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _examine(dataset: Dataset, sample: Sample) -> _Facts | list[DataError]:
-    try:
-        pixels, labels = dataset.read(sample)
-        data = sample.image.read_bytes()
-    except DataError as error:
-        return [error, *_label_error(dataset, sample, error)]
-    counts = np.bincount(labels.ravel(), minlength=dataset.ignore_index + 1)
-    return _Facts((pixels.shape[1], pixels.shape[0]), counts, (zlib.crc32(data), len(data)))
-
-
-def _label_error(dataset: Dataset, sample: Sample, first: DataError) -> Iterator[DataError]:
-    """What is wrong with the label as well, if `first` is about the picture."""
-    if first.file != sample.label:
-        try:
-            dataset.read_labels(sample)
-        except DataError as error:
-            yield error
-
-
-def _add(report: SplitReport, facts: _Facts) -> None:
-    of_classes = facts.counts[: len(report.pixels)]
-    report.pixels += of_classes
-    report.pictures += of_classes > 0
-    report.ignored += int(facts.counts[-1])
-    report.sizes[facts.size] += 1
+def _examine(dataset: Dataset, sample: Sample) -> _Facts:
+    facts = _Facts()
+    pixels = facts.tried(dataset.read_pixels, sample)
+    values = facts.tried(read_ids, sample.label)
+    labels = None
+    if values is not None:
+        facts.values = value_counts(values)
+        labels = facts.tried(dataset.ids.to_labels, values, dataset.n_cls, sample.label)
+    if pixels is None or labels is None:
+        return facts
+    facts.tried(dataset.check_sizes, sample, pixels, labels)
+    data = sample.image.read_bytes()
+    facts.size = pixels.shape[1], pixels.shape[0]
+    facts.counts = np.bincount(labels.ravel(), minlength=dataset.ignore_index + 1)
+    facts.fingerprint = zlib.crc32(data), len(data)
+    facts.own_label = sample.label.stat().st_size == len(data) and sample.label.read_bytes() == data
+    return facts
 
 
 def _warnings(report: CheckReport, source: Source) -> Iterator[str]:
@@ -157,10 +213,23 @@ def _warnings(report: CheckReport, source: Source) -> Iterator[str]:
     for split in report.splits:
         if (share := split.shares()[-1]) > MUCH_IGNORED:
             yield f"{split.split}: {100 * share:.0f} % of the pixels are ignored"
-    last, never = len(report.classes) - 1, report.never()
-    if source.key != OWN or len(never) == len(report.classes):
-        return
-    if 0 in never and not source.ids.reduce_zero:
-        yield "class 0 never occurs: if 0 is no class in the label files and 1 the first one, say reduce_zero: true"
-    if last in never and source.ids.reduce_zero:
-        yield f"class {last} never occurs: if 0 is a class in the label files, say reduce_zero: false"
+        if split.empty:
+            yield f"{split.split}: {split.empty} label files hold ignored pixels alone"
+        if split.own_labels:
+            yield f"{split.split}: {split.own_labels} label files are the picture itself once more, byte for byte"
+    yield from _advice(report, source)
+    for name, parts in source.splits.items():
+        if len(parts) == 1 and parts[0].images.is_dir() and not parts[0].exists():
+            part = parts[0]
+            lacking = part.labels if part.names is None or part.names.is_file() else part.names
+            yield f"{name}: left out, there is {part.images} but no {lacking}"
+
+
+def _advice(report: CheckReport, source: Source) -> Iterator[str]:
+    """What is odd about the values of all splits together, and of single ones."""
+    of_source = source.ids, report.classes.names, source.key == OWN
+    told = advice(sum((split.values for split in report.splits), Counter()), *of_source)
+    yield from told
+    for split in report.splits:
+        texts = advice(split.values, *of_source, whole=False)
+        yield from (f"{split.split}: {text}" for text in texts if text not in told)

@@ -13,7 +13,7 @@ from PIL import Image
 from segmenter.classes import ClassesError, ClassSet, load_classes
 from segmenter.data.labels import DataError, Ids, ignore_index, read_ids
 from segmenter.data.layouts import LAYOUTS, Layout, Part, Sample, in_short, pair
-from segmenter.data.own import FILE, read_own
+from segmenter.data.own import FILE, description, read_own
 from segmenter.images import ImageError, read_image
 
 IDS = {  # kind of data set -> what the values in its label files mean
@@ -102,18 +102,25 @@ class Dataset:
         Raises:
             DataError: a file is unreadable, the sizes differ, or a value is no class; the message names the file.
         """
+        pixels, labels = self.read_pixels(sample), self.read_labels(sample)
+        self.check_sizes(sample, pixels, labels)
+        return pixels, labels
+
+    def read_pixels(self, sample: Sample) -> np.ndarray:
+        """The picture alone, as of `read`."""
         try:
-            pixels = read_image(sample.image)
+            return read_image(sample.image)
         except ImageError as error:
             raise DataError(str(error), sample.image) from error
-        labels = self.read_labels(sample)
-        if labels.shape != pixels.shape[:2]:
-            raise DataError(_sizes_differ(sample, pixels, labels), sample.label)
-        return pixels, labels
 
     def read_labels(self, sample: Sample) -> np.ndarray:
         """The labels alone, as of `read`; the size is not compared with the picture's."""
         return self.ids.to_labels(read_ids(sample.label), self.n_cls, sample.label)
+
+    def check_sizes(self, sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> None:
+        """Raises DataError: the picture (H, W, 3) and the labels (H, W) of a sample are not of the same size."""
+        if labels.shape != pixels.shape[:2]:
+            raise DataError(_sizes_differ(sample, pixels, labels), sample.label)
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,7 @@ def find_source(root: str | Path, kind: str | None = None, classes: ClassSet | s
         raise DataError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
     if not root.is_dir():
         raise DataError(f"{root}: no such folder", root)
-    if kind == OWN or (kind is None and (root / FILE).is_file()):
+    if kind == OWN or (kind is None and description(root)):
         return _own_source(root, _load(classes))
     layout, base = _find_layout(root, kind)
     key = kind or layout.key

@@ -3,21 +3,27 @@
 Layouts as the data sets are published, below the folders that the published Segmenter code uses.
 """
 
-import functools
 import os
+import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-
-from PIL import Image
+from pathlib import Path, PurePosixPath
 
 from segmenter.data.labels import DataError
-from segmenter.images import FORMATS
+from segmenter.files import same_form, walk
+from segmenter.images import suffixes
+from segmenter.text_files import read_text
 
 SPLITS = ("train", "val", "test")
 CAMVID_DRIVES = ("0001TP_", "0006R0_", "0016E5_", "Seq05VD_")  # what the names of CamVid's pictures start with
 _SHOWN = 3
+_MAX_BYTES = 64_000_000  # of a list of names
+_LIKE_A_SPLIT = re.compile(
+    r"(.*[^a-z])?(train|val|test)?(train|training|val|valid|validation|validate|test|testing|dev|eval|evaluation|holdout)"
+    r"(s|set|split|data|images)?([^a-z].*)?"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Part:
         split: its name. images, labels: folders, searched with all their sub-folders.
         image_ending, label_ending: what stands between a sample's name and the extension.
         names: text file with the names of the samples, one a line; None: all there are.
+        undivided: it is all that there is, for want of folders called after splits.
         hint: where labels come from that are missing.
     """
 
@@ -46,6 +53,7 @@ class Part:
     image_ending: str = ""
     label_ending: str = ""
     names: Path | None = None
+    undivided: bool = False
     hint: str = ""
 
     def exists(self) -> bool:
@@ -93,7 +101,7 @@ class Layout:
     def _part(self, base: Path, split: str, word: str) -> Part:
         names = base / self.names.format(word) if self.names else None
         images, labels = base / self.images.format(word), base / self.labels.format(word)
-        return Part(split, images, labels, self.image_ending, self.label_ending, names, self.hint)
+        return Part(split, images, labels, self.image_ending, self.label_ending, names, hint=self.hint)
 
     def _lies_in(self, base: Path, recognise: bool) -> bool:
         parts = [part for part in self.parts(base).values() if part.images.is_dir()]
@@ -143,14 +151,21 @@ LAYOUTS = (
 def pair(part: Part) -> tuple[list[Sample], list[DataError]]:
     """The samples of a part, and a problem for each picture or label that has no partner.
 
+    Names are compared in one Unicode form. Folders that cannot be entered, or were already, are warned of.
+
     Raises:
-        DataError: a folder or the list of names is missing, there is nothing, or two files have one name.
+        DataError: a folder or the list of names is missing, there is nothing, two files have one name, or an undivided
+            part has folders that are called as splits are.
     """
     for folder in (part.images, part.labels):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder, so there is no split {part.split}", folder)
     images, labels = _named_files(part.images, part.image_ending), _named_files(part.labels, part.label_ending)
-    names = sorted(images.keys() | labels.keys()) if part.names is None else _read_names(part.names)
+    names = sorted(images.keys() | labels.keys())
+    if part.names is not None:
+        names = _read_names(part.names, images.keys() | labels.keys())
+    elif part.undivided:
+        _refuse_hidden_splits(part, names)
     if not names:
         raise DataError(f"{part.images}: no pictures in this folder ({' '.join(sorted(suffixes()))})", part.images)
     problems = []
@@ -167,6 +182,11 @@ def pair(part: Part) -> tuple[list[Sample], list[DataError]]:
     return samples, problems
 
 
+def like_a_split(folder: str) -> bool:
+    """Whether a folder's name is such as people give to the folder of a split: "val2017", "my_test_set"."""
+    return _LIKE_A_SPLIT.fullmatch(folder.casefold()) is not None
+
+
 def in_short(items: Iterable[object]) -> str:
     """The first few and how many more."""
     texts = [str(item) for item in items]
@@ -174,36 +194,48 @@ def in_short(items: Iterable[object]) -> str:
     return ", ".join(texts[:_SHOWN]) + more
 
 
-@functools.cache
-def suffixes() -> frozenset[str]:
-    """The usual extensions of the formats that are read, such as ".jpg"."""
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
-
-
 def _named_files(folder: Path, ending: str) -> dict[str, Path]:
     """Sample name -> file, for the pictures below `folder` whose name ends like this before the extension."""
     found: dict[str, Path] = {}
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for file in sorted(files):
-            path = Path(place, file)
-            if file.startswith(".") or path.suffix.lower() not in suffixes() or not path.stem.endswith(ending):
-                continue
-            name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(ending)
-            if name in found:
-                raise DataError(f"{path}: {found[name].name} has the same name; one of them has to go", path)
-            found[name] = path
+    files, problems = walk(folder, suffixes())
+    for problem in problems:
+        warnings.warn(problem, stacklevel=2)
+    for path in files:
+        if not path.stem.endswith(ending):
+            continue
+        name = same_form(path.relative_to(folder).with_suffix("").as_posix()).removesuffix(ending)
+        if name in found:
+            raise DataError(f"{path}: {found[name].name} has the same name; one of them has to go", path)
+        found[name] = path
     return found
 
 
-def _read_names(path: Path) -> list[str]:
+def _refuse_hidden_splits(part: Part, names: Iterable[str]) -> None:
+    folders = dict.fromkeys(folder for name in names for folder in PurePosixPath(name).parent.parts)
+    if odd := [folder for folder in folders if like_a_split(folder)]:
+        raise DataError(
+            f"{part.images}: all in it would be the split {part.split}, though folders in it are called as other "
+            f"splits are ({in_short(odd)}); say in `splits` of the data set's description which folder is which split",
+            part.images,
+        )
+
+
+def _read_names(path: Path, known: Collection[str]) -> list[str]:
+    """The names that a text file lists; those in `known` are taken as they are, others without extension and such."""
+    wanted = "it must list the samples, one name a line"
+    if not path.exists():
+        raise DataError(f"{path}: No such file or directory; {wanted}", path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        cause = getattr(error, "strerror", None) or "not a text file in UTF-8"
-        raise DataError(f"{path}: {cause}; it must list the samples, one name a line", path) from error
-    names = [Path(line).with_suffix("").as_posix() if Path(line).suffix.lower() in suffixes() else line
-             for line in map(str.strip, lines) if line]  # fmt: skip
+        text = read_text(path, DataError, _MAX_BYTES)
+    except DataError as error:
+        raise DataError(f"{error}; {wanted}", path) from error
+    lines = [same_form(line.strip()) for line in re.split(r"[\r\n]+", text)]
+    names = [line if line in known else _without_extension(line) for line in lines if line]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{path}: named twice: {in_short(twice)}", path)
     return names
+
+
+def _without_extension(line: str) -> str:
+    path = PurePosixPath(line.replace("\\", "/"))  # which also drops "./"
+    return path.with_suffix("").as_posix() if path.suffix.lower() in suffixes() else path.as_posix()

@@ -1,4 +1,4 @@
-"""Data sets of one's own: images/, annotations/ and a file dataset.yml that says what the labels mean.
+"""Data sets of one's own: images/, annotations/ and a file dataset.yml, or .yaml, that says what the labels mean.
 
     name: my streets                      # default: the name of the folder
     classes: [road, car, person]          # or {name, color: [red, green, blue]} each, or a key such as cityscapes
@@ -6,26 +6,38 @@
     reduce_zero: false                    # true: 0 is no class, and 1 is the first class (default: false)
     splits: {train: 2019, val: val.txt}   # folder in images/ and annotations/, or text file with names of samples
 
-Without `splits`, the folders images/train, images/val and images/test are the splits; if there are none of them, all
-pictures are the split train.
+No two splits may share a folder or a list. Without `splits`, the folders images/train, images/val and images/test are
+the splits, or images/training, images/validation or valid, and images/testing; in annotations/ they may have the other
+of these names. If there are none of them, all pictures are the split train.
 """
 
-from dataclasses import dataclass
+import itertools
+import os
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from segmenter.classes import CLASS_SETS, ClassSet, generic_classes, load_classes
 from segmenter.data.labels import DataError, Ids, ignore_index
-from segmenter.data.layouts import SPLITS, Part
+from segmenter.data.layouts import Part, in_short, like_a_split
+from segmenter.errors import cause
+from segmenter.images import suffixes
 from segmenter.text_files import read_yaml
 
 FILE = "dataset.yml"
+_FILES = (FILE, "dataset.yaml")
+_FOLDERS = {  # split -> what its folders may be called
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid"),
+    "test": ("test", "testing"),
+}
 _KEYS = ("name", "classes", "ignore_index", "reduce_zero", "splits")
 
 
 @dataclass(frozen=True)
 class OwnData:
-    """What dataset.yml says. `splits`: split -> folder or text file; empty: by the folders there are."""
+    """What dataset.yml says. `splits`: split -> folder or text file; empty: all pictures are the split train."""
 
     classes: ClassSet
     ids: Ids
@@ -33,21 +45,42 @@ class OwnData:
 
     def parts(self, root: Path) -> dict[str, Part]:
         """Every split there may be."""
-        splits = self.splits or {split: split for split in SPLITS if (root / "images" / split).is_dir()}
-        return {split: _part(root, split, where) for split, where in (splits or {"train": ""}).items()}
+        if not self.splits:
+            return {"train": Part("train", root / "images", root / "annotations", undivided=True)}
+        return {split: _part(root, split, where) for split, where in self.splits.items()}
+
+
+def description(root: Path) -> Path | None:
+    """The file that makes a folder a data set of one's own, if it has one.
+
+    Raises:
+        DataError: it has two.
+    """
+    found = [path for name in _FILES if (path := root / name).is_file()]
+    if len(found) > 1 and not found[0].samefile(found[1]):
+        raise DataError(f"{root}: has a {found[0].name} and a {found[1].name}; one of them has to go", root)
+    return found[0] if found else None
 
 
 def read_own(root: Path, classes: ClassSet | None = None) -> OwnData:
-    """Reads and checks `root`/dataset.yml. `classes` are for a file that names none.
+    """Reads and checks the description in `root`, and finds the splits. `classes` are for a file that names none.
+
+    Pictures that are in no split, where folders are the splits, are warned of.
 
     Raises:
-        DataError: unreadable, unknown keys, or values of a wrong type or range, which are named; no classes.
+        DataError: unreadable, unknown keys, or values of a wrong type or range, which are named; no classes; splits
+            that overlap, or folders called as splits are of which it is not clear what they are.
     """
-    path = root / FILE
+    path = description(root) or root / FILE
     try:
-        return _parse(read_yaml(path, DataError), root, classes)
+        own = _parse(read_yaml(path, DataError), root, classes)
+        own = replace(own, splits=own.splits or _splits_by_name(root / "images"))
+        _refuse_overlaps(root, own.splits)
+        return own
     except DataError as error:
         raise DataError(str(error), path) from error
+    except OSError as error:  # images/ or annotations/ cannot be entered
+        raise DataError(f"{error.filename}: {cause(error)}", path) from error
     except ValueError as error:
         raise DataError(f"{path}: {error}", path) from error
 
@@ -58,9 +91,57 @@ class _Wrong(ValueError):
 
 def _part(root: Path, split: str, where: str) -> Part:
     images, labels = root / "images", root / "annotations"
-    if where.endswith(".txt"):
+    if _is_list(where):
         return Part(split, images, labels, names=root / where)
+    if not (labels / where).is_dir() and where.casefold() in _FOLDERS.get(split, ()):
+        return Part(split, images / where, labels / _folders_of(labels).get(split, where))
     return Part(split, images / where, labels / where)
+
+
+def _is_list(where: str) -> bool:
+    return where.casefold().endswith(".txt")
+
+
+def _splits_by_name(images: Path) -> dict[str, str]:
+    """Split -> folder, of the folders that are called as splits are."""
+    splits = _folders_of(images)
+    if not splits:
+        return {}
+    with os.scandir(images) as entries:
+        left = sorted(e.name for e in entries if e.name not in splits.values() and not e.name.startswith("."))
+    if odd := [name for name in left if (images / name).is_dir() and like_a_split(name)]:
+        raise _Wrong(
+            f"in {images} {in_short(splits.values())} are splits, but what is {in_short(odd)}? Say it in `splits`, "
+            "or move it away"
+        )
+    if lost := [name for name in left if (images / name).is_dir() or Path(name).suffix.lower() in suffixes()]:
+        warnings.warn(f"{images}: in no split: {in_short(lost)}; `splits` in {FILE} could name them", stacklevel=2)
+    return splits
+
+
+def _folders_of(folder: Path) -> dict[str, str]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    splits = {}
+    for split, words in _FOLDERS.items():
+        found = [name for name in names if name.casefold() in words]
+        if len(found) > 1:
+            raise _Wrong(f"{in_short(found)} in {folder} would all be the split {split}; say in `splits` which one is")
+        if found:
+            splits[split] = found[0]
+    return splits
+
+
+def _refuse_overlaps(root: Path, splits: dict[str, str]) -> None:
+    places = {
+        split: os.path.realpath(root / where if _is_list(where) else root / "images" / where)
+        for split, where in splits.items()
+    }
+    for (one, place), (other, another) in itertools.combinations(places.items(), 2):
+        if Path(place) in (Path(another), *Path(another).parents) or Path(another) in Path(place).parents:
+            raise _Wrong(
+                f"the splits {one} ({splits[one] or 'all'}) and {other} ({splits[other] or 'all'}) overlap: what is "
+                "trained on would be scored, too; give each its own folder or list"
+            )
 
 
 def _parse(data: Any, root: Path, classes: ClassSet | None) -> OwnData:

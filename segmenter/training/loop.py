@@ -19,6 +19,7 @@ from tqdm import tqdm
 from segmenter.checkpoint import CheckpointError
 from segmenter.config import ModelConfig
 from segmenter.data.augment import Augmentation
+from segmenter.data.check import glance
 from segmenter.data.datasets import DataError, Dataset, open_dataset
 from segmenter.data.loader import Batch, Steps, TrainingSamples, load_batches
 from segmenter.model import Segmenter, create_segmenter
@@ -28,7 +29,7 @@ from segmenter.training.losses import SegmentationLoss, class_weights
 from segmenter.training.optimizer import averaged, gradient_norm, make_optimizer
 from segmenter.training.recipe import Recipe, RecipeError
 from segmenter.training.start import prepare, starting_model
-from segmenter.training.validation import Validation, report_bad
+from segmenter.training.validation import Validation, report_bad, warn
 
 ONE = Group()
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,8 +57,9 @@ def train(recipe: Recipe, output: str | Path, group: Group = ONE, progress: bool
         group: this process among those that train together; a group of several is joined and left by the caller.
         progress: a progress bar (of the leading process).
     Raises:
-        RecipeError, CheckpointError, ConfigError: settings or weights that cannot be used. DataError: the data set, or
-            a sample while bad_samples is "stop". TrainingError: loss or gradients are not finite.
+        RecipeError, CheckpointError, ConfigError: settings or weights that cannot be used. DataError: the data set, its
+            labels when there is nothing to learn from them, or a sample while bad_samples is "stop". TrainingError:
+            loss or gradients are not finite.
 
     SIGTERM ends the step, or the evaluation, under way, saves, and returns with `stopped`. So does Ctrl-C; a second one
     interrupts.
@@ -65,11 +67,14 @@ def train(recipe: Recipe, output: str | Path, group: Group = ONE, progress: bool
     dataset = open_dataset(recipe.data, recipe.split, recipe.kind)
     recipe = recipe.completed(dataset.key)
     output = Path(output)
+    notes = [] if (output / files.CHECKPOINT).exists() else glance(dataset)
     if group.leads:
         output.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(output)
     with _stop_signal() as stop:
         run = Run(recipe, dataset, output, group, progress)
+        if group.leads:
+            warn(notes + (run.validation.shared_with(dataset) if run.validation else []))
         return run.run(stop)
 
 

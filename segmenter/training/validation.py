@@ -9,7 +9,8 @@ import torch
 from tqdm import tqdm
 
 from segmenter.charts import comparison
-from segmenter.data.datasets import DataError, open_dataset
+from segmenter.data.datasets import DataError, Dataset, open_dataset
+from segmenter.errors import printable
 from segmenter.evaluate import Protocol, outcomes
 from segmenter.metrics import ConfusionMatrix, percent
 from segmenter.training.distributed import Group
@@ -35,6 +36,14 @@ class Validation:
         self.group, self.progress = group, progress and group.leads
         self.drawn = set(self.dataset.spread(recipe.overlays))
         self.bad_samples, self.reported = recipe.bad_samples, set[str]()
+
+    def shared_with(self, training: Dataset) -> list[str]:
+        """A warning if there are pictures that are trained on and scored."""
+        n = len({s.image for s in self.dataset.samples} & {s.image for s in training.samples})
+        text = (
+            f"{n} of the {len(self.dataset)} pictures of split {self.dataset.split} are trained on, too: their scores"
+        )
+        return [f"{text} say nothing about other pictures"] if n else []
 
     def __call__(self, model: torch.nn.Module, folder: Path, step: int) -> dict[str, Any]:
         """Scores of all processes together, in percent: val_mIoU, val_mAcc, val_aAcc, val_IoU, and val_pictures.
@@ -74,6 +83,12 @@ class Validation:
         total.add_counts(counts)
         scores = {f"val_{name}": np.asarray(value).tolist() for name, value in percent(total.scores()).items()}
         return {**scores, "val_pictures": int(group.sums([done])[0])}
+
+
+def warn(texts: list[str]) -> None:
+    """Says on stderr what is no error but worth a look."""
+    for text in texts:
+        tqdm.write(f"segmenter: warning: {printable(text)}", file=sys.stderr)
 
 
 def report_bad(errors: list[str], reported: set[str]) -> None:

@@ -1,6 +1,7 @@
 """`segmenter data check`."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -91,3 +92,26 @@ def test_warnings_are_no_errors(tmp_path, capsys):
     val.image.write_bytes(train.image.read_bytes())
     assert main(["data", "check", str(tmp_path)]) == 0
     assert "segmenter: warning: same bytes in several splits, 1 times: " in capsys.readouterr().err
+
+
+def test_folders_that_cannot_be_entered_or_have_two_names_are_named(tmp_path, capsys, monkeypatch):
+    make_data_set(tmp_path)
+    scandir, locked = os.scandir, tmp_path / "images/train/locked"
+
+    def refusing(path):
+        if str(path) == str(locked):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    locked.mkdir()
+    (tmp_path / "images/val/up").symlink_to("..")
+    for name in ("loop1", "loop2"):
+        (tmp_path / "annotations/val" / name).symlink_to(".")
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert main(["data", "check", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert f"segmenter: warning: {locked}: cannot be entered (Permission denied)\n" in captured.err
+    above = f"{tmp_path}/images/val/up: left out, it leads to a folder above {tmp_path}/images/val"
+    assert f"segmenter: warning: {above}\n" in captured.err
+    assert captured.err.count("segmenter: ") == 2
+    assert "val: 2 samples, 0 bad files" in captured.out

@@ -23,6 +23,7 @@ from segmenter.evaluate import MULTISCALE, Protocol, evaluate
 from segmenter.metrics import percent
 from tests.cli.tools import files, load_json, picture
 from tests.data_sets import describe, make_data_set, rectangles, save
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,6 +93,7 @@ def test_scores_are_those_of_the_library(trained, streets, out, argv, capsys):
     assert lines[1].split()[:3] == ["0", "Sky", f"{want['IoU'][0]:.2f}"]
     assert lines[12].startswith(f"mIoU {want['mIoU']:.2f}  mAcc ")
     assert lines[13].startswith("7 done, 0 skipped, 0 failed of 7 in ")
+    assert lines[14:] == ["windows of 64 x 64 pixels every 64 pixels (as the model says)"]
 
 
 def test_classes_that_do_not_occur_are_null(streets, out, argv, capsys):
@@ -288,6 +290,53 @@ def test_the_protocol_is_the_published_one_of_the_data_set_unless_said_otherwise
     dataset = open_dataset(make_data_set(tmp_path, kind), kind=kind)
     args = build_parser().parse_args(["eval", "--data", str(tmp_path), "-m", "M", *options])
     assert eval_module.choose_protocol(args, dataset) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "stride", "told"),
+    [
+        ([], 32, "64 x 64 pixels every 32 pixels (as published for cityscapes)"),
+        (["--im-size", "own"], 32, "64 x 64 pixels every 32 pixels (as published for cityscapes)"),
+        (["--window-stride", "48"], 48, "64 x 64 pixels every 48 pixels (as asked for)"),
+        (["--window-size", "80"], 48, "80 x 80 pixels every 48 pixels (as published for cityscapes)"),
+    ],
+)
+def test_the_stride_is_the_published_one_of_the_data_set_and_is_printed(tmp_path, out, capsys, options, stride, told):
+    make_data_set(tmp_path / "city", "cityscapes", n=1)
+    tiny_model(n_cls=19).save_pretrained(tmp_path / "model")
+    argv = ["eval", "--data", str(tmp_path / "city"), "-m", str(tmp_path / "model"), "-o", str(out), "--no-chart"]
+    argv += ["--no-boundary", "--im-size", "64", "--device", "cpu"]
+    assert main([*argv, *options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"windows of {told}"
+    assert load_json(out / "scores.json")["protocol"]["window_stride"] == stride
+
+
+def test_ctrl_c_is_told_as_such(argv, out, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_module, "predict_labels", interrupted)
+    assert main(argv) == 130
+    captured = capsys.readouterr()
+    assert captured.err == "segmenter: error: interrupted\n"
+    assert captured.out.startswith("stopped early, --resume goes on: 0 done")
+
+
+def test_a_folder_that_cannot_be_entered_is_named(streets, argv, monkeypatch, capsys):
+    scandir, locked = os.scandir, ("images/val/locked", "annotations/val/locked")
+
+    def refusing(path):
+        if str(path).endswith(locked):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    for name in locked:
+        (streets / name).mkdir()
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert main([*argv, "--no-boundary"]) == 0
+    err = capsys.readouterr().err
+    for name in locked:
+        assert f"segmenter: warning: {streets / name}: cannot be entered (Permission denied)\n" in err
 
 
 def test_overlays_are_evenly_spread_and_drawn_again_if_they_are_missing(out, argv, runs):

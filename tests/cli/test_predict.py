@@ -14,6 +14,8 @@ from PIL import Image
 from segmenter import stream as stream_module
 from segmenter.cli import main
 from segmenter.cli import predict as predict_module
+from segmenter.cli.arguments import build_parser
+from segmenter.cli.errors import CommandError
 from segmenter.cli.resume import model_fingerprint
 from segmenter.images import read_image
 from segmenter.visualize import overlay, with_legend
@@ -101,6 +103,112 @@ def test_folders_globs_and_names_that_clash(trained, folder, photos, out, tmp_pa
 def test_names_differ_where_file_systems_ignore_case():
     names = [job.name for job in predict_module.plan(["a.png", "A.jpg", "x/a.png", "y/a.png", "a.png"], Path("out"))]
     assert names == ["a", "A_jpg", "a_png", "a_png-2"]
+
+
+def test_linked_folders_are_labelled_and_loops_end(folder, photos, out, tmp_path, capsys):
+    Image.fromarray(picture(seed=3)).save(tmp_path / "c.png")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "c.png").rename(tmp_path / "disk/c.png")
+    (photos / "day").symlink_to(tmp_path / "disk")
+    (photos / "other").symlink_to("sub")
+    for name in ("loop1", "sub/loop2"):
+        (photos / name).symlink_to(photos)
+    assert main(["predict", str(photos), str(photos), "-m", folder, "-o", str(out), "--no-overlay"]) == 0
+    assert [n for n in files(out) if n.endswith(".json")] == ["a.json", "b.json", "day/c.json", "sub/a.json"]
+    left_out = f"segmenter: warning: {photos}/other: left out, it is the same folder as {photos}/sub\n"
+    assert capsys.readouterr().err == left_out
+
+
+def test_every_extension_that_is_read_is_a_picture(tmp_path):
+    names = ["a.jfif", "b.jpe", "c.JPG", "d.tif", "e.TIFF", "f.mpo", "g.pnm", "h.bmp", "i.apng", "j.webp"]
+    for name in (*names, "l.txt", "m.pdf", "n.eps"):
+        (tmp_path / name).touch()
+    assert [job.source.name for job in predict_module.plan([str(tmp_path)], tmp_path / "out")] == names
+
+
+def test_a_folder_that_cannot_be_entered_is_named(folder, photos, out, monkeypatch, capsys):
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path) in (photos / "sub", photos / "empty"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    (photos / "empty").mkdir()
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert main(["predict", str(photos), "-m", folder, "-o", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert f"warning: {photos / 'sub'}: cannot be entered (Permission denied)" in captured.err
+    assert "2 done, 0 skipped, 0 failed of 2" in captured.out
+    assert main(["predict", str(photos / "empty"), "-m", folder, "-o", str(out)]) == 2
+    assert "empty: cannot be entered (Permission denied)" in capsys.readouterr().err
+
+
+def test_what_is_called_a_picture_and_is_none_fails_alone(folder, photos, out):
+    (photos / "gone.png").symlink_to("nowhere.png")
+    (photos / "self.jpg").symlink_to("self.jpg")
+    os.mkfifo(photos / "pipe.png")
+    (photos / "x.jpg").mkdir()
+    (photos / "a.png").rename(photos / "x.jpg/a.png")
+    assert main(["predict", str(photos), "-m", folder, "-o", str(out)]) == 3
+    failed = [Path(f["image"]).name for f in load_json(out / "failed.json")]
+    assert failed == ["gone.png", "pipe.png", "self.jpg"]
+    assert "x.jpg/a.json" in files(out)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("**/*.png", ["a.png", "b.png", "sub/a.png"]),
+        ("**", ["a.png", "b.png", "sub/a.png", "sub/t.txt"]),
+        ("**/sub/**/a.*", ["sub/a.png"]),
+        ("s*/**/*.png", ["sub/a.png"]),
+        ("s*/**/x.png", None),
+        ("*/*.png", ["sub/a.png"]),
+    ],
+)
+def test_patterns_with_two_stars_do_not_go_round_in_circles(photos, out, pattern, expected):
+    (photos / "sub/t.txt").touch()
+    for name in ("loop1", "loop2", "sub/loop3"):
+        (photos / name).symlink_to(photos)
+    if pattern[:2] != "**":  # else they are named
+        for name in ("loop1", "loop2", "sub/loop3"):
+            (photos / name).unlink()
+    if expected is None:
+        with pytest.raises(CommandError, match="no file matches"):
+            predict_module.plan([f"{photos}/{pattern}"], out)
+    else:
+        jobs = predict_module.plan([f"{photos}/{pattern}"], out)
+        assert [job.source.relative_to(photos).as_posix() for job in jobs] == expected
+
+
+def test_names_differ_where_file_systems_know_one_unicode_form():
+    jobs = predict_module.plan(["x/caf\u00e9.png", "y/cafe\u0301.png", "z/CAFE\u0301.png"], Path("out"))
+    assert [job.name for job in jobs] == ["caf\u00e9", "cafe\u0301_png", "CAFE\u0301_png-2"]
+
+
+def test_planning_does_the_same_for_each_picture_however_many_there_are(tmp_path, monkeypatch):
+    work = []
+    for place, name in ((predict_module, "_key"), (os.path, "realpath")):
+        original = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, f=original, n=name, **k: work.append(n) or f(*a, **k))
+    args = build_parser().parse_args(["predict", "x", "-m", "M"])
+
+    def counted(inputs):
+        work.clear()
+        jobs = predict_module.plan(inputs, tmp_path / "out")
+        predict_module._refuse_to_overwrite(jobs, tmp_path / "out", args)
+        assert len({job.name.casefold() for job in jobs}) == len(jobs)
+        return len(jobs), work.count("_key"), work.count("realpath")
+
+    for i in range(400):
+        (tmp_path / "film").mkdir(exist_ok=True)
+        (tmp_path / f"film/{i:03}.jpg").touch()
+    n, keys, resolved = counted([str(tmp_path / "film")])
+    assert (n, resolved) == (400, resolved) and resolved < 10
+    assert keys < 10 * n
+    n, keys, _ = counted([f"{i}/a.png" for i in range(400)])
+    assert keys < 14 * n
 
 
 def test_results_inside_the_input_folder_are_no_input(folder, photos):

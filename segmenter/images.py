@@ -1,5 +1,6 @@
 """Pictures in: any file, PIL image, array or tensor -> RGB bytes; and RGB bytes -> the network's input."""
 
+import functools
 import os
 import stat
 import warnings
@@ -30,6 +31,13 @@ NORMALIZATION = {
     "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Extensions of picture files, in lower case with the dot: all that Pillow knows of FORMATS, such as ".jfif"."""
+    kinds = (*FORMATS, "MPO")  # which opens as JPEG
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
 
 
 class ImageError(InputError):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter.images import NORMALIZATION, ImageError, normalize, read_image
+from segmenter.images import NORMALIZATION, ImageError, normalize, read_image, suffixes
 
 BIG = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "GIF": {}, "TIFF": {}, "BMP": {}, "PPM": {}}
 LOSSLESS = ("PNG", "WEBP", "TIFF", "BMP", "PPM")
@@ -55,6 +55,12 @@ def test_jpeg_and_gif(tmp_path):
 def test_content_decides_not_the_name(tmp_path):
     np.testing.assert_array_equal(read_image(write(tmp_path, encode(picture()), "picture.jpg")), picture())
     np.testing.assert_array_equal(read_image(write(tmp_path, encode(picture()), "picture")), picture())
+
+
+def test_one_list_of_extensions():
+    usual = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    assert usual | {".ppm", ".pgm", ".pbm", ".pnm"} <= suffixes()
+    assert not {".eps", ".pdf", ".psd", ".ico", ".txt", ""} & suffixes()
 
 
 def test_one_pixel(tmp_path):

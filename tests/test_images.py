@@ -279,8 +279,8 @@ def test_files_that_are_no_pictures(tmp_path):
     cases = {
         "missing.png": "No such file",
         "loop": "symbolic link",
-        "pipe": "not a regular file",
-        ".": "not a regular file",
+        "pipe": "is no regular file",
+        ".": "is no regular file",
         "empty.png": "the file is empty",
         "text.png": "not a picture, or not one of JPEG, PNG",
         "program.eps": "not a picture, or not one of JPEG, PNG",  # Pillow would start Ghostscript

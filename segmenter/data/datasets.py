@@ -244,4 +244,4 @@ def _sizes_differ(sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> str
         turned = 1
     if turned not in range(5, 9):  # those that swap the sides
         return text
-    return f"{text} once turned upright (EXIF orientation {turned}); labels are turned by their own tag alone: turn them, too"
+    return f"{text} once turned upright (EXIF orientation {turned}); labels are not: turn them, too"

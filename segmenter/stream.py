@@ -198,8 +198,10 @@ class _Slot:
 
     @property
     def name(self) -> str:
-        is_path = isinstance(self.source, str | os.PathLike)
-        return os.fsdecode(self.source) if is_path else f"picture {self.index} ({type(self.source).__name__})"
+        if isinstance(self.source, str | os.PathLike):
+            with contextlib.suppress(Exception):  # a path need not know its name
+                return os.fsdecode(self.source)
+        return f"picture {self.index} ({type(self.source).__name__})"
 
     def fail(self, error: Exception) -> None:
         """Notes an error about this picture alone."""

@@ -96,11 +96,14 @@ def open_image(
 def decode(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture upright, in Pillow's mode. Raises ImageError: too large or empty; and whatever Pillow raises."""
     _check_size(image, max_pixels)
-    name, image.filename = getattr(image, "filename", ""), ""  # or it would be mapped into memory, see `open_image`
+    name = getattr(image, "filename", "")
     try:
+        if name:  # or it would be mapped into memory, see `open_image`
+            image.filename = ""
         image.load()
     finally:
-        image.filename = name
+        if name:
+            image.filename = name
     _mend_palette(image)
     return _upright(image)
 

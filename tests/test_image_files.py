@@ -215,6 +215,36 @@ def test_labels_are_regular_files_within_the_limit(tmp_path):
         read_ids(write(tmp_path, huge))
 
 
+FORMATS = {"PNG": {}, "JPEG": {}, "GIF": {}, "TIFF": {"compression": "tiff_lzw"}, "BMP": {}, "WEBP": {}, "PPM": {}}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", FORMATS)
+def test_mutated_files_are_read_or_refused(tmp_path, format):
+    """Nothing but ImageError and DataError comes out, and what is read has its types."""
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    values = np.stack([IDS] * 3, -1) if format in ("JPEG", "WEBP") else IDS
+    Image.fromarray(values.astype(np.uint8)).save(buffer, format, **FORMATS[format])
+    outcomes = {"read": 0, "refused": 0}
+    for i in range(150):
+        data = bytearray(buffer.getvalue())
+        for place in rng.integers(0, len(data), rng.integers(1, 6)):
+            data[place] = rng.choice([0, 1, 127, 128, 255, rng.integers(256)])
+        path = write(tmp_path, bytes(data[: rng.integers(8, len(data))] if i % 7 == 0 else data), "a")
+        for reader, error, types in ((read_image, ImageError, "B"), (read_ids, DataError, "BH")):
+            try:
+                got = reader(path)
+            except error as reason:
+                assert str(path) in str(reason)
+                outcomes["refused"] += 1
+            else:
+                assert got.dtype.char in types
+                assert got.size
+                outcomes["read"] += 1
+    assert min(outcomes.values()) >= 5, outcomes
+
+
 def test_the_limits_of_pillow_stay_as_they_are(tmp_path):
     before = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     read_image(write(tmp_path, png(IDS, before=[PLAIN["zTXt"]])))

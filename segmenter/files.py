@@ -7,6 +7,7 @@ locked, so that `remove_leftovers` can tell those of running processes from thos
 import contextlib
 import io
 import os
+import stat
 import unicodedata
 import uuid
 from collections import deque
@@ -54,6 +55,19 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
         if failed is None or failed.errno is None:
             raise
         raise type(failed)(failed.errno, failed.strerror, str(path)) from error
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Opens a regular file for reading. Raises OSError; ValueError: a pipe, folder or device, or no possible name."""
+    # O_NONBLOCK: opening a pipe would wait for its other end
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("is no regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

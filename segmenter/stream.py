@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from segmenter.errors import printable
 from segmenter.images import ImageError, read_image
 from segmenter.segment import compute_dtype, segment_pixels, usual_batch_size
 
@@ -197,14 +198,16 @@ class _Slot:
 
     @property
     def name(self) -> str:
-        is_path = isinstance(self.source, str | os.PathLike)
-        return os.fsdecode(self.source) if is_path else f"picture {self.index} ({type(self.source).__name__})"
+        if isinstance(self.source, str | os.PathLike):
+            with contextlib.suppress(Exception):  # a path need not know its name
+                return os.fsdecode(self.source)
+        return f"picture {self.index} ({type(self.source).__name__})"
 
     def fail(self, error: Exception) -> None:
         """Notes an error about this picture alone."""
-        text = str(error)
-        if not isinstance(error, ImageError) or self.name not in text:
-            cause, error = error, ImageError(text if self.name in text else f"{self.name}: {text}")
+        text, name = str(error), printable(self.name)
+        if not isinstance(error, ImageError) or name not in text:
+            cause, error = error, ImageError(text if name in text else f"{name}: {text}")
             error.__cause__ = cause
         self.error, self.pixels = error, None
 
@@ -237,8 +240,10 @@ def _results(
                 del batch, slot
             if isinstance(head.error, ImageError):
                 head.fail(head.error)
-            elif head.error is not None:  # not the picture's fault
+            elif isinstance(head.error, Exception):  # not the picture's fault
                 raise RuntimeError(f"{head.name}: {type(head.error).__name__}: {head.error}") from head.error
+            elif head.error is not None:  # KeyboardInterrupt, SystemExit ...: nobody's fault
+                raise head.error
             reader.release(slots.popleft())
             result = Result(head.index, head.source, head.pixels, head.labels, head.error)
             del head
@@ -350,6 +355,8 @@ class _Reader:
         """Has a path read by a thread; anything else is read at once: its owner may change or close it."""
         if not isinstance(slot.source, str | os.PathLike):
             self._read(slot)
+            if slot.error is not None and not isinstance(slot.error, Exception):  # Ctrl-C does not wait for its turn
+                raise slot.error
             return
         with self._changed:
             self._waiting.append(slot)

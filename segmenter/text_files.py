@@ -6,12 +6,12 @@ Each function takes the exception that its caller promises, and raises nothing e
 import json
 import os
 import re
-import stat
 from typing import Any
 
 import yaml
 
 from segmenter.errors import InputError, cause
+from segmenter.files import open_regular
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
@@ -29,11 +29,7 @@ class _Refused(ValueError):
 def read_bytes(path: str | os.PathLike, error: type[InputError], max_bytes: int = MAX_BYTES) -> bytes:
     """The whole of a regular file of at most `max_bytes`. Raises `error`: anything else, with path and reason."""
     try:
-        # O_NONBLOCK: opening a pipe would wait for its other end
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise _Refused("is no regular file")
+        with open_regular(path) as file:
             content = file.read(max_bytes + 1)
         if len(content) > max_bytes:
             raise _Refused(f"is larger than {max_bytes} bytes, which no such file is")

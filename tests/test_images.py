@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter.images import NORMALIZATION, ImageError, normalize, read_image
+from segmenter.images import NORMALIZATION, ImageError, normalize, read_image, suffixes
 
 BIG = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "GIF": {}, "TIFF": {}, "BMP": {}, "PPM": {}}
 LOSSLESS = ("PNG", "WEBP", "TIFF", "BMP", "PPM")
@@ -55,6 +55,12 @@ def test_jpeg_and_gif(tmp_path):
 def test_content_decides_not_the_name(tmp_path):
     np.testing.assert_array_equal(read_image(write(tmp_path, encode(picture()), "picture.jpg")), picture())
     np.testing.assert_array_equal(read_image(write(tmp_path, encode(picture()), "picture")), picture())
+
+
+def test_one_list_of_extensions():
+    usual = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    assert usual | {".ppm", ".pgm", ".pbm", ".pnm"} <= suffixes()
+    assert not {".eps", ".pdf", ".psd", ".ico", ".txt", ""} & suffixes()
 
 
 def test_one_pixel(tmp_path):
@@ -207,6 +213,14 @@ ARRAYS = {
     "strided": (np.asfortranarray(A)[::2, ::-1], A[::2, ::-1]),
     "big endian": (A.astype(">u2") * 257, A),
     "3 rows": (A[:3], A[:3]),  # arrays are channel-last always
+    ">u2": ((A.astype(np.uint16) * 257).astype(">u2"), A),
+    ">f4": ((A / 255).astype(">f4"), A),
+    ">f8": ((A / 255).astype(">f8"), A),
+    "float16": ((A[..., 0] > 99).astype(np.float16), (A[..., :1] > 99).repeat(3, 2) * 255),
+    "negative strides": (A[::-1, ::-1, ::-1], A[::-1, ::-1, ::-1]),
+    "one row for all": (np.broadcast_to(A[:1], A.shape), np.broadcast_to(A[:1], A.shape)),
+    "matrix": (A[..., 0].view(np.matrix), A[..., :1].repeat(3, 2)),
+    "mask of nothing": (np.ma.array(A, mask=np.zeros(A.shape, bool)), A),
 }
 T = torch.from_numpy(A)
 TENSORS = {
@@ -220,6 +234,10 @@ TENSORS = {
     "float": (T.permute(2, 0, 1) / 255, A),
     "bool": (T[..., 0] > 99, (A[..., :1] > 99).repeat(3, 2) * 255),
     "gradient": ((T / 255).requires_grad_(), A),
+    "negative bit": (torch._neg_view(-(T / 255)), A),
+    "expanded": (T[:1].expand(23, -1, -1), np.broadcast_to(A[:1], A.shape)),
+    "parameter": (torch.nn.Parameter(T / 255), A),
+    "inference": (torch.inference_mode()(lambda: (T / 255).clone())(), A),
 }
 
 
@@ -229,6 +247,71 @@ def test_arrays_and_tensors(source, expected):
     assert got.dtype == np.uint8
     assert got.flags.c_contiguous
     np.testing.assert_array_equal(got, expected)
+
+
+class Odd(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError("no such thing")
+
+
+class OddPicture(Image.Image):
+    size = property(lambda self: (_ for _ in ()).throw(OSError("no size")))
+
+
+def closed():
+    image = Image.new("RGB", (3, 2))
+    image.close()
+    return image
+
+
+ODD = {  # whatever is asked for a picture: ImageError, never another exception
+    "meta": lambda: torch.empty(3, 4, 4, device="meta"),
+    "sparse": lambda: torch.zeros(4, 4).to_sparse(),
+    "sparse csr": lambda: torch.zeros(4, 4).to_sparse_csr(),
+    "mkldnn": lambda: torch.zeros(3, 4, 4).to_mkldnn(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(4, 4)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.zeros(4, 4)], layout=torch.jagged),
+    "quantised": lambda: torch.quantize_per_tensor(torch.zeros(3, 4, 4), 0.1, 0, torch.quint8),
+    "subclass": lambda: torch.zeros(3, 4, 4).as_subclass(Odd),
+    "uninitialised": torch.nn.parameter.UninitializedParameter,
+    "conjugate": lambda: torch.zeros(3, 4, 4, dtype=torch.complex64).conj(),
+    "imaginary, negative": lambda: torch.zeros(3, 4, 4, dtype=torch.complex64).conj().imag.to(torch.int32),
+    **{str(dtype): lambda dtype=dtype: torch.zeros(3, 4, 4).to(dtype) for dtype in (
+        torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.int8, torch.int64, torch.uint32)},
+    "scalar": lambda: torch.tensor(0.5),
+    "empty": lambda: torch.zeros(3, 0, 4),
+    "masked": lambda: np.ma.array(A, mask=A > 250),
+    "record": lambda: np.zeros((4, 4), [("r", "u1"), ("g", "u1")]),
+    "times": lambda: np.zeros((4, 4), "M8[s]"),
+    "texts": lambda: np.full((4, 4), "0"),
+    "complex": lambda: np.zeros((4, 4), complex),
+    "number": lambda: np.uint8(3),
+    "list": lambda: A.tolist(),
+    "dict": dict,
+    "no size": OddPicture,
+    "closed": closed,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ODD)
+def test_odd_pictures_raise_image_errors(what):
+    with pytest.raises(ImageError) as caught:
+        read_image(ODD[what]())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_is_no_image_error(interrupt):
+    class Interrupted(Image.Image):
+        def load(self):
+            raise interrupt
+
+    image = Interrupted()
+    image._size, image._mode = (4, 4), "RGB"
+    with pytest.raises(interrupt):
+        read_image(image)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -273,8 +356,8 @@ def test_files_that_are_no_pictures(tmp_path):
     cases = {
         "missing.png": "No such file",
         "loop": "symbolic link",
-        "pipe": "not a regular file",
-        ".": "not a regular file",
+        "pipe": "is no regular file",
+        ".": "is no regular file",
         "empty.png": "the file is empty",
         "text.png": "not a picture, or not one of JPEG, PNG",
         "program.eps": "not a picture, or not one of JPEG, PNG",  # Pillow would start Ghostscript

@@ -3,18 +3,17 @@
 `open_dataset("ADEChallengeData2016", "val")` finds and pairs the files; `read` gives one sample as arrays.
 """
 
-import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from segmenter.classes import ClassesError, ClassSet, load_classes
 from segmenter.data.labels import DataError, Ids, ignore_index, read_ids
 from segmenter.data.layouts import LAYOUTS, Layout, Part, Sample, in_short, pair
 from segmenter.data.own import FILE, description, read_own
-from segmenter.images import ImageError, read_image
+from segmenter.image_files import ImageError, orientation
+from segmenter.images import read_image
 
 IDS = {  # kind of data set -> what the values in its label files mean
     "ade20k": Ids(reduce_zero=True),  # 0 is "other"
@@ -26,7 +25,6 @@ IDS = {  # kind of data set -> what the values in its label files mean
 OWN = "folder"
 KINDS = (*IDS, OWN)
 _LAYOUT = {"pascal_context_59": "pascal_context"}  # kinds that lie on the disk as another does
-_EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -247,12 +245,10 @@ def _fitting(asked: ClassSet | None, own: ClassSet, base: Path) -> ClassSet:
 def _sizes_differ(sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> str:
     (height, width), (label_height, label_width) = pixels.shape[:2], labels.shape
     text = f"{sample.label}: {label_width} x {label_height} pixels, but {sample.image} has {width} x {height}"
-    if (orientation := _orientation(sample.image)) not in range(5, 9):  # those that swap the sides
+    try:
+        turned = orientation(sample.image)
+    except ImageError:
+        turned = 1
+    if turned not in range(5, 9):  # those that swap the sides
         return text
-    return f"{text} once turned upright (EXIF orientation {orientation}); labels are used as they are: turn them, too"
-
-
-def _orientation(picture: Path) -> int:
-    with Image.open(picture) as image, contextlib.suppress(Exception):  # a damaged EXIF block turns nothing
-        return image.getexif().get(_EXIF_ORIENTATION, 1)
-    return 1
+    return f"{text} once turned upright (EXIF orientation {turned}); labels are not: turn them, too"

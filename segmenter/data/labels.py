@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from segmenter.errors import InputError
-from segmenter.images import FORMATS, MAX_PIXELS
+from segmenter.image_files import ImageError, Samples, decode, has_several, open_image, samples_of
 
 LABEL_FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # the others lose values, hold colours only, or are scaled by Pillow
-_SPREAD = {"L;2": 85, "L;4": 17}  # Pillow spreads greys of 2 and 4 bits over 0..255
+_WITH_ALPHA = ("LA", "La", "PA")
 _SHOWN = 5
 
 
@@ -82,50 +82,69 @@ def ignore_index(n_cls: int) -> int:
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """The pixel values of a label file, never converted: indices of a palette, or greys of 1 to 16 bits.
+    """The pixel values as they are stored in a label file: indices of a palette, or greys of 1 to 32 bits.
+
+    Values are never converted: of a grey PNG with 4 bits they are 0..15, of a float TIFF whole numbers. If the file
+    itself says how it is to be turned (EXIF or TIFF orientation), the ids are turned upright, as a picture is.
 
     Returns:
         (H, W) uint8 or uint16.
     Raises:
-        DataError: unreadable, or a picture of another kind: colours, not of LABEL_FORMATS, values beyond 65535.
+        DataError: unreadable, or a picture of another kind: colours, not of LABEL_FORMATS, several samples a pixel or
+            pages, values that are not whole or beyond 0..65535, a TIFF where 0 is white: programs do not agree whether
+            its values are those stored or their inverse.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            _refuse_what_holds_no_ids(image)
-            spread = _SPREAD.get(_raw_mode(image), 1)
-            return _values(image) // spread
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path}: not a picture, or not one of {', '.join(LABEL_FORMATS)}", path) from error
-    except Exception as error:  # decoders raise nearly every exception there is on damaged files
-        cause = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-        raise DataError(f"{path}: {cause or type(error).__name__}", path) from error
+        with open_image(path, wanted=LABEL_FORMATS) as image:
+            _refuse_other_formats(image)
+            samples = samples_of(image)
+            _refuse_what_holds_no_ids(image, samples)
+            return _values(decode(image), samples)
+    except ImageError as error:
+        raise DataError(str(error), path) from error
 
 
-def _refuse_what_holds_no_ids(image: Image.Image) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
+def _refuse_other_formats(image: Image.Image) -> None:
     if image.format not in LABEL_FORMATS:
-        raise DataError(f"{image.format} does not keep label values; store labels as {', '.join(LABEL_FORMATS)}")
-    if getattr(image, "n_frames", 1) > 1:
-        raise DataError(f"{image.n_frames} pages; a label file must have one")
-    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-        raise DataError(
-            f"a label file must hold one id a pixel (grey or palette), this one holds colours (mode {image.mode}); "
+        raise ImageError(f"{image.format} does not keep label values; store labels as {', '.join(LABEL_FORMATS)}")
+
+
+def _refuse_what_holds_no_ids(image: Image.Image, samples: Samples) -> None:
+    if has_several(image):
+        raise ImageError("2 pages or more; a label file must have one")
+    if samples.min_is_white:
+        raise ImageError(
+            "a TIFF where 0 is white: ids could be the values that are stored or their inverse, and programs do not "
+            "agree; save it as grey PNG"
+        )
+    if image.mode in ("1", "L", "P", "F") or image.mode.startswith("I"):
+        several = samples.per_pixel not in (None, 1)
+        holds = f"{samples.per_pixel} samples (mode {image.mode})" if several else ""
+    else:
+        holds = f"colours (mode {image.mode})" if image.mode not in _WITH_ALPHA else f"alpha (mode {image.mode})"
+    if holds:
+        raise ImageError(
+            f"a label file must hold one id a pixel (grey or palette), this one holds {holds}; "
             "replace each colour by its id, or keep one channel if all are the same, and save as grey PNG"
         )
+    if image.format == "GIF" and tuple(image.tile[0][1]) != (0, 0, *image.size):
+        raise ImageError("a GIF that does not store all of its pixels; save it as grey PNG")
 
 
-def _raw_mode(image: Image.Image) -> str:
-    """How the pixels are packed in the file; known until it is decoded."""
-    packing = image.tile[0][3]
-    return packing if isinstance(packing, str) else packing[0]
-
-
-def _values(image: Image.Image) -> np.ndarray:
+def _values(image: Image.Image, samples: Samples) -> np.ndarray:
     values = np.array(image)
-    if not image.mode.startswith("I"):
-        return values.astype(np.uint8)
-    if values.min() < 0 or values.max() > 65535:  # 16-bit files are "I;16", or 32-bit "I" in older versions of Pillow
-        raise DataError(f"values {values.min()}..{values.max()} are beyond 16 bits; ids must be 0..65535")
+    if image.mode == "F":
+        if not np.array_equal(values, np.floor(values)):  # also true of NaN
+            raise ImageError("floating point values that are not whole numbers; ids must be 0..65535")
+        values = values.astype(np.float64)
+    elif not image.mode.startswith("I"):
+        spread = 255 // (2**samples.bits - 1) if image.mode == "L" else 1  # Pillow spreads greys over 0..255
+        values = values.astype(np.uint8) // spread
+        if not samples.signed:
+            return values
+        values = values.view(np.int8)
+    elif samples.bits == 32 and not samples.signed:
+        values = values.view(np.uint32)
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageError(f"values {values.min()}..{values.max()} are beyond 16 bits; ids must be 0..65535")
     return values.astype(np.uint16)

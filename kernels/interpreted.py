@@ -13,7 +13,7 @@ _SIZE = 16
 def _product_kernel(X, Y, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     x = tl.load(X + at).to(tl.bfloat16)
-    tl.store(Y + at, tl.dot(x, x))
+    tl.store(Y + at, tl.dot(x, x, input_precision="ieee"))
 
 
 @functools.cache

@@ -57,8 +57,8 @@ def architecture(tensor: torch.Tensor) -> str:
 def check_device(*tensors: torch.Tensor | None) -> None:
     """Raises KernelError unless all tensors (None is skipped) are on one device on which kernels can run.
 
-    That is a CUDA device of capability 8.0 or newer, or the CPU when Triton's interpreter is on, and then of a type that
-    the interpreter computes rightly.
+    That is a CUDA device of capability 8.0 or newer, or the CPU when Triton's interpreter is on, and then with types
+    that the interpreter computes rightly.
     """
     present = [t for t in tensors if t is not None]
     device = present[0].device

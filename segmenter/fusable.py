@@ -106,8 +106,9 @@ _AT_IMPORT = _called()
 def altered() -> str | None:
     """What has been put in place of functions of PyTorch that the kernels stand for, or None.
 
-    Functions replaced since this package was imported, other than by PyTorch itself as torch.export and torch.fx do for a
-    while, and a TorchFunctionMode other than PyTorch's own such as `torch.device(...)`. (Modes below, TorchDispatchMode, see the kernels as operators.)
+    Functions replaced since this package was imported, other than by PyTorch itself as torch.export and torch.fx do for
+    a while, and a TorchFunctionMode other than PyTorch's own such as `torch.device(...)`. (Modes below, as
+    TorchDispatchMode, see the kernels as operators.)
     """
     now = _called()
     if now != _AT_IMPORT:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
+from segmenter.calls import optional
 from segmenter.contract import Contract, Layer, Path, Unlike, contract, find, record, record_linear, record_norm
 from segmenter.fusable import qualified
 from segmenter.kernels.configs import MAX_HEAD_DIM
@@ -86,7 +87,7 @@ def kind_of(module: nn.Module) -> str | None:
         return "block"
     if "qkv" in children and "proj" in children:
         return "attention"
-    return "attention" if isinstance(children.get("attn"), nn.MultiheadAttention) else None
+    return "attention" if "attn" in children and isinstance(children["attn"], nn.MultiheadAttention) else None
 
 
 def plan(module: nn.Module, kind: str) -> Plan:
@@ -200,7 +201,8 @@ def plan_block(block: nn.Module) -> BlockPlan:
     if halves["attention"] is halves["mlp"] is attn.core is None:
         raise Unlike("; ".join(reasons))
     core = None if attn.core is None else contract(block, (own, *attn.core))
-    return BlockPlan(attn.style, attn.heads, names, halves["attention"], core, halves["mlp"], tuple(reasons))
+    halves = halves["attention"], core, halves["mlp"]
+    return BlockPlan(attn.style, attn.heads, names, *halves, tuple(reasons), optional(block))
 
 
 def _roles(block: nn.Module, wrapped: bool) -> dict[str, str]:

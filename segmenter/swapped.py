@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from segmenter.calls import asks
 from segmenter.contract import unmet
 from segmenter.fusable import is_fake, qualified, replaced, why_not_bypass
 from segmenter.implementation import KERNELS, Operators, why_not_tensor
@@ -70,11 +71,6 @@ def _passed(plan: BlockPlan, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
         return None
     given = {**dict(zip(plan.passed, args, strict=False)), **kwargs}
     return {name: value for name, value in given.items() if asks(value)}
-
-
-def asks(value: Any) -> bool:
-    """Whether an argument of this value asks for something."""
-    return value is not None and value is not False
 
 
 def parameter_dtype(x: torch.Tensor) -> torch.dtype | None:

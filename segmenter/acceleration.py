@@ -295,7 +295,7 @@ def _confirmed(module: nn.Module, kind: str, trials: dict) -> Plan:
 
 def _signature(module: nn.Module) -> Any:
     flags = {n: v for n, v in module.__dict__.items() if n not in _NO_FLAGS}
-    shapes = tuple((n, None if p is None else tuple(p.shape)) for n, p in module._parameters.items())
+    shapes = tuple((n, None if p is None else (p.dtype, *p.shape)) for n, p in module._parameters.items())
     children = tuple((n, None if m is None else _signature(m)) for n, m in module._modules.items())
     return original_class(type(module)), repr(sorted(flags.items())), shapes, children
 

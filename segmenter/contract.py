@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
-from segmenter.fusable import METHODS, hooks_of_all, qualified, replaced, why_not_bypass
+from segmenter.fusable import hooks_of_all, qualified, replaced, why_not_bypass
 
 Path = tuple[str, ...]  # names of children, from the accelerated module down
 
@@ -147,7 +147,7 @@ def unmet(root: nn.Module, contract: Contract, dtype: torch.dtype | None = None)
     if hooks_of_all():
         return "hooks on all modules"
     for cls in classes:
-        if cls.forward is not METHODS.get(cls) and (reason := replaced(cls)):
+        if reason := replaced(cls):
             return reason
     if own is not None and (reason := _changed(root, own)):
         return reason

@@ -7,7 +7,6 @@ replaced on a class, functions replaced in torch.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -42,7 +41,7 @@ def why_not_bypass(module: nn.Module, kinds: tuple[type, ...]) -> str | None:
         return "hooks"
     if "forward" in state or "_call_impl" in state:
         return "a replaced forward"
-    if cls.forward is not METHODS.get(cls) and (reason := replaced(cls)):
+    if reason := replaced(cls):
         return reason
     if state["_modules"] and (reason := altered()):  # once for all: layers are asked about after what holds them
         return reason
@@ -75,17 +74,26 @@ def is_fake(tensor: torch.Tensor) -> bool:
 
 
 def replaced(cls: type) -> str | None:
-    """Whether `forward` of a class is another one than when first seen, in words. For classes of PyTorch and of this
-    project, which are not decorated: than the one that the class statement wrote."""
+    """Whether a class runs something else when it is called than when first seen, in words. Classes of PyTorch and of
+    this project are not decorated, so there it is what the class statement wrote that counts."""
+    now = cls.forward, cls.__call__, cls._call_impl
+    if now == METHODS.get(cls):
+        return None
     if cls not in METHODS:
         owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
         known = owner.__module__.startswith(("torch.nn.modules.", "segmenter."))
         written = getattr(cls.forward, "__qualname__", "") == f"{owner.__qualname__}.forward"
-        METHODS[cls] = cls.forward if written or not known else None
-    return None if cls.forward is METHODS[cls] else f"a forward replaced on its class {qualified(cls)}"
+        METHODS[cls] = (cls.forward if written or not known else None, *_MODULE)
+    for name, new, noted in zip(_NAMES, now, METHODS[cls], strict=True):
+        of_all = name != "forward" and new is getattr(nn.Module, name)  # for `altered` to judge
+        if new is not noted and not of_all:
+            return f"a {name} replaced on its class {qualified(cls)}"
+    return None
 
 
-METHODS: dict[type, Any] = {}  # class -> its forward when it was first seen
+_NAMES = "forward", "__call__", "_call_impl"
+_MODULE = nn.Module.__call__, nn.Module._call_impl
+METHODS: dict[type, tuple] = {}  # class -> forward, __call__ and _call_impl when it was first seen
 for _cls in (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential, nn.MultiheadAttention):
     replaced(_cls)
 
@@ -93,7 +101,7 @@ for _cls in (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Seque
 def _called() -> tuple[Callable, ...]:
     """What layers call, and every layer is called through."""
     return (
-        nn.Module.__call__, nn.Linear.__call__, nn.LayerNorm.__call__, nn.Module._call_impl,
+        nn.Module.__call__, nn.Module._call_impl,
         F.linear, F.layer_norm, F.gelu, F.dropout, F.softmax, F.normalize,
         F.scaled_dot_product_attention, F.multi_head_attention_forward,
         torch.softmax, torch.matmul, torch.layer_norm, torch.Tensor.softmax, torch.Tensor.__matmul__,

@@ -47,8 +47,11 @@ def why_not_call(module: nn.Module, x: Any, args: tuple, kwargs: dict[str, Any],
     if not isinstance(x, torch.Tensor):  # a proxy of torch.fx
         return f"{qualified(type(x))} in place of a tensor"
     reason, state = _why_not_arguments(x, args, kwargs, ndim), module.__dict__
-    if (reason or "_segmenter_declined" in state) and not torch.compiler.is_compiling():
+    if reason and not torch.compiler.is_compiling():
         state["_segmenter_declined"] = reason
+    elif "_segmenter_declined" in state and not torch.compiler.is_compiling():
+        for layer in module.modules():  # those of a fused block are not called
+            layer.__dict__.pop("_segmenter_declined", None)
     return reason or why_not_tensor(x)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
-from segmenter.fusable import hooks_of_all, qualified, replaced, why_not_bypass
+from segmenter.fusable import METHODS, hooks_of_all, qualified, replaced, why_not_bypass
 
 Path = tuple[str, ...]  # names of children, from the accelerated module down
 
@@ -57,6 +57,8 @@ def contract(root: nn.Module, layers: tuple[Layer, ...]) -> Contract:
             groups.setdefault(layer.path[:-1], []).append(layer)
     own = next((layer for layer in layers if not layer.path), None)
     classes = dict.fromkeys((original_class(type(root)), *(layer.kind for layer in layers)))
+    for cls in classes:
+        replaced(cls)  # notes it down
     return Contract(own, tuple((parent, tuple(members)) for parent, members in groups.items()), tuple(classes))
 
 
@@ -147,7 +149,9 @@ def unmet(root: nn.Module, contract: Contract, dtype: torch.dtype | None = None)
     if hooks_of_all():
         return "hooks on all modules"
     for cls in classes:
-        if reason := replaced(cls):
+        if (cls.forward is not METHODS.get(cls) or cls.__call__ is not nn.Module.__call__) and (
+            reason := replaced(cls)
+        ):
             return reason
     if own is not None and (reason := _changed(root, own)):
         return reason

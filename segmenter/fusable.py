@@ -41,7 +41,7 @@ def why_not_bypass(module: nn.Module, kinds: tuple[type, ...]) -> str | None:
         return "hooks"
     if "forward" in state or "_call_impl" in state:
         return "a replaced forward"
-    if reason := replaced(cls):
+    if cls.forward is not METHODS.get(cls) and (reason := replaced(cls)):
         return reason
     if state["_modules"] and (reason := altered()):  # once for all: layers are asked about after what holds them
         return reason
@@ -76,24 +76,19 @@ def is_fake(tensor: torch.Tensor) -> bool:
 def replaced(cls: type) -> str | None:
     """Whether a class runs something else when it is called than when first seen, in words. Classes of PyTorch and of
     this project are not decorated, so there it is what the class statement wrote that counts."""
-    now = cls.forward, cls.__call__, cls._call_impl
-    if now == METHODS.get(cls):
-        return None
     if cls not in METHODS:
         owner = next(base for base in cls.__mro__ if "forward" in base.__dict__)
         known = owner.__module__.startswith(("torch.nn.modules.", "segmenter."))
         written = getattr(cls.forward, "__qualname__", "") == f"{owner.__qualname__}.forward"
-        METHODS[cls] = (cls.forward if written or not known else None, *_MODULE)
-    for name, new, noted in zip(_NAMES, now, METHODS[cls], strict=True):
-        of_all = name != "forward" and new is getattr(nn.Module, name)  # for `altered` to judge
-        if new is not noted and not of_all:
-            return f"a {name} replaced on its class {qualified(cls)}"
+        METHODS[cls] = cls.forward if written or not known else None
+    if cls.forward is not METHODS[cls]:
+        return f"a forward replaced on its class {qualified(cls)}"
+    if cls.__call__ is not nn.Module.__call__ or cls._call_impl is not nn.Module._call_impl:
+        return f"a __call__ replaced on its class {qualified(cls)}"
     return None
 
 
-_NAMES = "forward", "__call__", "_call_impl"
-_MODULE = nn.Module.__call__, nn.Module._call_impl
-METHODS: dict[type, tuple] = {}  # class -> forward, __call__ and _call_impl when it was first seen
+METHODS: dict[type, Callable | None] = {}  # class -> its forward when it was first seen
 for _cls in (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential, nn.MultiheadAttention):
     replaced(_cls)
 
@@ -101,7 +96,8 @@ for _cls in (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Seque
 def _called() -> tuple[Callable, ...]:
     """What layers call, and every layer is called through."""
     return (
-        nn.Module.__call__, nn.Module._call_impl,
+        nn.Module.__call__, nn.Module._call_impl, nn.Linear.__call__, nn.LayerNorm.__call__, nn.GELU.__call__,
+        nn.Dropout.__call__, nn.Linear._call_impl, nn.LayerNorm._call_impl,
         F.linear, F.layer_norm, F.gelu, F.dropout, F.softmax, F.normalize,
         F.scaled_dot_product_attention, F.multi_head_attention_forward,
         torch.softmax, torch.matmul, torch.layer_norm, torch.Tensor.softmax, torch.Tensor.__matmul__,

@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from segmenter.kernels import configs
+from segmenter.kernels import configs, interpreted
 
 LOG2E = 1.4426950408889634
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton.jit saw the kernels
@@ -57,7 +57,8 @@ def architecture(tensor: torch.Tensor) -> str:
 def check_device(*tensors: torch.Tensor | None) -> None:
     """Raises KernelError unless all tensors (None is skipped) are on one device on which kernels can run.
 
-    That is a CUDA device of capability 8.0 or newer, or the CPU when Triton's interpreter is on.
+    That is a CUDA device of capability 8.0 or newer, or the CPU when Triton's interpreter is on, and then with types
+    that the interpreter computes rightly.
     """
     present = [t for t in tensors if t is not None]
     device = present[0].device
@@ -75,6 +76,8 @@ def check_device(*tensors: torch.Tensor | None) -> None:
             f"the kernels run on CUDA tensors (or on CPU tensors with TRITON_INTERPRET=1), got {device}; "
             'move the tensors to the GPU or use impl="eager"'
         )
+    elif any(t.dtype == torch.bfloat16 for t in present) and (reason := interpreted.why_not_bfloat16()):
+        raise KernelError(f'{reason}; use float32, float16 or impl="eager"')
 
 
 def check_floats(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
-from segmenter.fusable import why_not_bypass
+from segmenter.fusable import METHODS, hooks_of_all, qualified, replaced, why_not_bypass
 
 Path = tuple[str, ...]  # names of children, from the accelerated module down
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _WITHOUT_FLAGS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)  # what these do is in parameters, eps and rates
+OURS = ("_segmenter", "_segmenter_declined")  # attributes of accelerated modules
 RATES = ("p", "drop_prob", "dropout")  # of nn.Dropout; of everybody's stochastic depth; of nn.MultiheadAttention
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
@@ -40,20 +41,25 @@ class Layer(NamedTuple):
 
 
 class Contract(NamedTuple):
-    """What has to hold: `own` of the accelerated module itself, `groups` of layers below it, by their parent's path."""
+    """What has to hold: `own` of the accelerated module itself, `groups` of layers below it, by their parent's path.
+    `classes`: of all of them and of the accelerated module, whose methods must stay what they are."""
 
     own: Layer | None
     groups: tuple[tuple[Path, tuple[Layer, ...]], ...]
+    classes: tuple[type, ...]
 
 
-def contract(layers: tuple[Layer, ...]) -> Contract:
-    """Groups layers so that a check finds each parent once."""
+def contract(root: nn.Module, layers: tuple[Layer, ...]) -> Contract:
+    """Groups layers below `root` so that a check finds each parent once."""
     groups: dict[Path, list[Layer]] = {}
     for layer in layers:
         if layer.path:
             groups.setdefault(layer.path[:-1], []).append(layer)
     own = next((layer for layer in layers if not layer.path), None)
-    return Contract(own, tuple((parent, tuple(members)) for parent, members in groups.items()))
+    classes = dict.fromkeys((original_class(type(root)), *(layer.kind for layer in layers)))
+    for cls in classes:
+        replaced(cls)  # notes it down
+    return Contract(own, tuple((parent, tuple(members)) for parent, members in groups.items()), tuple(classes))
 
 
 def original_class(cls: type) -> type:
@@ -91,10 +97,10 @@ def record(root: nn.Module, path: Path, parameters: tuple[str, ...] = (), childr
     if (reason := why_not_bypass(layer, (type(layer),))) not in (None, "hooks"):  # hooks come and go: a call asks
         raise Unlike(f"{name} has {reason}")
     kind = original_class(type(layer))
-    own = {n: value for n, value in state.items() if n not in _OF_EVERY_MODULE and n != "_segmenter"}
+    own = {n: value for n, value in state.items() if n not in _OF_EVERY_MODULE and n not in OURS}
     for attribute, value in own.items():
         if not _is_plain(value):
-            raise Unlike(f"{name} ({_class(layer)}) holds {attribute}, a {type(value).__name__}")
+            raise Unlike(f"{name} ({_class(layer)}) holds {attribute}, a {qualified(type(value))}")
     rate = next((n for n in RATES if isinstance(own.get(n), (int, float))), None)
     flags = () if kind in _WITHOUT_FLAGS else tuple((n, v) for n, v in own.items() if n != rate)
     return Layer(path, kind, tuple(layer._modules), flags, rate)
@@ -122,7 +128,7 @@ def _record_kind(root: nn.Module, path: Path, kind: type, bias: bool) -> Layer:
     if layer is None:
         raise Unlike(f"{name} is missing")
     if not isinstance(layer, kind):
-        raise Unlike(f"{name} is {_class(layer)}, not {kind.__name__}")
+        raise Unlike(f"{name} is {_class(layer)}, not {qualified(kind)}")
     recorded = record(root, path, ("weight", "bias"))
     needed = ("weight", "bias") if bias else ("weight",)
     if absent := [n for n in needed if layer._parameters.get(n) is None]:  # a parametrised weight is not there either
@@ -139,7 +145,14 @@ def unmet(root: nn.Module, contract: Contract, dtype: torch.dtype | None = None)
         dtype: what all parameters must have; None if that does not matter.
     """
     training = root.training
-    own, groups = contract
+    own, groups, classes = contract
+    if hooks_of_all():
+        return "hooks on all modules"
+    for cls in classes:
+        if (cls.forward is not METHODS.get(cls) or cls.__call__ is not nn.Module.__call__) and (
+            reason := replaced(cls)
+        ):
+            return reason
     if own is not None and (reason := _changed(root, own)):
         return reason
     for parent_path, layers in groups:
@@ -153,14 +166,16 @@ def unmet(root: nn.Module, contract: Contract, dtype: torch.dtype | None = None)
             if layer is None:
                 return f"{'.'.join(path)} is gone"
             state, cls = layer.__dict__, type(layer)
-            if (cls is not kind and original_class(cls) is not kind) or (
+            if (cls is not kind and (original_class(cls) is not kind or cls.forward is not cls._segmenter_forward)) or (
                 state["_forward_hooks"]
                 or state["_forward_pre_hooks"]
                 or state["_backward_hooks"]
                 or state["_backward_pre_hooks"]
                 or "forward" in state
+                or "_call_impl" in state
             ):
-                return _changed(layer, noted) or f"{'.'.join(path)} has {why_not_bypass(layer, (cls,))}"
+                reason = why_not_bypass(layer, (cls,)) or "a replaced forward"
+                return _changed(layer, noted) or f"{'.'.join(path)} has {reason}"
             if (flags or names or state["_modules"]) and (reason := _changed(layer, noted)):
                 return reason
             if rate is not None and state.get(rate) and (training or state["training"]):
@@ -181,7 +196,7 @@ def _changed(layer: nn.Module, noted: Layer) -> str | None:
     if original_class(type(layer)) is not noted.kind:
         if not noted.path:  # a subclass of the accelerated class, with the same forward
             return None
-        return f"{name} is {_class(layer)}, it was {noted.kind.__name__}"
+        return f"{name} is {_class(layer)}, it was {qualified(noted.kind)}"
     if tuple(state["_modules"]) != noted.children:
         return f"{name} has other layers than before"
     for flag, value in noted.flags:
@@ -195,7 +210,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _class(module: nn.Module) -> str:
-    return original_class(type(module)).__name__
+    return qualified(original_class(type(module)))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from segmenter import labels
 from segmenter.config import IMPLEMENTATIONS
+from segmenter.fusable import altered
 from segmenter.kernels import reference
 from segmenter.kernels.configs import FLOATS
 from segmenter.kernels.tiling import MAX_CLASSES
@@ -186,14 +187,19 @@ def parts(model: torch.nn.Module) -> dict[str, str]:
 
 
 def why_not_tensor(x: torch.Tensor) -> str | None:
-    """Why the kernels cannot take a tensor of this type and device, or None if they can and are loaded."""
+    """Why the kernels cannot take a tensor of this type and device now, or None if they can and are loaded."""
     if x.dtype not in FLOATS:
         return f"{str(x.dtype).removeprefix('torch.')} input"
     if torch.autograd.forward_ad._current_level >= 0:  # within dual_level and jvp, where tangents would be lost
         return "forward-mode differentiation"
     if torch._C._functorch.maybe_current_level() is not None:
         return "a transform of torch.func"
-    return why_not_on(x.device.type, x.device.index)
+    reason = altered() or why_not_on(x.device.type, x.device.index)
+    if reason is None and x.device.type == "cpu":  # the interpreter
+        cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if torch.bfloat16 in (x.dtype, cast):
+            return _why_not_interpreted_bfloat16()
+    return reason
 
 
 def why_not_on(device: str, index: int | None) -> str | None:
@@ -209,9 +215,16 @@ def why_not_on(device: str, index: int | None) -> str | None:
     return reason
 
 
-# torch.compile takes the answer as a constant: it cannot trace the look-ups, and the machine stays what it is. This is
+def _why_not_interpreted_bfloat16() -> str | None:
+    from segmenter.kernels.interpreted import why_not_bfloat16
+
+    return why_not_bfloat16()
+
+
+# torch.compile takes the answers as constants: it cannot trace the look-ups, and the machine stays what it is. This is
 # what `torch.compiler.assume_constant_result` sets; calling that would import torch._dynamo, two seconds, here.
 why_not_on._dynamo_marked_constant = True
+_why_not_interpreted_bfloat16._dynamo_marked_constant = True
 
 
 @functools.cache

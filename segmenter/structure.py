@@ -9,9 +9,12 @@ No class or module name of any project occurs here. What looks right is then tri
 
 from typing import NamedTuple
 
+import torch
 import torch.nn as nn
 
+from segmenter.calls import optional
 from segmenter.contract import Contract, Layer, Path, Unlike, contract, find, record, record_linear, record_norm
+from segmenter.fusable import qualified
 from segmenter.kernels.configs import MAX_HEAD_DIM
 
 Layers = tuple[Layer, ...]
@@ -46,6 +49,8 @@ class BlockPlan(NamedTuple):
         attention, mlp: what has to hold for each half to be fused; None if it cannot be. core: as in AttentionPlan,
             for blocks whose attention layer returns a tuple.
         reasons: why a half is not fused.
+        passed: arguments besides the tokens that the block only hands on to its attention layer, and which therefore
+            do not keep the MLP from being fused; in the order of the block's own forward.
     """
 
     style: str
@@ -55,6 +60,7 @@ class BlockPlan(NamedTuple):
     core: Contract | None
     mlp: Contract | None
     reasons: tuple[str, ...]
+    passed: tuple[str, ...] = ()
 
 
 class DecoderPlan(NamedTuple):
@@ -81,7 +87,7 @@ def kind_of(module: nn.Module) -> str | None:
         return "block"
     if "qkv" in children and "proj" in children:
         return "attention"
-    return "attention" if isinstance(children.get("attn"), nn.MultiheadAttention) else None
+    return "attention" if "attn" in children and isinstance(children["attn"], nn.MultiheadAttention) else None
 
 
 def plan(module: nn.Module, kind: str) -> Plan:
@@ -96,8 +102,8 @@ def plan(module: nn.Module, kind: str) -> Plan:
 def plan_attention(module: nn.Module) -> AttentionPlan:
     """Raises Unlike."""
     parts = _attention(module, ())
-    fused = None if parts.fused is None else contract(parts.fused)
-    return AttentionPlan(parts.style, parts.heads, contract(parts.core), fused, parts.reason)
+    fused = None if parts.fused is None else contract(module, parts.fused)
+    return AttentionPlan(parts.style, parts.heads, contract(module, parts.core), fused, parts.reason)
 
 
 class _Parts(NamedTuple):
@@ -133,8 +139,8 @@ def _packed_core(root: nn.Module, at: Path) -> Layers:
     if "attn_drop" in present:
         layers.append(record(root, (*at, "attn_drop")))
     weight = getattr(attention.qkv, "weight", None)  # adapters have the weight of what they wrap
-    if weight is None or weight.ndim != 2:
-        raise Unlike(f"{'.'.join((*at, 'qkv'))} has no weight matrix")
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:  # quantised layers have a method of that name
+        raise Unlike(f"{'.'.join((*at, 'qkv'))} ({qualified(type(attention.qkv))}) has no weight matrix")
     _check_head_dim(weight.shape[0], 3 * _heads(attention))
     return tuple(layers)
 
@@ -155,7 +161,7 @@ def _wrapped_core(root: nn.Module, at: Path) -> Layers:
         raise Unlike("its tokens do not come batch first")
     inner = wrapper._modules["attn"]
     if not isinstance(inner, nn.MultiheadAttention):
-        raise Unlike(f"{'.'.join((*at, 'attn'))} is {type(inner).__name__}, not MultiheadAttention")
+        raise Unlike(f"{'.'.join((*at, 'attn'))} is {qualified(type(inner))}, not {qualified(nn.MultiheadAttention)}")
     if inner.in_proj_weight is None or inner.bias_k is not None or inner.add_zero_attn:
         raise Unlike("its MultiheadAttention has separate projections or extra keys")
     _check_head_dim(inner.embed_dim, inner.num_heads)
@@ -188,14 +194,15 @@ def plan_block(block: nn.Module) -> BlockPlan:
                 around.append(_record_identity(block, (names[f"ls{number}"],)))
             if names[f"drop_path{number}"]:
                 around.append(record(block, (names[f"drop_path{number}"],)))
-            halves[half] = contract((own, *around, *inner))
+            halves[half] = contract(block, (own, *around, *inner))
         except Unlike as reason:
             halves[half] = None
             reasons.append(f"{'MLP' if half == 'mlp' else half}: {reason}")
     if halves["attention"] is halves["mlp"] is attn.core is None:
         raise Unlike("; ".join(reasons))
-    core = None if attn.core is None else contract((own, *attn.core))
-    return BlockPlan(attn.style, attn.heads, names, halves["attention"], core, halves["mlp"], tuple(reasons))
+    core = None if attn.core is None else contract(block, (own, *attn.core))
+    halves = halves["attention"], core, halves["mlp"]
+    return BlockPlan(attn.style, attn.heads, names, *halves, tuple(reasons), optional(block))
 
 
 def _roles(block: nn.Module, wrapped: bool) -> dict[str, str]:
@@ -272,13 +279,13 @@ def plan_decoder(decoder: nn.Module) -> DecoderPlan:
         width = decoder.patch_proj.in_features
     if width % 16:
         raise Unlike(f"its width {width} is no multiple of 16")
-    return DecoderPlan("packed" if packed else "wrapped", decoder.cls_emb.shape[1], contract(tuple(layers)))
+    return DecoderPlan("packed" if packed else "wrapped", decoder.cls_emb.shape[1], contract(decoder, tuple(layers)))
 
 
 def _record_identity(root: nn.Module, path: Path) -> Layer:
     layer = find(root, path)
     if type(layer) is not nn.Identity:
-        raise Unlike(f"{'.'.join(path)} is {type(layer).__name__}, not Identity")
+        raise Unlike(f"{'.'.join(path)} is {qualified(type(layer))}, not {qualified(nn.Identity)}")
     return record(root, path)
 
 

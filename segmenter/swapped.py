@@ -14,8 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from segmenter.calls import asks
 from segmenter.contract import unmet
-from segmenter.fusable import why_not_bypass
+from segmenter.fusable import is_fake, qualified, replaced, why_not_bypass
 from segmenter.implementation import KERNELS, Operators, why_not_tensor
 from segmenter.structure import AttentionPlan, BlockPlan, DecoderPlan, Plan
 
@@ -40,18 +41,39 @@ class Swap(NamedTuple):
 # May this call use the kernels?
 
 
-def why_not_call(x: Any, args: tuple, kwargs: dict[str, Any], ndim: int = 3) -> str | None:
-    """Why a forward(x, *args, **kwargs) has to be the original one, or None. Arguments of None and False ask for
-    nothing."""
-    if args or kwargs:
-        for value in (*args, *kwargs.values()):
-            if value is not None and value is not False:
-                return "arguments besides the tokens, such as a mask or a wish for the attention map"
+def why_not_call(module: nn.Module, x: Any, args: tuple, kwargs: dict[str, Any], ndim: int = 3) -> str | None:
+    """Why forward(x, *args, **kwargs) of a module has to be the original one, or None. Arguments of None and False ask
+    for nothing. What lies in the call, not in the module, is noted down for `why_not`."""
     if not isinstance(x, torch.Tensor):  # a proxy of torch.fx
-        return f"{type(x).__name__} in place of a tensor"
+        return f"{qualified(type(x))} in place of a tensor"
+    reason, state = _why_not_arguments(x, args, kwargs, ndim), module.__dict__
+    if reason and not torch.compiler.is_compiling():
+        state["_segmenter_declined"] = reason
+    elif "_segmenter_declined" in state and not torch.compiler.is_compiling():
+        for layer in module.modules():  # those of a fused block are not called
+            layer.__dict__.pop("_segmenter_declined", None)
+    return reason or why_not_tensor(x)
+
+
+def _why_not_arguments(x: torch.Tensor, args: tuple, kwargs: dict[str, Any], ndim: int) -> str | None:
+    if args or kwargs:
+        given = [*("" for value in args if asks(value)), *(name for name, value in kwargs.items() if asks(value))]
+        if given:
+            names = ", ".join(filter(None, given)) or "a mask or a wish for the attention map"
+            return f"arguments besides the tokens, such as {names}"
     if x.ndim != ndim:
         return f"an input of {x.ndim} dimensions"
-    return why_not_tensor(x)
+    if type(x) not in (torch.Tensor, nn.Parameter) and not is_fake(x):
+        return f"an input of type {qualified(type(x))}"
+    return None
+
+
+def _passed(plan: BlockPlan, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a call by name, if the block only hands them on to its attention layer."""
+    if not plan.passed or len(args) > len(plan.passed) or not kwargs.keys() <= set(plan.passed):
+        return None
+    given = {**dict(zip(plan.passed, args, strict=False)), **kwargs}
+    return {name: value for name, value in given.items() if asks(value)}
 
 
 def parameter_dtype(x: torch.Tensor) -> torch.dtype | None:
@@ -117,17 +139,25 @@ def mlp_fused(block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Operators
     return ops.layernorm_mlp(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm.eps)
 
 
-def by_layers(block: nn.Module, plan: BlockPlan, x: torch.Tensor, number: str, ops: Operators | None = None) -> Any:
+def by_layers(
+    block: nn.Module,
+    plan: BlockPlan,
+    x: torch.Tensor,
+    number: str,
+    ops: Operators | None = None,
+    passed: dict[str, Any] | None = None,
+) -> Any:
     """One half of a block (number "1" or "2"), layer by layer, as the original does it.
 
     Args:
         ops: computes the core of the attention, for layers whose own forward cannot be replaced.
+        passed: arguments for the attention layer.
     """
     layers, names = block._modules, plan.names
     y, inner = layers[names[f"norm{number}"]](x), layers[names["attn" if number == "1" else "mlp"]]
     if plan.style == "wrapped":
         return inner(y, identity=x)
-    y = inner(y) if ops is None else attention_core(inner, plan, y, ops)
+    y = inner(y, **(passed or {})) if ops is None else attention_core(inner, plan, y, ops)
     y = y[0] if isinstance(y, tuple) else y
     for name in (names[f"ls{number}"], names[f"drop_path{number}"]):
         y = layers[name](y) if name else y
@@ -178,7 +208,7 @@ class FastAttention(Accelerated):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__["_segmenter"].plan
-        reason = why_not_call(x, args, kwargs)
+        reason = why_not_call(self, x, args, kwargs)
         if reason is None:
             reason = unmet(self, plan.core)
         if reason is None:
@@ -198,7 +228,7 @@ class FastWrappedAttention(Accelerated):
         plan = self.__dict__["_segmenter"].plan
         identity = kwargs.get("identity")
         asked = {name: value for name, value in kwargs.items() if name != "identity" and value is not query}
-        reason = why_not_call(query, args, asked)
+        reason = why_not_call(self, query, args, asked)
         if reason is None:
             reason = unmet(self, plan.core, parameter_dtype(query))
         if reason is None:
@@ -217,13 +247,15 @@ class FastBlock(Accelerated):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__["_segmenter"].plan
-        reason = why_not_call(x, args, kwargs)
+        passed = _passed(plan, args, kwargs)
+        reason = why_not_call(self, x, *((args, kwargs) if passed is None else ((), {})))
         if reason is None and self.__dict__.get("with_cp") and x.requires_grad:
             reason = "gradient checkpointing"
+        reason = reason or replaced(self._segmenter_original)
         if reason is not None:
             _must_be_fast(self, reason)
             return super().forward(x, *args, **kwargs)
-        x = self._attention(plan, x, parameter_dtype(x))
+        x = by_layers(self, plan, x, "1", passed=passed) if passed else self._attention(plan, x, parameter_dtype(x))
         if plan.mlp is not None:
             reason = unmet(self, plan.mlp, parameter_dtype(x))
             if reason is None:
@@ -242,7 +274,7 @@ class FastBlock(Accelerated):
         return by_layers(self, plan, x, "1")
 
     def why_not(self, x: torch.Tensor) -> list[str]:
-        if reason := why_not_tensor(x):
+        if reason := why_not_tensor(x) or replaced(self._segmenter_original):
             return [reason]
         plan, dtype = self.__dict__["_segmenter"].plan, parameter_dtype(x)
         halves = {"attention": plan.attention, "MLP": plan.mlp}
@@ -255,7 +287,7 @@ class FastDecoder(Accelerated):
 
     def forward(self, x: torch.Tensor, im_size: tuple[int, int], *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__["_segmenter"].plan
-        reason = why_not_call(x, args, kwargs) or self._unmet(plan)
+        reason = why_not_call(self, x, args, kwargs) or self._unmet(plan)
         if reason is None:
             masks = decode(self, plan, x, KERNELS[0])
             return masks.transpose(1, 2).unflatten(2, (im_size[0] // self.patch_size, -1))
@@ -280,7 +312,7 @@ class FastWrappedDecoder(FastDecoder):
     def forward(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__["_segmenter"].plan
         x = self._transform_inputs(inputs)
-        reason = why_not_call(x, args, kwargs, ndim=4) or self._unmet(plan)
+        reason = why_not_call(self, x, args, kwargs, ndim=4) or self._unmet(plan)
         if reason is None:
             masks = decode(self, plan, x.flatten(2).transpose(1, 2).contiguous(), KERNELS[0])
             return masks.transpose(1, 2).contiguous().unflatten(2, x.shape[-2:])
@@ -310,7 +342,8 @@ def fast_class(mixin: type[Accelerated], original: type) -> type:
     forward = types.FunctionType(ours.__code__, ours.__globals__, "forward", ours.__defaults__, ours.__closure__)
     functools.update_wrapper(forward, theirs)  # inspect.signature and torch.fx see the original's arguments
     namespace = {"_segmenter_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
-    return type(f"Accelerated{original.__name__}", (mixin, original), {**namespace, "forward": forward})
+    namespace |= {"forward": forward, "_segmenter_forward": forward}  # twice: so that a later replacement shows
+    return type(f"Accelerated{original.__name__}", (mixin, original), namespace)
 
 
 def rebuild(mixin: str, original: type, *args: Any) -> nn.Module:

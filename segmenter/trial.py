@@ -13,7 +13,9 @@ import torch
 import torch.nn as nn
 
 from segmenter import swapped
+from segmenter.calls import given
 from segmenter.contract import RATES, Unlike, original_class, record_linear
+from segmenter.errors import cause
 from segmenter.implementation import EAGER
 from segmenter.structure import AttentionPlan, BlockPlan, DecoderPlan, Plan
 
@@ -39,8 +41,7 @@ def confirmed(module: nn.Module, plan: Plan) -> Plan:
         except Unlike:
             raise
         except Exception as error:  # whatever somebody else's forward raises
-            problem = str(error).strip().splitlines() or [""]
-            raise Unlike(f"it could not be tried out ({type(error).__name__}: {problem[0][:120]})") from error
+            raise Unlike(f"it could not be tried out ({type(error).__name__}: {cause(error, 120)})") from error
 
 
 def random_copy(module: nn.Module, training: bool) -> nn.Module:
@@ -159,12 +160,64 @@ def _block(copies: list[nn.Module], plan: BlockPlan) -> BlockPlan:
         mlp = None
         reasons.append("MLP: it computes something else than its parts say")
     inner = copies[0]._modules[plan.names["attn"]]
+    passed = plan.passed if plan.style == "packed" and _only_passed(copies[0], plan, x) else ()
     returns_tuple = plan.core and plan.style == "packed" and isinstance(inner(x), tuple)
     if returns_tuple and _same(copies, lambda m: swapped.by_layers(m, plan, x, "1", EAGER), first):
         core = plan.core  # its own forward cannot be replaced
     if attention is mlp is core is None:
         raise Unlike("; ".join(reasons))
-    return plan._replace(attention=attention, mlp=mlp, core=core, reasons=tuple(reasons))
+    return plan._replace(attention=attention, mlp=mlp, core=core, reasons=tuple(reasons), passed=passed)
+
+
+class _Listener(nn.Module):
+    """In place of an attention layer: notes what else it is called with, and calls it with tokens alone."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention, self.calls = attention, []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(given(self.attention, args, kwargs))
+        wrapped = {"identity": kwargs["identity"]} if "identity" in kwargs else {}
+        return self.attention(args[0], **wrapped)
+
+
+def _listened(parent: nn.Module, name: str, x: torch.Tensor, **arguments: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """(output, what the child `name` got besides tokens in each call) of a call of its parent."""
+    listener = _Listener(parent._modules[name])
+    parent._modules[name] = listener
+    try:
+        return parent(x, **arguments), listener.calls
+    finally:
+        parent._modules[name] = listener.attention
+
+
+def _only_passed(block: nn.Module, plan: BlockPlan, x: torch.Tensor) -> bool:
+    """Whether the block does nothing with its optional arguments but hand them on to its attention layer, by name."""
+    want = block(x)
+    try:
+        for name in plan.passed:
+            argument = object()  # nothing can be computed with it
+            got, calls = _listened(block, plan.names["attn"], x, **{name: argument})
+            if calls != [{name: argument}] or not torch.equal(got, want):
+                return False
+    except Exception:  # whatever somebody else's forward raises
+        return False
+    return bool(plan.passed)
+
+
+def received(parent: nn.Module, name: str) -> tuple[str, ...] | None:
+    """What the attention layer `name` of a module gets besides tokens when the module is called with tokens alone; None
+    if that cannot be found out."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            copy = random_copy(parent, training=False)
+            attention = copy._modules[name]
+            style = "packed" if "qkv" in attention._modules else "wrapped"
+            _, calls = _listened(copy, name, _randn(2, 7, _width(attention, style)))
+    except Exception:  # whatever somebody else's forward raises
+        return None
+    return tuple(dict.fromkeys(n for call in calls for n in call)) if calls else None
 
 
 def _decoder(copies: list[nn.Module], plan: DecoderPlan) -> DecoderPlan:

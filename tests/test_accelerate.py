@@ -400,7 +400,8 @@ def test_report_is_a_table():
     lines = text.splitlines()
     assert lines[0].split() == ["modules", "was", "on", "the", "kernels", "left", "alone,", "because"]
     assert lines[1].startswith("blocks.*       2x  Block      -")
-    assert "ls1 is LayerScale, not Identity; MLP: ls2 is LayerScale" in lines[1]
+    scale, identity = "timm.layers.layer_scale.LayerScale", "torch.nn.modules.linear.Identity"
+    assert f"attention: ls1 is {scale}, not {identity}; MLP: ls2 is {scale}, not {identity}" in lines[1]
     assert lines[2].startswith("blocks.*.attn  2x  Attention  attention core")
     assert lines[3] == "2 swapped, 2 left alone"
     block = timm.models.vision_transformer.Block(64, 2)

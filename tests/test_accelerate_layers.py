@@ -99,11 +99,11 @@ def replaced_forward(linear):
 
 
 ODD = {  # what is put in place of a linear layer: why it is left alone
-    Lora: "is Lora, not Linear",
-    InheritedLora: "(InheritedLora) holds a, b",
+    Lora: f"is {__name__}.Lora, not torch.nn.modules.linear.Linear",
+    InheritedLora: f"({__name__}.InheritedLora) holds a, b",
     Rounding: "it computes something else than its parts say",
-    parametrised: "(ParametrizedLinear) has a layer parametrizations",
-    weight_normed: "(Linear) holds weight_g, weight_v",
+    parametrised: "(torch.nn.utils.parametrize.ParametrizedLinear) has a layer parametrizations",
+    weight_normed: "(torch.nn.modules.linear.Linear) holds weight_g, weight_v",
     replaced_forward: "has a replaced forward",
 }
 
@@ -181,7 +181,7 @@ def test_weights_of_another_class(kernels):
     want = module(x)
     accelerate(module)
     replace(module, "mlp.fc1", with_other_weights)
-    assert "mlp.fc1 has weights of type TwoTensor" in str(why_not(module))
+    assert "mlp.fc1 has weights of type torch.testing._internal.two_tensor.TwoTensor" in str(why_not(module))
     with torch.no_grad():
         assert torch.allclose(module(x), want, **TIGHT)
     assert kernels == ATTENTION

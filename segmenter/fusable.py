@@ -33,10 +33,7 @@ def why_not_bypass(module: nn.Module, kinds: tuple[type, ...]) -> str | None:
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
-        or _FORWARD
-        or _PRE
-        or _BACKWARD
-        or _BACKWARD_PRE
+        or hooks_of_all()
     ):
         return "hooks"
     if "forward" in state or "_call_impl" in state:
@@ -52,8 +49,14 @@ def why_not_bypass(module: nn.Module, kinds: tuple[type, ...]) -> str | None:
 
 
 def hooks_of_all() -> bool:
-    """Whether there are hooks on all modules (torch.nn.modules.module.register_module_forward_hook and the like)."""
-    return bool(_FORWARD or _PRE or _BACKWARD or _BACKWARD_PRE)
+    """Whether there are hooks on all modules (torch.nn.modules.module.register_module_forward_hook and the like).
+
+    Those of PyTorch itself do not count: its FLOP counter and its module tracker only note where a call comes from.
+    """
+    if not (_FORWARD or _PRE or _BACKWARD or _BACKWARD_PRE):
+        return False
+    hooks = (hook for kind in (_FORWARD, _PRE, _BACKWARD, _BACKWARD_PRE) for hook in kind.values())
+    return not all((getattr(hook, "__module__", None) or "").startswith("torch.") for hook in hooks)
 
 
 def qualified(cls: type) -> str:

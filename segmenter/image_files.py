@@ -81,7 +81,7 @@ def open_image(
         with open_regular(path) as file:
             start = file.read(len(_PNG))
             if not start:
-                raise ImageError("not a picture: the file is empty")
+                raise ImageError("the file is empty")
             source, texts = _without_texts(file) if start == _PNG else (file, {})
             file.seek(0)
             with _identified(source, start, wanted) as image:

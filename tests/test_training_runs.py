@@ -204,11 +204,17 @@ class TestLog:
         assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5)]
 
     def test_leftovers_of_a_kill_are_removed(self, tmp_path):
-        for name in (".a.tmp", "best/.b.tmp", "overlays/.c.tmp", "keep.tmp", "best/.keep"):
+        for name in (
+            ".segmenter-a.tmp",
+            "best/.segmenter-b.tmp",
+            "overlays/.segmenter-c.tmp",
+            "keep.tmp",
+            "best/.keep",
+        ):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
-        files.remove_leftovers(tmp_path)
-        assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"keep.tmp", ".keep"}
+        with files.writing_run(tmp_path):
+            assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"keep.tmp", ".keep"}
 
     def test_a_save_that_fails_leaves_the_one_before(self, tmp_path, monkeypatch):
         path = tmp_path / files.CHECKPOINT

@@ -113,8 +113,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _text_checked(content: Any) -> Any:
-    """`content`, unless its text holds half of a pair of surrogates, which could be neither written nor printed."""
-    json.dumps(content, ensure_ascii=False).encode()
+    """`content`, unless its text holds half of a character, other than those that stand for bytes of file names."""
+    json.dumps(content, ensure_ascii=False).encode(errors="surrogateescape")
     return content
 
 

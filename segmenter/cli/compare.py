@@ -14,6 +14,7 @@ from segmenter.classes import ClassSet
 from segmenter.cli.errors import DEVICE, FAILURE, OK, SOME_FAILED, CommandError
 from segmenter.cli.info import machine_facts
 from segmenter.cli.loading import choose_classes, choose_device, errors_of_loading, loading_options
+from segmenter.cli.output import err, out
 from segmenter.cli.report import write_json
 from segmenter.compare import Compared, as_json, compare
 from segmenter.compare_picture import choose_part, comparison_picture
@@ -52,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     write(Path(args.output), subject, classes, compared, data)
     for model in compared:
         scores = "".join(f"  {key} {model.scores[key]}" for key in ("bF", "mIoU") if model.scores)
-        print(f"patch {model.patch_size:>2} {model.median:10.1f} ms{scores}  {model.name}")
-    print(f"{len(compared)} models on {data['device']} -> {args.output}")
+        out(f"patch {model.patch_size:>2} {model.median:10.1f} ms{scores}  {model.name}")
+    out(f"{len(compared)} models on {data['device']} -> {args.output}")
     return OK
 
 
@@ -131,7 +132,7 @@ def _compare(args: argparse.Namespace, models: list[Segmenter], subject: Subject
         for name, model in zip(args.models, tqdm(models, unit="model", file=sys.stderr, disable=None), strict=True):
             compared.append(compare(_short_name(name), model, subject.pixels, subject.truth, protocol, args.repeats))
             if compared[-1].warning:
-                tqdm.write(f"segmenter: WARNING: {name}: {compared[-1].warning.upper()}", file=sys.stderr)
+                err(f"segmenter: WARNING: {name}: {compared[-1].warning.upper()}")
     except torch.OutOfMemoryError as error:
         raise CommandError("not enough memory; use a smaller --window-size, or --device cpu", DEVICE) from error
     except ValueError as error:  # windows that leave pixels out, a picture that grows too large, scores not finite

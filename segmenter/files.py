@@ -32,8 +32,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
     A link at `path` is replaced, not followed. On return the file is on the disk, power cuts included.
 
     Raises:
-        OSError: its `filename` is `path`; also where `write` turned the OSError of its file into another exception.
-        Whatever else `write` raises.
+        OSError: its `filename` is `path`. Whatever else `write` raises.
     """
     path = Path(path)
     raw = None
@@ -43,6 +42,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
             with io.BufferedWriter(raw) as file:
                 write(file)
                 file.flush()
+                if raw.error is not None:
+                    raise raw.error
                 os.fsync(raw.descriptor)
                 if fcntl is None:
                     file.close()  # Windows renames no open file
@@ -52,8 +53,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
             raise
         flush(path.parent)
     except Exception as error:
-        failed = error if isinstance(error, OSError) else getattr(raw, "error", None)
-        if failed is None or failed.errno is None:
+        failed = getattr(raw, "error", None) or error
+        if not isinstance(failed, OSError) or failed.errno is None:
             raise
         raise OSError(failed.errno, failed.strerror, str(path)) from error
 
@@ -123,7 +124,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     except OSError as error:
-        if error.errno is None or not str(error.filename).startswith(str(temporary)):
+        if error.errno is None or not str(error.filename or temporary).startswith(str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
@@ -247,9 +248,10 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 class _Recording(io.FileIO):
-    """A file that keeps the first error of writing; torch and others turn it into one that says nothing.
+    """A file that keeps the first error of writing, to be raised in the end, and drops what comes after it.
 
-    It hides its descriptor: NumPy and Pillow would write past it, and lose the cause of an error.
+    Raised at once, torch would make another error of it, or end the process. The descriptor is hidden, because NumPy
+    and Pillow would write past this class, and lose the cause of an error.
     """
 
     error: OSError | None = None
@@ -262,11 +264,12 @@ class _Recording(io.FileIO):
         raise io.UnsupportedOperation("fileno")
 
     def write(self, data: Any) -> int | None:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
+        if self.error is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
 
 
 def _open_temporary(folder: Path) -> tuple[_Recording, Path]:

@@ -15,7 +15,7 @@ from segmenter.files import open_regular
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
-MAX_WRITTEN = 100_000  # values of a YAML file: beyond it, the parser takes many seconds
+MAX_WRITTEN = 50_000  # values of a YAML file: beyond it, the parser takes many seconds
 MAX_NODES = 200_000  # with every alias counted as what it stands for
 MAX_DIGITS = 100  # of one number
 

@@ -165,12 +165,16 @@ class _Loader(yaml.SafeLoader):
         is_integer = node.tag == "tag:yaml.org,2002:int"
         return self.construct_yaml_int(node) if is_integer else self.construct_yaml_float(node)
 
+    def _date(self, node: yaml.ScalarNode) -> str:
+        self.construct_yaml_timestamp(node)  # raises, if it is none
+        return node.value
+
 
 for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader._number)
 for _tag in ("binary", "omap", "pairs", "set"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_undefined)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader._date)
 
 
 class _TupleLoader(_Loader):

@@ -126,16 +126,16 @@ class TestWriting:
             ("none/a", errno.ENOENT),
             ("file/a", errno.ENOTDIR),
             ("x" * 300, errno.ENAMETOOLONG),
-            ("folder", errno.EISDIR),
+            ("dir", errno.EISDIR),
         ],
     )
     def test_errors_name_the_path_and_not_the_temporary_file(self, tmp_path, path, code):
         (tmp_path / "file").touch()
-        (tmp_path / "folder").mkdir()
+        (tmp_path / "dir").mkdir()
         with pytest.raises(OSError) as raised:
             write_text(tmp_path / path, "x")
         assert (raised.value.errno, raised.value.filename) == (code, str(tmp_path / path))
-        assert names(tmp_path) == ["file", "folder"]
+        assert names(tmp_path) == ["dir", "file"]
 
     def test_a_name_as_long_as_names_can_be(self, tmp_path):
         write_text(tmp_path / ("x" * 255), "long")
@@ -199,19 +199,15 @@ class TestLeftovers:
 
 class TestLocks:
     def test_keeps_others_out_until_it_ends(self, tmp_path):
-        with writing_into(tmp_path / "new" / "run"):
-            with (
-                pytest.raises(
-                    OSError, match="another process is writing into this folder; wait for it to end"
-                ) as raised,
-                writing_into(tmp_path / "new" / "run"),
-            ):
+        run = tmp_path / "new" / "run"
+        with writing_into(run):
+            with pytest.raises(OSError, match="another process is writing into this folder; wait for it to") as raised:
+                writing_into(run).__enter__()
+            assert raised.value.filename == str(run)
+            with locked(tmp_path):
                 pass
-            assert raised.value.filename == str(tmp_path / "new" / "run")
-            with locked(tmp_path, wait=0):
-                pass
-            assert in_child(lambda: locked(tmp_path / "new" / "run").__enter__()) == 1
-        assert in_child(lambda: locked(tmp_path / "new" / "run").__enter__()) == 0
+            assert in_child(lambda: locked(run).__enter__()) == 1
+        assert in_child(lambda: locked(run).__enter__()) == 0
 
     def test_waits_as_long_as_it_is_told(self, tmp_path):
         order, holds = [], threading.Event()
@@ -234,9 +230,8 @@ class TestLocks:
         assert order == ["other", "this"]
 
     def test_shared(self, tmp_path):
-        with locked(tmp_path, shared=True), locked(tmp_path, shared=True):
-            with pytest.raises(OSError, match="another process"), locked(tmp_path):
-                pass
+        with locked(tmp_path, shared=True), locked(tmp_path, shared=True), pytest.raises(OSError, match="another"):
+            locked(tmp_path).__enter__()
 
     def test_ends_with_the_process_though_its_children_live_on(self, tmp_path):
         """Those that read samples outlive a killed training for a while."""

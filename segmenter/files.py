@@ -65,8 +65,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Adds `data` to the end of a file, all of it or, when it does not fit on the disk, nothing."""
-    with open(path, "ab", buffering=0) as file:
+    """Adds `data` to the end of a file, not followed if it is a link; all of it or, without room for all, nothing."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags, 0o666), "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         try:
             while data:

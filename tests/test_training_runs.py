@@ -250,7 +250,7 @@ class TestLog:
             assert archive.testzip() is None
         good = path.read_bytes()
         last = 8 * (len(good) - 80)  # each bit of what comes after the zip file itself
-        for bit in [*range(0, last, 97), *range(last, 8 * len(good))]:
+        for bit in [*range(0, last, 397), *range(last, 8 * len(good))]:
             data = bytearray(good)
             data[bit // 8] ^= 1 << bit % 8
             path.write_bytes(data)

@@ -43,9 +43,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except SystemExit as stop:  # --help, --version, or a usage error that argparse has reported
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        exec(
-            ""
-        )  # else CPython, if an `exec` was interrupted, ends as killed by the signal, whatever status it is given
+        exec("")  # else CPython, if an `exec` was interrupted, dies of the signal in the end, whatever its status
         return _fail("interrupted", errors.INTERRUPTED, debug=False)
     except errors.CommandError as error:
         return _fail(str(error), error.status, debug)

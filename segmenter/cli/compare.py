@@ -21,6 +21,7 @@ from segmenter.compare_picture import choose_part, comparison_picture
 from segmenter.data.datasets import DataError, Dataset, open_dataset
 from segmenter.data.labels import Ids, ignore_index, read_ids
 from segmenter.evaluate import Protocol
+from segmenter.files import remove_leftovers
 from segmenter.images import ImageError, read_image
 from segmenter.model import Segmenter
 from segmenter.pretrained import load_any
@@ -183,6 +184,7 @@ def write(output: Path, subject: Subject, classes: ClassSet, compared: list[Comp
         notes.append("White lines: borders of the ground truth. Scores are of this picture alone.")
     picture = comparison_picture(subject.pixels, compared, subject.truth, classes, part, notes)
     output.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output.parent)
     save_png(picture, output)
     write_json(output.with_suffix(".json"), data | {"enlarged": asdict(part)})
 

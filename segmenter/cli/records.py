@@ -52,7 +52,9 @@ class Records:
                 if number == rank or (rank == 0 and number >= world):
                     path.unlink()
         self._path = self.folder / f"rank-{rank}.jsonl"
-        if self._path.exists():
+        if self._path.is_symlink():
+            self._path.unlink()
+        elif self._path.exists():
             os.truncate(self._path, _end_of_whole_lines(self._path))
 
     def add(self, sample: Sample, facts: Facts, counts: Counts) -> None:

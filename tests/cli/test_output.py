@@ -144,9 +144,9 @@ def test_the_program_when_its_streams_are_closed_or_full(redirection, status, me
 def test_interrupted_within_an_exec(tmp_path):
     """After which CPython would end by the signal."""
     code = (
-        "import sys; from segmenter import cli; from segmenter.cli import info\n"
+        "import sys, types; from segmenter import cli\n"
         "def interrupted(args): exec('raise KeyboardInterrupt')\n"
-        "info.run = interrupted\n"
+        "sys.modules['segmenter.cli.info'] = types.SimpleNamespace(run=interrupted)\n"
         "sys.exit(cli.main(['info']))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -2,6 +2,10 @@
 
 import sys
 
-from segmenter.cli import main
+try:
+    from segmenter.cli import main
+except KeyboardInterrupt:
+    print("segmenter: error: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 sys.exit(main())

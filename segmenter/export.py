@@ -8,7 +8,6 @@ then put in place. Nothing of the `onnx` family and no compiler is imported befo
 import contextlib
 import math
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 
 from segmenter.export_formats import FORMATS, LOADERS, OPSET, WRITERS, as_export_error, check_path, require
 from segmenter.export_program import OUTPUTS, ExportError, Size, check_exportable, eager_twin, trace
+from segmenter.files import flush, folder_beside, locked, remove_leftovers
 from segmenter.images import normalize
 from segmenter.kernels.reference import label_dtype
 from segmenter.model import Segmenter
@@ -37,6 +37,7 @@ __all__ = [
     "export_model",
 ]
 
+_TURN = 60  # seconds that two files wait to be put in place, while another process writes into the folder
 TOLERANCE = 1e-4  # largest difference in float32, in units of the largest score: what the project promises everywhere
 
 
@@ -145,14 +146,15 @@ def export_model(
     say(f"tracing the model for {format}")
     with as_export_error("the model cannot be traced"):
         program = trace(model, output, dtype)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        new = Path(folder) / path.name
+    remove_leftovers(path.parent)
+    with folder_beside(path) as folder:
+        new = folder / path.name
         say("compiling, which takes minutes" if format == "aoti" else "writing")
         with as_export_error(f"the model could not be written as {format}"):
             WRITERS[format](program, new, output)
         say(f"comparing the file with the model at {', '.join(f'{h}x{w}' for h, w in sizes)}")
         agreement = check_file(new, format, model, output, dtype, sizes)
-        files = [new, *sorted(file for file in Path(folder).iterdir() if file != new)]
+        files = [new, *sorted(file for file in folder.iterdir() if file != new)]
         size_mb = sum(file.stat().st_size for file in files) / 1e6
         _move(files, path)
     inputs, outputs = _described(model, output)
@@ -303,10 +305,15 @@ def _check_sizes(sizes: Sequence[Size], patch_size: int) -> None:
 
 def _move(files: Sequence[Path], path: Path) -> None:
     """Puts files in place, the one called like `path` last. A reader never sees the new one with old weights."""
-    if len(files) > 1:
-        path.unlink(missing_ok=True)
-    for file in reversed(files):
-        os.replace(file, path.parent / file.name)
+    for file in files:
+        flush(file)
+    several = len(files) > 1
+    with locked(path.parent, wait=_TURN) if several else contextlib.nullcontext():
+        if several:
+            path.unlink(missing_ok=True)
+        for file in reversed(files):
+            os.replace(file, path.parent / file.name)
+    flush(path.parent)
 
 
 def _described(model: Segmenter, output: str) -> tuple[dict[str, str], dict[str, str]]:

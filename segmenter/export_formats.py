@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from segmenter.export_program import ExportError
+from segmenter.files import write_atomically
 
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
 FORMATS = tuple(SUFFIXES)
@@ -71,7 +72,7 @@ def as_export_error(what: str) -> Iterator[None]:
 
 
 def _write_torch(program: torch.export.ExportedProgram, path: Path, output: str) -> None:
-    torch.export.save(program, path)
+    write_atomically(path, lambda file: torch.export.save(program, file))
 
 
 def _write_aoti(program: torch.export.ExportedProgram, path: Path, output: str) -> None:
@@ -80,7 +81,8 @@ def _write_aoti(program: torch.export.ExportedProgram, path: Path, output: str) 
     # else a file that is asked to check what it is given (AOTI_RUNTIME_CHECK_INPUTS=1) refuses a batch of one
     known = hasattr(torch._inductor.config.aot_inductor, "check_lowerbound")
     options = {"aot_inductor.check_lowerbound": False} if known else {}
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+    compile_to = torch._inductor.aoti_compile_and_package
+    write_atomically(path, lambda file: compile_to(program, package_path=file, inductor_configs=options))
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, output: str) -> None:

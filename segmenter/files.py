@@ -5,9 +5,12 @@ locked, so that `remove_leftovers` can tell those of running processes from thos
 """
 
 import contextlib
+import errno
 import io
 import os
+import shutil
 import stat
+import time
 import unicodedata
 import uuid
 from collections import deque
@@ -33,8 +36,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
     A link at `path` is replaced, not followed. On return the file is on the disk, power cuts included.
 
     Raises:
-        OSError: its `filename` is `path`; also where `write` turned the OSError of its file into another exception.
-        Whatever else `write` raises.
+        OSError: its `filename` is `path`. Whatever else `write` raises.
     """
     path = Path(path)
     raw = None
@@ -44,35 +46,54 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
             with io.BufferedWriter(raw) as file:
                 write(file)
                 file.flush()
-                os.fsync(file.fileno())
+                if raw.error is not None:
+                    raise raw.error
+                os.fsync(raw.descriptor)
+                if fcntl is None:
+                    file.close()  # Windows renames no open file
                 os.replace(temporary, path)  # before it is unlocked
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         flush(path.parent)
     except Exception as error:
-        failed = error if isinstance(error, OSError) else getattr(raw, "error", None)
-        if failed is None or failed.errno is None:
+        failed = getattr(raw, "error", None) or error
+        if not isinstance(failed, OSError) or failed.errno is None:
             raise
-        raise type(failed)(failed.errno, failed.strerror, str(path)) from error
-
-
-def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Opens a regular file for reading. Raises OSError; ValueError: a pipe, folder or device, or no possible name."""
-    # O_NONBLOCK: opening a pipe would wait for its other end
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("is no regular file")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
+        raise OSError(failed.errno, failed.strerror, str(path)) from error
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """`write_atomically` of a text, in UTF-8."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def append(path: Path, data: bytes) -> None:
+    """Adds `data` to the end of a file, not followed if it is a link; all of it or, without room for all, nothing."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags, 0o666), "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError as error:
+            file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file for reading. Raises OSError also for anything that is no file: pipes, devices, folders."""
+    # O_NONBLOCK: opening a pipe would wait for its other end
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+            raise OSError(code, "is a folder" if code == errno.EISDIR else "is no regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def flush(path: Path) -> None:
@@ -89,47 +110,96 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, for what is several files or is looked at before it is renamed to `path`.
+
+    It is deleted at the end. An OSError about what is in it is raised again as one about `path`.
+    """
+    while True:
+        temporary = _temporary_name(path.parent)
+        try:
+            temporary.mkdir()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        descriptor = None if fcntl is None else _open_to_lock(temporary)
+        if descriptor is None or _lock_new(temporary, descriptor):
+            break
+        _release(descriptor)
+    try:
+        yield temporary
+    except OSError as error:
+        if error.errno is None or not str(error.filename or temporary).startswith(str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if descriptor is not None:
+            _release(descriptor)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Deletes the temporary files in `folder` that a killed process left; those still being written stay."""
+    """Deletes the temporary files and folders in `folder` that a killed process left; those in use stay."""
     if fcntl is None:
         return
     for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
         with contextlib.suppress(OSError):  # locked, or gone meanwhile
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
             finally:
                 os.close(descriptor)
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool) -> Iterator[None]:
-    """Keeps other processes, and other threads, that ask for the same lock out of `folder`, which must exist.
+def locked(path: Path, wait: float = 0, shared: bool = False) -> Iterator[None]:
+    """Keeps other processes, and other threads, that ask for the same lock out of a folder or file, which must exist.
 
     It ends with the process, however that ends; child processes do not hold it. File systems without locks, and
     Windows, have none.
 
     Args:
-        wait: until the other one has ended; else an OSError that says so.
+        wait: seconds until the other one has ended; then an OSError says that there is one. shared: keeps out only
+            those who do not share.
     """
     if fcntl is None:
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = _open_to_lock(path)
+    end = time.monotonic() + wait
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise OSError(error.errno, _IN_USE, str(folder)) from error
-        except OSError:  # no locks on this file system
-            yield
-            return
-        _held.add(descriptor)
+        while True:
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= end:
+                    raise OSError(error.errno, _IN_USE, str(path)) from error
+                time.sleep(0.02)
+            except OSError:  # no locks on this file system
+                break
         yield
     finally:
-        _held.discard(descriptor)
-        os.close(descriptor)
+        _release(descriptor)
+
+
+@contextlib.contextmanager
+def writing_into(folder: Path, wait: float = 0, shared: bool = False) -> Iterator[None]:
+    """Makes a folder of results, removes what killed processes left in it, and keeps others from writing into it.
+
+    Args:
+        wait, shared: as in `locked`.
+    Raises:
+        OSError: it cannot be made, or another process is writing into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, wait, shared):
+        remove_leftovers(folder)
+        yield
 
 
 def walk(
@@ -202,29 +272,62 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 class _Recording(io.FileIO):
-    """A file that keeps the first error of writing; torch and others turn it into one that says nothing."""
+    """A file that keeps the first error of writing, to be raised in the end, and drops what comes after it.
+
+    Raised at once, torch would make another error of it, or end the process. The descriptor is hidden, because NumPy
+    and Pillow would write past this class, and lose the cause of an error.
+    """
 
     error: OSError | None = None
 
+    def __init__(self, path: Path):
+        super().__init__(path, "xb")
+        self.descriptor = super().fileno()
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
+
     def write(self, data: Any) -> int | None:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
+        if self.error is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
 
 
 def _open_temporary(folder: Path) -> tuple[_Recording, Path]:
     while True:
-        path = folder / f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"  # not from the name: that may be at the limit
-        raw = _Recording(path, "xb")
-        if fcntl is None:
+        path = _temporary_name(folder)
+        raw = _Recording(path)
+        if _lock_new(path, raw.descriptor):
             return raw, path
-        with contextlib.suppress(OSError):  # no locks on this file system
-            fcntl.flock(raw, fcntl.LOCK_EX)
-        if path.exists():
-            return raw, path
-        raw.close()  # taken for a leftover before it was locked
+        raw.close()
+
+
+def _temporary_name(folder: Path) -> Path:
+    return folder / f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"  # not made from a name: that may be as long as allowed
+
+
+def _lock_new(path: Path, descriptor: int) -> bool:
+    """Locks what was made at `path`. False: it was taken for a leftover before that, and is gone."""
+    if fcntl is None:
+        return True
+    with contextlib.suppress(OSError):  # no locks on this file system
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return path.exists()
+
+
+def _open_to_lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    _held.add(descriptor)
+    return descriptor
+
+
+def _release(descriptor: int) -> None:
+    if descriptor in _held:  # else this is a child process
+        _held.remove(descriptor)
+        os.close(descriptor)
 
 
 def _let_go() -> None:

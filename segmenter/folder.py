@@ -1,8 +1,9 @@
 """Our own format: a folder with model.safetensors, config.json and, for own classes, classes.json.
 
-config.json is what makes a save valid: it holds the sha256 of the weights that belong to it. New weights are first
-written beside the old ones as model.safetensors.new; then config.json is replaced; then the weights are renamed. Killed
-at any point, the folder reads as before or as after: whichever of the two weight files has the sum in config.json.
+config.json is what makes a save valid: it holds the sha256 of the files that belong to it, and its own. New files are
+first written beside the old ones under the names in `_NEW`; then config.json is replaced; then they are renamed. Killed
+at any point, the folder reads as before or as after: of two files, the one with the sum in config.json. Two saves at
+once take turns. A reader that finds a file replaced while it reads begins again.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ import torch
 
 from segmenter.checkpoint import CheckpointError, read_state_dict
 from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig
+from segmenter.errors import cause
+from segmenter.files import flush, open_regular, write_atomically, write_text, writing_into
 from segmenter.model import ModelInfo, Segmenter
 from segmenter.state import build
 from segmenter.text_files import read_json
@@ -26,6 +30,12 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 CONFIG, WEIGHTS, NEW_WEIGHTS, CLASSES = "config.json", "model.safetensors", "model.safetensors.new", "classes.json"
+NEW_CLASSES = "classes.new.json"
+_NEW = {WEIGHTS: NEW_WEIGHTS, CLASSES: NEW_CLASSES}
+_SUMS = {WEIGHTS: "sha256", CLASSES: "classes_sha256"}  # file -> where config.json has its sum
+_OWN_SUM = "config_sha256"  # of all else in config.json
+_TURN = 300  # seconds that a save waits for another one into the same folder
+_READS = 50  # before a folder counts as one that is written all the time
 _STATES = ("random", "encoder", "trained")
 
 
@@ -55,7 +65,7 @@ def save_pretrained(
         CheckpointError: weights overflow in `dtype`. ClassesError: the classes do not fit the model. ValueError: the
             model has no configuration. OSError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from segmenter.classes import CLASS_SETS, ClassesError, ClassSet, load_classes
 
@@ -70,34 +80,21 @@ def save_pretrained(
     is_key = class_set is not None and str(classes) in CLASS_SETS
     info["classes"] = None if class_set is None else str(classes) if is_key else CLASSES
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _finish_interrupted_save(folder)
-    new = folder / NEW_WEIGHTS
-    try:
-        new.touch()
-        mode = new.stat().st_mode
-        save_file(state, new, metadata={"format": "pt"})
-        new.chmod(mode)  # save_file makes files that nobody else may read
-        _flush(new)
-        if info["classes"] == CLASSES:
-            colors = zip(class_set.names, class_set.palette, strict=True)
-            entries = [{"id": i, "name": name, "color": list(color)} for i, (name, color) in enumerate(colors)]
-            _write_json(folder / CLASSES, entries)
-        content = {
-            "format": "segmenter",
-            "schema": SCHEMA,
-            "model": model.config.to_dict(),
-            "info": info,
-            "sha256": _sha256(new),
-        }
-        _write_json(folder / CONFIG, content)
-    except BaseException:
-        _finish_interrupted_save(folder)  # Ctrl-C just after config.json was replaced
-        new.unlink(missing_ok=True)
-        raise
-    os.replace(new, folder / WEIGHTS)
-    _flush(folder)
+    parts = {WEIGHTS: save(state, metadata={"format": "pt"})}
+    if info["classes"] == CLASSES:
+        colors = zip(class_set.names, class_set.palette, strict=True)
+        entries = [{"id": i, "name": name, "color": list(color)} for i, (name, color) in enumerate(colors)]
+        parts[CLASSES] = _json(entries).encode()
+    content = {"format": "segmenter", "schema": SCHEMA, "model": model.config.to_dict(), "info": info}
+    content |= {_SUMS[name]: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
+    with writing_into(folder := Path(folder), wait=_TURN):
+        _finish_interrupted_save(folder)
+        try:
+            for name, data in parts.items():
+                _write_new(folder, name, data)
+            write_text(folder / CONFIG, _json(content | {_OWN_SUM: _own_sum(content)}))
+        finally:  # also after Ctrl-C just when config.json was replaced
+            _finish_interrupted_save(folder)
 
 
 def from_pretrained(
@@ -123,12 +120,29 @@ def from_pretrained(
         if not hub:
             raise CheckpointError(f"{folder}: no such folder; hub=True would look for it on the Hugging Face hub")
         path = _download(str(folder))
+    for _ in range(_READS):
+        before = _identities(path)
+        try:
+            model = _read(path, impl, verify, allow_nonfinite)
+        except CheckpointError:
+            if _identities(path) == before:
+                raise
+        else:
+            if _identities(path) == before:
+                return model.to(device) if device is not None else model
+        time.sleep(0.01)
+    raise CheckpointError(f"{path}: is written again and again; read it when that has ended")
+
+
+def _read(path: Path, impl: str, verify: bool, allow_nonfinite: bool) -> Segmenter:
     content = _read_json(path / CONFIG)
     if content.get("format") != "segmenter" or type(content.get("schema")) is not int:
         raise CheckpointError(f"{path / CONFIG}: was not written by save_pretrained of segmenter")
     if content["schema"] > SCHEMA:
         raise CheckpointError(f"{path / CONFIG}: schema {content['schema']} is newer than this version reads; update")
-    weights = _weights_of(path, content.get("sha256"), verify)
+    weights = _file_of(path, WEIGHTS, content, verify)
+    if weights is None:
+        raise CheckpointError(f"{path}: has no {WEIGHTS}")
     state, _ = read_state_dict(weights, verify=verify, allow_nonfinite=allow_nonfinite)
     try:
         config = ModelConfig.from_dict(content.get("model"))
@@ -136,7 +150,27 @@ def from_pretrained(
         raise CheckpointError(f"{path / CONFIG}: {error}") from error
     model = build(config, state, impl, str(weights))
     model.info = _info(path, content.get("info"))
-    return model.to(device) if device is not None else model
+    if model.info.classes == CLASSES:
+        model.info.classes = str(_file_of(path, CLASSES, content, verify) or path / CLASSES)
+    if verify and content.get(_OWN_SUM, own := _own_sum(content)) != own:  # older folders have none
+        raise CheckpointError(
+            f"{path / CONFIG}: its content does not fit its {_OWN_SUM}; if you have edited it, delete that entry, else "
+            f"copy or download it again (verify=False loads it all the same)"
+        )
+    return model
+
+
+def _identities(folder: Path) -> list[tuple[int, ...] | None]:
+    """What tells whether a save has replaced a file."""
+    found: list[tuple[int, ...] | None] = []
+    for name in _NEW:
+        try:
+            status = os.stat(folder / name)
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return found
 
 
 def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -146,15 +180,14 @@ def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch
     return stored
 
 
-def _weights_of(folder: Path, sha256: Any, verify: bool) -> Path:
-    """The weight file that belongs to config.json."""
-    candidates = [folder / name for name in (WEIGHTS, NEW_WEIGHTS) if (folder / name).is_file()]
-    if not candidates:
-        raise CheckpointError(f"{folder}: has no {WEIGHTS}")
-    if candidates == [folder / WEIGHTS] and not verify:
-        return candidates[0]
+def _file_of(folder: Path, name: str, content: dict[str, Any], verify: bool) -> Path | None:
+    """The file called `name` that belongs to the `content` of config.json; None: there is none."""
+    candidates = [path for path in (folder / name, folder / _NEW[name]) if path.is_file()]
+    has_sum = name == WEIGHTS or _SUMS[name] in content  # older folders have none of their classes
+    if not candidates or candidates == [folder / name] and not (verify and has_sum):
+        return candidates[0] if candidates else None
     for path in candidates:
-        if _sha256(path) == sha256:
+        if _sha256(path) == content.get(_SUMS[name]):
             return path
     raise CheckpointError(
         f"{candidates[0]}: damaged, its sha256 differs from that in {CONFIG}; copy or download it again "
@@ -162,13 +195,25 @@ def _weights_of(folder: Path, sha256: Any, verify: bool) -> Path:
     )
 
 
+def _write_new(folder: Path, name: str, data: bytes) -> None:
+    try:
+        write_atomically(folder / _NEW[name], lambda file: file.write(data))
+    except OSError as error:
+        error.filename = str(folder / name)
+        raise
+
+
 def _finish_interrupted_save(folder: Path) -> None:
-    new = folder / NEW_WEIGHTS
-    if new.is_file():
-        with contextlib.suppress(CheckpointError):
-            if _read_json(folder / CONFIG).get("sha256") == _sha256(new):
-                os.replace(new, folder / WEIGHTS)
-                _flush(folder)
+    """Puts the files in place that belong to config.json, and deletes the others."""
+    content: dict[str, Any] = {}
+    with contextlib.suppress(CheckpointError):
+        content = _read_json(folder / CONFIG)
+    for name, new in _NEW.items():
+        if (folder / new).is_file():
+            if content.get(_SUMS[name]) == _sha256(folder / new):
+                os.replace(folder / new, folder / name)
+            (folder / new).unlink(missing_ok=True)
+            flush(folder)
 
 
 def _info(folder: Path, values: Any) -> ModelInfo:
@@ -183,8 +228,6 @@ def _info(folder: Path, values: Any) -> ModelInfo:
         or not isinstance(info.source, str)
     ):
         raise CheckpointError(f"{folder / CONFIG}: the values under info are wrong: {values!r:.200}")
-    if info.classes == CLASSES:
-        info.classes = str(folder / CLASSES)
     return info
 
 
@@ -209,27 +252,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write_json(path: Path, content: Any) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _flush(new)
-    os.replace(new, path)
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
-def _flush(path: Path) -> None:
-    """Forces a file, or the entries of a folder, onto the disk."""
-    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _own_sum(content: dict[str, Any]) -> str:
+    """The sum of what config.json says, however it is written."""
+    others = {name: value for name, value in content.items() if name != _OWN_SUM}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with open_regular(path) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({cause(error)})") from error
     return digest.hexdigest()

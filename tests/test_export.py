@@ -1,7 +1,9 @@
 """Exported files compute what the model computes, at sizes they were not traced at, and a wrong one is never left."""
 
+import errno
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch.nn as nn
 from segmenter import accelerate, export, export_formats, export_program
 from segmenter.export import ExportError, default_check_sizes, export_model
 from segmenter.export_program import eager_twin, positions, trace
+from segmenter.files import folder_beside
 from segmenter.images import NORMALIZATION, normalize
 from segmenter.implementation import EAGER
 from segmenter.layers import resize_pos_embed
@@ -207,6 +210,33 @@ def test_a_wrong_normalisation_is_found_and_an_older_file_kept(tmp_path, monkeyp
         export_model(model, path, "torch")
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
     assert path.read_text() == "an older one"
+
+
+@pytest.mark.parametrize("size", [1_000, 200_000])
+def test_no_room_is_an_error_that_names_the_file(size, tmp_path):
+    """In a process of its own: what torch writes to by itself ends the process when it fails."""
+    resource = pytest.importorskip("resource")
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            export_model(tiny_model(**LINEAR), tmp_path / "model.pt2", "torch")
+        except OSError as error:
+            status = 0 if (error.filename, error.errno) == (str(tmp_path / "model.pt2"), errno.EFBIG) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_export_are_removed(tmp_path):
+    (tmp_path / ".segmenter-1.tmp").mkdir()
+    (tmp_path / ".segmenter-1.tmp" / "model.pt2").write_text("half")
+    with folder_beside(tmp_path / "other.pt2") as running:
+        export_model(tiny_model(**LINEAR), tmp_path / "model.pt2", "torch", check_sizes=[(64, 64), (40, 72)])
+        assert sorted(tmp_path.iterdir()) == sorted([running, tmp_path / "model.pt2"])
 
 
 def test_what_counts_as_agreement():

@@ -1,5 +1,6 @@
 """Our own folder format: exact, checked, never half-written."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from segmenter import folder as folder_module
 from segmenter.checkpoint import CheckpointError
-from segmenter.folder import CLASSES, CONFIG, NEW_WEIGHTS, WEIGHTS
+from segmenter.classes import load_classes
+from segmenter.folder import CLASSES, CONFIG, WEIGHTS
 from segmenter.model import ModelInfo, Segmenter
 from segmenter.pretrained import from_pretrained, load_any, load_model, save_pretrained
 from tests.tiny import tiny_model
@@ -110,6 +113,39 @@ def test_one_flipped_bit_is_noticed(tmp_path):
     assert isinstance(from_pretrained(tmp_path, verify=False), Segmenter)
 
 
+def test_one_flipped_bit_of_the_configuration_or_the_classes_is_noticed(tmp_path):
+    """Each bit of config.json, as far as it changes what is loaded; and one of classes.json."""
+    model = tiny_model()
+    model.info.classes = str(tmp_path / "own.json")
+    (tmp_path / "own.json").write_text(json.dumps(entries_of("abcde")))
+    save_pretrained(model, tmp_path / "model")
+    path, expected = tmp_path / "model" / CONFIG, from_pretrained(tmp_path / "model")
+    good, silent = path.read_bytes(), 0
+    for bit in range(0, 8 * len(good), 61):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        with contextlib.suppress(CheckpointError):
+            found = from_pretrained(tmp_path / "model")
+            silent += (found.config, found.info) != (expected.config, expected.info)
+    assert silent == 0
+    path.write_bytes(good)
+    (tmp_path / "model" / CLASSES).write_text(json.dumps(entries_of("abcdE"), indent=2) + "\n")
+    with pytest.raises(CheckpointError, match=r"classes\.json: damaged"):
+        from_pretrained(tmp_path / "model")
+    assert from_pretrained(tmp_path / "model", verify=False).info == expected.info
+
+
+def test_edited_configuration(tmp_path):
+    save_pretrained(tiny_model(), tmp_path)
+    edit(tmp_path, info={"window_stride": 48})
+    with pytest.raises(CheckpointError, match="does not fit its config_sha256; if you have edited it, delete"):
+        from_pretrained(tmp_path)
+    assert from_pretrained(tmp_path, verify=False).info.window_stride == 48
+    edit(tmp_path, config_sha256=None)  # as in folders of older versions
+    assert from_pretrained(tmp_path).info.window_stride == 48
+
+
 def edit(folder, **changes):
     content = json.loads((folder / CONFIG).read_text())
     for key, value in changes.items():
@@ -204,61 +240,62 @@ def test_hub_failure_is_one_error(monkeypatch):
 # -- interrupted saves ----------------------------------------------------------------------------------------------
 
 
-def stop_at(monkeypatch, nth):
-    """Makes the nth os.replace of a save die like a killed process: nothing after it runs, no clean-up either."""
-    real, calls = os.replace, []
+def killed_at(nth, model, folder):
+    """Saves in a process that dies at its nth os.replace; nothing after it runs, no clean-up either."""
+    pid = os.fork()
+    if pid == 0:
+        real, calls = os.replace, []
 
-    class Killed(BaseException):
-        pass
+        def replace(source, target):
+            calls.append(target)
+            if len(calls) == nth:
+                os._exit(9)
+            real(source, target)
 
-    def replace(source, target):
-        calls.append(target)
-        if len(calls) == nth:
-            raise Killed
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None)
-    return Killed
+        os.replace = replace
+        save_pretrained(model, folder)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
 
 
-@pytest.mark.parametrize("nth, expected", [(1, "old"), (2, "new")])
+def entries_of(names):
+    return [{"id": i, "name": name, "color": [i, 0, 0]} for i, name in enumerate(names)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.parametrize("nth, expected", [(1, "old"), (2, "old"), (3, "old"), (4, "new"), (5, "new")])
 def test_killed_between_the_steps_reads_as_before_or_after(tmp_path, nth, expected):
+    """The steps: weights and classes beside the old ones, config.json, weights, classes."""
     models = {"old": tiny_model(0), "new": tiny_model(1, decoder={"name": "linear"})}
-    save_pretrained(models["old"], tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        killed = stop_at(patch, nth)
-        with pytest.raises(killed):
-            save_pretrained(models["new"], tmp_path)
-    assert (tmp_path / NEW_WEIGHTS).exists()
-    assert torch.equal(logits(from_pretrained(tmp_path)), logits(models[expected]))
-    assert torch.equal(logits(from_pretrained(tmp_path, verify=False)), logits(models[expected]))
+    for name, model in models.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries_of(f"{name} {i}" for i in range(5))))
+        model.info.classes = str(tmp_path / f"{name}.json")
+    folder = tmp_path / "model"
+    save_pretrained(models["old"], folder)
+    killed_at(nth, models["new"], folder)
+    for verify in (True, False):
+        found = from_pretrained(folder, verify=verify)
+        assert torch.equal(logits(found), logits(models[expected]))
+        assert load_classes(found.info.classes).names[4] == f"{expected} 4"
     # A third save, killed while it writes its weights, must not have destroyed the second.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", lambda tensors, path, **kw: Path(path).write_bytes(b"half"))
-        patch.setattr(
-            "segmenter.folder._flush",
-            lambda path: (_ for _ in ()).throw(KeyboardInterrupt) if path.name == NEW_WEIGHTS else None,
-        )
-        patch.setattr(Path, "unlink", lambda *args, **kwargs: None)
-        with pytest.raises(KeyboardInterrupt):
-            save_pretrained(tiny_model(2), tmp_path)
-    assert torch.equal(logits(from_pretrained(tmp_path)), logits(models[expected]))
-    save_pretrained(third := tiny_model(3), tmp_path)
-    assert torch.equal(logits(from_pretrained(tmp_path)), logits(third))
-    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+    killed_at(1, tiny_model(2), folder)
+    assert torch.equal(logits(from_pretrained(folder)), logits(models[expected]))
+    save_pretrained(third := tiny_model(3), folder)
+    assert torch.equal(logits(from_pretrained(folder)), logits(third))
+    assert {CONFIG, WEIGHTS} <= set(os.listdir(folder)) <= {CONFIG, WEIGHTS, CLASSES}, "leftovers are removed"
 
 
-def test_full_disk_leaves_the_old_save(tmp_path, monkeypatch):
+def test_full_disk_leaves_the_old_save_and_is_said_of_the_file_that_has_no_room(tmp_path, monkeypatch):
     save_pretrained(model := tiny_model(0), tmp_path)
-
-    def full(*args, **kwargs):
-        Path(args[1]).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_pretrained(tiny_model(1), tmp_path)
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            save_pretrained(tiny_model(1), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.filename == str(tmp_path / WEIGHTS)
     assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
     assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
 
@@ -308,3 +345,50 @@ def test_sigkill_while_saving_leaves_a_readable_folder(tmp_path):
     for folder in [tmp_path / "a", *(tmp_path / f"copy{i}" for i in range(12))]:
         found = logits(from_pretrained(folder))
         assert any(torch.equal(found, logits(model)) for model in models)
+
+
+# -- several at once ------------------------------------------------------------------------------------------------
+
+
+def saving(model, folder, times):
+    """The id of a process that saves a model again and again."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        for _ in range(times):
+            save_pretrained(model, folder)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_saves_at_once_leave_one_whole_model_and_readers_always_find_one(tmp_path):
+    models = {n_cls: tiny_model(n_cls, n_cls=n_cls) for n_cls in (3, 4, 5)}
+    save_pretrained(models[3], tmp_path / "model")
+    pids, reads = {saving(models[n_cls], tmp_path / "model", times=15) for n_cls in (4, 5)}, 0
+    while pids or reads < 3:
+        found = from_pretrained(tmp_path / "model")
+        assert torch.equal(logits(found), logits(models[found.n_cls]))
+        reads += 1
+        for pid, status in [os.waitpid(pid, os.WNOHANG) for pid in pids]:
+            pids -= {pid}
+            assert status == 0
+    assert sorted(os.listdir(tmp_path / "model")) == [CONFIG, WEIGHTS]
+
+
+def test_a_reader_begins_again_when_a_save_came_between(tmp_path, monkeypatch):
+    """Between config.json and the weights, where it would find the weights damaged."""
+    save_pretrained(tiny_model(0), tmp_path)
+    new, read, came = tiny_model(1, n_cls=7), folder_module._read_json, []
+
+    def and_then_a_save(path):
+        content = read(path)
+        if not came:
+            came.append(path)
+            save_pretrained(new, tmp_path)
+        return content
+
+    monkeypatch.setattr(folder_module, "_read_json", and_then_a_save)
+    assert torch.equal(logits(from_pretrained(tmp_path)), logits(new))

@@ -57,6 +57,20 @@ def test_no_environment_variable_is_read():
             assert not re.search(r"os\.environ|getenv", path.read_text()), path
 
 
+def test_commands_print_in_one_way_only():
+    """That of segmenter/cli/output.py, which prints nothing that steers a terminal, and goes on when it cannot."""
+    for path in set(sources("segmenter/cli")) - {ROOT / "segmenter/cli/output.py"}:
+        assert not re.search(r"\bprint\(|tqdm\.write|sys\.stdout|traceback\.print", path.read_text()), path
+
+
+def test_files_are_written_in_one_way_only():
+    """That of segmenter/files.py: whole or not at all."""
+    written = r"\bopen\([^)]*[\"'][wax]b?\+?[\"']|write_bytes\(|os\.(replace|rename)\(|save_file\(|tempfile"
+    allowed = {"files.py", "folder.py", "export.py"}  # the second and third rename what is whole
+    for path in sources("segmenter"):
+        assert path.name in allowed or not re.search(written, path.read_text()), path
+
+
 def test_files_stay_short():
     long = {str(p): n for f in FOLDERS for p in sources(f) if (n := len(p.read_text().splitlines())) > 500}
     assert long == {}

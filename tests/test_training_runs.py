@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import signal
+import zipfile
 
 import numpy as np
 import pytest
@@ -141,6 +142,25 @@ class TestWholeRuns:
         with pytest.raises(CheckpointError, match="not written by this version"):
             train(tiny_recipe(folder), tmp_path, progress=False)
 
+    def test_one_run_at_a_time_in_a_folder(self, folder, tmp_path):
+        """From its first step on, when there is no checkpoint yet whose settings could differ."""
+        recipe, seen = tiny_recipe(folder, epochs=1, val_split=None), []
+
+        def step(self, batch):
+            if not seen:
+                seen.append(self.step)
+                with pytest.raises(OSError, match="another process is writing into this folder") as raised:
+                    train(dataclasses.replace(recipe, learning_rate=0.5), tmp_path / "run", progress=False)
+                assert raised.value.filename == str(tmp_path / "run")
+            return training_step(self, batch)
+
+        training_step = Run.training_step
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "training_step", step)
+            assert train(recipe, tmp_path / "run", progress=False).step == 3
+        assert seen == [0]
+        assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3]
+
     def test_learns_what_it_is_shown(self, tmp_path):
         """Dark is class 3 and bright is class 1, on one side or the other."""
         recipe = tiny_recipe(tmp_path, epochs=10, val_split=None, ema=0.0, optimizer="adamw")
@@ -204,11 +224,60 @@ class TestLog:
         assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5)]
 
     def test_leftovers_of_a_kill_are_removed(self, tmp_path):
-        for name in (".a.tmp", "best/.b.tmp", "overlays/.c.tmp", "keep.tmp", "best/.keep"):
+        for name in (
+            ".segmenter-a.tmp",
+            "best/.segmenter-b.tmp",
+            "overlays/.segmenter-c.tmp",
+            "keep.tmp",
+            "best/.keep",
+        ):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
-        files.remove_leftovers(tmp_path)
-        assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"keep.tmp", ".keep"}
+        with files.writing_run(tmp_path):
+            assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"keep.tmp", ".keep"}
+
+    def test_a_log_that_is_a_pipe_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / files.LOG)
+        with pytest.raises(OSError, match="no regular file"):
+            files.Log(tmp_path, 0, tensorboard=False)
+
+    def test_one_flipped_bit_of_a_checkpoint_is_noticed(self, tmp_path):
+        path, state = tmp_path / files.CHECKPOINT, {"recipe": {}, "model": {"a": torch.arange(40.0)}}
+        files.save_state(path, state)
+        assert differences(files.load_state(path, {}), {"schema": 2, **state}) == []
+        assert differences(torch.load(path, mmap=True), {"schema": 2, **state}) == []
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+        good = path.read_bytes()
+        last = 8 * (len(good) - 80)  # each bit of what comes after the zip file itself
+        for bit in [*range(0, last, 397), *range(last, 8 * len(good))]:
+            data = bytearray(good)
+            data[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data)
+            with pytest.raises(CheckpointError, match="training cannot go on from it"):
+                files.load_state(path, {})
+        path.write_bytes(good[:-1])
+        with pytest.raises(CheckpointError, match="training cannot go on from it"):
+            files.load_state(path, {})
+
+    def test_checkpoints_of_before_there_was_a_sum(self, tmp_path):
+        """Are read if the sums within the zip file are right; newer ones are not read without theirs."""
+        path, state = tmp_path / files.CHECKPOINT, {"schema": 1, "recipe": {}, "model": torch.arange(40.0)}
+        torch.save(state, path)
+        assert differences(files.load_state(path, {}), state) == []
+        data = bytearray(path.read_bytes())
+        data[data.index(state["model"].numpy().tobytes()) + 8] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match="damaged, .*data/0 fails its checksum"):
+            files.load_state(path, {})
+        torch.save(state | {"schema": 2}, path)
+        with pytest.raises(CheckpointError, match="not written by this version"):
+            files.load_state(path, {})
+
+    def test_a_checkpoint_that_is_a_pipe_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / files.CHECKPOINT)
+        with pytest.raises(CheckpointError, match="no regular file"):
+            files.load_state(tmp_path / files.CHECKPOINT, {})
 
     def test_a_save_that_fails_leaves_the_one_before(self, tmp_path, monkeypatch):
         path = tmp_path / files.CHECKPOINT

@@ -3,20 +3,25 @@
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import segmenter
 from segmenter.cli.train_arguments import add_settings
+from segmenter.errors import printable
 
 LABEL_KINDS = ("png", "raw", "npy")
 EXPORT_FORMATS = ("torch", "onnx", "aoti")
 EXPORT_OUTPUTS = ("labels", "logits", "masks")
 
 
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(printable(message or ""), file)  # it quotes what was given
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser; `command` in its result is the name of the module in segmenter.cli that has `run(args)`."""
-    parser = argparse.ArgumentParser(
-        prog="segmenter", description="Semantic segmentation with plain vision transformers."
-    )
+    parser = _Parser(prog="segmenter", description="Semantic segmentation with plain vision transformers.")
     parser.add_argument("--version", action="version", version=f"segmenter {segmenter.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     using = _add_predict, _add_convert, _add_export, _add_attention, _add_compare

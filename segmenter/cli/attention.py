@@ -9,6 +9,8 @@ from PIL import Image
 
 from segmenter.cli.errors import OK, SOME_FAILED, CommandError
 from segmenter.cli.loading import choose_classes, choose_device, load
+from segmenter.cli.output import out
+from segmenter.files import writing_into
 from segmenter.images import ImageError, normalize, read_image
 from segmenter.model import Segmenter
 from segmenter.visualize import attention_grid, enlarge, heat_colors, mark_patch, save_png
@@ -30,15 +32,15 @@ def run(args: argparse.Namespace) -> int:
         pixels = mark_patch(pixels, *args.patch, P)
 
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    save_png(pixels, output / "input.png")
-    for layer in layers:
-        maps = attention_maps(model, im, args.part, layer)
-        for name, query in queries.items():
-            folder = output / f"{args.part[:3]}_layer{layer}" / name
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_maps(folder, maps[:, query].cpu().numpy(), heads, pixels, P)
-    print(f"attention maps: {len(layers) * len(queries) * len(heads)} -> {args.output}")
+    with writing_into(output):
+        save_png(pixels, output / "input.png")
+        for layer in layers:
+            maps = attention_maps(model, im, args.part, layer)
+            for name, query in queries.items():
+                folder = output / f"{args.part[:3]}_layer{layer}" / name
+                with writing_into(folder):
+                    _write_maps(folder, maps[:, query].cpu().numpy(), heads, pixels, P)
+    out(f"attention maps: {len(layers) * len(queries) * len(heads)} -> {args.output}")
     return OK
 
 

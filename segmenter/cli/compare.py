@@ -14,12 +14,14 @@ from segmenter.classes import ClassSet
 from segmenter.cli.errors import DEVICE, FAILURE, OK, SOME_FAILED, CommandError
 from segmenter.cli.info import machine_facts
 from segmenter.cli.loading import choose_classes, choose_device, errors_of_loading, loading_options
+from segmenter.cli.output import err, out
 from segmenter.cli.report import write_json
 from segmenter.compare import Compared, as_json, compare
 from segmenter.compare_picture import choose_part, comparison_picture
 from segmenter.data.datasets import DataError, Dataset, open_dataset
 from segmenter.data.labels import Ids, ignore_index, read_ids
 from segmenter.evaluate import Protocol
+from segmenter.files import remove_leftovers
 from segmenter.images import ImageError, read_image
 from segmenter.model import Segmenter
 from segmenter.pretrained import load_any
@@ -52,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     write(Path(args.output), subject, classes, compared, data)
     for model in compared:
         scores = "".join(f"  {key} {model.scores[key]}" for key in ("bF", "mIoU") if model.scores)
-        print(f"patch {model.patch_size:>2} {model.median:10.1f} ms{scores}  {model.name}")
-    print(f"{len(compared)} models on {data['device']} -> {args.output}")
+        out(f"patch {model.patch_size:>2} {model.median:10.1f} ms{scores}  {model.name}")
+    out(f"{len(compared)} models on {data['device']} -> {args.output}")
     return OK
 
 
@@ -131,7 +133,7 @@ def _compare(args: argparse.Namespace, models: list[Segmenter], subject: Subject
         for name, model in zip(args.models, tqdm(models, unit="model", file=sys.stderr, disable=None), strict=True):
             compared.append(compare(_short_name(name), model, subject.pixels, subject.truth, protocol, args.repeats))
             if compared[-1].warning:
-                tqdm.write(f"segmenter: WARNING: {name}: {compared[-1].warning.upper()}", file=sys.stderr)
+                err(f"segmenter: WARNING: {name}: {compared[-1].warning.upper()}")
     except torch.OutOfMemoryError as error:
         raise CommandError("not enough memory; use a smaller --window-size, or --device cpu", DEVICE) from error
     except ValueError as error:  # windows that leave pixels out, a picture that grows too large, scores not finite
@@ -182,6 +184,7 @@ def write(output: Path, subject: Subject, classes: ClassSet, compared: list[Comp
         notes.append("White lines: borders of the ground truth. Scores are of this picture alone.")
     picture = comparison_picture(subject.pixels, compared, subject.truth, classes, part, notes)
     output.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output.parent)
     save_png(picture, output)
     write_json(output.with_suffix(".json"), data | {"enlarged": asdict(part)})
 

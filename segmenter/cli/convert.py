@@ -8,6 +8,7 @@ import torch
 from segmenter.classes import ClassesError
 from segmenter.cli.errors import OK, CommandError
 from segmenter.cli.loading import errors_of_loading, loading_options, warn_unless_trained
+from segmenter.cli.output import out
 from segmenter.pretrained import convert_checkpoint
 
 
@@ -24,6 +25,6 @@ def run(args: argparse.Namespace) -> int:
             )
         except ClassesError as error:
             raise CommandError(str(error)) from error
-    print(report)
+    out(*str(report).splitlines())
     warn_unless_trained(report.weights)
     return OK

@@ -4,10 +4,10 @@ import argparse
 import json
 import math
 import os
-import sys
 from typing import Any
 
 from segmenter.cli.errors import OK, SOME_FAILED, CommandError
+from segmenter.cli.output import err, out
 from segmenter.data.check import CheckReport, SplitReport, check_dataset
 from segmenter.data.datasets import find_source
 from segmenter.data.labels import DataError
@@ -20,10 +20,10 @@ def run(args: argparse.Namespace) -> int:
     except DataError as error:
         raise CommandError(str(error)) from error
     for error in report.bad:
-        print(f"segmenter: bad: {' '.join(str(error).split())}", file=sys.stderr)
+        err(f"segmenter: bad: {' '.join(str(error).split())}")
     for warning in report.warnings:
-        print(f"segmenter: warning: {warning}", file=sys.stderr)
-    print(json.dumps(facts(report), indent=2) if args.json else "\n".join(lines(report)))
+        err(f"segmenter: warning: {warning}")
+    out(*(json.dumps(facts(report), indent=2).splitlines() if args.json else lines(report)))
     return SOME_FAILED if report.bad else OK
 
 

@@ -17,6 +17,7 @@ import segmenter
 from segmenter.charts import can_draw, comparison
 from segmenter.cli.errors import DEVICE, FAILURE, OK, SOME_FAILED, CommandError
 from segmenter.cli.loading import choose_classes, load
+from segmenter.cli.output import err, out
 from segmenter.cli.records import Facts, Records, sample_facts
 from segmenter.cli.report import Tally, say, write_failed
 from segmenter.cli.resume import model_fingerprint
@@ -24,10 +25,13 @@ from segmenter.cli.scores import print_scores, report, write_scores
 from segmenter.cli.shards import Shard, SharedReport
 from segmenter.data.datasets import PUBLISHED, DataError, Dataset, Sample, open_dataset
 from segmenter.evaluate import MULTISCALE, OVERLAP, Outcome, Protocol, outcomes
+from segmenter.files import remove_leftovers
 from segmenter.metrics import ConfusionMatrix
 from segmenter.model import Segmenter
 from segmenter.segment import resolve_dtype
 from segmenter.visualize import save_png
+
+OVERLAYS = "overlays"  # below the output folder
 
 
 @dataclass
@@ -54,6 +58,13 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("the chart needs matplotlib: pip install 'segmenter-triton[train]', or say --no-chart")
     shard, output = Shard.of_this_process(), Path(args.output)
     job = prepare(args, shard)
+    with shard.writing_into(output):
+        remove_leftovers(output / OVERLAYS)
+        return _run(job, shard, output)
+
+
+def _run(job: Evaluation, shard: Shard, output: Path) -> int:
+    args = job.args
     resume = args.resume or shard.restarts > 0
     records = Records(output, job.dataset, args.boundary, job.settings, shard.rank, shard.world, keep=resume)
     if resume:
@@ -62,11 +73,10 @@ def run(args: argparse.Namespace) -> int:
     if shard.world > 1:
         shared = SharedReport(shard, output, [[sample.name for sample in job.dataset.samples], job.settings])
         if shard.rank == 0:
-            print(f"segmenter: {shard.world} processes share {len(job.dataset)} pictures", file=sys.stderr)
+            err(f"segmenter: {shard.world} processes share {len(job.dataset)} pictures")
     start, finished = time.perf_counter(), False
     try:
-        with contextlib.closing(records):
-            _do(shard, job, records)
+        _do(shard, job, records)
         finished = True
     finally:
         seconds = time.perf_counter() - start
@@ -112,7 +122,7 @@ def prepare(args: argparse.Namespace, shard: Shard) -> Evaluation:
         "device": device.type,
     }
     samples = dataset.spread(args.overlays) if args.overlays else ()
-    folder = Path(args.output) / "overlays"
+    folder = Path(args.output) / OVERLAYS
     overlays = {sample.name: folder / f"{sample.name}.png" for sample in samples}
     return Evaluation(args, model, dataset, protocol, settings, overlays)
 
@@ -248,4 +258,4 @@ def _finish(job: Evaluation, records: Records, tally: Tally, seconds: float, pro
     print_scores(data)
     by = f" by {processes} processes" if processes > 1 else ""
     say(tally, len(job.dataset), seconds, job.args.output, by=by)
-    print(windows_in_words(job.args, job.protocol, job.dataset))
+    out(windows_in_words(job.args, job.protocol, job.dataset))

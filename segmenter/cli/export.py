@@ -1,10 +1,10 @@
 """`segmenter export`: a model as a file that labels pictures without this package."""
 
 import argparse
-import sys
 
 from segmenter.cli.errors import FAILURE, OK, CommandError
 from segmenter.cli.loading import choose_device, load
+from segmenter.cli.output import err, out
 from segmenter.export import ExportError, export_model
 from segmenter.export_formats import check_path
 
@@ -22,13 +22,12 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(str(error), FAILURE) from error
     except ValueError as error:  # a size or type that this model or format does not have
         raise CommandError(str(error)) from error
-    print(report)
-    print(f"  took     {report.seconds:.0f} s")
+    out(*str(report).splitlines(), f"  took     {report.seconds:.0f} s")
     return OK
 
 
 def _say(text: str) -> None:
-    print(f"segmenter: {text}", file=sys.stderr, flush=True)
+    err(f"segmenter: {text}")
 
 
 def _said(error: Exception) -> str:

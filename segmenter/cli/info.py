@@ -12,6 +12,7 @@ import torch
 import segmenter
 from segmenter.cli.errors import OK
 from segmenter.cli.loading import load
+from segmenter.cli.output import out
 from segmenter.implementation import IMPLEMENTATIONS, explain, parts
 from segmenter.segment import cpu_has_bfloat16
 
@@ -20,10 +21,7 @@ def run(args: argparse.Namespace) -> int:
     facts = machine_facts()
     if args.model:
         facts["model"] = model_facts(args)
-    if args.json:
-        print(json.dumps(facts, indent=2))
-    else:
-        print("\n".join(_lines(facts)))
+    out(*(json.dumps(facts, indent=2).splitlines() if args.json else _lines(facts)))
     return OK
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from segmenter.checkpoint import CheckpointError
 from segmenter.classes import ClassesError, ClassSet, generic_classes, load_classes
 from segmenter.cli.errors import CHECKPOINT, DEVICE, CommandError
+from segmenter.cli.output import err
 from segmenter.config import ConfigError
 from segmenter.implementation import ImplementationError
 from segmenter.model import Segmenter
@@ -61,7 +61,7 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
 def warn_unless_trained(weights: str) -> None:
     """Says on stderr that results of random weights mean nothing; `weights` is `ModelInfo.weights`."""
     if weights in WEIGHTS_WARNING:
-        print(f"segmenter: WARNING: {WEIGHTS_WARNING[weights]}", file=sys.stderr)
+        err(f"segmenter: WARNING: {WEIGHTS_WARNING[weights]}")
 
 
 @contextlib.contextmanager

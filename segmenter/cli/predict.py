@@ -23,10 +23,11 @@ from tqdm import tqdm
 from segmenter.classes import ClassSet
 from segmenter.cli.errors import DEVICE, FAILURE, OK, SOME_FAILED, CommandError
 from segmenter.cli.loading import choose_classes, load
+from segmenter.cli.output import err
 from segmenter.cli.report import FAILED, Tally, say, write_failed, write_json
 from segmenter.cli.resume import is_done, picture_facts, run_settings
 from segmenter.cli.shards import Shard, SharedReport
-from segmenter.files import same_form, walk, write_atomically
+from segmenter.files import remove_leftovers, same_form, walk, write_atomically
 from segmenter.images import suffixes
 from segmenter.model import Segmenter
 from segmenter.segment import compute_dtype
@@ -46,7 +47,7 @@ class Job:
 
 @dataclass
 class Batch:
-    """What all pictures of a run share, and how far it is."""
+    """What all pictures of a run share, and how far it is. `folders`: those that results have been put into."""
 
     args: argparse.Namespace
     model: Segmenter
@@ -55,6 +56,7 @@ class Batch:
     output: Path
     resume: bool
     tally: Tally = field(default_factory=Tally)
+    folders: set[Path] = field(default_factory=set)
 
     def fail(self, place: int, job: Job, error: Exception) -> None:
         self.tally.failed[place] = {"image": str(job.source), "error": str(error)}
@@ -80,12 +82,17 @@ def run(args: argparse.Namespace) -> int:
     classes = choose_classes(args.classes, model)
     settings = run_settings(args, model, classes)
     batch = Batch(args, model, classes, settings, output, args.resume or shard.restarts > 0)
-    output.mkdir(parents=True, exist_ok=True)
+    with shard.writing_into(output):
+        return _run(jobs, batch, shard)
+
+
+def _run(jobs: list[Job], batch: Batch, shard: Shard) -> int:
+    args, output, settings = batch.args, batch.output, batch.settings
     shared = None
     if shard.world > 1:
         shared = SharedReport(shard, output, [[(str(job.source), job.name) for job in jobs], settings])
         if shard.rank == 0:
-            print(f"segmenter: {shard.world} processes share {len(jobs)} pictures", file=sys.stderr)
+            err(f"segmenter: {shard.world} processes share {len(jobs)} pictures")
     mine = shard.part(jobs)
     start, finished = time.perf_counter(), False
     try:
@@ -301,7 +308,11 @@ def _errors_of_writing(job: Job, output: Path) -> Iterator[None]:
 
 def _make_room(job: Job, batch: Batch) -> None:
     """Makes the folder, and raises OSError for names that are too long, before time is spent on the picture."""
-    (batch.output / job.name).parent.mkdir(parents=True, exist_ok=True)
+    folder = (batch.output / job.name).parent
+    if folder not in batch.folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        batch.folders.add(folder)
     for name in (*_files(job, batch.args).values(), f"{job.name}.json"):
         with contextlib.suppress(FileNotFoundError):
             os.lstat(batch.output / name)
@@ -336,15 +347,19 @@ def _write_results(
 
 
 def _report(batch: Batch, total: int, seconds: float, finished: bool) -> None:
-    say(batch.tally, total, seconds, batch.args.output, "" if finished else "stopped early, --resume goes on: ")
-    with contextlib.nullcontext() if finished else contextlib.suppress(OSError):  # what stopped it is the error to show
-        write_failed(batch.tally, batch.output)
+    try:
+        with contextlib.nullcontext() if finished else contextlib.suppress(OSError):  # show what stopped it instead
+            write_failed(batch.tally, batch.output)
+    finally:
+        say(batch.tally, total, seconds, batch.args.output, "" if finished else "stopped early, --resume goes on: ")
 
 
 def _report_together(shared: SharedReport, batch: Batch, total: int, seconds: float) -> None:
     """One report of all processes, made by the one that finishes last; the others say nothing."""
     merged = shared.finish(batch.tally, seconds)
     if merged is not None:
-        say(merged[0], total, merged[1], batch.args.output, by=f" by {shared.shard.world} processes")
-        write_failed(merged[0], batch.output)
+        try:
+            write_failed(merged[0], batch.output)
+        finally:
+            say(merged[0], total, merged[1], batch.args.output, by=f" by {shared.shard.world} processes")
         shared.remove()

@@ -5,6 +5,7 @@ one line that is cut off; it is dropped.
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ from typing import Any
 from segmenter.cli.resume import picture_facts
 from segmenter.data.datasets import Dataset, Sample
 from segmenter.evaluate import Counts
+from segmenter.files import append, open_regular
+from segmenter.text_files import parse_json
 
 FOLDER = "records"
+_MAX_LINE, _BLOCK = 100_000_000, 1 << 16  # bytes: a picture's counts of thousands of classes; read at once
 _NAME = re.compile(r"rank-(\d+)\.jsonl")
 
 Facts = list[dict[str, int] | None]
@@ -47,17 +51,16 @@ class Records:
             for number, path in self._files():
                 if number == rank or (rank == 0 and number >= world):
                     path.unlink()
-        self._file = (self.folder / f"rank-{rank}.jsonl").open("ab")
-        self._file.truncate(_end_of_whole_lines(Path(self._file.name)))
-
-    def close(self) -> None:
-        self._file.close()
+        self._path = self.folder / f"rank-{rank}.jsonl"
+        if self._path.is_symlink():
+            self._path.unlink()
+        elif self._path.exists():
+            os.truncate(self._path, _end_of_whole_lines(self._path))
 
     def add(self, sample: Sample, facts: Facts, counts: Counts) -> None:
         """Appends one picture; `facts` are those from before it was read."""
         record = {"settings": self._settings, "sample": sample.name, "facts": facts, "counts": counts.to_json()}
-        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
+        append(self._path, json.dumps(record, separators=(",", ":")).encode() + b"\n")
 
     def done(self) -> tuple[set[str], int]:
         """Names of the samples that need not be done again, and how many records are of no use any more."""
@@ -76,16 +79,16 @@ class Records:
     def _read(self) -> Iterator[tuple[str | None, Counts | None]]:
         """(sample's name, counts) of each record of all processes; (None, None): cut off, or it does not fit."""
         for _, path in self._files():
-            with path.open("rb") as file:
-                for line in file:
+            with open_regular(path) as file:
+                while line := file.readline(_MAX_LINE):
                     try:
-                        record = json.loads(line)
+                        record = parse_json(line)
                         sample = self._samples[record["sample"]]
                         if (record["settings"], record["facts"]) != (self._settings, sample_facts(sample)):
                             raise ValueError
                         counts = self._no_counts()
                         counts.add_json(record["counts"])
-                    except (ValueError, KeyError, TypeError, IndexError):
+                    except (ValueError, KeyError, TypeError, IndexError, OverflowError):
                         yield None, None
                     else:
                         yield sample.name, counts
@@ -100,5 +103,12 @@ class Records:
 
 def _end_of_whole_lines(path: Path) -> int:
     """Length of a file without a last line that was cut off."""
-    data = path.read_bytes()
-    return data.rfind(b"\n") + 1
+    with open_regular(path) as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(end - _BLOCK, 0)
+            file.seek(start)
+            if (found := file.read(end - start).rfind(b"\n")) >= 0:
+                return start + found + 1
+            end = start
+    return 0

@@ -1,11 +1,11 @@
 """What became of the pictures of a run: for people on stdout and stderr, for programs in failed.json."""
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from segmenter.cli.output import err, out
 from segmenter.files import write_text
 
 FAILED = "failed.json"
@@ -26,9 +26,9 @@ class Tally:
 def say(tally: Tally, total: int, seconds: float, output: str, early: str = "", by: str = "") -> None:
     """Prints the failures on stderr, in the order of the pictures, and the summary on stdout."""
     for _, entry in sorted(tally.failed.items()):
-        print(f"segmenter: failed: {' '.join(entry['error'].split())}", file=sys.stderr)
+        err(f"segmenter: failed: {' '.join(entry['error'].split())}")
     each = f", {seconds / tally.done:.2f} s each" if tally.done else ""
-    print(f"{early}{tally.in_words(total)} in {seconds:.1f} s{each}{by} -> {output}")
+    out(f"{early}{tally.in_words(total)} in {seconds:.1f} s{each}{by} -> {output}")
 
 
 def write_failed(tally: Tally, output: Path) -> None:

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from segmenter.classes import ClassSet
+from segmenter.errors import InputError
 from segmenter.model import Segmenter
+from segmenter.text_files import read_json
 
+_MAX_RESULT = 10_000_000  # bytes: of thousands of classes
 _OPTIONS = ("overlay", "legend", "alpha", "labels", "dtype", "window_size", "window_stride", "scales", "flip", "model")
 
 
@@ -52,7 +55,7 @@ def is_done(json_file: Path, source: Path, settings: dict[str, Any]) -> bool:
     """Whether `json_file` tells of this picture as it is now, with these settings, and all its files are there."""
     facts = picture_facts(source)
     try:
-        result = json.loads(json_file.read_text(encoding="utf-8"))
+        result = read_json(json_file, InputError, _MAX_RESULT)
         then = (result["image"], result["picture"], result["settings"])
         same = facts is not None and then == (str(source), facts, settings)
         return same and all((json_file.parent / Path(file).name).is_file() for file in result["files"].values())

@@ -13,6 +13,7 @@ import yaml
 import segmenter
 from segmenter.charts import save_class_chart
 from segmenter.classes import ClassSet
+from segmenter.cli.output import out
 from segmenter.cli.report import write_json
 from segmenter.data.datasets import Dataset
 from segmenter.evaluate import Counts
@@ -89,10 +90,10 @@ def print_scores(data: dict[str, Any]) -> None:
     """A table of the classes, and a line of the means, in percent."""
     columns = [name for name in PER_CLASS if name in data["classes"][0]]
     width = max(len("class"), *(len(row["name"]) for row in data["classes"]))
-    print(f"{'id':>3} {'class':<{width}}" + "".join(f"{name:>8}" for name in columns))
+    out(f"{'id':>3} {'class':<{width}}" + "".join(f"{name:>8}" for name in columns))
     for row in data["classes"]:
-        print(f"{row['id']:>3} {row['name']:<{width}}" + "".join(_cell(row[name]) for name in columns))
-    print("  ".join(f"{name} {_cell(value).strip()}" for name, value in data["scores"].items()))
+        out(f"{row['id']:>3} {row['name']:<{width}}" + "".join(_cell(row[name]) for name in columns))
+    out("  ".join(f"{name} {_cell(value).strip()}" for name, value in data["scores"].items()))
 
 
 def _cell(value: float | None) -> str:

@@ -8,10 +8,10 @@ others, and with --max-restarts starts all again: what is done is then skipped, 
 import contextlib
 import json
 import os
-import sys
+import shutil
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,14 @@ import torch
 
 from segmenter.cli.errors import DEVICE, CommandError
 from segmenter.cli.loading import choose_device
+from segmenter.cli.output import err
 from segmenter.cli.report import Tally, write_json
+from segmenter.errors import InputError
+from segmenter.files import locked, writing_into
+from segmenter.text_files import read_json
 
 FOLDER = ".segmenter-report"  # below the output; no result can be called so, because hidden folders are no input
+_MAX_REPORT = 1_000_000_000  # bytes: all pictures of a process may have failed
 _RUN = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -76,6 +81,23 @@ class Shard:
             torch.cuda.set_device(device)
         return device
 
+    @contextlib.contextmanager
+    def writing_into(self, output: Path) -> Iterator[None]:
+        """Makes the output folder, and keeps all but the other processes of this run from writing into it.
+
+        Raises:
+            OSError: it cannot be made, or another run is writing into it.
+        """
+        with writing_into(output, shared=self.world > 1), contextlib.ExitStack() as stack:
+            if self.world > 1:  # another run of several has a process of this rank too
+                lock = output / FOLDER / f"lock-{self.rank}"
+                lock.parent.mkdir(exist_ok=True)
+                lock.touch()
+                stack.enter_context(locked(lock))
+            else:
+                shutil.rmtree(output / FOLDER, ignore_errors=True)  # what a lost run left
+            yield
+
     def part(self, jobs: Sequence[Any]) -> list[tuple[int, Any]]:
         """This process's jobs, each with its place among all."""
         return list(enumerate(jobs))[self.rank :: self.world]
@@ -105,7 +127,7 @@ class SharedReport:
             return None
         if any(report["work"] != self._facts["work"] for report in reports):
             text = "the processes tell of different pictures or options, so no summary is made; run again with --resume"
-            print(f"segmenter: warning: {text}", file=sys.stderr)
+            err(f"segmenter: warning: {text}")
             return None
         if not self._claim(reports):
             return None
@@ -115,7 +137,8 @@ class SharedReport:
 
     def remove(self) -> None:
         """Deletes the files of the processes: first the parts, so that nobody claims them once more."""
-        for path in [*map(self._path, range(self.shard.world)), *self.folder.glob("claim-*")]:
+        parts = map(self._path, range(self.shard.world))
+        for path in [*parts, *self.folder.glob("claim-*"), *self.folder.glob("lock-*")]:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another run may have put something in
             self.folder.rmdir()
@@ -140,6 +163,7 @@ class SharedReport:
 
     def _read(self, rank: int) -> dict[str, Any]:
         try:
-            return json.loads(self._path(rank).read_text())
-        except (OSError, ValueError):
+            report = read_json(self._path(rank), InputError, _MAX_REPORT)
+        except InputError:
             return {}
+        return report if isinstance(report, dict) and self._facts.keys() <= report.keys() else {}

@@ -2,12 +2,12 @@
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 from segmenter.cli.errors import FAILURE, OK, USAGE, CommandError
 from segmenter.cli.loading import errors_of_loading
+from segmenter.cli.output import err, out
 from segmenter.cli.shards import Shard
 from segmenter.data.datasets import DataError
 from segmenter.training.distributed import Group
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
         recipe = recipe_of(args)
         if recipe.model.startswith(PRESET) and not Path(recipe.model).exists() and group.leads:
             text = "is RANDOM WEIGHTS; the published recipe starts from ImageNet's: --model timm/NAME, or a file"
-            print(f"segmenter: WARNING: {recipe.model} {text}", file=sys.stderr)
+            err(f"segmenter: WARNING: {recipe.model} {text}")
         group.join()
         with errors_of_loading():
             outcome = train(recipe, args.output, group)
@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
     best = "" if outcome.best is None else f", best mIoU on val {outcome.best:.2f}"
     if outcome.stopped:
         if group.leads:
-            print(f"stopped and saved after step {outcome.step} of {outcome.total}; the same command goes on{best}")
+            out(f"stopped and saved after step {outcome.step} of {outcome.total}; the same command goes on{best}")
         return TERMINATED
     if group.leads:
-        print(f"{outcome.total} steps done{best} -> {args.output}")
+        out(f"{outcome.total} steps done{best} -> {args.output}")
     return OK
 
 

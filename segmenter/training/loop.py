@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ def train(recipe: Recipe, output: str | Path, group: Group = ONE, progress: bool
     Raises:
         RecipeError, CheckpointError, ConfigError: settings or weights that cannot be used. DataError: the data set, its
             labels when there is nothing to learn from them, or a sample while bad_samples is "stop". TrainingError:
-            loss or gradients are not finite.
+            loss or gradients are not finite. OSError: the folder cannot be written, or another run goes on in it.
 
     SIGTERM ends the step, or the evaluation, under way, saves, and returns with `stopped`. So does Ctrl-C; a second one
     interrupts.
@@ -67,15 +67,27 @@ def train(recipe: Recipe, output: str | Path, group: Group = ONE, progress: bool
     dataset = open_dataset(recipe.data, recipe.split, recipe.kind)
     recipe = recipe.completed(dataset.key)
     output = Path(output)
-    notes = [] if (output / files.CHECKPOINT).exists() else glance(dataset)
-    if group.leads:
-        output.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(output)
-    with _stop_signal() as stop:
+    with _writing_run(output, group), _stop_signal() as stop:
+        notes = [] if (output / files.CHECKPOINT).exists() else glance(dataset)
         run = Run(recipe, dataset, output, group, progress)
         if group.leads:
             warn(notes + (run.validation.shared_with(dataset) if run.validation else []))
         return run.run(stop)
+
+
+@contextmanager
+def _writing_run(output: Path, group: Group) -> Iterator[None]:
+    """`writing_run` by the leading process. If it cannot, all processes end: none waits for one that has ended."""
+    with ExitStack() as stack:
+        error = None
+        if group.leads:
+            try:
+                stack.enter_context(files.writing_run(output))
+            except OSError as reason:
+                error = reason
+        if group.sums([error is not None])[0]:
+            raise error or TrainingError("the leading process cannot write into the output folder")
+        yield
 
 
 class Run:

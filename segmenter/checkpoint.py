@@ -231,8 +231,8 @@ def _read_npy(name: str, content: BinaryIO, size: int) -> torch.Tensor:
         raise Refused(f"refused, {name} claims {shape} of {dtype}, its member has {size} bytes")
     if dtype == np.dtype("V2"):  # numpy has no bfloat16
         array, kind = np.frombuffer(raw, np.int16), torch.bfloat16
-    elif dtype.kind in "biuf":
-        array, kind = np.frombuffer(raw, dtype).astype(dtype.newbyteorder("=")), None
+    elif dtype.kind in "biuf" and dtype.itemsize <= 8:
+        array, kind = np.frombuffer(raw, dtype).astype(dtype.newbyteorder("="), copy=False), None
     else:
         raise Refused(f"has weights that are no tensors: {name} ({dtype})")
     tensor = torch.from_numpy(array.reshape(shape, order="F" if fortran else "C").copy(order="C"))
@@ -249,7 +249,8 @@ def _run_pickle(path: Path, file: BinaryIO, file_format: str, verify: bool) -> A
         return torch.load(path, weights_only=False, map_location="cpu", mmap=file_format == "torch zip")
     except ModuleNotFoundError as error:
         raise Refused(
-            f"needs the module {error.name}, which is not installed; without allow_pickle the weights are read alone"
+            f"needs the module {error.name}, which is not installed; install it, or leave out allow_pickle=True, "
+            f"without which only the weights are read"
         ) from error
     except (ImportError, AttributeError) as error:
         raise Refused(f"names something that is not there ({cause(error)})") from error

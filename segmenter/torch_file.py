@@ -15,6 +15,7 @@ import torch
 from segmenter.unpickle import Global, Refused, Storage, StoredTensor, Unpickler, short, storage_of
 
 ReadStorage = Callable[[Storage], torch.Tensor]
+_TRUNCATED = "damaged or truncated, it ends before its last part; copy or download it again"
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C  # what the older stream begins with
 
 
@@ -45,8 +46,8 @@ def read_zip(file: BinaryIO, verify: bool) -> tuple[Any, ReadStorage]:
         storage = storage_of(pid)
         member = members.get(f"{folder}data/{storage.key}")
         if member is None or member.file_size < storage.nbytes:
-            held = "is missing" if member is None else f"has {member.file_size}"
-            raise Refused(f"damaged or refused, storage {storage.key} of {storage.nbytes} bytes {held}")
+            held = "missing" if member is None else f"{member.file_size} bytes"
+            raise Refused(f"refused, storage {storage.key} claims {storage.nbytes} bytes, its member is {held}")
         return storage
 
     def read_storage(storage: Storage) -> torch.Tensor:
@@ -102,7 +103,7 @@ def materialize(tensor: StoredTensor, read: ReadStorage, storages: dict[str, tor
 def read_bytes(file: BinaryIO, start: int, n: int) -> torch.Tensor:
     """`n` bytes from `start`, as uint8; nothing is allocated for what the file does not hold."""
     if start + n > file.seek(0, io.SEEK_END):
-        raise Refused("truncated, it ends before its last part; copy or download it again")
+        raise Refused(_TRUNCATED)
     content = torch.empty(n, dtype=torch.uint8)
     file.seek(start)
     rest = memoryview(content.numpy())
@@ -125,7 +126,7 @@ def is_pickle(file: BinaryIO) -> bool:
 
 def _check_end(file: BinaryIO) -> None:
     if file.tell() > file.seek(0, io.SEEK_END):
-        raise Refused("truncated, it ends before its last part; copy or download it again")
+        raise Refused(_TRUNCATED)
 
 
 def _no_storage(storage: Storage) -> torch.Tensor:

@@ -20,9 +20,10 @@ import torch
 from segmenter.errors import printable
 
 MAX_NAMES = 8  # of keys or tensors listed in a message
-MAX_STEPS = 2_000_000  # opcodes and copied elements of a pickle: a second or two
-MAX_COPIED = 64_000_000  # bytes that a pickle may decode from text
-_MAX_TEXT = 200  # characters of a name in a pickle
+MAX_STEPS = 1_000_000  # opcodes and copied elements of a pickle: seconds; training checkpoints take 50,000
+_MAX_TEXT = 200  # characters of a name in a message
+_MAX_RAW = 1000  # bytes of a number, or what else is decoded
+_MAX_DIMENSIONS = 64  # torch takes no more
 _PLAIN_KEYS = (str, bytes, int, float, bool, type(None))
 _ALIASES = {"__builtin__": "builtins", "copy_reg": "copyreg", "numpy._core": "numpy.core"}
 _INERT = {  # of the standard library, and functions: naming and calling these runs nothing of interest
@@ -45,6 +46,7 @@ _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "QInt8Storage": torch.qint8, "QUInt8Storage": torch.quint8, "QInt32Storage": torch.qint32,
     "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
 }  # fmt: skip
 _DTYPES = {f"torch.{name}": found for name in dir(torch) if isinstance(found := getattr(torch, name), torch.dtype)}
@@ -120,7 +122,7 @@ class Unpickler:
     def __init__(self, persistent: Callable[[tuple[Any, ...]], Any]):
         self._persistent = persistent
         self.refused: set[str] = set()
-        self._steps, self._bytes = MAX_STEPS, MAX_COPIED
+        self._steps = MAX_STEPS
 
     def load(self, file: BinaryIO) -> Any:
         """The object of the pickle that begins at the position of `file`, which is left behind it.
@@ -211,6 +213,8 @@ class Unpickler:
     def _global(self, module: Any, name: Any) -> Global | torch.dtype:
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError("a name that is no text")
+        if len(module) + len(name) > 500:
+            raise Refused(f"refused, its pickle imports a name of {len(module) + len(name)} characters")
         for old, new in _ALIASES.items():
             if module == old or module.startswith(f"{old}."):
                 module = new + module[len(old) :]
@@ -220,6 +224,9 @@ class Unpickler:
         return _DTYPES.get(full) or Global(full)
 
     def _call(self, what: Any, args: Any) -> Any:
+        if not isinstance(args, tuple):
+            raise TypeError("arguments that are no tuple")
+        self._spend(len(args))
         name = type_name(what)
         if not isinstance(what, Global):
             self.refused.add(f"an object of {name}")
@@ -251,11 +258,11 @@ class Unpickler:
         self._spend(len(items))
         return {_key(item) for item in items}
 
-    def _encode(self, text: str, encoding: str = "latin1") -> bytes:
-        """How protocol 2 writes bytes."""
-        self._bytes -= len(text)
-        if encoding not in ("latin1", "latin-1", "utf-8", "ascii") or self._bytes < 0:
-            raise Refused(f"refused, its pickle encodes more than {MAX_COPIED} bytes, or as {short(encoding)}")
+    def _encode(self, text: Any, encoding: Any = "latin1") -> bytes | Inert:
+        """How protocol 2 writes bytes. Long ones, those of arrays, stay text: a text could be encoded over and over."""
+        if not isinstance(text, str) or len(text) > _MAX_RAW or encoding not in ("latin1", "latin-1"):
+            return Inert("_codecs.encode", (text, encoding))
+        self._spend(len(text) // 16)
         return text.encode(encoding)
 
     def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) -> StoredTensor | Inert:
@@ -263,7 +270,7 @@ class Unpickler:
         self._spend(len(numbers))
         if not isinstance(storage, Storage) or len(shape) != len(stride):
             return Inert("a tensor without storage")
-        if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+        if len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
             raise Refused("refused, a tensor with an impossible shape, stride or offset")
         if any(isinstance(other, dict) and ("conj" in other or "neg" in other) for other in others[2:]):
             return Inert("a conjugate or negative view")
@@ -278,14 +285,16 @@ class Unpickler:
         """A tensor with attributes of Python's, or of a subclass, which stays inert."""
         _check_attributes(attributes, torch.Tensor)
         tensor = self._call(function, args)
-        return tensor if kind.name in ("torch.Tensor", "torch.nn.parameter.Parameter") else Inert(kind.name, (tensor,))
+        plain = type_name(kind) in ("torch.Tensor", "torch.nn.parameter.Parameter")
+        return tensor if plain else Inert(type_name(kind), (tensor,))
 
     def _number(self, dtype: Any, raw: Any = None) -> Any:
         """A numpy scalar as a number or text of Python; inert if it is something else."""
         spec = dtype.args[0] if isinstance(dtype, Inert) and dtype.name == "numpy.dtype" and dtype.args else ""
         order = dtype.state[1] if spec and isinstance(dtype.state, tuple) and len(dtype.state) > 1 else "<"
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 wrote bytes as text
-        if isinstance(spec, str) and isinstance(raw, bytes) and len(raw) <= 1000 and order in ("<", ">", "|", "="):
+        raw = self._encode(raw) if isinstance(raw, str) else raw  # Python 2 wrote bytes as text
+        small = isinstance(spec, str) and len(spec) < 8 and isinstance(raw, bytes) and len(raw) <= _MAX_RAW
+        if small and order in ("<", ">", "|", "="):
             if re.fullmatch(r"b1|[iu][1248]|f[248]", spec) and len(raw) == int(spec[1:]):
                 return np.frombuffer(raw, (order if order != "|" else "=") + spec)[0].item()
             if re.fullmatch(r"U\d+", spec):
@@ -381,6 +390,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch.Size": lambda u, sizes=(): tuple(sizes),
     **{f"torch._utils._rebuild_tensor{version}": Unpickler._tensor for version in ("", "_v2", "_v3")},
     **{f"torch._utils._rebuild_parameter{state}": Unpickler._parameter for state in ("", "_with_state")},
+    "torch.nn.parameter.Parameter": lambda u, tensor, *_: tensor,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": lambda u, tensor, *_: tensor,
     **dict.fromkeys(
         ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type"), Unpickler._typed_tensor

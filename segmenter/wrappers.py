@@ -11,11 +11,11 @@ import torch
 
 from segmenter.unpickle import Inert, Refused, StoredTensor, listing, short, type_name
 
-_PLAIN = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "params", "student")
+_PLAIN = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "params")
 _AVERAGED = (
     "state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "model_state_dict_ema",
     "ema_model_state_dict", "ema", "averaged_model", "average_model", "average", "swa_model", "net_ema", "ema_net",
-    "params_ema", "teacher",
+    "params_ema",
 )  # fmt: skip
 _OUTER = ("module", "model", "net", "network", "segmentor", "segmenter", "ema_model", "averaged_model")
 _ANYWHERE = {  # names that no layer has: torch.compile, FSDP, activation checkpointing, Lightning Fabric and DeepSpeed
@@ -39,9 +39,10 @@ def unwrap(data: Any, averaged: bool | None) -> tuple[dict[str, Any], dict[str, 
     """
     extra: dict[str, Any] = {}
     notes: list[str] = []
-    taken = None  # whether the averaged ones were
+    taken, keys = False, None  # taken: whether the averaged ones were
     for _ in range(MAX_DEPTH):
         data = _mapping(data)
+        keys = keys or _keys(data)
         plain, average = _kept(data)
         if plain is None and average is None:
             break
@@ -52,15 +53,16 @@ def unwrap(data: Any, averaged: bool | None) -> tuple[dict[str, Any], dict[str, 
                 f"{'averaged' if taken else 'plain'} weights taken ({average if taken else plain}), "
                 f"averaged={not taken} takes the {flag} ones ({other})"
             )
-        elif average is not None and average != "teacher":
+        elif average is not None:
             taken = True
             notes.append(f"averaged weights taken ({average}), the file has no others")
         key = average if plain is None or (taken and average is not None) else plain
         extra = {**{k: v for k, v in data.items() if k != key}, **extra}
         data = data[key]
-    if averaged is not None and averaged != bool(taken):
-        raise Refused(f"holds no {'averaged' if averaged else 'plain'} weights; its keys are: {_keys(data)}")
-    return _renamed(_tensors(data), notes), extra, notes
+    weights = _tensors(data)
+    if averaged is not None and averaged != taken:
+        raise Refused(f"holds no {'averaged' if averaged else 'plain'} weights; its keys are: {keys}")
+    return _renamed(weights, notes), extra, notes
 
 
 def _mapping(data: Any) -> Mapping[Any, Any]:
@@ -97,27 +99,31 @@ def _regrouped(data: dict[Any, Any]) -> dict[Any, Any]:
 
 def _kept(data: Mapping[Any, Any]) -> tuple[str | None, str | None]:
     """The keys of the plain and of the averaged weights."""
-    plain = next((key for key in _PLAIN if _holds_weights(data.get(key))), None)
-    average = next((key for key in _AVERAGED if _holds_weights(data.get(key))), None)
-    if plain == "state_dict" and _holds_weights(data.get("current_model_state")):  # Lightning's WeightAveraging
+    plain = next((key for key in _PLAIN if _holds_weights(data.get(key), set())), None)
+    average = next((key for key in _AVERAGED if _holds_weights(data.get(key), set())), None)
+    if plain == "state_dict" and _holds_weights(data.get("current_model_state"), set()):  # Lightning's WeightAveraging
         return "current_model_state", "state_dict"
     if plain == "state_dict" and average == "ema_state_dict" and "message_hub" in data:  # mmengine swaps them
         return average, plain
     return plain, average
 
 
-def _holds_weights(value: Any, depth: int = MAX_DEPTH) -> bool:
+def _holds_weights(value: Any, seen: set[int]) -> bool:
+    """seen: the dictionaries that were looked into, which may hold each other."""
     if isinstance(value, torch.nn.Module):
         return True
-    if not isinstance(value, Mapping) or not depth:
+    if not isinstance(value, Mapping) or id(value) in seen or len(seen) > 100:
         return False
+    seen.add(id(value))
     inner = (value.get(key) for key in (*_PLAIN, *_AVERAGED))
-    return any(map(_is_tensor, value.values())) or any(_holds_weights(part, depth - 1) for part in inner)
+    return any(map(_is_tensor, value.values())) or any(_holds_weights(part, seen) for part in inner)
 
 
 def _tensors(data: Mapping[Any, Any]) -> dict[str, Any]:
     if not any(_is_tensor(value) or _is_odd(value) for value in data.values()):
-        raise Refused(f"holds no weights; its keys are: {_keys(data)}")
+        objects = [f"{short(key)} ({value.name})" for key, value in data.items() if isinstance(value, Inert)]
+        hint = f"; if you trust this file, allow_pickle=True makes {listing(objects)}" if objects else ""
+        raise Refused(f"holds no weights; its keys are: {_keys(data)}{hint}")
     odd = [f"{short(k)} ({type_name(v)})" for k, v in data.items() if not _is_tensor(v) and not _is_odd(v)]
     if odd:
         raise Refused(f"has weights that are no tensors: {listing(odd)}")

@@ -369,7 +369,7 @@ def test_a_storage_larger_than_its_record_cannot_be_read(tmp_path):
     claims = pickled.replace((1000).to_bytes(2, "little"), (60_000).to_bytes(2, "little"))
     assert claims != pickled
     repack(tmp_path / "a.pth", tmp_path / "b.pth", zipfile.ZIP_STORED, {"data.pkl": claims})
-    with pytest.raises(CheckpointError, match=r"b\.pth: .*storage 0 of 240000 bytes has 4000"):
+    with pytest.raises(CheckpointError, match=r"b\.pth: .*storage 0 claims 240000 bytes, its member is 4000"):
         read_state_dict(tmp_path / "b.pth")
 
 

@@ -289,11 +289,11 @@ def _owned(state: dict[str, Any], read_storage: ReadStorage | None, size: int) -
 
 def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Without a class and attributes of its own, which may say anything. Of trusted files and of safetensors."""
-    tensor = torch.Tensor.as_subclass(torch.Tensor.detach(tensor), torch.Tensor)
+    tensor = torch.Tensor.detach(tensor)
     if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
         kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else tensor.layout
         raise Refused(f"{name} is no plain tensor ({kind} on {tensor.device})")
-    return tensor
+    return torch.Tensor.as_subclass(tensor, torch.Tensor)
 
 
 def _reach(tensor: torch.Tensor | StoredTensor) -> int:

@@ -41,6 +41,7 @@ _INERT = {  # of the standard library, and functions: naming and calling these r
     "zoneinfo.ZoneInfo", "numpy.dtype", "numpy.random._pickle.__randomstate_ctor",
     "numpy.random._pickle.__generator_ctor", "numpy.random._pickle.__bit_generator_ctor", "torch.device", "torch.dtype",
     "torch.serialization._get_layout",
+    "numpy.core.numeric._frombuffer", "numpy.random.bit_generator.__pyx_unpickle_SeedSequence",
 }  # fmt: skip
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,

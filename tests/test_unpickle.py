@@ -375,8 +375,7 @@ def test_torch_agrees_on_every_kind_of_tensor(tmp_path):
             assert type(tensor) is torch.Tensor and not tensor.requires_grad and tensor.is_contiguous()
             assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name])
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        ours["again"].zero_()
-        assert not torch.equal(ours["turned"], ours["again"].T)  # memory of its own
+        assert len({tensor.data_ptr() for tensor in ours.values()}) == len(ours)  # memory of their own
 
 
 def test_attributes_cannot_take_the_place_of_methods(tmp_path):
@@ -415,7 +414,8 @@ def test_a_negative_view_is_refused_or_resolved(tmp_path):
     assert tensor.is_neg()
     torch.save({"odd": tensor}, tmp_path / "a.pth")
     assert "odd is no plain tensor (a conjugate or negative view)" in refusal(tmp_path / "a.pth")
-    assert read_weights(tmp_path / "a.pth", allow_pickle=True).state["odd"].tolist() == [-1, -1, -1]
+    read = read_weights(tmp_path / "a.pth", allow_pickle=True).state["odd"]
+    assert read.tolist() == [-1, -1, -1] and not read.is_neg()
 
 
 @pytest.mark.parametrize("name", [5, b"a", (1, 2), "x" * 501])

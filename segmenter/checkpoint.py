@@ -282,7 +282,7 @@ def _owned(state: dict[str, Any], read_storage: ReadStorage | None, size: int) -
     return {
         name: materialize(tensor, read_storage, storages)
         if isinstance(tensor, StoredTensor)
-        else owned[name].resolve_neg().clone(memory_format=torch.contiguous_format)
+        else owned[name].clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
 

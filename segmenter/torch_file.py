@@ -96,7 +96,7 @@ def materialize(tensor: StoredTensor, read: ReadStorage, storages: dict[str, tor
     storages[tensor.storage.key] = content
     flat = content[: len(content) // tensor.dtype.itemsize * tensor.dtype.itemsize].view(tensor.dtype)
     view = flat.as_strided(tensor.shape, tensor.stride, tensor.offset)
-    whole = view.numel() == flat.numel() and view.is_contiguous()
+    whole = view.is_contiguous() and view.nbytes == view.untyped_storage().nbytes()
     return view if whole and not seen else view.clone(memory_format=torch.contiguous_format)
 
 

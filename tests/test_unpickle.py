@@ -349,6 +349,14 @@ def test_what_tensors_claim(tmp_path, claims, message):
         assert message in refusal(path)
 
 
+def test_a_member_larger_than_its_storage_is_not_kept(tmp_path):
+    path = write(tmp_path / "a.pth", tensor_pickle())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/data/0", np.arange(100, dtype="<f4").tobytes())
+    read = read_weights(path).state["a"]
+    assert read.tolist() == [[0, 1], [2, 3]] and read.untyped_storage().nbytes() == 16
+
+
 def test_big_endian_files_are_swapped(tmp_path):
     path = write(tmp_path / "a.pth", tensor_pickle())
     with zipfile.ZipFile(path, "a") as archive:

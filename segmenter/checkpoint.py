@@ -3,26 +3,28 @@
 What a file is, is decided by its content, never by its name. Whatever is wrong with it ends in one `CheckpointError`.
 """
 
-import argparse
+import contextlib
+import dataclasses
 import os
 import pickle
-import re
+import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from segmenter.errors import InputError
+from segmenter.errors import InputError, cause
+from segmenter.torch_file import ReadStorage, is_pickle, materialize, read_stream, read_zip
+from segmenter.unpickle import MAX_NAMES, Refused, StoredTensor, listing
+from segmenter.wrappers import MAX_WEIGHTS, unwrap
 
-MAX_NAMES = 8  # of keys or tensors listed in a message
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "state_dict_ema", "model_ema")
-_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+__all__ = ["MAX_NAMES", "CheckpointError", "WeightFile", "listing", "read_state_dict", "read_weights"]
+
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8}
 _DTYPES |= {torch.int8, torch.int16, torch.int32, torch.int64}
-_NUMPY_DTYPES = ("bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "str", "bytes")
 _MAGIC = {  # first bytes, lower case -> what it is
     b"version https://git-lfs": "a git-lfs pointer, not the file itself; run `git lfs pull`",
     b"<!doctype": "a web page, probably a failed download",
@@ -41,75 +43,110 @@ class CheckpointError(InputError):
     """A file that cannot be used as weights or configuration; the message has its path, the cause and what to do."""
 
 
-def read_state_dict(
-    path: str | os.PathLike, *, allow_pickle: bool = False, verify: bool = True, allow_nonfinite: bool = False
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Reads the weights of a file, with the names that it uses.
+@dataclasses.dataclass
+class WeightFile:
+    """What `read_weights` found.
 
-    A state dict inside {"model": ...}, {"state_dict": ...} and the like is taken out; a common prefix `module.` or
-    `_orig_mod.` is dropped. Tensors are contiguous copies on the CPU in the dtype of the file.
+    Attributes:
+        state: names as in the file but for the prefixes of wrappers -> plain tensors on the CPU, in the file's dtype,
+            contiguous, each with memory of its own.
+        extra: what else the file holds ("epoch", "meta" ...): plain values, `Inert` for objects of other classes,
+            `StoredTensor` for tensors, which are not read.
+        notes: what was removed, left out or chosen, for people.
+    """
+
+    state: dict[str, torch.Tensor]
+    extra: dict[str, Any]
+    notes: list[str]
+
+
+def read_weights(
+    path: str | os.PathLike,
+    *,
+    averaged: bool | None = None,
+    allow_pickle: bool = False,
+    verify: bool = True,
+    allow_nonfinite: bool = False,
+) -> WeightFile:
+    """Reads the weights of a file, whatever training tool left it.
+
+    A state dict inside {"model": ...}, {"state_dict": ...} and the like is taken out. Prefixes of wrappers that all
+    weights share (`module.`, `_orig_mod.`, `model.` ...), and those inside names, are dropped. Objects of other classes
+    beside the weights are read as data, see `segmenter.unpickle`.
 
     Args:
         path: a torch file (zip or the older stream), safetensors, or numpy .npz.
+        averaged: where plain weights and their average are kept, which to take; None: see `segmenter.wrappers.unwrap`.
         allow_pickle: "I trust this file": lets a torch file run the code that it names.
         verify: compares the checksums inside zip files (nothing else notices a flipped bit).
         allow_nonfinite: accepts NaN and infinite weights.
-    Returns:
-        (state dict, what else the file holds: "epoch", "meta" ...).
     Raises:
         CheckpointError: whatever is wrong with the file.
     """
     path = Path(path)
-    file_format = _file_format(path)
+    file_format = "weight"
     try:
-        if file_format == "safetensors":
-            from safetensors.torch import load_file
-
-            data = load_file(path)
-        elif file_format == "npz":
-            data = _read_npz(path)
-        else:
-            data = _read_torch(path, file_format, allow_pickle, verify)
+        with _opened(path) as file:
+            file_format = _file_format(file)
+            data, read_storage = _read(path, file, file_format, allow_pickle, verify)
+            state, extra, notes = unwrap(data, averaged)
+            state = _owned(state, read_storage, _size(file))
+        if not allow_nonfinite:
+            _check_finite(state)
     except CheckpointError:
         raise
-    except Exception as error:  # torch, zipfile, safetensors and numpy raise a dozen types on damaged files
-        raise CheckpointError(f"{path}: damaged or truncated {file_format} file ({_first_line(error)})") from error
-    state, extra = _unwrap(path, data)
-    state = _owned(path, state)
-    if not allow_nonfinite:
-        _check_finite(path, state)
-    return state, extra
+    except Refused as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # torch, zipfile, pickletools and numpy raise a dozen types on damaged files
+        raise CheckpointError(f"{path}: damaged or truncated {file_format} file ({cause(error)})") from error
+    return WeightFile(state, extra, notes)
 
 
-def listing(names: list[str]) -> str:
-    """The first names, comma-separated, and how many more there are."""
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more
+def read_state_dict(path: str | os.PathLike, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(state, extra) of `read_weights`, without its notes."""
+    found = read_weights(path, **options)
+    return found.state, found.extra
 
 
-def _file_format(path: Path) -> str:
-    """ "torch zip", "torch stream", "safetensors" or "npz", from the content."""
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; give the weight file in it")
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is no regular file")
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file; anything else is refused without waiting for it."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        with open(path, "rb") as file:
-            head = file.read(512)
+        mode = os.stat(path).st_mode
+        file = os.fdopen(os.open(path, flags), "rb") if stat.S_ISREG(mode) else None
+    except FileNotFoundError as error:
+        raise Refused("no such file") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    size = path.stat().st_size
+        raise Refused(f"cannot be read ({cause(error)})") from error
+    except ValueError as error:  # a NUL character in the path
+        raise Refused(f"no such file ({cause(error)})") from error
+    if file is None:
+        folder = stat.S_ISDIR(mode)
+        raise Refused("is a folder; give the weight file in it" if folder else "is no regular file")
+    with file:
+        yield file
+
+
+def _size(file: BinaryIO) -> int:
+    return file.seek(0, os.SEEK_END)
+
+
+def _file_format(file: BinaryIO) -> str:
+    """ "torch zip", "torch stream", "safetensors" or "npz", from the content."""
+    try:
+        head, size = file.read(512), _size(file)
+    except OSError as error:
+        raise Refused(f"cannot be read ({cause(error)})") from error
     if not head:
-        raise CheckpointError(f"{path}: is empty (0 bytes); copy or download it again")
+        raise Refused("is empty (0 bytes); copy or download it again")
     if head.startswith(b"PK"):
-        return _zip_format(path, size)
+        return _zip_format(file, size)
     if size > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "safetensors"
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+    if head[:1] == b"\x80" and head[1:2] <= b"\x05" or size <= 1_000_000 and is_pickle(file):
         return "torch stream"
-    raise CheckpointError(f"{path}: is no checkpoint; it looks like {_looks_like(head)}")
+    raise Refused(f"is no checkpoint; it looks like {_looks_like(head)}")
 
 
 def _looks_like(head: bytes) -> str:
@@ -124,123 +161,153 @@ def _looks_like(head: bytes) -> str:
     return f"an unknown binary format (first bytes {head[:4].hex()})"
 
 
-def _zip_format(path: Path, size: int) -> str:
+def _zip_format(file: BinaryIO, size: int) -> str:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except Exception as error:  # BadZipFile, struct.error, NotImplementedError ...
-        raise CheckpointError(
-            f"{path}: damaged or truncated zip file of {size} bytes ({_first_line(error)}); download it again"
-        ) from error
+        raise Refused(f"damaged or truncated zip file of {size} bytes ({cause(error)}); download it again") from error
     names = [m.filename for m in members]
     if sum(m.file_size for m in members) > 4 * size:
-        raise CheckpointError(f"{path}: refused, unpacks to more than 4 times its {size} bytes (a zip bomb?)")
+        raise Refused(f"refused, unpacks to more than 4 times its {size} bytes (a zip bomb?)")
     if names and all(name.endswith(".npy") for name in names):
         return "npz"
     if any(name.endswith("/constants.pkl") for name in names):
-        raise CheckpointError(f"{path}: is a TorchScript program; save its state_dict() instead")
+        raise Refused("is a TorchScript program; save its state_dict() instead")
     if not any(name.endswith("data.pkl") for name in names):
-        raise CheckpointError(f"{path}: is a zip archive without weights ({listing(names) or 'empty'})")
+        raise Refused(f"is a zip archive without weights ({listing(names) or 'empty'})")
     packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
     if packed:
-        raise CheckpointError(f"{path}: refused, compressed members ({listing(packed)}); torch.save writes none")
+        raise Refused(f"refused, compressed members ({listing(packed)}); torch.save writes none")
     return "torch zip"
 
 
-def _read_npz(path: Path) -> dict[str, torch.Tensor]:
-    with np.load(path, allow_pickle=False) as archive:  # numpy checks the zip checksums as it reads
-        return {name: torch.from_numpy(np.ascontiguousarray(archive[name])) for name in archive.files}
-
-
-def _read_torch(path: Path, file_format: str, allow_pickle: bool, verify: bool) -> Any:
-    if verify and file_format == "torch zip":
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-        if bad:
-            raise CheckpointError(f"{path}: damaged, {bad} fails its checksum; download it again (verify=False skips)")
-    # Mapped, a storage cannot reach beyond the file, whatever size the pickle claims for it.
-    options = {"map_location": "cpu", "mmap": file_format == "torch zip"}
+def _read(
+    path: Path, file: BinaryIO, file_format: str, allow_pickle: bool, verify: bool
+) -> tuple[Any, ReadStorage | None]:
+    file.seek(0)
+    if file_format == "safetensors":
+        return _read_safetensors(path), None
+    if file_format == "npz":
+        return _read_npz(file), None
     if allow_pickle:
-        return torch.load(path, weights_only=False, **options)
-    with torch.serialization.safe_globals(_safe_globals()):
-        try:
-            return torch.load(path, weights_only=True, **options)
-        except pickle.UnpicklingError as error:
-            refused = _refused_globals(path, error)
-            if not refused:
-                raise
-            raise CheckpointError(
-                f"{path}: refused, it would run {listing(refused)}; if you trust this file pass allow_pickle=True"
-            ) from error
+        return _run_pickle(path, file, file_format, verify), None
+    return read_zip(file, verify) if file_format == "torch zip" else read_stream(file)
 
 
-def _safe_globals() -> list[Any]:
-    """Beyond torch's own list: numpy numbers (under the names of numpy 1 and 2) and the arguments of a training."""
-    multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
-    scalars = [(multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    dtypes = [type(np.dtype(name)) for name in _NUMPY_DTYPES]
-    already = torch.serialization.get_safe_globals()  # leaving the context would take them from whoever added them
-    return [entry for entry in (*scalars, np.dtype, *dtypes, argparse.Namespace) if entry not in already]
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        if len(names) > MAX_WEIGHTS:
+            raise Refused(f"refused, it has {len(names)} weights")
+        return {name: file.get_tensor(name) for name in names}
 
 
-def _refused_globals(path: Path, error: Exception) -> list[str]:
+def _read_npz(file: BinaryIO) -> dict[str, torch.Tensor]:
+    tensors = {}
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise Refused(f"refused, {member.filename} is compressed in another way than numpy's")
+            name = member.filename.removesuffix(".npy")
+            with archive.open(member) as content:  # the checksum is compared as it is read
+                tensors[name] = _read_npy(name, content, member.file_size)
+    return tensors
+
+
+def _read_npy(name: str, content: BinaryIO, size: int) -> torch.Tensor:
+    version = np.lib.format.read_magic(content)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(content)
+    if dtype.hasobject:
+        raise Refused(f"refused, {name} holds pickled objects (numpy's allow_pickle=False)")
+    count = 1
+    for side in shape:
+        count *= side
+    raw = content.read()
+    if min(shape, default=0) < 0 or len(raw) != count * dtype.itemsize:
+        raise Refused(f"refused, {name} claims {shape} of {dtype}, its member has {size} bytes")
+    if dtype == np.dtype("V2"):  # numpy has no bfloat16
+        array, kind = np.frombuffer(raw, np.int16), torch.bfloat16
+    elif dtype.kind in "biuf" and dtype.itemsize <= 8:
+        array, kind = np.frombuffer(raw, dtype).astype(dtype.newbyteorder("="), copy=False), None
+    else:
+        raise Refused(f"has weights that are no tensors: {name} ({dtype})")
+    tensor = torch.from_numpy(array.reshape(shape, order="F" if fortran else "C").copy(order="C"))
+    return tensor if kind is None else tensor.view(kind)
+
+
+def _run_pickle(path: Path, file: BinaryIO, file_format: str, verify: bool) -> Any:
+    """torch.load of a file that is trusted."""
+    if verify and file_format == "torch zip":
+        with zipfile.ZipFile(file) as archive:
+            if bad := archive.testzip():
+                raise Refused(f"damaged, {bad} fails its checksum; download it again (verify=False skips)")
     try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # the older stream format has no such scan
-        found = []
-    return sorted(found) or re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
+        return torch.load(path, weights_only=False, map_location="cpu", mmap=file_format == "torch zip")
+    except ModuleNotFoundError as error:
+        raise Refused(
+            f"needs the module {error.name}, which is not installed; install it, or leave out allow_pickle=True, "
+            f"without which only the weights are read"
+        ) from error
+    except (ImportError, AttributeError) as error:
+        raise Refused(f"names something that is not there ({cause(error)})") from error
+    except (EOFError, RuntimeError, pickle.UnpicklingError):
+        raise
+    except Exception as error:
+        raise Refused(f"cannot be unpickled ({type(error).__name__}: {cause(error)})") from error
 
 
-def _unwrap(path: Path, data: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    extra: dict[str, Any] = {}
-    for _ in range(len(_WRAPPERS)):
-        if isinstance(data, torch.nn.Module):  # only with allow_pickle
-            data = data.state_dict()
-        if not isinstance(data, Mapping):
-            raise CheckpointError(f"{path}: holds a {type(data).__name__}, not a state dict")
-        wrapper = next((w for w in _WRAPPERS if isinstance(data.get(w), Mapping | torch.nn.Module)), None)
-        if wrapper is None:
-            break
-        extra = {**{k: v for k, v in data.items() if k != wrapper}, **extra}
-        data = data[wrapper]
-    names = [str(name) for name in data]
-    if not any(isinstance(v, torch.Tensor) for v in data.values()):
-        raise CheckpointError(f"{path}: holds no weights; its keys are: {listing(names) or 'none'}")
-    odd = [f"{k} ({type(v).__name__})" for k, v in data.items() if not isinstance(v, torch.Tensor)]
-    if odd:
-        raise CheckpointError(f"{path}: has weights that are no tensors: {listing(odd)}")
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in names):
-            names = [name[len(prefix) :] for name in names]
-    return dict(zip(names, data.values(), strict=True)), extra
-
-
-def _owned(path: Path, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies, after checking that the file really holds what each tensor claims."""
-    total, limit = 0, 4 * path.stat().st_size
+def _owned(state: dict[str, Any], read_storage: ReadStorage | None, size: int) -> dict[str, torch.Tensor]:
+    """Contiguous tensors, read or copied after checking that the file of `size` bytes holds what each one claims."""
+    owned, total = {}, 0
     for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise CheckpointError(f"{path}: {name} is no plain tensor ({tensor.layout} on {tensor.device})")
+        if not isinstance(tensor, StoredTensor):
+            owned[name] = tensor = _plain(name, tensor)
         if tensor.dtype not in _DTYPES:
-            raise CheckpointError(f"{path}: {name} has the unsupported dtype {tensor.dtype}; store float32 or float16")
-        claimed = tensor.numel() * tensor.element_size()
+            raise Refused(f"{name} has the unsupported dtype {tensor.dtype}; store float32 or float16")
+        count = 1
+        for side in tensor.shape:
+            count *= side
+        if not count:
+            raise Refused(f"{name} is empty, of shape {tuple(tensor.shape)}")
+        claimed = count * tensor.dtype.itemsize
         total += claimed
-        if claimed > tensor.untyped_storage().nbytes() or total > limit:
-            raise CheckpointError(
-                f"{path}: refused, {name} claims {tuple(tensor.shape)} = {claimed} bytes, more than the file holds"
-            )
-    return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+        held = tensor.storage.nbytes if isinstance(tensor, StoredTensor) else tensor.untyped_storage().nbytes()
+        if max(claimed, _reach(tensor)) > held or total > 4 * size:
+            raise Refused(f"refused, {name} claims {tuple(tensor.shape)} = {claimed} bytes, more than the file holds")
+    storages: dict[str, torch.Tensor] = {}
+    return {
+        name: materialize(tensor, read_storage, storages)
+        if isinstance(tensor, StoredTensor)
+        else owned[name].clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
 
 
-def _check_finite(path: Path, state: dict[str, torch.Tensor]) -> None:
+def _plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Without a class and attributes of its own, which may say anything. Of trusted files and of safetensors."""
+    tensor = torch.Tensor.detach(tensor)
+    if tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else tensor.layout
+        raise Refused(f"{name} is no plain tensor ({kind} on {tensor.device})")
+    return torch.Tensor.as_subclass(tensor, torch.Tensor)
+
+
+def _reach(tensor: torch.Tensor | StoredTensor) -> int:
+    """The bytes of its storage up to the last that a tensor of at least one element uses."""
+    stored = isinstance(tensor, StoredTensor)
+    offset, stride = (tensor.offset, tensor.stride) if stored else (tensor.storage_offset(), tensor.stride())
+    last = offset + sum((side - 1) * step for side, step in zip(tensor.shape, stride, strict=True))
+    return (last + 1) * tensor.dtype.itemsize
+
+
+def _check_finite(state: dict[str, torch.Tensor]) -> None:
     bad = [name for name, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
-        raise CheckpointError(
-            f"{path}: NaN or infinite weights in {listing(bad)}; the training diverged or the file is damaged "
+        raise Refused(
+            f"NaN or infinite weights in {listing(bad)}; the training diverged or the file is damaged "
             f"(allow_nonfinite=True loads it all the same)"
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:200] if lines and lines[0] else type(error).__name__

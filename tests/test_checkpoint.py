@@ -369,15 +369,8 @@ def test_a_storage_larger_than_its_record_cannot_be_read(tmp_path):
     claims = pickled.replace((1000).to_bytes(2, "little"), (60_000).to_bytes(2, "little"))
     assert claims != pickled
     repack(tmp_path / "a.pth", tmp_path / "b.pth", zipfile.ZIP_STORED, {"data.pkl": claims})
-    with pytest.raises(CheckpointError, match=r"b\.pth"):
+    with pytest.raises(CheckpointError, match=r"b\.pth: .*storage 0 claims 240000 bytes, its member is 4000"):
         read_state_dict(tmp_path / "b.pth")
-
-
-def test_zip_files_are_mapped_so_that_no_claim_reaches_beyond_them(torch_file, monkeypatch):
-    real, seen = torch.load, []
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: seen.append(kwargs) or real(*args, **kwargs))
-    read_state_dict(torch_file)  # torch up to 2.9 believed the size that the pickle claims
-    assert seen == [{"weights_only": True, "map_location": "cpu", "mmap": True}]
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_a_gif_that_stores_some_pixels_holds_no_ids(tmp_path):
 
 def test_labels_are_regular_files_within_the_limit(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for name, message in {"pipe": "is no regular file", ".": "is no regular file", "none.png": "No such file"}.items():
+    for name, message in {"pipe": "is no regular file", ".": "is a folder", "none.png": "No such file"}.items():
         with pytest.raises(DataError, match=message) as caught:
             read_ids(tmp_path / name)
         assert caught.value.file == tmp_path / name

@@ -357,7 +357,7 @@ def test_files_that_are_no_pictures(tmp_path):
         "missing.png": "No such file",
         "loop": "symbolic link",
         "pipe": "is no regular file",
-        ".": "is no regular file",
+        ".": "is a folder",
         "empty.png": "the file is empty",
         "text.png": "not a picture, or not one of JPEG, PNG",
         "program.eps": "not a picture, or not one of JPEG, PNG",  # Pillow would start Ghostscript

@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -244,3 +244,16 @@ def _check_finite(path: Path, state: dict[str, torch.Tensor]) -> None:
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
     return lines[0][:200] if lines and lines[0] else type(error).__name__
+
+
+class WeightFile(NamedTuple):
+    """placeholder"""
+
+    state: dict[str, torch.Tensor]
+    extra: dict[str, Any]
+    notes: list[str]
+
+
+def read_weights(path: str | os.PathLike, *, averaged: bool | None = None, **options: bool) -> WeightFile:
+    """placeholder"""
+    return WeightFile(*read_state_dict(path, **options), [])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from segmenter.checkpoint import CheckpointError, read_state_dict
-from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig
+from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, check_windows
 from segmenter.model import ModelInfo, Segmenter
 from segmenter.state import build
 from segmenter.text_files import read_json
@@ -135,7 +135,7 @@ def from_pretrained(
     except ConfigError as error:
         raise CheckpointError(f"{path / CONFIG}: {error}") from error
     model = build(config, state, impl, str(weights))
-    model.info = _info(path, content.get("info"))
+    model.info = _info(path, content.get("info"), config)
     return model.to(device) if device is not None else model
 
 
@@ -171,18 +171,20 @@ def _finish_interrupted_save(folder: Path) -> None:
                 _flush(folder)
 
 
-def _info(folder: Path, values: Any) -> ModelInfo:
+def _info(folder: Path, values: Any, config: ModelConfig) -> ModelInfo:
     known = {field.name for field in dataclasses.fields(ModelInfo)}
     info = ModelInfo(**{k: v for k, v in values.items() if k in known}) if isinstance(values, dict) else ModelInfo()
-    sizes = (info.window_size, info.window_stride)
     if (
         info.normalization not in NORMALIZATIONS
         or info.weights not in _STATES
-        or not all(type(size) is int and size > 0 for size in sizes)
         or not isinstance(info.classes, str | None)
         or not isinstance(info.source, str)
     ):
         raise CheckpointError(f"{folder / CONFIG}: the values under info are wrong: {values!r:.200}")
+    try:
+        check_windows(info.window_size, info.window_stride, config.image_size)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     if info.classes == CLASSES:
         info.classes = str(folder / CLASSES)
     return info

@@ -183,6 +183,9 @@ def architecture(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     fc1 = state.get("encoder.blocks.0.mlp.fc1.bias")
     if fc1 is not None and fc1.shape[0] != 4 * arch["d_model"]:
         raise CheckpointError(f"the MLP is {fc1.shape[0]} wide; the Segmenter encoder has 4 x {arch['d_model']}")
+    fc2 = state.get("encoder.blocks.0.mlp.fc2.weight")
+    if fc1 is not None and fc2 is not None and fc2.shape[1] * 2 == fc1.shape[0]:
+        raise CheckpointError("a gated MLP (GLU): fc2 takes half of what fc1 gives; the Segmenter encoder has none")
     return arch
 
 

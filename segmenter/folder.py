@@ -17,6 +17,7 @@ import torch
 
 from segmenter.checkpoint import CheckpointError, read_state_dict
 from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, check_windows
+from segmenter.errors import printable
 from segmenter.model import ModelInfo, Segmenter
 from segmenter.state import build
 from segmenter.text_files import read_json
@@ -184,7 +185,8 @@ def _info(folder: Path, values: Any, config: ModelConfig) -> ModelInfo:
     try:
         check_windows(info.window_size, info.window_stride, config.image_size)
     except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+        raise CheckpointError(f"{folder / CONFIG}: the values under info are wrong: {error}") from error
+    info.source = printable(info.source)
     if info.classes == CLASSES:
         info.classes = str(folder / CLASSES)
     return info

@@ -75,7 +75,7 @@ _UNSUPPORTED = (  # what the Segmenter encoder has not, by a part of the name
     (r"attn\.[qv]_bias$", "biases of queries and values alone (BEiT, EVA)"),
     (
         r"layer_scale|\.lambda_?[12]$|gamma[123]$",
-        "a layer scale of another layout (BEiT, XCiT)",
+        "a layer scale of another layout (BEiT, XCiT, DINOv2)",
     ),
     (r"(^|\.)fc_norm\.", "a norm after pooling (fc_norm) in place of the final norm"),
     (r"norm_pre\.|ln_pre\.|pre_?layrnorm\.", "a norm before the blocks (CLIP)"),
@@ -137,10 +137,10 @@ def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict
         CheckpointError: a feature that the Segmenter encoder has not, names that do not belong to the kind, or
             tensors of other dimensions than their names imply.
     """
-    if kind == "segmenter":
-        return dict(weights), {}, []
     if what := feature(weights):
         raise CheckpointError(f"these {kind} weights have {what}, which the Segmenter encoder has not")
+    if kind == "segmenter":
+        return dict(weights), {}, []
     notes: list[str] = []
     fields: dict[str, Any] = {}
     ours = {k: v.to(torch.float32, copy=True) if v.is_floating_point() else v for k, v in weights.items()}

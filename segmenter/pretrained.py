@@ -212,10 +212,12 @@ def _from_path(
         path = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
         if path is None:
             raise CheckpointError(f"{folder}: has none of {', '.join(_WEIGHT_FILES)}; give the weight file itself")
-    state, extra, notes = read_weights(path, **options)
-    if options["averaged"] is None and (two := [note for note in notes if "averaged" in note]):
-        warnings.warn(f"{path}: {two[0]}", stacklevel=4)
-    source = "/".join(path.absolute().parts[-2:])
+    found = read_weights(path, **options)
+    state, notes = found.state, list(found.notes)
+    if options["averaged"] is None:
+        for note in (note for note in notes if "averaged=" in note):  # it names the way to the other set
+            warnings.warn(printable(f"{path}: {note}"), stacklevel=4)
+    source = printable("/".join(path.absolute().parts[-2:]))
     kind = request.get("kind") or recognise(state)
     variant_path = folder / "variant.yml"
     has_decoder = any(name.startswith("decoder.") for name in state)
@@ -227,7 +229,7 @@ def _from_path(
             return _reshaped(model, impl, request, notes), variant, kind, notes
     if kind == "segmenter" and has_decoder:
         text = "no variant.yml beside it: sizes are read off the weights; normalization and windows are guessed"
-        warnings.warn(f"{path}: {text}", stacklevel=4)
+        warnings.warn(printable(f"{path}: {text}"), stacklevel=4)
     request = {**_fields_beside(folder, kind), **request}
     with _refusing(path):
         try:
@@ -237,7 +239,7 @@ def _from_path(
         model = _assemble(converted, impl, source)
     if kind == "mmseg":
         model.info.window_stride = max(model.info.window_size - 32, 1)
-        model.info.classes = _mmseg_classes(extra, model.n_cls)
+        model.info.classes = _mmseg_classes(found.extra, model.n_cls)
     return model, variant_of(model), converted.kind, notes + converted.notes
 
 

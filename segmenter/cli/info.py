@@ -12,6 +12,7 @@ import torch
 import segmenter
 from segmenter.cli.errors import OK
 from segmenter.cli.loading import load
+from segmenter.errors import printable
 from segmenter.implementation import IMPLEMENTATIONS, explain, parts
 from segmenter.segment import cpu_has_bfloat16
 
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
-        print("\n".join(_lines(facts)))
+        print("\n".join(map(printable, _lines(facts))))
     return OK
 
 

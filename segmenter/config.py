@@ -300,6 +300,9 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def _shown(value: Any) -> str:
     """`value` for a message, however large it is."""
-    if isinstance(value, int) and not -(10**18) < value < 10**18:  # Python itself refuses to print thousands of digits
+    if isinstance(value, int) and not -(10**18) < value < 10**18:
         return "of more than 18 digits"
-    return f"{value!r:.100}"
+    try:
+        return f"{value!r:.100}"
+    except ValueError:  # Python does not print integers of thousands of digits
+        return f"a {type(value).__name__}"

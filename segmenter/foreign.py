@@ -65,6 +65,7 @@ _UNSUPPORTED = (  # what the Segmenter encoder has not, by a part of the name
     (r"\.proj_[lw]\.", "talking heads (CaiT)"),
     (r"gating_param|pos_proj\.", "gated positional attention (ConViT)"),
     (r"attn\.temperature$", "cross-covariance attention (XCiT)"),
+    (r"conv_root/|patch_embed(dings)?\.(backbone|conv|proj\.\d)", "a convolutional or ResNet stem (hybrid)"),
     (r"attn_mask$|(layers|stages)\.\d+\.blocks\.|logit_scale", "windows or stages (Swin)"),
     (r"\.(q|k|query|key)_(layer)?norm\.|\.norm_[qk]\.|\.(q|k)_ln\.", "qk-norm (norms of queries and keys)"),
     (r"\.lambda_[qk]\d$|\.lambda_a$|attn\.sub_norm", "differential attention"),
@@ -73,17 +74,10 @@ _UNSUPPORTED = (  # what the Segmenter encoder has not, by a part of the name
     (r"attn\.(inner_attn_ln|ffn_ln|norm)\.|mlp\.(ffn_ln|norm)\.", "norms inside attention or MLP (BEiT-3, EVA-02)"),
     (r"\.in_proj\.|\.in_norm\.|(attns|ffns)\.\d", "parallel attention and MLP"),
     (r"attn\.[qv]_bias$", "biases of queries and values alone (BEiT, EVA)"),
-    (
-        r"layer_scale|\.lambda_?[12]$|gamma[123]$",
-        "a layer scale of another layout (BEiT, XCiT, DINOv2)",
-    ),
+    (r"layer_scale|\.lambda_?[12]$|gamma[123]$", "a layer scale of another layout (BEiT, XCiT, DINOv2)"),
     (r"(^|\.)fc_norm\.", "a norm after pooling (fc_norm) in place of the final norm"),
     (r"norm_pre\.|ln_pre\.|pre_?layrnorm\.", "a norm before the blocks (CLIP)"),
     (r"patch_embed\.norm\.|patch_embed\.ln", "a norm in the patch embedding"),
-    (
-        r"conv_root/|patch_embed\.(backbone|conv|proj\.\d)|patch_embeddings\.backbone",
-        "a convolutional or ResNet stem (hybrid)",
-    ),
     (r"attn_pool\.", "attention pooling"),
     (r"decoder_(embed|blocks|pos_embed)", "a decoder that restores masked pictures (MAE)"),
 )

@@ -92,10 +92,9 @@ def convert(
     """
     if unknown := [name for name in fields if name not in {f.name for f in dataclasses.fields(ModelConfig)}]:
         raise ConfigError(f"argument {listing(unknown)} is unknown")
+    live = unwrapped(weights) if isinstance(weights, nn.Module) else None
     found: dict[str, Any] = {}
-    live = None
-    if isinstance(weights, nn.Module):
-        live = unwrapped(weights)
+    if live is not None:
         found = describe(live)
         weights = {name: _on_cpu(tensor) for name, tensor in live.state_dict().items()}
         source_size, own_grid = found.pop("source_size", source_size), found.pop("grid", None)
@@ -104,29 +103,12 @@ def convert(
         grid = own_grid or grid
     weights = {str(name): tensor for name, tensor in weights.items()}
     check_plain(weights)
-    kind = kind or recognise(weights)
-    if kind not in KINDS:
-        what = "weights of no known kind" if kind is None else f"kind {kind!r} is unknown"
-        has = f"; they have {what_else}" if kind is None and (what_else := feature(weights)) else ""
-        raise CheckpointError(
-            f"{what} (choose one of {', '.join(KINDS)}){has}; the names in the file: {listing(list(weights)) or 'none'}"
-        )
+    kind = _known_kind(kind or recognise(weights), weights)
     state, implied, notes = to_ours(weights, kind)
     found = {**DEFAULTS[kind], **implied, **found, **{k: v for k, v in fields.items() if v is not None}}
     arch = architecture(state)
-    arch_decoder = arch.pop("decoder", None)
-    has_decoder = arch_decoder is not None
-    if has_decoder:
-        _check_agreement(arch, arch_decoder, n_cls, decoder)
-        n_cls, decoder = arch["n_cls"], {**(decoder if isinstance(decoder, Mapping) else {}), **arch_decoder}
-    elif n_cls is None:
-        raise CheckpointError(
-            "a pretrained backbone, not a segmentation checkpoint: the file has no decoder; "
-            "give n_cls to put a decoder with random weights on it"
-        )
-    if isinstance(decoder, str) or decoder is None:
-        decoder = {"name": decoder or "mask_transformer"}
-    decoder = {"name": "mask_transformer", **decoder}
+    has_decoder = "decoder" in arch
+    n_cls, decoder = _decoder(arch, n_cls, decoder)
     grid, wanted, patch_size = _grids(state, arch, kind, grid, source_size, image_size, patch_size, notes)
     if "n_heads" not in found:
         _check_width(arch["d_model"])
@@ -135,7 +117,7 @@ def convert(
     found.setdefault("backbone", f"vit_{kind}")
     size = {"patch_size": patch_size, "image_size": (wanted[0] * patch_size, wanted[1] * patch_size)}
     try:
-        config = ModelConfig.from_dict({**arch, **found, **size, "n_cls": n_cls, "decoder": dict(decoder)})
+        config = ModelConfig.from_dict({**arch, **found, **size, "n_cls": n_cls, "decoder": decoder})
     except ConfigError as error:
         raise CheckpointError(f"these {kind} weights do not make a Segmenter: {error}") from error
     difference = None
@@ -213,14 +195,35 @@ def change_patch_size(state: State, patch_size: int, grid: tuple[int, int] | Non
     return state
 
 
-def _check_agreement(
-    arch: dict[str, Any], found: dict[str, Any], n_cls: int | None, decoder: str | Mapping[str, Any] | None
-) -> None:
-    asked = decoder if isinstance(decoder, str) or decoder is None else decoder.get("name")
-    if asked not in (None, found["name"]):
-        raise CheckpointError(f"decoder {asked!r} was asked for, the file holds a {found['name']} decoder")
+def _known_kind(kind: str | None, weights: Mapping[str, torch.Tensor]) -> str:
+    if kind in KINDS:
+        return kind
+    what = "weights of no known kind" if kind is None else f"kind {kind!r} is unknown"
+    odd = feature(weights) if kind is None else None
+    raise CheckpointError(
+        f"{what} (choose one of {', '.join(KINDS)}){f'; they have {odd}' if odd else ''}; "
+        f"the names in the file: {listing(list(weights)) or 'none'}"
+    )
+
+
+def _decoder(
+    arch: dict[str, Any], n_cls: int | None, decoder: str | Mapping[str, Any] | None
+) -> tuple[int, dict[str, Any]]:
+    """(n_cls, decoder) of the file, which must agree with what is asked for; as asked for if the file has none."""
+    asked = {"name": decoder} if isinstance(decoder, str) else dict(decoder or {})
+    if "decoder" not in arch:
+        if n_cls is None:
+            raise CheckpointError(
+                "a pretrained backbone, not a segmentation checkpoint: the file has no decoder; "
+                "give n_cls to put a decoder with random weights on it"
+            )
+        return n_cls, {"name": "mask_transformer", **asked}
+    found = arch["decoder"]
+    if asked.get("name") not in (None, found["name"]):
+        raise CheckpointError(f"decoder {asked['name']!r} was asked for, the file holds a {found['name']} decoder")
     if n_cls not in (None, arch["n_cls"]):
         raise CheckpointError(f"{n_cls} classes were asked for, the file holds a model of {arch['n_cls']} classes")
+    return arch["n_cls"], {**asked, **found}
 
 
 def _grids(
@@ -253,7 +256,9 @@ def _grids(
     if not has_extra:
         state["encoder.pos_embed"] = torch.cat([positions.new_zeros(1, n_extra, positions.shape[2]), positions], dim=1)
         notes.append("position embedding of patches only: zeros added for the class token")
-    if not told and grid != wanted:
+    if not told and grid == wanted and _square(grid[0] * grid[1]) != grid:
+        notes.append(f"position embedding read as the {grid[0]} x {grid[1]} patches of image_size")
+    elif not told and grid != wanted:
         notes.append(f"position embedding taken for a square of {grid[0]} x {grid[1]} patches, nothing tells its grid")
     return grid, wanted or grid, new
 

@@ -45,7 +45,9 @@ def test_patches_with_class_tokens_that_count_a_square(rows, columns, distilled,
     converted = convert(timm_state(rows, columns, distilled), n_cls=3, **{how: told})
     assert_unchanged(converted, rows, columns)
     assert "zeros added" not in "; ".join(converted.notes)
-    if how != "image_size":  # and the size asked for is one to resize to
+    if how == "image_size":
+        assert f"read as the {rows} x {columns} patches of image_size" in "; ".join(converted.notes)
+    else:  # and the size asked for is one to resize to
         resized = convert(timm_state(rows, columns, distilled), n_cls=3, image_size=64, **{how: told})
         assert resized.config.image_size == (64, 64)
         assert f"resized from {(rows, columns)} to (4, 4)" in resized.notes[0]

@@ -11,6 +11,9 @@ from segmenter.errors import InputError
 
 MAX_CLASSES = 65_535
 MAX_IMAGE_SIZE = 16_384
+MAX_PATCH_SIZE = 256
+MIN_NORM_EPS = 1e-30  # of LayerNorm; below, rows of equal values divide zero by zero in float32
+MAX_STRETCH = 16  # windows may be so many times as long as the image size; positions stretched further mean nothing
 NORMALIZATIONS = ("vit", "deit")
 IMPLEMENTATIONS = ("auto", "eager", "triton")
 
@@ -114,12 +117,12 @@ class ModelConfig:
         object.__setattr__(self, "image_size", _size(self.image_size))
         object.__setattr__(self, "decoder", _decoder(self.decoder))
         if not isinstance(self.distilled, bool):
-            raise ConfigError(f"distilled must be true or false, found {self.distilled!r}")
+            raise ConfigError(f"distilled must be true or false, found {_shown(self.distilled)}")
         self._check_ranges()
 
     def _check_ranges(self) -> None:
         _in_range("n_cls", self.n_cls, 1, MAX_CLASSES)
-        _in_range("patch_size", self.patch_size, 1, 256)
+        _in_range("patch_size", self.patch_size, 1, MAX_PATCH_SIZE)
         _in_range("n_layers", self.n_layers, 1, 1024)
         _in_range("d_model", self.d_model, 1, 65_536)
         _in_range("n_heads", self.n_heads, 1, self.d_model)
@@ -132,7 +135,7 @@ class ModelConfig:
         for name in ("dropout", "drop_path_rate"):  # at 1 nothing is left to rescale
             _in_range(name, getattr(self, name), 0.0, 0.999)
             _in_range(f"decoder.{name}", self.decoder.get(name, 0.0), 0.0, 0.999)
-        _in_range("norm_eps", self.norm_eps, 0.0, 1.0)
+        _in_range("norm_eps", self.norm_eps, MIN_NORM_EPS, 1.0)
         _one_of("normalization", self.normalization, NORMALIZATIONS)
         _one_of("pos_embed_mode", self.pos_embed_mode, ("bilinear", "bicubic"))
         _one_of("pos_embed_check", self.pos_embed_check, ("tokens", "grid"))
@@ -219,13 +222,34 @@ def preset(
     )
 
 
+def check_windows(size: Any, stride: Any, image_size: tuple[int, int]) -> None:
+    """Checks sliding windows, in pixels, for a model whose positions are made for `image_size`.
+
+    A picture that is smaller than a window is enlarged to it, and attention costs the square of its area.
+
+    Raises:
+        ConfigError: no integers, a window beyond MAX_STRETCH times the longer side, a stride beyond the window.
+    """
+    limit = min(MAX_STRETCH * max(image_size), MAX_IMAGE_SIZE)
+    for name, value in (("window_size", size), ("window_stride", stride)):
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{name} must be a number of pixels from 1, found {_shown(value)}")
+        if value > limit:
+            raise ConfigError(
+                f"{name} {_shown(value)} is beyond {limit}, too large for a model of images of {image_size}"
+            )
+    if stride > size:
+        raise ConfigError(f"window_stride {stride} beyond window_size {size} would leave pixels out")
+
+
 def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING
 
 
 def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value % 1:
-        raise ConfigError(f"{name} must be an integer, found {value!r}")
+    whole = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and value % 1 == 0)
+    if isinstance(value, bool) or not whole:
+        raise ConfigError(f"{name} must be an integer, found {_shown(value)}")
     return int(value)
 
 
@@ -234,24 +258,27 @@ def _real(name: str, value: Any) -> float:
         with contextlib.suppress(ValueError):
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} must be a number, found {value!r}")
-    return float(value)
+        raise ConfigError(f"{name} must be a number, found {_shown(value)}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ConfigError(f"{name} is too large a number") from error
 
 
 def _size(value: Any) -> tuple[int, int]:
     pair = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(pair) != 2:
-        raise ConfigError(f"image_size must be one number or (height, width), found {value!r}")
+        raise ConfigError(f"image_size must be one number or (height, width), found {_shown(value)}")
     return (_integer("image_size", pair[0]), _integer("image_size", pair[1]))
 
 
 def _decoder(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise ConfigError(f"net_kwargs.decoder must be a mapping with a name, found {value!r}")
+        raise ConfigError(f"net_kwargs.decoder must be a mapping with a name, found {_shown(value)}")
     if "linear" in value["name"]:
         return {"name": "linear"}
     if value["name"] != "mask_transformer":
-        raise ConfigError(f"decoder {value['name']!r} is unknown; choose one of {', '.join(DECODERS)}")
+        raise ConfigError(f"decoder {_shown(value['name'])} is unknown; choose one of {', '.join(DECODERS)}")
     merged = {k: value.get(k, default) for k, default in DECODERS["mask_transformer"].items()}
     return {
         "name": "mask_transformer",
@@ -263,9 +290,19 @@ def _decoder(value: Any) -> dict[str, Any]:
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise ConfigError(f"{name} {value} is out of range {low}..{high}")
+        raise ConfigError(f"{name} {_shown(value)} is out of range {low}..{high}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} {value!r} is unknown; choose one of {', '.join(allowed)}")
+    if not isinstance(value, str) or value not in allowed:
+        raise ConfigError(f"{name} {_shown(value)} is unknown; choose one of {', '.join(allowed)}")
+
+
+def _shown(value: Any) -> str:
+    """`value` for a message, however large it is."""
+    if isinstance(value, int) and not -(10**18) < value < 10**18:
+        return "of more than 18 digits"
+    try:
+        return f"{value!r:.100}"
+    except ValueError:  # Python does not print integers of thousands of digits
+        return f"a {type(value).__name__}"

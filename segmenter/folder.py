@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from segmenter.checkpoint import CheckpointError, read_state_dict
-from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig
-from segmenter.errors import cause
+from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, check_windows
+from segmenter.errors import cause, printable
 from segmenter.files import flush, open_regular, write_atomically, write_text, writing_into
 from segmenter.model import ModelInfo, Segmenter
 from segmenter.state import build
@@ -62,8 +62,8 @@ def save_pretrained(
         dtype: how the weights are stored, torch.float16 for half the size; loading makes them float32 again.
         classes: key of a class set, a class file or a ClassSet; default `model.info.classes`. A file is copied.
     Raises:
-        CheckpointError: weights overflow in `dtype`. ClassesError: the classes do not fit the model. ValueError: the
-            model has no configuration. OSError: the folder cannot be written.
+        CheckpointError: weights overflow in `dtype`. ClassesError: the classes do not fit the model. ConfigError:
+            windows that loading would refuse. ValueError: the model has no configuration. OSError: the folder cannot be written.
     """
     from safetensors.torch import save
 
@@ -71,6 +71,7 @@ def save_pretrained(
 
     if model.config is None:
         raise ValueError("model.config is None; set it to the ModelConfig that builds this model, then save")
+    check_windows(model.info.window_size, model.info.window_stride, model.config.image_size)
     state = {name: _stored(name, tensor, dtype) for name, tensor in model.state_dict().items()}
     info = dataclasses.asdict(model.info)
     classes = classes if classes is not None else model.info.classes
@@ -149,7 +150,7 @@ def _read(path: Path, impl: str, verify: bool, allow_nonfinite: bool) -> Segment
     except ConfigError as error:
         raise CheckpointError(f"{path / CONFIG}: {error}") from error
     model = build(config, state, impl, str(weights))
-    model.info = _info(path, content.get("info"))
+    model.info = _info(path, content.get("info"), config)
     if model.info.classes == CLASSES:
         model.info.classes = str(_file_of(path, CLASSES, content, verify) or path / CLASSES)
     if verify and content.get(_OWN_SUM, own := _own_sum(content)) != own:  # older folders have none
@@ -216,18 +217,21 @@ def _finish_interrupted_save(folder: Path) -> None:
             flush(folder)
 
 
-def _info(folder: Path, values: Any) -> ModelInfo:
+def _info(folder: Path, values: Any, config: ModelConfig) -> ModelInfo:
     known = {field.name for field in dataclasses.fields(ModelInfo)}
     info = ModelInfo(**{k: v for k, v in values.items() if k in known}) if isinstance(values, dict) else ModelInfo()
-    sizes = (info.window_size, info.window_stride)
     if (
         info.normalization not in NORMALIZATIONS
         or info.weights not in _STATES
-        or not all(type(size) is int and size > 0 for size in sizes)
         or not isinstance(info.classes, str | None)
         or not isinstance(info.source, str)
     ):
         raise CheckpointError(f"{folder / CONFIG}: the values under info are wrong: {values!r:.200}")
+    try:
+        check_windows(info.window_size, info.window_stride, config.image_size)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: the values under info are wrong: {error}") from error
+    info.source = printable(info.source)
     return info
 
 

@@ -1,14 +1,13 @@
 """Names of other projects -> ours; the only place that knows them. See `segmenter.convert` for the whole conversion."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn as nn
 
 from segmenter.checkpoint import CheckpointError, listing
+from segmenter.errors import cause
 from segmenter.model import ENCODER_HEAD_CLASSES
 
 State = dict[str, torch.Tensor]
@@ -28,29 +27,98 @@ _MARKS = {  # a name that only this kind has
     "npz": r"(opt/target/)?embedding/kernel$",
     "timm": r"patch_embed\.proj\.weight$",
 }
-_BLOCK = r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+_BLOCK = r"blocks\.\d{1,4}\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
 _OURS = re.compile(
     rf"(encoder|decoder)\.{_BLOCK}$|encoder\.(cls_token|dist_token|pos_embed)$"
     r"|encoder\.(patch_embed\.proj|norm|head|head_dist)\.(weight|bias)$"
     r"|decoder\.(cls_emb|proj_patch|proj_classes)$|decoder\.(head|proj_dec|decoder_norm|mask_norm)\.(weight|bias)$"
 )
-_UNSUPPORTED = {  # what the Segmenter encoder has not, by a part of the name
-    "reg_token": "register tokens",
-    "register_tokens": "register tokens",
-    "q_norm.": "qk-norm",
-    "fc_norm.": "a norm after pooling (fc_norm) in place of the final norm",
-    "norm_pre.": "a norm before the blocks (CLIP)",
-    "relative_position": "relative positions (BEiT)",
-    "mlp.w12.": "a gated MLP (SwiGLU)",
-    "conv_root/": "a ResNet stem (hybrid)",
-    "attn_pool.": "attention pooling",
+_DIMENSIONS = (  # of our tensors; the first that matches
+    (r"(cls_token|dist_token|pos_embed|cls_emb)$", 3),
+    (r"patch_embed\.proj\.weight$", 4),
+    (r"(bias|norm\w*\.weight)$", 1),
+    (r"(\.weight|\.proj_patch|\.proj_classes)$", 2),
+)
+_SOURCE_DIMENSIONS = {  # of theirs, where the layout differs
+    "mmseg": ((r"decode_head\.(patch|classes)_proj\.weight$", 2), (r"decode_head\.conv_seg\.weight$", 4)),
+    "timm": ((r"(ls[12]\.gamma|gamma_[12])$", 1),),
+    "npz": (
+        (r"/(query|key|value|out)/kernel$", 3),
+        (r"/(query|key|value)/bias$", 2),
+        (r"embedding/kernel$", 4),
+        (r"/kernel$", 2),
+        (r"/(bias|scale)$", 1),
+    ),
+    "hf": (),
 }
+_LAYER_SCALE = r"(blocks\.\d{1,4}\.)(ls[12]\.gamma|gamma_[12])"
+_REQUIRED = {  # what every plain ViT has -> what is missing without it
+    "encoder.pos_embed": " (absolute positions)",
+    "encoder.patch_embed.proj.weight": "",
+    "encoder.cls_token": " (a class token)",
+}
+_UNSUPPORTED = (  # what the Segmenter encoder has not, by a part of the name
+    (r"(^|[._])rope|rotary|freqs_cis|inv_freq", "rotary positions"),
+    (r"rel_pos_[hw]$", "decomposed relative positions (SAM, ViTDet)"),
+    (r"relative_position|rel_pos|attention_bias|cpb_mlp", "relative positions (BEiT, Swin)"),
+    (r"reg_token|register_token|storage_token|detection_token", "register tokens"),
+    (r"\.proj_[lw]\.", "talking heads (CaiT)"),
+    (r"gating_param|pos_proj\.", "gated positional attention (ConViT)"),
+    (r"attn\.temperature$", "cross-covariance attention (XCiT)"),
+    (r"conv_root/|patch_embed(dings)?\.(backbone|conv|proj\.\d)", "a convolutional or ResNet stem (hybrid)"),
+    (r"attn_mask$|(layers|stages)\.\d+\.blocks\.|logit_scale", "windows or stages (Swin)"),
+    (r"\.(q|k|query|key)_(layer)?norm\.|\.norm_[qk]\.|\.(q|k)_ln\.", "qk-norm (norms of queries and keys)"),
+    (r"\.lambda_[qk]\d$|\.lambda_a$|attn\.sub_norm", "differential attention"),
+    (r"attn\.gate\.", "gated attention"),
+    (r"mlp\.(w12|w[0-3]|fc1_[gx]|gate_proj|weights_in)\.", "a gated MLP (SwiGLU)"),
+    (r"attn\.(inner_attn_ln|ffn_ln|norm)\.|mlp\.(ffn_ln|norm)\.", "norms inside attention or MLP (BEiT-3, EVA-02)"),
+    (r"\.in_proj\.|\.in_norm\.|(attns|ffns)\.\d", "parallel attention and MLP"),
+    (r"attn\.[qv]_bias$", "biases of queries and values alone (BEiT, EVA)"),
+    (r"layer_scale|\.lambda_?[12]$|gamma[123]$", "a layer scale of another layout (BEiT, XCiT, DINOv2)"),
+    (r"(^|\.)fc_norm\.", "a norm after pooling (fc_norm) in place of the final norm"),
+    (r"norm_pre\.|ln_pre\.|pre_?layrnorm\.", "a norm before the blocks (CLIP)"),
+    (r"patch_embed\.norm\.|patch_embed\.ln", "a norm in the patch embedding"),
+    (r"attn_pool\.", "attention pooling"),
+    (r"decoder_(embed|blocks|pos_embed)", "a decoder that restores masked pictures (MAE)"),
+)
+# Width -> size of the heads in published encoders of it (so400m, ViT-Huge, -giant, -gigantic); no shape tells.
+UNCERTAIN_WIDTHS = {1152: 72, 1280: 80, 1408: 88, 1664: 104}
+_HF_TYPES = ("vit", "deit", "vit_msn", "vit_mae")  # model types that are plain ViTs with these names
 
 
 def recognise(names: Iterable[str]) -> str | None:
     """The kind (one of KINDS) that weights with these names are, or None."""
     names = [str(name) for name in names]
     return next((kind for kind, mark in _MARKS.items() if any(re.match(mark, name) for name in names)), None)
+
+
+def feature(names: Iterable[str]) -> str | None:
+    """What weights with these names have and the Segmenter encoder has not, by name; None if they look plain."""
+    names = list(names)
+    return next((what for part, what in _UNSUPPORTED if any(re.search(part, name) for name in names)), None)
+
+
+def check_plain(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises CheckpointError: something that is no tensor with values that can be computed with."""
+    for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{name} is a {type(tensor).__name__}, no tensor")
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device, it has no values; load the weights first")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+            raise CheckpointError(f"{name} is no plain tensor (sparse, nested or quantised)")
+
+
+def check_dimensions(weights: Mapping[str, torch.Tensor], dimensions: Iterable[tuple[str, int]] = _DIMENSIONS) -> None:
+    """Raises CheckpointError: a tensor with another number of dimensions than its name implies, or without elements.
+
+    Args:
+        dimensions: (regular expression, number) pairs; the first that matches a name counts. By default for our names.
+    """
+    for name, tensor in weights.items():
+        wanted = next((n for pattern, n in dimensions if re.search(pattern, name)), tensor.ndim)
+        if tensor.ndim != wanted or 0 in tensor.shape:
+            raise CheckpointError(f"{name} must have {wanted} dimensions and elements, found {tuple(tensor.shape)}")
 
 
 def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict[str, Any], list[str]]:
@@ -60,16 +128,17 @@ def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict
         (state dict with the names of the published Segmenter, new tensors in float32; ModelConfig fields that only
         the foreign layout tells; notes for people). Weights of kind "segmenter" come back as they are.
     Raises:
-        CheckpointError: a feature that the Segmenter encoder has not, or names that do not belong to the kind.
+        CheckpointError: a feature that the Segmenter encoder has not, names that do not belong to the kind, or
+            tensors of other dimensions than their names imply.
     """
+    if what := feature(weights):
+        raise CheckpointError(f"these {kind} weights have {what}, which the Segmenter encoder has not")
     if kind == "segmenter":
         return dict(weights), {}, []
-    for part, feature in _UNSUPPORTED.items():
-        if any(part in name for name in weights):
-            raise CheckpointError(f"these {kind} weights have {feature}, which the Segmenter encoder has not")
     notes: list[str] = []
     fields: dict[str, Any] = {}
-    ours = {k: v.to(torch.float32, copy=True) for k, v in weights.items() if v.is_floating_point()}
+    ours = {k: v.to(torch.float32, copy=True) if v.is_floating_point() else v for k, v in weights.items()}
+    check_dimensions(ours, _SOURCE_DIMENSIONS[kind])
     try:
         if kind == "mmseg":
             ours = _mmseg(ours, notes)
@@ -79,46 +148,66 @@ def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict
             ours = _npz(ours, fields)
         else:
             ours = _hf(ours)
+        for name, meaning in _REQUIRED.items():
+            if name not in ours:
+                raise KeyError(name.removeprefix("encoder.") + meaning)
         odd = [name for name in ours if not _OURS.match(name)]
         if odd:
             raise CheckpointError(f"these {kind} weights have parts that a Segmenter has not: {listing(odd)}")
+        check_dimensions(ours)
+        norms = [name for name in ours if re.search(r"norm\w*\.weight$", name)]
+        if norms and not any(name.removesuffix("weight") + "bias" in ours for name in norms):
+            raise CheckpointError(f"these {kind} weights have norms without bias (RMSNorm), which a Segmenter has not")
         _complete(ours, notes)
     except KeyError as error:
         raise CheckpointError(f"these {kind} weights lack {error.args[0]}") from error
+    except (RuntimeError, TypeError) as error:  # tensors that cannot be joined, a dtype that cannot be computed with
+        raise CheckpointError(f"these {kind} weights do not fit together ({cause(error)})") from error
     return ours, fields, notes
 
 
-def live_timm(model: nn.Module) -> tuple[State, dict[str, Any]]:
-    """State dict of a live timm VisionTransformer, and what only the live model tells (ModelConfig fields).
-
-    Raises:
-        CheckpointError: the model is no plain ViT.
-    """
-    try:
-        block, eps = model.blocks[0], getattr(model.norm, "eps", None)  # no norm: its absence is told by the names
-        heads, acts = block.attn.num_heads, [b.mlp.act for b in model.blocks]
-    except (AttributeError, IndexError, TypeError) as error:
-        raise CheckpointError(f"{type(model).__name__} is no plain VisionTransformer of timm ({error})") from error
-    if not all(isinstance(act, nn.GELU) and act.approximate == "none" for act in acts):
-        raise CheckpointError(f"the MLP uses {type(acts[0]).__name__}; the Segmenter encoder needs the exact GELU")
-    fields = {"n_heads": heads, "norm_eps": eps}
-    mean = (getattr(model, "pretrained_cfg", None) or {}).get("mean")
-    if mean is not None:
-        fields["normalization"] = "vit" if tuple(mean) == (0.5, 0.5, 0.5) else "deit"
-    return dict(model.state_dict()), fields
-
-
 def hugging_face_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the configuration of a Hugging Face ViT tells beyond its weights, as ModelConfig fields.
+    """What the configuration of a Hugging Face ViT tells beyond its weights: ModelConfig fields, and `source_size`.
 
     Raises:
-        CheckpointError: the MLP does not use the exact GELU.
+        CheckpointError: it is no plain ViT, or its MLP does not use the exact GELU.
     """
-    act = config.get("hidden_act", "gelu")
+    model_type, act = config.get("model_type") or "vit", config.get("hidden_act", "gelu")
+    if model_type not in _HF_TYPES:
+        raise CheckpointError(
+            f"model_type {model_type!r} is none of the plain ViTs known here ({', '.join(_HF_TYPES)})"
+        )
     if act != "gelu":
         raise CheckpointError(f"hidden_act is {act!r}; the Segmenter encoder needs the exact gelu")
-    fields = {"norm_eps": config.get("layer_norm_eps"), "n_heads": config.get("num_attention_heads")}
+    names = {"layer_norm_eps": "norm_eps", "num_attention_heads": "n_heads", "image_size": "source_size"}
+    return {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+
+
+def timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config.json that timm puts beside weights tells beyond them, as `hugging_face_fields`.
+
+    Raises:
+        CheckpointError: an architecture that is no plain ViT although its weights have the names of one.
+    """
+    name, arguments, trained = (config.get(part) for part in ("architecture", "model_args", "pretrained_cfg"))
+    arguments, trained = (part if isinstance(part, dict) else {} for part in (arguments, trained))
+    for part, what in (("rope", "rotary positions"), ("quickgelu", "the quick GELU")):
+        if part in str(name):
+            raise CheckpointError(f"{name} has {what}, which the Segmenter encoder has not")
+    act = arguments.get("act_layer") or "gelu"
+    if act != "gelu":
+        raise CheckpointError(f"act_layer is {act!r}; the Segmenter encoder needs the exact gelu")
+    size = trained.get("input_size")
+    size = arguments.get("img_size") or (size[1:] if isinstance(size, list) else None)
+    fields = {"source_size": size, "n_heads": arguments.get("num_heads")}
+    if trained.get("mean") is not None:
+        fields["normalization"] = normalization_of(trained["mean"])
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def normalization_of(mean: Any) -> str:
+    """ "vit" or "deit" by the mean of the three channels."""
+    return "vit" if isinstance(mean, list | tuple) and tuple(mean) == (0.5, 0.5, 0.5) else "deit"
 
 
 def _rename(weights: State, rules: list[tuple[str, str]]) -> State:
@@ -168,20 +257,14 @@ def _mmseg(weights: State, notes: list[str]) -> State:
 
 
 def _timm(weights: State, notes: list[str]) -> State:
-    scales = [name for name in weights if re.search(r"\.(ls[12]\.gamma|gamma_[12])$", name)]
-    for name in scales:
-        gamma = weights.pop(name)
-        block, which = re.match(r"(.*blocks\.\d+\.).*([12])", name).groups()
-        layer = block + ("attn.proj." if which == "1" else "mlp.fc2.")
+    scales = [match for name in weights if (match := re.fullmatch(_LAYER_SCALE, name))]
+    for match in scales:
+        gamma = weights.pop(match[0])
+        layer = match[1] + ("attn.proj." if "1" in match[0].removeprefix(match[1]) else "mlp.fc2.")
         weights[layer + "weight"] *= gamma[:, None]
         weights[layer + "bias"] *= gamma
     if scales:
-        notes.append("LayerScale folded into attn.proj and mlp.fc2 (exact)")
-    positions = weights["pos_embed"]
-    if positions.ndim == 3 and positions.shape[1] > 1 and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
-        extra = torch.zeros(1, 2 if "dist_token" in weights else 1, positions.shape[2])
-        weights["pos_embed"] = torch.cat([extra, positions], dim=1)  # DeiT-III: the class token gets no position
-        notes.append("position embedding of patches only: zeros added for the class token (exact)")
+        notes.append("LayerScale folded into attn.proj and mlp.fc2")
     return _rename(weights, [(r"^(mask_token|pre_logits\..*)$", ""), (r"^(?=.)", "encoder.")])
 
 
@@ -230,7 +313,7 @@ def _hf(weights: State) -> State:
         weights,
         [
             (r"^(vit|deit)\.", ""),
-            (r"^pooler\..*|^embeddings\.mask_token$", ""),
+            (r"^pooler\..*|^embeddings\.(mask_token|position_ids)$", ""),
             (r"^embeddings\.distillation_token$", "dist_token"),
             (r"^embeddings\.position_embeddings$", "pos_embed"),
             (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),

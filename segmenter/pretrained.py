@@ -3,24 +3,27 @@
 Nothing here opens a network connection, except `from_pretrained` and `load_any` with hub=True.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from segmenter.checkpoint import CheckpointError, listing, read_state_dict
-from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, preset
+from segmenter.checkpoint import CheckpointError, listing, read_weights
+from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, check_windows, preset
 from segmenter.convert import Converted, convert, recognise
+from segmenter.errors import InputError, cause, printable
 from segmenter.folder import WEIGHTS, from_pretrained, is_ours, save_pretrained
-from segmenter.foreign import hugging_face_fields
+from segmenter.foreign import hugging_face_fields, normalization_of, timm_fields
+from segmenter.implementation import ImplementationError
 from segmenter.model import ModelInfo, Segmenter, create_segmenter
-from segmenter.state import build, load_state
+from segmenter.state import build, build_on_encoder, load_state
+from segmenter.text_files import read_json
 from segmenter.variant import read_variant
 
 __all__ = [
@@ -47,7 +50,7 @@ _FIRST_CLASS = {"wall": "ade20k", "background": "pascal_context", "aeroplane": "
 
 @dataclasses.dataclass
 class ConversionReport:
-    """What `convert_checkpoint` did; str() of it is for people."""
+    """What `convert_checkpoint` did; str() of it is for people, and printable."""
 
     source: str
     folder: str
@@ -66,7 +69,7 @@ class ConversionReport:
         lines = [f"{self.source} ({self.kind}) -> {self.folder}", f"  {model}", *(f"  {note}" for note in self.notes)]
         if self.weights == "encoder":
             lines.append("  the file has no decoder: the decoder's weights are RANDOM, train before use")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def load_model(
@@ -74,6 +77,7 @@ def load_model(
     impl: str = "auto",
     device: str | torch.device | None = None,
     *,
+    averaged: bool | None = None,
     allow_pickle: bool = False,
     verify: bool = True,
     allow_nonfinite: bool = False,
@@ -85,6 +89,8 @@ def load_model(
             a whole model of another project (mmsegmentation), whose configuration is read off the weights. That is
             also done, with a warning, for a checkpoint.pth that has lost its variant.yml.
         impl: "eager", "triton" or "auto". device: where the model goes, by default the CPU.
+        averaged: which weights of a training checkpoint that holds two sets, plain and averaged (EMA); None takes those
+            that `read_weights` takes, with a warning.
         allow_pickle: "I trust this file", see `read_state_dict`. verify: compares checksums where there are any.
         allow_nonfinite: accepts NaN weights.
     Returns:
@@ -92,7 +98,7 @@ def load_model(
     Raises:
         CheckpointError: the file or what is beside it is unusable, or has no decoder. ConfigError, in variant.yml.
     """
-    options = {"allow_pickle": allow_pickle, "verify": verify, "allow_nonfinite": allow_nonfinite}
+    options = {"allow_pickle": allow_pickle, "verify": verify, "allow_nonfinite": allow_nonfinite, "averaged": averaged}
     model, variant, _, _ = _from_path(Path(model_path), impl, options, {})
     return (model.to(device) if device is not None else model), variant
 
@@ -104,6 +110,7 @@ def load_any(
     device: str | torch.device | None = None,
     classes: str | None = None,
     hub: bool = False,
+    averaged: bool | None = None,
     allow_pickle: bool = False,
     verify: bool = True,
     allow_nonfinite: bool = False,
@@ -123,7 +130,7 @@ def load_any(
     Raises:
         CheckpointError, ConfigError: source is nothing of the kind, damaged, or does not agree with the request.
     """
-    options = {"allow_pickle": allow_pickle, "verify": verify, "allow_nonfinite": allow_nonfinite}
+    options = {"allow_pickle": allow_pickle, "verify": verify, "allow_nonfinite": allow_nonfinite, "averaged": averaged}
     model, _, _ = _load(source, impl, hub, options, request)
     if classes is not None:
         model.info.classes = classes
@@ -137,6 +144,7 @@ def convert_checkpoint(
     dtype: torch.dtype | None = None,
     classes: str | None = None,
     hub: bool = False,
+    averaged: bool | None = None,
     allow_pickle: bool = False,
     verify: bool = True,
     allow_nonfinite: bool = False,
@@ -149,7 +157,7 @@ def convert_checkpoint(
     Raises:
         CheckpointError, ConfigError: as `load_any`. OSError: the folder cannot be written.
     """
-    options = {"allow_pickle": allow_pickle, "verify": verify, "allow_nonfinite": allow_nonfinite}
+    options = {"allow_pickle": allow_pickle, "verify": verify, "allow_nonfinite": allow_nonfinite, "averaged": averaged}
     model, kind, notes = _load(source, "eager", hub, options, request)
     save_pretrained(model, out_folder, dtype=dtype, classes=classes)
     name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
@@ -158,16 +166,20 @@ def convert_checkpoint(
 
 
 def _load(
-    source: str | os.PathLike | nn.Module, impl: str, hub: bool, options: dict[str, bool], request: dict[str, Any]
+    source: str | os.PathLike | nn.Module, impl: str, hub: bool, options: dict[str, Any], request: dict[str, Any]
 ) -> tuple[Segmenter, str, list[str]]:
     """(model, kind, notes)"""
     request = {name: value for name, value in request.items() if value is not None}
     if isinstance(source, nn.Module):
+        _only_one_set(f"a live {type(source).__name__}", options)
         converted = convert(source, **request)
+        if converted.difference is not None:
+            converted.notes.append(f"its tokens are those of the live model, to {converted.difference:.0e} (exact)")
         return _assemble(converted, impl, f"live {type(source).__name__}"), converted.kind, converted.notes
     if Path(source).exists():
         model, _, kind, notes = _from_path(Path(source), impl, options, request)
         return model, kind, notes
+    _only_one_set(str(source), options)
     if hub:
         model = from_pretrained(source, impl=impl, hub=True, verify=options["verify"])
         return _reshaped(model, impl, request, notes := []), "segmenter", notes
@@ -186,12 +198,13 @@ def _load(
 
 
 def _from_path(
-    path: Path, impl: str, options: dict[str, bool], request: dict[str, Any]
+    path: Path, impl: str, options: dict[str, Any], request: dict[str, Any]
 ) -> tuple[Segmenter, dict[str, Any], str, list[str]]:
     """(model, variant, kind, notes) of a file or folder."""
     notes: list[str] = []
     folder = path if path.is_dir() else path.parent
     if (path.is_dir() or path.name == WEIGHTS) and is_ours(folder):
+        _only_one_set(str(folder), options)
         kept = {name: options[name] for name in ("verify", "allow_nonfinite")}
         model = _reshaped(from_pretrained(folder, impl=impl, **kept), impl, request, notes)
         return model, variant_of(model), "segmenter", notes
@@ -199,39 +212,56 @@ def _from_path(
         path = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
         if path is None:
             raise CheckpointError(f"{folder}: has none of {', '.join(_WEIGHT_FILES)}; give the weight file itself")
-    state, extra = read_state_dict(path, **options)
-    source = "/".join(path.absolute().parts[-2:])
+    found = read_weights(path, **options)
+    state, notes = found.state, list(found.notes)
+    if options["averaged"] is None:
+        for note in (note for note in notes if "averaged=" in note):  # it names the way to the other set
+            warnings.warn(printable(f"{path}: {note}"), stacklevel=4)
+    source = printable("/".join(path.absolute().parts[-2:]))
     kind = request.get("kind") or recognise(state)
     variant_path = folder / "variant.yml"
     has_decoder = any(name.startswith("decoder.") for name in state)
     if kind == "segmenter" and has_decoder and variant_path.is_file():
         variant = read_variant(variant_path)
-        model = build(_config_of(variant, variant_path), state, impl, str(path))
-        model.info = _info_of(variant, model.config, source, variant_path)
-        return _reshaped(model, impl, request, notes), variant, kind, notes
+        with _refusing(path):
+            model = build(_config_of(variant, variant_path), state, impl, str(path))
+            model.info = _info_of(variant, model.config, source, variant_path)
+            return _reshaped(model, impl, request, notes), variant, kind, notes
     if kind == "segmenter" and has_decoder:
         text = "no variant.yml beside it: sizes are read off the weights; normalization and windows are guessed"
-        warnings.warn(f"{path}: {text}", stacklevel=3)
-    if kind == "hf":
-        request = {**_hf_fields(folder), **request}
-    try:
-        converted = convert(state, **request)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    model = _assemble(converted, impl, source)
+        warnings.warn(printable(f"{path}: {text}"), stacklevel=4)
+    request = {**_fields_beside(folder, kind), **request}
+    with _refusing(path):
+        try:
+            converted = convert(state, **request)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        model = _assemble(converted, impl, source)
     if kind == "mmseg":
         model.info.window_stride = max(model.info.window_size - 32, 1)
-        model.info.classes = _mmseg_classes(extra, model.n_cls)
-    return model, variant_of(model), converted.kind, converted.notes
+        model.info.classes = _mmseg_classes(found.extra, model.n_cls)
+    return model, variant_of(model), converted.kind, notes + converted.notes
+
+
+def _only_one_set(source: str, options: dict[str, Any]) -> None:
+    if options["averaged"]:
+        raise CheckpointError(f"{source}: holds one set of weights, none averaged beside it; leave averaged=True away")
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Weights that no check foresaw end in the documented exception as well."""
+    try:
+        yield
+    except (InputError, ImplementationError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: weights of a form that no model here has ({cause(error)})") from error
 
 
 def _assemble(converted: Converted, impl: str, source: str) -> Segmenter:
-    if converted.has_decoder:
-        model = build(converted.config, converted.state, impl, source)
-    else:
-        model = create_segmenter(converted.config, impl).eval()
-        encoder = {name.removeprefix("encoder."): tensor for name, tensor in converted.state.items()}
-        load_state(model.encoder, encoder, source)
+    make = build if converted.has_decoder else build_on_encoder
+    model = make(converted.config, converted.state, impl, source)
     window = max(converted.config.image_size)
     model.info = ModelInfo(
         normalization=converted.config.normalization,
@@ -271,10 +301,12 @@ def _config_of(variant: dict[str, Any], path: Path) -> ModelConfig:
 
 def _info_of(variant: dict[str, Any], config: ModelConfig, source: str, path: Path) -> ModelInfo:
     dataset, windows = _section(variant, "dataset_kwargs"), _section(variant, "inference_kwargs")
-    size = _pixels(windows, "window_size", max(config.image_size), path)
-    stride = _pixels(windows, "window_stride", size, path)
-    if stride > size:
-        raise ConfigError(f"{path}: window_stride {stride} beyond window_size {size} would leave pixels out")
+    size = max(config.image_size) if windows.get("window_size") is None else windows["window_size"]
+    stride = size if windows.get("window_stride") is None else windows["window_stride"]
+    try:
+        check_windows(size, stride, config.image_size)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     normalization = dataset.get("normalization")
     return ModelInfo(
         normalization=normalization if normalization in NORMALIZATIONS else config.normalization,
@@ -306,40 +338,40 @@ def _section(variant: dict[str, Any], name: str) -> dict[str, Any]:
     return variant[name] if isinstance(variant.get(name), dict) else {}
 
 
-def _pixels(section: dict[str, Any], name: str, default: int, path: Path) -> int:
-    value = section.get(name)
-    if value is None:
-        return default
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{path}: {name} must be a number of pixels from 1, found {value!r}")
-    return value
+def _mmseg_classes(extra: Mapping[str, Any], n_cls: int) -> str | None:
+    """The class set by the names that mmsegmentation stores: meta.CLASSES (0.x) or meta.dataset_meta.classes (1.x).
 
-
-def _mmseg_classes(extra: dict[str, Any], n_cls: int) -> str | None:
-    """The class set by the names that mmsegmentation stores: meta.CLASSES (0.x) or meta.dataset_meta.classes (1.x)."""
-    meta = extra.get("meta")
-    meta = meta if isinstance(meta, dict) else {}
-    newer = meta.get("dataset_meta")
-    names = meta.get("CLASSES") or (newer.get("classes") if isinstance(newer, dict) else None)
-    if not isinstance(names, list | tuple) or len(names) != n_cls:
+    What is stored may be anything: only plain containers of text are looked into.
+    """
+    meta = _entry(extra, "meta")
+    names = _entry(meta, "CLASSES") or _entry(_entry(meta, "dataset_meta"), "classes")
+    if type(names) not in (list, tuple) or len(names) != n_cls or type(names[0]) is not str:
         return None
     return _CLASSES.get((_FIRST_CLASS.get(names[0]), n_cls))
 
 
-def _hf_fields(folder: Path) -> dict[str, Any]:
-    """What config.json and preprocessor_config.json of a Hugging Face folder add to its weights."""
-    fields: dict[str, Any] = {}
-    path = folder / "config.json"
-    try:
-        if path.is_file():
-            fields = hugging_face_fields(json.loads(path.read_bytes()))
-        path = folder / "preprocessor_config.json"
-        if path.is_file():
-            mean = json.loads(path.read_bytes()).get("image_mean")
-            if mean is not None:
-                fields["normalization"] = "vit" if mean == [0.5, 0.5, 0.5] else "deit"
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+def _entry(mapping: Any, name: str) -> Any:
+    value = dict.get(mapping, name) if isinstance(mapping, dict) else None
+    return value if isinstance(value, dict) or type(value) in (list, tuple) else None
+
+
+def _fields_beside(folder: Path, kind: str | None) -> dict[str, Any]:
+    """What the JSON files that Hugging Face and timm put beside weights add to them, as arguments of `convert`."""
+    path, fields = folder / "config.json", {}
+    if kind in ("hf", "timm") and path.is_file():
+        content = read_json(path, CheckpointError)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: must hold a JSON object")
+        if kind == "hf" or "architecture" in content:
+            try:
+                fields = hugging_face_fields(content) if kind == "hf" else timm_fields(content)
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+    path = folder / "preprocessor_config.json"
+    if kind == "hf" and path.is_file():
+        content = read_json(path, CheckpointError)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: must hold a JSON object")
+        if content.get("image_mean") is not None:
+            fields["normalization"] = normalization_of(content["image_mean"])
     return fields

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from segmenter.checkpoint import MAX_NAMES, CheckpointError, listing
 from segmenter.config import ModelConfig
-from segmenter.convert import architecture, recognise
+from segmenter.convert import architecture, n_blocks, recognise
 from segmenter.model import Segmenter, create_segmenter
 
 _FOREIGN = {
@@ -40,7 +40,7 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str 
         if state[name].shape != expected[name].shape
     ]
     if missing or unexpected or misshapen:
-        hint = _hint(model, state)
+        hint = _hint(model.config, state) if isinstance(model, Segmenter) else ""
         lines = [f"{source} does not fit the model{': ' + hint if hint else ''}"]
         for what, names in (("missing", missing), ("unexpected", unexpected)):
             lines += [f"  {len(names)} {what}: {listing(names)}"] if names else []
@@ -61,18 +61,33 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str 
 def build(config: ModelConfig, state: Mapping[str, torch.Tensor], impl: str, source: str) -> Segmenter:
     """A model of `config` that owns the tensors of `state`, in evaluation mode.
 
-    Shapes are compared before anything is allocated, so a configuration that claims a giant model costs nothing.
+    Shapes are compared before anything is allocated, so a configuration that claims a giant model costs nothing:
+    neither memory nor the time to make thousands of layers that the weights have not.
     """
+    asked = {"encoder": config.n_layers, "decoder": config.decoder.get("n_layers", 0)}
+    if any(n_blocks(state, part) < n for part, n in asked.items()):
+        raise CheckpointError(f"{source} does not fit the model: {_hint(config, state)}")
     with torch.device("meta"):
         model = create_segmenter(config, impl)
     load_state(model, state, source)
     return model.eval()
 
 
-def _hint(model: nn.Module, state: Mapping[str, torch.Tensor]) -> str:
+def build_on_encoder(config: ModelConfig, state: Mapping[str, torch.Tensor], impl: str, source: str) -> Segmenter:
+    """A model of `config` with a random decoder and the `encoder.*` of `state`, which it owns; in evaluation mode.
+
+    As in `build`, nothing is allocated for an encoder that does not fit.
+    """
+    with torch.device("meta"):
+        encoder = create_segmenter(config, impl).encoder
+    load_state(encoder, {name.removeprefix("encoder."): t for name, t in state.items()}, source)
+    model = create_segmenter(config, impl)
+    model.encoder = encoder
+    return model.eval()
+
+
+def _hint(config: ModelConfig | None, state: Mapping[str, torch.Tensor]) -> str:
     """Why `state` does not fit, in words; empty if it cannot be told."""
-    if not isinstance(model, Segmenter):
-        return ""
     kind = recognise(state)
     if kind in _FOREIGN:
         return _FOREIGN[kind]
@@ -84,7 +99,7 @@ def _hint(model: nn.Module, state: Mapping[str, torch.Tensor]) -> str:
         found = architecture(state)
     except CheckpointError as error:
         return str(error)
-    asked = [] if model.config is None else [(name, getattr(model.config, name)) for name in _COMPARED]
+    asked = [] if config is None else [(name, getattr(config, name)) for name in _COMPARED]
     return "; ".join(filter(None, (_difference(name, found.get(name), value) for name, value in asked)))
 
 

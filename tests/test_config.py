@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from segmenter import create_segmenter, preset, preset_names
-from segmenter.config import BACKBONES, ConfigError, ModelConfig, backbone_config
+from segmenter.config import BACKBONES, ConfigError, ModelConfig, backbone_config, check_windows
 from tests.tiny import tiny_config
 
 # Parameters and tensors in the state dict of the published models, at the published image size and class count.
@@ -132,6 +132,14 @@ def test_arguments_are_not_changed():
         ({"decoder": {"name": "mask_transformer", "dropout": 5.0}}, "decoder.dropout 5.0 is out of range"),
         ({"norm_eps": -1}, "norm_eps -1.0 is out of range"),
         ({"norm_eps": float("nan")}, "norm_eps nan is out of range"),
+        ({"norm_eps": 0}, "norm_eps 0.0 is out of range"),
+        ({"norm_eps": 10**400}, "norm_eps is too large a number"),
+        ({"n_cls": 10**5000}, "n_cls of more than 18 digits is out of range"),
+        ({"n_layers": 1025}, "n_layers 1025 is out of range"),
+        ({"d_model": 65_600}, "d_model 65600 is out of range"),
+        ({"patch_size": 257}, "patch_size 257 is out of range"),
+        ({"decoder": {"name": "mask_transformer", "n_layers": 1025}}, "decoder.n_layers 1025 is out of range"),
+        ({"distilled": [10**5000]}, "distilled must be true or false"),
         ({"decoder": None}, "lacks decoder"),
         ({"dropout": "none"}, "dropout must be a number"),
         ({"normalization": "imagenet"}, "choose one of vit, deit"),
@@ -173,3 +181,28 @@ def test_two_classes_warn():
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         tiny_config().n_cls = 3
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "message"),
+    [
+        (0, 1, "window_size must be a number of pixels from 1, found 0"),
+        (64, 0, "window_stride must be a number of pixels from 1, found 0"),
+        (64, True, "window_stride must be a number of pixels from 1, found True"),
+        ("64", 64, "window_size must be a number of pixels from 1, found '64'"),
+        (float("nan"), 64, "window_size must be a number of pixels"),
+        (64, 65, "window_stride 65 beyond window_size 64 would leave pixels out"),
+        (513, 64, r"window_size 513 is beyond 512, too large for a model of images of \(16, 32\)"),
+        pytest.param(10**5000, 64, "window_size of more than 18 digits is beyond 512", id="5000 digits"),
+    ],
+)
+def test_windows_have_a_range(size, stride, message):
+    with pytest.raises(ConfigError, match=message):
+        check_windows(size, stride, (16, 32))
+
+
+def test_windows_that_people_use():
+    for image_size, size, stride in [(32, 512, 1), (512, 8192, 512), (768, 2048, 2048), (1024, 16_384, 1)]:
+        check_windows(size, stride, (image_size, image_size))
+    with pytest.raises(ConfigError, match="16385 is beyond 16384"):
+        check_windows(16_385, 512, (2048, 2048))

@@ -114,7 +114,13 @@ def _add_convert(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--half", action="store_true", help="store float16: half the size")
     parser.add_argument("--classes", metavar="KEY_OR_FILE", help="names and colours to store with the model")
     parser.add_argument("--decoder", choices=("linear", "mask_transformer"), help="to put on an encoder")
-    parser.add_argument("--image-size", type=_positive_int, metavar="PIXELS", help="resample the position embedding")
+    parser.add_argument(
+        "--image-size", type=_one_size, metavar="PIXELS|HxW", help="resample the position embedding to pictures of it"
+    )
+    parser.add_argument(
+        "--grid", type=_rows_columns, metavar="RxC", help="rows and columns of the position embedding in the file"
+    )
+    parser.add_argument("--n-heads", type=_positive_int, metavar="N", help="of the encoder (default: width / 64)")
     parser.add_argument("--patch-size", type=_positive_int, metavar="PIXELS", help="resample the patch embedding")
     _add_loading(parser)
     return parser
@@ -333,6 +339,11 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     loading = parser.add_argument_group("loading of weights")
     loading.add_argument("--n-cls", type=_positive_int, metavar="N", help="classes, for weights that have no decoder")
     loading.add_argument("--hub", action="store_true", help="a model that is no path is one on the Hugging Face hub")
+    loading.add_argument(
+        "--averaged",
+        action=argparse.BooleanOptionalAction,
+        help="take the averaged (EMA) weights, or the plain ones, of a training checkpoint that holds both",
+    )
     loading.add_argument("--allow-pickle", action="store_true", help="I trust this file: let it run its code")
     loading.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and infinite weights")
     loading.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare checksums")
@@ -390,6 +401,11 @@ def _kinds(text: str) -> tuple[str, ...]:
     return kinds
 
 
+def _pair(text: str) -> tuple[int, int]:
+    rows, columns = map(_number(int, 1), text.split("x"))
+    return rows, columns
+
+
 def _hxw(text: str) -> tuple[tuple[int, int], ...]:
     sizes = tuple(tuple(map(_number(int, 1), size.split("x"))) for size in text.split(","))
     if len(sizes) < 2 or any(len(size) != 2 for size in sizes):
@@ -397,6 +413,10 @@ def _hxw(text: str) -> tuple[tuple[int, int], ...]:
     return sizes
 
 
+_rows_columns = _checked(_pair, "two integers such as 14x16")
+_one_size = _checked(
+    lambda text: _pair(text) if "x" in text else _number(int, 1)(text), "an integer, or two as 224x256"
+)
 _im_size = _checked(lambda text: text if text == "own" else _number(int, 1)(text), "an integer from 1, or own")
 _ratio = _checked(_number(float, 1), "a number from 1")
 

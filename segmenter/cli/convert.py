@@ -15,7 +15,7 @@ from segmenter.pretrained import convert_checkpoint
 def run(args: argparse.Namespace) -> int:
     if os.path.isfile(args.output):
         raise CommandError(f"{args.output}: is a file; give a folder")
-    request = {"decoder": args.decoder, "image_size": args.image_size, "patch_size": args.patch_size}
+    request = {name: getattr(args, name) for name in ("decoder", "image_size", "patch_size", "grid", "n_heads")}
     dtype = torch.float16 if args.half else None
     options = loading_options(args)
     with errors_of_loading():

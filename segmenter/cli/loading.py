@@ -21,13 +21,17 @@ WEIGHTS_WARNING = {
     "random": "RANDOM WEIGHTS: the labels and maps mean nothing; give a trained checkpoint to --model",
     "encoder": "RANDOM DECODER: only the encoder is trained, the labels mean nothing; train it or use another model",
 }
-LOADING = ("n_cls", "hub", "allow_pickle", "allow_nonfinite", "verify")
+LOADING = ("n_cls", "hub", "averaged", "allow_pickle", "allow_nonfinite", "verify")
 _FLAGS = {  # what messages of the library call an argument -> its name here
     "allow_pickle=True": "--allow-pickle",
     "allow_nonfinite=True": "--allow-nonfinite",
     "verify=False": "--no-verify",
     "hub=True": "--hub",
     "give n_cls": "give --n-cls",
+    "give n_heads": "give --n-heads",
+    "give its grid": "give its --grid",
+    "averaged=True": "--averaged",
+    "averaged=False": "--no-averaged",
 }
 
 

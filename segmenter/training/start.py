@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn as nn
 
 from segmenter.checkpoint import CheckpointError
-from segmenter.config import preset
+from segmenter.config import check_windows, preset
 from segmenter.convert import convert
 from segmenter.data.datasets import Dataset
 from segmenter.model import Segmenter, create_segmenter
@@ -52,7 +52,12 @@ def starting_model(recipe: Recipe, dataset: Dataset) -> Segmenter:
 
 
 def prepare(model: Segmenter, recipe: Recipe, dataset: Dataset) -> Segmenter:
-    """In training mode, with what the recipe says besides weights: windows, source, and which parts are frozen."""
+    """In training mode, with what the recipe says besides weights: windows, source, and which parts are frozen.
+
+    Raises:
+        ConfigError: windows that a saved model could not be loaded with.
+    """
+    check_windows(recipe.window_size, recipe.window_stride, model.config.image_size)
     start = recipe.model.split("/")[-1]
     if _STARTED in model.info.source:  # a model that was trained here knows its own start
         start += f" ({model.info.source})"

@@ -63,7 +63,8 @@ def save_pretrained(
         classes: key of a class set, a class file or a ClassSet; default `model.info.classes`. A file is copied.
     Raises:
         CheckpointError: weights overflow in `dtype`. ClassesError: the classes do not fit the model. ConfigError:
-            windows that loading would refuse. ValueError: the model has no configuration. OSError: the folder cannot be written.
+            windows that loading would refuse. ValueError: the model has no configuration. OSError: the folder cannot be
+            written.
     """
     from safetensors.torch import save
 

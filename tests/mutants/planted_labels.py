@@ -244,6 +244,21 @@ LABELS = planted_in(
     },
 )
 
+STRIDES = planted_in(
+    "segmenter/labels.py",
+    ("tests/test_strides.py",),
+    {
+        "candidates_whatever_the_overlap": (
+            "(windows <= MAX_WINDOWS and ",
+            "(",
+        ),
+        "candidates_of_the_smallest_tiles": (
+            " and rows.length * cols.length >= MIN_TILE * tiles",
+            "",
+        ),
+    },
+)
+
 CAPTURED = planted_in(
     "segmenter/captured.py",
     ("tests/test_captured.py",),

@@ -40,7 +40,7 @@ setup(
     extras_require={
         # Triton's interpreter breaks with numpy 2.4 up to triton 3.6.
         "test": [
-            "pytest>=8",
+            "pytest>=9",
             "pytest-cov",
             "pytest-timeout>=2.2",
             "pytest-xdist>=3",

@@ -15,6 +15,7 @@ and, of formats that carry checksums, content that is not what was written.
 
 import argparse
 import dataclasses
+import faulthandler
 import hashlib
 import os
 import pickle
@@ -297,11 +298,13 @@ def _work(form: Format, cases: range, folder: Path, original: bytes, expected: s
         quiet = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(quiet, descriptor)
+        faulthandler.disable()  # it would write of each crash
         warnings.simplefilter("ignore")
         signal.setitimer(signal.ITIMER_REAL, 0)
         torch.set_num_threads(1)
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         for case in cases:
             (folder / form.file).write_bytes(case_content(form, original, case))
             answer = pickle.dumps(judge(form, folder, expected))

@@ -39,8 +39,8 @@ def windows_argmax(
     """Labels of pictures from the masks of overlapping windows; arguments and result as `reference.windows_argmax`.
 
     Memory beyond masks and labels: a few times STRIP_BYTES or what one row of tiles takes, (4, W / P, n_cls) float32,
-    and a few rows of scores, (W, n_cls), and of each window over a pixel two or three. On a GPU all of it is in `bands`: looking at candidates would wait for the
-    device at every step.
+    and a few rows of scores, (W, n_cls), and two or three more for each window over a pixel. On a GPU all of it is in
+    `bands`: looking at candidates would wait for the device at every step.
     """
     labels = torch.empty(len(masks), *shape, dtype=reference.label_dtype(masks.shape[-1]), device=masks.device)
     scores = torch.empty(labels.shape, dtype=torch.float16 if score == "margin" else torch.uint8, device=masks.device)

@@ -200,7 +200,7 @@ FORMATS = (
     Format("safetensors", "model.safetensors", _safetensors, _load_published, LOADING, JSON, plausible=_finite),
     Format("npz", "a.npz", _npz, _load_npz, LOADING),
     Format("variant.yml", "variant.yml", _published, _load_published, LOADING, YAML, plausible=_finite),
-    Format("own config.json", "config.json", _own, _load_own, LOADING, JSON, summed=True),
+    Format("own config.json", "config.json", _own, _load_own, (*LOADING, ClassesError), JSON, summed=True),
     Format("own weights", "model.safetensors", _own, _load_own, LOADING, JSON, summed=True),
     Format("own classes.json", "classes.json", _own, _load_own, (*LOADING, ClassesError), JSON, summed=True),
     Format("training state", "checkpoint.pth", _training_state, _load_state, LOADING, PICKLE, summed=True),

@@ -1,4 +1,4 @@
-.PHONY: help install test test-slow test-gpu golden golden-kernels compile-report mutants lint format bench bench-smoke
+.PHONY: help install test test-slow test-gpu golden golden-kernels compile-report mutants fuzz lint format bench bench-smoke
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -33,6 +33,9 @@ compile-report:  ## every kernel compiled for seven architectures, without a GPU
 
 mutants:         ## plants every bug of tests/mutants and sees that the tests find it (half an hour)
 	python -m tests.mutants
+
+fuzz:            ## 5,000 mutated files of every format that is read, and a table of how they ended (an hour)
+	python -m tests.fuzz --files 5000
 
 lint:            ## ruff: rules and format, nothing is changed
 	ruff check .

@@ -44,6 +44,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.pluginmanager.unregister(name="faulthandler")  # its time limit is for tests; crashes are still reported
     if hasattr(torch.compiler.config, "force_disable_caches"):  # or compile times would be those of an earlier run
         torch.compiler.config.force_disable_caches = True
     smoke = config.option.benchmark_disable
@@ -80,6 +81,7 @@ def pytest_collection_modifyitems(config, items):
     items[:] = sorted((item for item in items if item.path.parent.name == "bench"), key=rank)
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=timing.CLOCK))
+        item.add_marker(pytest.mark.timeout(0))  # rows take what they take
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,13 @@
 The idea is that of the kernel (`segmenter.kernels.upsample_argmax`): inside a tile (`segmenter.kernels.tiling`) only
 classes that are somewhere above the mean of the classes that win at its corners can win, so only these are upsampled,
 with the arithmetic of F.interpolate. Most tiles need not even that: one class wins at all corners, and so everywhere.
-Where a strip of the picture has too many candidates for that to pay, all classes are upsampled, a few rows of pixels at
-a time. Either way labels are those of `reference.windows_argmax` to the last tie, if the CPU has fused multiply-add and
-masks are float32 or narrower. Scores of pixels, where asked for, come from `segmenter.bands`, within rounding.
+Where a strip of the picture has too many candidates for that to pay, or many windows cover a pixel, all classes are
+upsampled, a few rows of pixels at a time. Either way labels are those of `reference.windows_argmax` to the last tie, if
+the CPU has fused multiply-add and masks are float32 or narrower. Scores of pixels, where asked for, come from
+`segmenter.bands`, within rounding.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -18,7 +20,10 @@ from segmenter.kernels import reference, tiling
 
 STRIP_BYTES = 8 << 20  # of the corners of the tiles that are looked at together
 DENSE_BYTES = 4 << 20  # of the scores that are computed together where all classes are
+CHUNK_VALUES = 1 << 16  # of several small windows that are upsampled together then
 CHUNK_PIXELS = 1 << 16  # that are upsampled together: a few float32 arrays of them stay in a CPU core's cache
+MAX_WINDOWS = 8  # over one pixel: looking for candidates costs the square of their number, upsampling all classes not
+MIN_TILE = 32  # pixels, where windows overlap: to look at the corners of smaller tiles costs as much as upsampling them
 DENSE_ABOVE = 0.25  # share of the classes that are candidates: to pick one costs that much more than one of all
 
 
@@ -34,15 +39,19 @@ def windows_argmax(
     """Labels of pictures from the masks of overlapping windows; arguments and result as `reference.windows_argmax`.
 
     Memory beyond masks and labels: a few times STRIP_BYTES or what one row of tiles takes, (4, W / P, n_cls) float32,
-    and a few rows of scores, (W, n_cls). On a GPU all of it is in `bands`: looking at candidates would wait for the
-    device at every step.
+    and a few rows of scores, (W, n_cls), and two or three more for each window over a pixel. On a GPU all of it is in
+    `bands`: looking at candidates would wait for the device at every step.
     """
     labels = torch.empty(len(masks), *shape, dtype=reference.label_dtype(masks.shape[-1]), device=masks.device)
     scores = torch.empty(labels.shape, dtype=torch.float16 if score == "margin" else torch.uint8, device=masks.device)
     for i, picture in enumerate(masks):
         view = View(picture.float().contiguous(), tops, lefts, size, window, shape)
         if score is None and masks.device.type == "cpu":
-            _pruned(view, labels[i])
+            rows, cols = _axes(view)
+            if _pruning_pays(rows, cols):
+                _pruned(view, rows, cols, labels[i])
+            else:
+                _dense(view, labels[i], 0, shape[0])
             continue
         for top, logits in bands([view], shape, probabilities=False):
             here = (i, slice(top, top + len(logits)))
@@ -75,12 +84,22 @@ def _scores(logits: torch.Tensor, score: str) -> torch.Tensor:
 # Only the classes that can win
 
 
-def _pruned(view: View, labels: torch.Tensor) -> None:
+def _axes(view: View) -> tuple[tiling.Axis, tiling.Axis]:
+    return tuple(
+        tiling.axis(tuple(anchors), view.window[i], view.masks.shape[1 + i], view.size[i], view.shape[i])
+        for i, anchors in enumerate((view.tops, view.lefts))
+    )
+
+
+def _pruning_pays(rows: tiling.Axis, cols: tiling.Axis) -> bool:
+    """Whether windows overlap so little that it is worth looking for the classes that can win."""
+    windows, tiles = rows.n_slots * cols.n_slots, len(rows.first) * len(cols.first)
+    return windows == 1 or (windows <= MAX_WINDOWS and rows.length * cols.length >= MIN_TILE * tiles)
+
+
+def _pruned(view: View, rows: tiling.Axis, cols: tiling.Axis, labels: torch.Tensor) -> None:
     """Fills `labels` (H, W) of one picture."""
-    grid, n_cls = view.masks.shape[1:3], view.masks.shape[-1]
-    rows = tiling.axis(tuple(view.tops), view.window[0], grid[0], view.size[0], view.shape[0])
-    cols = tiling.axis(tuple(view.lefts), view.window[1], grid[1], view.size[1], view.shape[1])
-    n_cols = len(cols.first)
+    n_cls, n_cols = view.masks.shape[-1], len(cols.first)
     best = view.masks.topk(min(2, n_cls), dim=-1)
     winners = best.indices[..., 0].flatten()  # of each mask cell
     clear = torch.ones_like(winners, dtype=torch.bool)
@@ -100,49 +119,65 @@ def _pruned(view: View, labels: torch.Tensor) -> None:
 
 
 def _dense(view: View, labels: torch.Tensor, top: int, bottom: int) -> None:
-    """Fills rows top..bottom of `labels` (H, W) with all classes upsampled, a few rows at a time."""
-    (grid_h, grid_w, n_cls), n_x, (height, width) = view.masks.shape[1:], len(view.lefts), view.window
-    low, high, h = (torch.from_numpy(x) for x in tiling.source_cells(grid_h, view.size[0]))
+    """Fills rows top..bottom of `labels` (H, W) with all classes upsampled, a few rows at a time.
+
+    The published way, and the work of it: every window is upsampled once.
+    """
+    (grid_h, grid_w, n_cls), (height, width) = view.masks.shape[1:], view.window
+    masks = view.masks.unflatten(0, (len(view.tops), len(view.lefts)))
+    low, high, h = (x[:height] for x in tiling.source_cells(grid_h, view.size[0]))
     left, right, w = (torch.from_numpy(x)[:width] for x in tiling.source_cells(grid_w, view.size[1]))
-    w = w[:, None]
-    count = torch.zeros(view.shape[1], 1)
-    for anchor in view.lefts:
-        count[anchor : anchor + width] += 1
-    upsampled: dict[tuple[int, int], torch.Tensor] = {}  # (window, mask row) -> that row, (width, n_cls)
+    cuts = np.flatnonzero((np.diff(low) != 0) | (np.diff(high) != 0)) + 1  # rows of pixels at which mask rows change
+    h, w = torch.from_numpy(h)[:, None, None], w[:, None]
+    rest_h, rest_w = 1 - h, 1 - w
+    count = _covering(view.tops, height, view.shape[0])[:, None] * _covering(view.lefts, width, view.shape[1])
+    most = max(1, min(DENSE_BYTES // (view.shape[1] * n_cls * 4), view.size[0] // grid_h))
+    together = max(1, CHUNK_VALUES // (most * width * n_cls))  # windows: small ones cost calls more than arithmetic
+    band = torch.empty(min(together, len(view.lefts)), most, width, n_cls)
+    total = torch.empty(most, view.shape[1], n_cls)
+    upsampled: dict[int, tuple[int, torch.Tensor]] = {}  # row of windows -> first mask row, (n_x, rows, width, n_cls)
 
-    def mask_row(window: int, cell: int) -> torch.Tensor:
-        if (window, cell) not in upsampled:
-            cells = view.masks[window, cell]
-            upsampled[window, cell] = torch.addcmul(w * cells[right], 1 - w, cells[left])
-        return upsampled[window, cell]
+    def mask_rows(i: int, first: int, last: int) -> torch.Tensor:
+        """Mask rows first..last of the i-th row of windows, as wide as these; earlier ones are forgotten."""
+        start, rows = upsampled.get(i, (first, masks.new_empty(len(view.lefts), 0, width, n_cls)))
+        if start + rows.shape[1] < last:
+            cells = masks[i, :, start + rows.shape[1] : last]
+            more = torch.addcmul(w * cells[:, :, right], rest_w, cells[:, :, left])
+            start, rows = first, torch.cat([rows[:, first - start :], more], 1)
+            upsampled[i] = start, rows
+        return rows[:, first - start :]
 
-    rows = tiling.axis(tuple(view.tops), height, grid_h, view.size[0], view.shape[0])
-    most = max(1, DENSE_BYTES // (view.shape[1] * n_cls * 4))
-    band = torch.empty(min(most, rows.longest), width, n_cls)
-    total = torch.empty(len(band), view.shape[1], n_cls)
-    for interval in range(*np.searchsorted(rows.starts, (top, bottom))):
-        windows_y = range(rows.first[interval], rows.first[interval] + rows.count[interval])
-        single, needed = len(windows_y) * n_x == 1, set()
-        for start in range(rows.starts[interval], rows.starts[interval + 1], most):
-            stop = min(start + most, int(rows.starts[interval + 1]))
-            values, merged = band[: stop - start], total[: stop - start]
-            if not single:
-                merged.zero_()
-            for i in windows_y:
-                t = start - view.tops[i]
-                weight = h[t : t + len(values), None, None]
-                for j, anchor in enumerate(view.lefts):
-                    keys = [(i * n_x + j, int(cells[t])) for cells in (low, high)]
-                    needed.update(keys)
-                    above, below = (mask_row(*key) for key in keys)
-                    torch.mul(below, weight, out=values)
-                    torch.addcmul(values, above, 1 - weight, out=values)
-                    if not single:
-                        merged[:, anchor : anchor + width] += values
-            best = values if single else merged.div_(count * len(windows_y))
-            labels[start:stop] = best.argmax(-1)
-        for key in upsampled.keys() - needed:
-            del upsampled[key]
+    for start in range(top, bottom, most):
+        stop = min(start + most, bottom)
+        best = total[: stop - start].zero_()
+        for i, anchor in enumerate(view.tops):
+            y, end = max(start - anchor, 0), min(stop - anchor, height)
+            if y >= end:
+                upsampled.pop(i, None)
+                continue
+            rows = mask_rows(i, low[y], high[end - 1] + 1)
+            edges = [y, *cuts[(cuts > y) & (cuts < end)], end]
+            for a, b in itertools.pairwise(edges):
+                here = best[a + anchor - start : b + anchor - start]
+                above, below = (rows[:, cells[a] - low[y], None] for cells in (low, high))
+                for j in range(0, len(rows), together):
+                    values = band[: min(together, len(rows) - j), : b - a]
+                    torch.mul(below[j : j + together], h[a:b], out=values)
+                    torch.addcmul(values, above[j : j + together], rest_h[a:b], out=values)
+                    for window, x in zip(values, view.lefts[j:], strict=False):
+                        here[:, x : x + width] += window
+        if len(view.masks) > 1:
+            best.div_(count[start:stop, :, None])
+        labels[start:stop] = best.argmax(-1)
+
+
+def _covering(anchors: Sequence[int], window: int, length: int) -> torch.Tensor:
+    """How many windows cover each pixel of an axis: float32 (length,)."""
+    starts = torch.tensor(anchors)
+    changes = torch.zeros(length + 1)
+    changes[starts] += 1
+    changes[starts + window] -= 1
+    return changes[:-1].cumsum(0)
 
 
 class _Strip:

@@ -1,5 +1,7 @@
 """The learning-rate schedule of the published training."""
 
+import math
+
 import torch
 
 
@@ -11,7 +13,8 @@ class PolynomialLR(torch.optim.lr_scheduler.LRScheduler):
     update. torch's own PolynomialLR has neither the floor nor the warm-up.
 
     Args:
-        optimizer: its parameter groups give lr0. step_size, iter_warmup, iter_max: in updates.
+        optimizer: its parameter groups give lr0. step_size, iter_warmup, iter_max: in updates; as published, the last
+            two are truncated to integers.
         power: exponent, 0.9 in the paper. min_lr: the floor, 1e-5 in the paper. last_epoch: t - 1 to resume after.
     """
 
@@ -25,13 +28,14 @@ class PolynomialLR(torch.optim.lr_scheduler.LRScheduler):
         min_lr: float = 0.0,
         last_epoch: int = -1,
     ):
-        if step_size < 1 or iter_max <= 0 or not 0 <= iter_warmup <= iter_max:
+        if not (step_size >= 1 and 0 <= iter_warmup <= iter_max and 1 <= iter_max < math.inf):
             raise ValueError(
-                f"need step_size >= 1 and 0 <= iter_warmup <= iter_max, got {step_size}, {iter_warmup}, {iter_max}"
+                "need step_size >= 1 and 0 <= iter_warmup <= iter_max, of at least one update, "
+                f"got {step_size}, {iter_warmup}, {iter_max}"
             )
         self.step_size = step_size
-        self.iter_warmup = iter_warmup
-        self.iter_max = iter_max
+        self.iter_warmup = int(iter_warmup)
+        self.iter_max = int(iter_max)
         self.power = power
         self.min_lr = min_lr
         super().__init__(optimizer, last_epoch)

@@ -25,6 +25,7 @@ NOT_POISONED = {f"segmenter.kernels.{name}" for name in ("configs", "launch", "o
 
 
 def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=60, help="mutated files of each format, in tests/test_fuzz.py")
     parser.addoption("--cases", type=int, default=200, help="random cases of tests/test_random_cases.py")
 
 

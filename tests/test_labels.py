@@ -24,6 +24,7 @@ SHIPPED = labels.DENSE_ABOVE
 @pytest.fixture(autouse=True, params=["pruned", "dense"])
 def way(request, monkeypatch):
     """Both ways to upsample."""
+    monkeypatch.setattr(labels, "_pruning_pays", lambda rows, cols: True)
     monkeypatch.setattr(labels, "DENSE_ABOVE", {"pruned": 2.0, "dense": -1.0}[request.param])
     return request.param
 
@@ -57,6 +58,7 @@ def test_any_size_and_windows(data):
     masks = MASKS[data.draw(st.sampled_from(list(MASKS)))](n, *cells, K, seed)[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(labels, "STRIP_BYTES", data.draw(st.sampled_from([500, 1 << 23])))
+        patch.setattr(labels, "CHUNK_VALUES", data.draw(st.sampled_from([1, 1 << 16])))
         patch.setattr(labels, "CHUNK_PIXELS", data.draw(st.sampled_from([500, 1 << 16])))
         got = labels.windows_argmax(masks, tops, lefts, size, window, shape)
     assert torch.equal(got, expected_labels(masks, tops, lefts, size, window, shape))

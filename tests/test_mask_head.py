@@ -117,6 +117,29 @@ def test_epsilon():
     assert not torch.allclose(run(args), run([*args[:-1], 1e-5]), atol=1e-2)
 
 
+def almost_alike(args):
+    """Classes so near each other that the variance of their cosines is below the usual eps."""
+    args[1] = args[1][:, :1] + 1e-3 * args[1]
+    return args
+
+
+@pytest.mark.parametrize("kind", ["large eps", "classes almost alike"])
+@pytest.mark.parametrize(("K", "d"), [(19, 48), (19, 192), (150, 144), (260, 80)])
+def test_norm_of_the_patches(K, d, kind):
+    """LayerNorm over classes cancels whatever a row is divided by, and with it a wrong norm, up to its eps."""
+    args = inputs(2, 33, K, d, affine=False)
+    args[0] = args[0] * torch.logspace(-1, 1, 33)[:, None]  # every row has a norm of its own, and every column a share
+    args[2] = args[2] * torch.logspace(-1, 1, d)
+    if kind == "large eps":
+        args[-1] = 0.5
+    else:
+        args = almost_alike(args)
+    want = reference.mask_head(*wide(args))
+    doubled = reference.mask_head(*wide([*args[:-1], 4 * args[-1]]))  # as if every norm were twice as large
+    assert (doubled - want).norm() > 0.3 * want.norm(), "the norm shows"
+    check(run(args), args)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("K", [19, 260])
 def test_a_norm_of_another_type(K, dtype):

@@ -17,7 +17,7 @@ def test_there_are_enough_and_their_names_differ():
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_every_edit_fits_exactly_once(mutant, tmp_path):
-    (tmp_path / mutant.file).parent.mkdir()
+    (tmp_path / mutant.file).parent.mkdir(parents=True)
     (tmp_path / mutant.file).write_text((ROOT / mutant.file).read_text())
     plant(mutant, tmp_path)
     assert (tmp_path / mutant.file).read_text() != (ROOT / mutant.file).read_text()

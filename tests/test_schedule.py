@@ -61,6 +61,19 @@ def test_resumes_where_it_stopped():
     assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"] < 0.1
 
 
-def test_bad_arguments():
+def test_iter_max_and_iter_warmup_are_truncated_as_published():
+    """The published class takes int() of both, and its scripts may give floats such as epochs * pictures / batch."""
+    np.testing.assert_array_equal(rates(103, total=100.9), rates(103, total=100))
+    np.testing.assert_array_equal(rates(103, total=100.9, warmup=10.7), rates(103, total=100, warmup=10))
+    np.testing.assert_array_equal(rates(103, warmup=0.9), rates(103))
+    assert rates(1, total=100.9)[1] == (1e-3 - 1e-5) * (1 - 1 / 100) ** 0.9 + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("step_size", 0), ("total", 0), ("total", 0.9), ("total", float("inf")), ("total", float("nan")),
+     ("warmup", -1), ("warmup", 101), ("warmup", float("nan"))],
+)  # fmt: skip
+def test_bad_arguments(name, value):
     with pytest.raises(ValueError, match="need step_size >= 1 and 0 <= iter_warmup <= iter_max"):
-        rates(1, step_size=0)
+        rates(1, **{name: value})

@@ -1,7 +1,8 @@
 """The planted bugs: one text edit each, in a file of the kernels, and the tests that should find it."""
 
 from tests.mutants.mutant import Mutant, planted_in
-from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, TILING
+from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, STRIDES, TILING
+from tests.mutants.planted_training import DURABILITY, SCHEDULE
 
 ATTENTION = planted_in(
     "kernels/attention.py",
@@ -291,6 +292,14 @@ MASK_HEAD = planted_in(
             "cosine = cosine * tl.rsqrt(patch_norm2)[:, None]",
             "cosine = cosine * (1.0 + 0.0 * patch_norm2)[:, None]",
         ),
+        "patch_norm_of_the_last_chunk": (
+            "patch_norm2 += tl.sum(p * p, 1)",
+            "patch_norm2 = tl.sum(p * p, 1)",
+        ),
+        "patch_norm_off": (
+            "tl.rsqrt(patch_norm2)[:, None]",
+            "tl.rsqrt(patch_norm2 * 1.001)[:, None]",
+        ),
         "padded_classes_in_the_variance": (
             "centred = tl.where(real[None, :], cosine - mean[:, None], 0.0)",
             "centred = cosine - mean[:, None]",
@@ -425,7 +434,10 @@ MUTANTS = [
     *LABELS_KERNEL,
     *TILING,
     *LABELS,
+    *STRIDES,
     *CAPTURED,
+    *DURABILITY,
+    *SCHEDULE,
 ]
 
 __all__ = ["MUTANTS", "Mutant"]

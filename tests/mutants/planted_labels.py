@@ -201,21 +201,29 @@ LABELS = planted_in(
             "labels[start - top : stop - top] = best",
         ),
         "dense_windows_summed_not_averaged": (
-            "merged.div_(count * len(windows_y))",
-            "merged",
+            "            best.div_(count[start:stop, :, None])\n",
+            "            pass\n",
         ),
         "dense_rows_of_the_first_window": (
-            "                t = start - view.tops[i]\n",
-            "                t = start - view.tops[windows_y[0]]\n",
+            "y, end = max(start - anchor, 0),",
+            "y, end = max(start - view.tops[0], 0),",
         ),
         "dense_rows_kept_too_long": (
-            "        for key in upsampled.keys() - needed:\n            del upsampled[key]\n",
+            "                upsampled.pop(i, None)\n",
             "",
             "the same labels, in more memory",
         ),
+        "dense_mask_rows_shifted": (
+            "torch.cat([rows[:, first - start :], more], 1)",
+            "torch.cat([rows, more], 1)",
+        ),
+        "dense_windows_together_all_on_the_left": (
+            "zip(values, view.lefts[j:], strict=False)",
+            "zip(values, view.lefts, strict=False)",
+        ),
         "dense_product_rounded": (
-            "torch.addcmul(values, above, 1 - weight, out=values)",
-            "values.add_(above * (1 - weight))",
+            "torch.addcmul(values, above[j : j + together], rest_h[a:b], out=values)",
+            "values.add_(above[j : j + together] * rest_h[a:b])",
         ),
         "no_class_of_scores_that_are_no_numbers": (
             "return ~(excess < 0)",
@@ -232,6 +240,21 @@ LABELS = planted_in(
         "last_strip_left_out": (
             "for start in range(0, len(rows.first), step):",
             "for start in range(0, len(rows.first) - step + 1, step):",
+        ),
+    },
+)
+
+STRIDES = planted_in(
+    "segmenter/labels.py",
+    ("tests/test_strides.py",),
+    {
+        "candidates_whatever_the_overlap": (
+            "(windows <= MAX_WINDOWS and ",
+            "(",
+        ),
+        "candidates_of_the_smallest_tiles": (
+            " and rows.length * cols.length >= MIN_TILE * tiles",
+            "",
         ),
     },
 )

@@ -1,0 +1,59 @@
+"""The planted bugs of files, training and its schedule; see `tests.mutants.planted`."""
+
+from tests.mutants.mutant import planted_in
+
+DURABILITY = [
+    *planted_in(
+        "segmenter/training/loop.py",
+        ("tests/test_durability.py",),
+        {
+            "average_not_restored": (
+                "self.average.load_state_dict(",
+                "dict(average=",
+            ),
+            "schedule_not_restored": (
+                "self.schedule.load_state_dict(",
+                "dict(schedule=",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/files.py",
+        ("tests/test_durability.py",),
+        {
+            "renamed_before_it_is_on_the_disk": (
+                "                os.fsync(",
+                "                id(",
+            ),
+            "names_not_brought_onto_the_disk": (
+                "        flush(path.parent)\n    except Exception as error:\n",
+                "    except Exception as error:\n",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/text_files.py",
+        ("tests/test_durability.py",),
+        {
+            "pipes_are_read": (
+                "if not stat.S_ISREG(",
+                "if None and stat.S_ISREG(",
+            ),
+        },
+    ),
+]
+
+SCHEDULE = planted_in(
+    "segmenter/schedule.py",
+    ("tests/test_schedule.py",),
+    {
+        "iter_max_not_truncated": (
+            "self.iter_max = int(iter_max)",
+            "self.iter_max = iter_max",
+        ),
+        "iter_warmup_not_truncated": (
+            "self.iter_warmup = int(iter_warmup)",
+            "self.iter_warmup = iter_warmup",
+        ),
+    },
+)

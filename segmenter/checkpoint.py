@@ -5,9 +5,9 @@ What a file is, is decided by its content, never by its name. Whatever is wrong 
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pickle
-import stat
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from segmenter.errors import InputError, cause
+from segmenter.files import open_regular
 from segmenter.torch_file import ReadStorage, is_pickle, materialize, read_stream, read_zip
 from segmenter.unpickle import MAX_NAMES, Refused, StoredTensor, listing
 from segmenter.wrappers import MAX_WEIGHTS, unwrap
@@ -111,19 +112,18 @@ def read_state_dict(path: str | os.PathLike, **options: Any) -> tuple[dict[str, 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """A regular file; anything else is refused without waiting for it."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        mode = os.stat(path).st_mode
-        file = os.fdopen(os.open(path, flags), "rb") if stat.S_ISREG(mode) else None
+        file = open_regular(path)
     except FileNotFoundError as error:
         raise Refused("no such file") from error
+    except IsADirectoryError as error:
+        raise Refused("is a folder; give the weight file in it") from error
     except OSError as error:
-        raise Refused(f"cannot be read ({cause(error)})") from error
+        raise Refused(
+            "is no regular file" if error.errno == errno.EINVAL else f"cannot be read ({cause(error)})"
+        ) from error
     except ValueError as error:  # a NUL character in the path
         raise Refused(f"no such file ({cause(error)})") from error
-    if file is None:
-        folder = stat.S_ISDIR(mode)
-        raise Refused("is a folder; give the weight file in it" if folder else "is no regular file")
     with file:
         yield file
 

@@ -45,7 +45,7 @@ def is_ours(folder: Path) -> bool:
     Raises:
         CheckpointError: it has one that cannot be read, so nothing can be said.
     """
-    return (folder / CONFIG).exists() and _read_json(folder / CONFIG).get("format") == "segmenter"
+    return os.path.exists(folder / CONFIG) and _read_json(folder / CONFIG).get("format") == "segmenter"
 
 
 def save_pretrained(
@@ -118,7 +118,7 @@ def from_pretrained(
         CheckpointError: no such folder, or something in it is damaged.
     """
     path = Path(folder)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         if not hub:
             raise CheckpointError(f"{folder}: no such folder; hub=True would look for it on the Hugging Face hub")
         path = _download(str(folder))

@@ -176,7 +176,7 @@ def _load(
         if converted.difference is not None:
             converted.notes.append(f"its tokens are those of the live model, to {converted.difference:.0e} (exact)")
         return _assemble(converted, impl, f"live {type(source).__name__}"), converted.kind, converted.notes
-    if Path(source).exists():
+    if os.path.exists(Path(source)):
         model, _, kind, notes = _from_path(Path(source), impl, options, request)
         return model, kind, notes
     _only_one_set(str(source), options)
@@ -202,14 +202,14 @@ def _from_path(
 ) -> tuple[Segmenter, dict[str, Any], str, list[str]]:
     """(model, variant, kind, notes) of a file or folder."""
     notes: list[str] = []
-    folder = path if path.is_dir() else path.parent
-    if (path.is_dir() or path.name == WEIGHTS) and is_ours(folder):
+    folder = path if os.path.isdir(path) else path.parent
+    if (os.path.isdir(path) or path.name == WEIGHTS) and is_ours(folder):
         _only_one_set(str(folder), options)
         kept = {name: options[name] for name in ("verify", "allow_nonfinite")}
         model = _reshaped(from_pretrained(folder, impl=impl, **kept), impl, request, notes)
         return model, variant_of(model), "segmenter", notes
-    if path.is_dir():
-        path = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    if os.path.isdir(path):
+        path = next((folder / name for name in _WEIGHT_FILES if os.path.isfile(folder / name)), None)
         if path is None:
             raise CheckpointError(f"{folder}: has none of {', '.join(_WEIGHT_FILES)}; give the weight file itself")
     found = read_weights(path, **options)
@@ -221,7 +221,7 @@ def _from_path(
     kind = request.get("kind") or recognise(state)
     variant_path = folder / "variant.yml"
     has_decoder = any(name.startswith("decoder.") for name in state)
-    if kind == "segmenter" and has_decoder and variant_path.is_file():
+    if kind == "segmenter" and has_decoder and os.path.isfile(variant_path):
         variant = read_variant(variant_path)
         with _refusing(path):
             model = build(_config_of(variant, variant_path), state, impl, str(path))
@@ -358,7 +358,7 @@ def _entry(mapping: Any, name: str) -> Any:
 def _fields_beside(folder: Path, kind: str | None) -> dict[str, Any]:
     """What the JSON files that Hugging Face and timm put beside weights add to them, as arguments of `convert`."""
     path, fields = folder / "config.json", {}
-    if kind in ("hf", "timm") and path.is_file():
+    if kind in ("hf", "timm") and os.path.isfile(path):
         content = read_json(path, CheckpointError)
         if not isinstance(content, dict):
             raise CheckpointError(f"{path}: must hold a JSON object")
@@ -368,7 +368,7 @@ def _fields_beside(folder: Path, kind: str | None) -> dict[str, Any]:
             except CheckpointError as error:
                 raise CheckpointError(f"{path}: {error}") from error
     path = folder / "preprocessor_config.json"
-    if kind == "hf" and path.is_file():
+    if kind == "hf" and os.path.isfile(path):
         content = read_json(path, CheckpointError)
         if not isinstance(content, dict):
             raise CheckpointError(f"{path}: must hold a JSON object")

@@ -220,7 +220,7 @@ def broken(path, how):
 BROKEN = {
     "truncated": "truncated|broken",
     "text": "not a picture, or not one of PNG",
-    "empty": "not a picture",
+    "empty": "the file is empty",
     "colours": r"this one holds colours \(mode RGB\); replace each colour by its id",
     "jpeg": "JPEG does not keep label values; store labels as PNG",
     "pages": "2 pages",

@@ -13,14 +13,11 @@ from tests.fuzz import Finding, Format
 from tests.fuzz_formats import FORMATS
 
 limits = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="processes are forked, limits are Linux's")
-AWAITED = ("pth stream", "own config.json", "own classes.json", "training state")
 
 
 @limits
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 def test_mutated_files_are_refused_as_documented(form, tmp_path, request):
-    if form.name in AWAITED:
-        request.applymarker(pytest.mark.xfail(reason="to be mended", strict=False))
     cases = range(request.config.getoption("--fuzz"))
     counts, findings = fuzz.run(form, cases, tmp_path)
     assert not findings, "\n".join(map(str, findings))

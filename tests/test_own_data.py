@@ -173,7 +173,7 @@ def test_lists_that_cannot_be_read(tmp_path):
         open_dataset(tmp_path)
     (tmp_path / "train.txt").unlink()
     os.mkfifo(tmp_path / "train.txt")
-    with pytest.raises(DataError, match="train.txt: is no regular file"):
+    with pytest.raises(DataError, match="train.txt: cannot be read .is no regular file"):
         open_dataset(tmp_path)
 
 

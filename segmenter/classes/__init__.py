@@ -1,5 +1,6 @@
 """Class names and colours, of the usual data sets or from a file."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def load_classes(key_or_path: str | Path) -> ClassSet:
         return ClassSet(key, full.names[1:], full.palette[1:])
     if key in CLASS_SETS:
         return _read(Path(__file__).with_name(f"{key}.yml"))
-    if not Path(key).is_file():
+    if not os.path.isfile(key):  # Path.is_file() raises for names that are too long
         raise ClassesError(f"{key}: neither a file nor one of {', '.join(CLASS_SETS)}")
     return _read(Path(key))
 

@@ -1,6 +1,7 @@
 """`segmenter compare`: several models on one picture, as a picture and as JSON."""
 
 import argparse
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -144,10 +145,10 @@ def _compare(args: argparse.Namespace, models: list[Segmenter], subject: Subject
 def _short_name(name: str) -> str:
     """A preset as it is; a folder by its own name, a file with its folder's."""
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):
         return name
     path = path.resolve()
-    return path.name if path.is_dir() else "/".join(path.parts[-2:])
+    return path.name if os.path.isdir(path) else "/".join(path.parts[-2:])
 
 
 def report(

@@ -178,7 +178,7 @@ def _matches(pattern: Path) -> tuple[list[Path], list[str]]:
     start = str(Path(*before))
     places = sorted(Path(p) for p in (glob.glob(start) if glob.has_magic(start) else [start]))
     if not after:
-        return [p for p in places if not p.is_dir()], []
+        return [p for p in places if not os.path.isdir(p)], []
     found, problems = [], []  # glob itself goes round in circles where links do
     for place in filter(os.path.isdir, places):
         files, untold = walk(place)

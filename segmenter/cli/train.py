@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     group = Group(shard.rank, shard.world, shard.device(args.device))
     try:
         recipe = recipe_of(args)
-        if recipe.model.startswith(PRESET) and not Path(recipe.model).exists() and group.leads:
+        if recipe.model.startswith(PRESET) and not os.path.exists(Path(recipe.model)) and group.leads:
             text = "is RANDOM WEIGHTS; the published recipe starts from ImageNet's: --model timm/NAME, or a file"
             err(f"segmenter: WARNING: {recipe.model} {text}")
         group.join()

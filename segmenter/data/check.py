@@ -1,6 +1,7 @@
 """Reads a whole data set and tells what is in it, and what is wrong with it."""
 
 import contextlib
+import os
 import sys
 import time
 import zlib
@@ -219,9 +220,9 @@ def _warnings(report: CheckReport, source: Source) -> Iterator[str]:
             yield f"{split.split}: {split.own_labels} label files are the picture itself once more, byte for byte"
     yield from _advice(report, source)
     for name, parts in source.splits.items():
-        if len(parts) == 1 and parts[0].images.is_dir() and not parts[0].exists():
+        if len(parts) == 1 and os.path.isdir(parts[0].images) and not parts[0].exists():
             part = parts[0]
-            lacking = part.labels if part.names is None or part.names.is_file() else part.names
+            lacking = part.labels if part.names is None or os.path.isfile(part.names) else part.names
             yield f"{name}: left out, there is {part.images} but no {lacking}"
 
 

@@ -3,6 +3,7 @@
 `open_dataset("ADEChallengeData2016", "val")` finds and pairs the files; `read` gives one sample as arrays.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -189,7 +190,7 @@ def find_source(root: str | Path, kind: str | None = None, classes: ClassSet | s
     root = Path(root)
     if kind is not None and kind not in KINDS:
         raise DataError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder", root)
     if kind == OWN or (kind is None and description(root)):
         return _own_source(root, _load(classes))

@@ -57,7 +57,11 @@ class Part:
     hint: str = ""
 
     def exists(self) -> bool:
-        return self.images.is_dir() and self.labels.is_dir() and (self.names is None or self.names.is_file())
+        return (
+            os.path.isdir(self.images)
+            and os.path.isdir(self.labels)
+            and (self.names is None or os.path.isfile(self.names))
+        )
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,10 @@ class Layout:
         return Part(split, images, labels, self.image_ending, self.label_ending, names, hint=self.hint)
 
     def _lies_in(self, base: Path, recognise: bool) -> bool:
-        parts = [part for part in self.parts(base).values() if part.images.is_dir()]
+        parts = [part for part in self.parts(base).values() if os.path.isdir(part.images)]
         if not recognise:
             return bool(parts)
-        return any(part.labels.is_dir() and self._names_fit(part.images) for part in parts)
+        return any(os.path.isdir(part.labels) and self._names_fit(part.images) for part in parts)
 
     def _names_fit(self, images: Path) -> bool:
         return any(name.startswith(self.starts) for name in os.listdir(images))
@@ -158,7 +162,7 @@ def pair(part: Part) -> tuple[list[Sample], list[DataError]]:
             part has folders that are called as splits are.
     """
     for folder in (part.images, part.labels):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise DataError(f"{folder}: no such folder, so there is no split {part.split}", folder)
     images, labels = _named_files(part.images, part.image_ending), _named_files(part.labels, part.label_ending)
     names = sorted(images.keys() | labels.keys())
@@ -223,7 +227,7 @@ def _refuse_hidden_splits(part: Part, names: Iterable[str]) -> None:
 def _read_names(path: Path, known: Collection[str]) -> list[str]:
     """The names that a text file lists; those in `known` are taken as they are, others without extension and such."""
     wanted = "it must list the samples, one name a line"
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: No such file or directory; {wanted}", path)
     try:
         text = read_text(path, DataError, _MAX_BYTES)

@@ -56,7 +56,7 @@ def description(root: Path) -> Path | None:
     Raises:
         DataError: it has two.
     """
-    found = [path for name in _FILES if (path := root / name).is_file()]
+    found = [path for name in _FILES if os.path.isfile(path := root / name)]
     if len(found) > 1 and not found[0].samefile(found[1]):
         raise DataError(f"{root}: has a {found[0].name} and a {found[1].name}; one of them has to go", root)
     return found[0] if found else None
@@ -93,7 +93,7 @@ def _part(root: Path, split: str, where: str) -> Part:
     images, labels = root / "images", root / "annotations"
     if _is_list(where):
         return Part(split, images, labels, names=root / where)
-    if not (labels / where).is_dir() and where.casefold() in _FOLDERS.get(split, ()):
+    if not os.path.isdir(labels / where) and where.casefold() in _FOLDERS.get(split, ()):
         return Part(split, images / where, labels / _folders_of(labels).get(split, where))
     return Part(split, images / where, labels / where)
 
@@ -109,18 +109,18 @@ def _splits_by_name(images: Path) -> dict[str, str]:
         return {}
     with os.scandir(images) as entries:
         left = sorted(e.name for e in entries if e.name not in splits.values() and not e.name.startswith("."))
-    if odd := [name for name in left if (images / name).is_dir() and like_a_split(name)]:
+    if odd := [name for name in left if os.path.isdir(images / name) and like_a_split(name)]:
         raise _Wrong(
             f"in {images} {in_short(splits.values())} are splits, but what is {in_short(odd)}? Say it in `splits`, "
             "or move it away"
         )
-    if lost := [name for name in left if (images / name).is_dir() or Path(name).suffix.lower() in suffixes()]:
+    if lost := [name for name in left if os.path.isdir(images / name) or Path(name).suffix.lower() in suffixes()]:
         warnings.warn(f"{images}: in no split: {in_short(lost)}; `splits` in {FILE} could name them", stacklevel=2)
     return splits
 
 
 def _folders_of(folder: Path) -> dict[str, str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    names = sorted(path.name for path in folder.iterdir() if os.path.isdir(path)) if os.path.isdir(folder) else []
     splits = {}
     for split, words in _FOLDERS.items():
         found = [name for name in names if name.casefold() in words]

@@ -5,6 +5,7 @@ is what makes a resumed run follow the very same trajectory.
 """
 
 import math
+import os
 import signal
 import threading
 import time
@@ -68,7 +69,7 @@ def train(recipe: Recipe, output: str | Path, group: Group = ONE, progress: bool
     recipe = recipe.completed(dataset.key)
     output = Path(output)
     with _writing_run(output, group), _stop_signal() as stop:
-        notes = [] if (output / files.CHECKPOINT).exists() else glance(dataset)
+        notes = [] if os.path.exists(output / files.CHECKPOINT) else glance(dataset)
         run = Run(recipe, dataset, output, group, progress)
         if group.leads:
             warn(notes + (run.validation.shared_with(dataset) if run.validation else []))
@@ -106,7 +107,7 @@ class Run:
         self.per_epoch = Steps.per_epoch(len(dataset), recipe.batch_size)
         self.total = recipe.epochs * self.per_epoch
         checkpoint = output / files.CHECKPOINT
-        state = files.load_state(checkpoint, recipe.to_dict()) if checkpoint.exists() else None
+        state = files.load_state(checkpoint, recipe.to_dict()) if os.path.exists(checkpoint) else None
         self.model = self._model(state).to(group.device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer, self.schedule = make_optimizer(self.model, recipe, self.total)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def starting_model(recipe: Recipe, dataset: Dataset) -> Segmenter:
         "pos_embed_mode": recipe.pos_embed_mode,
         "pos_embed_check": recipe.pos_embed_check,
     }
-    if recipe.model.startswith(PRESET) and not Path(recipe.model).exists():
+    if recipe.model.startswith(PRESET) and not os.path.exists(Path(recipe.model)):
         model = _random(recipe, fields)
     else:
         fields |= {"decoder": _decoder(recipe), "patch_size": recipe.patch_size}
@@ -123,7 +124,7 @@ def _random(recipe: Recipe, fields: dict[str, Any]) -> Segmenter:
 
 def _pretrained(recipe: Recipe, fields: dict[str, Any]) -> Segmenter:
     source: str | nn.Module = recipe.model
-    exists = Path(recipe.model).exists()
+    exists = os.path.exists(Path(recipe.model))
     if not exists and recipe.model.startswith(TIMM):
         source = _timm(recipe.model.removeprefix(TIMM))
     elif not exists:

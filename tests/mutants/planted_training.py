@@ -32,12 +32,12 @@ DURABILITY = [
         },
     ),
     *planted_in(
-        "segmenter/text_files.py",
+        "segmenter/files.py",
         ("tests/test_durability.py",),
         {
             "pipes_are_read": (
-                "if not stat.S_ISREG(",
-                "if None and stat.S_ISREG(",
+                "if not stat.S_ISREG(mode)",
+                "if None and stat.S_ISREG(mode)",
             ),
         },
     ),

@@ -68,8 +68,8 @@ def train(recipe: Recipe, output: str | Path, group: Group = ONE, progress: bool
     dataset = open_dataset(recipe.data, recipe.split, recipe.kind)
     recipe = recipe.completed(dataset.key)
     output = Path(output)
+    notes = [] if os.path.exists(output / files.CHECKPOINT) else glance(dataset)
     with _writing_run(output, group), _stop_signal() as stop:
-        notes = [] if os.path.exists(output / files.CHECKPOINT) else glance(dataset)
         run = Run(recipe, dataset, output, group, progress)
         if group.leads:
             warn(notes + (run.validation.shared_with(dataset) if run.validation else []))

@@ -166,6 +166,17 @@ def test_interrupted_within_an_import_that_loses_exceptions():
     assert (result.returncode, result.stderr) == (130, "segmenter: error: interrupted\n")
 
 
+def test_interrupted_when_all_is_done():
+    code = (
+        "import atexit, os, runpy, signal, sys\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "sys.argv = ['segmenter', '--version']\n"
+        "runpy.run_module('segmenter', run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_a_reader_that_has_seen_enough_is_told_nothing():
     command = ["bash", "-c", '"$0" -m segmenter --help | head -1; echo "${PIPESTATUS[0]}"', sys.executable]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

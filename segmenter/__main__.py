@@ -1,5 +1,6 @@
 """`python -m segmenter`."""
 
+import signal
 import sys
 
 try:
@@ -8,4 +9,6 @@ except KeyboardInterrupt:
     print("segmenter: error: interrupted", file=sys.stderr)
     sys.exit(130)
 
-sys.exit(main())
+status = main()
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written; while Python ends, Ctrl-C would only hide the status
+sys.exit(status)

@@ -196,7 +196,10 @@ def writing_into(folder: Path, wait: float = 0, shared: bool = False) -> Iterato
     Raises:
         OSError: it cannot be made, or another process is writing into it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise OSError(errno.ENOTDIR, "is no folder; choose another name", str(folder)) from error
     with locked(folder, wait, shared):
         remove_leftovers(folder)
         yield

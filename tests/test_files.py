@@ -287,3 +287,10 @@ class TestReading:
             with pytest.raises(OSError, match=reason):
                 open_regular(tmp_path / path)
         assert len(os.listdir("/dev/fd")) == before, "none stays open"
+
+
+def test_a_file_in_place_of_a_folder_of_results_is_called_that(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="is no folder; choose another name"), writing_into(tmp_path / "file"):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"

@@ -235,3 +235,13 @@ def test_check_warns_of_label_files_that_are_pictures_or_say_nothing(tmp_path):
     report = check_dataset(find_source(tmp_path))
     assert "train: 1 label files hold ignored pixels alone" in report.warnings
     assert "train: 1 label files are the picture itself once more, byte for byte" in report.warnings
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_a_description_that_is_no_file_is_named(root, make):
+    make(root / "dataset.yaml")
+    with pytest.raises(DataError, match="dataset.yaml: cannot be read"):
+        find_source(root)
+    describe(root, classes=CLASSES)
+    with pytest.raises(DataError, match="one of them has to go"):
+        find_source(root)

@@ -4,10 +4,14 @@ Exit status: 0 fine, 1 anything unexpected, 2 usage, 3 some files failed, 4 chec
 143 training was stopped and has saved.
 """
 
+import contextlib
 import importlib
+import os
+import signal
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from segmenter.cli import errors
 from segmenter.cli.arguments import build_parser
@@ -38,7 +42,8 @@ def _run(argv: Sequence[str] | None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _one_line_warning
-            command = importlib.import_module(f"segmenter.cli.{args.command}")  # here, so that --help needs no torch
+            with _ends_at_ctrl_c():  # imported here, so that --help needs no torch
+                command = importlib.import_module(f"segmenter.cli.{args.command}")
             return command.run(args)
     except SystemExit as stop:  # --help, --version, or a usage error that argparse has reported
         return int(stop.code or 0)
@@ -54,6 +59,26 @@ def _run(argv: Sequence[str] | None) -> int:
     except Exception as error:
         hint = "" if debug else " (--debug shows where)"
         return _fail(f"{type(error).__name__}: {error}{hint}", errors.FAILURE, debug)
+
+
+@contextlib.contextmanager
+def _ends_at_ctrl_c() -> Iterator[None]:
+    """For imports: Ctrl-C ends the process at once; as an exception, it is lost or aborts in half-loaded libraries."""
+
+    def end(number: int, frame: object) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, b"segmenter: error: interrupted\n")
+        os._exit(errors.INTERRUPTED)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _fail(message: str, status: int, debug: bool) -> int:

@@ -56,8 +56,8 @@ def description(root: Path) -> Path | None:
     Raises:
         DataError: it has two.
     """
-    found = [path for name in _FILES if os.path.isfile(path := root / name)]
-    if len(found) > 1 and not found[0].samefile(found[1]):
+    found = [path for name in _FILES if os.path.lexists(path := root / name)]  # reading tells what is no file
+    if len(found) > 1 and not (os.path.exists(found[0]) and os.path.exists(found[1]) and found[0].samefile(found[1])):
         raise DataError(f"{root}: has a {found[0].name} and a {found[1].name}; one of them has to go", root)
     return found[0] if found else None
 

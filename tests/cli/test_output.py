@@ -153,6 +153,30 @@ def test_interrupted_within_an_exec(tmp_path):
     assert (result.returncode, result.stderr) == (130, "segmenter: error: interrupted\n")
 
 
+def test_interrupted_within_an_import_that_loses_exceptions():
+    code = (
+        "import os, signal, sys; from segmenter import cli\n"
+        "def load(name):\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT); sum(range(10**6))\n"
+        "    except BaseException: os._exit(9)\n"
+        "cli.importlib.import_module = load\n"
+        "sys.exit(cli.main(['info']))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (130, "segmenter: error: interrupted\n")
+
+
+def test_interrupted_when_all_is_done():
+    code = (
+        "import atexit, os, runpy, signal, sys\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "sys.argv = ['segmenter', '--version']\n"
+        "runpy.run_module('segmenter', run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_a_reader_that_has_seen_enough_is_told_nothing():
     command = ["bash", "-c", '"$0" -m segmenter --help | head -1; echo "${PIPESTATUS[0]}"', sys.executable]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -11,7 +11,10 @@ import torch
 
 from segmenter.unpickle import Inert, Refused, StoredTensor, listing, short, type_name
 
-_PLAIN = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "params")
+_PLAIN = (
+    "model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "params", "weights",
+    "model_weights", "net_state_dict", "network_state_dict",
+)  # fmt: skip
 _AVERAGED = (
     "state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "model_state_dict_ema",
     "ema_model_state_dict", "ema", "averaged_model", "average_model", "average", "swa_model", "net_ema", "ema_net",
@@ -29,6 +32,7 @@ _BESIDE = re.compile(
     r"(n_averaged|steps|num_updates|decay)$"
     r"|(criterion|\w*loss\w*|\w*metrics?\w*|(\w+_)?(acc|accuracy|m?iou|jaccard|dice|f1|confmat)(_\w+)?)\."
 )
+_ARRAYS = ("ndarray", "numpy.ndarray", "numpy.core.numeric._frombuffer")  # trusted, and as data by protocol
 MAX_DEPTH, MAX_WEIGHTS = 8, 100_000
 
 
@@ -128,6 +132,9 @@ def _holds_weights(value: Any, seen: set[int]) -> bool:
 
 def _tensors(data: Mapping[Any, Any]) -> dict[str, Any]:
     if not any(_is_tensor(value) or _is_odd(value) for value in data.values()):
+        arrays = [short(key) for key, value in data.items() if type_name(value) in _ARRAYS]
+        if arrays:
+            raise Refused(f"holds arrays of numpy, no tensors: {listing(arrays)}; save them as .npz, which is read")
         objects = [f"{short(key)} ({value.name})" for key, value in data.items() if isinstance(value, Inert)]
         hint = f"; if you trust this file, allow_pickle=True makes {listing(objects)}" if objects else ""
         raise Refused(f"holds no weights; its keys are: {_keys(data)}{hint}")

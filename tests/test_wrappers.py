@@ -202,3 +202,17 @@ def test_losses_and_metrics_of_a_lightning_module_are_left_out(tmp_path, prefix,
     found = read_weights(tmp_path / "a.pth")
     assert list(found.state) == names
     assert f"left out, they belong to the training: {beside}" in found.notes
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_arrays_of_numpy_are_named_as_such(tmp_path, protocol, trusted):
+    torch.save({"encoder.a": torch.ones(2).numpy()}, tmp_path / "a.pth", pickle_protocol=protocol)
+    with pytest.raises(CheckpointError, match="holds arrays of numpy, no tensors: encoder.a; save them as .npz"):
+        read_weights(tmp_path / "a.pth", allow_pickle=trusted)
+
+
+@pytest.mark.parametrize("key", ["weights", "model_weights", "net_state_dict"])
+def test_other_keys_of_weights(tmp_path, key):
+    found = read(tmp_path, {key: prefixed("module."), "epoch": 1})
+    assert same(found.state, PLAIN) and found.extra == {"epoch": 1}

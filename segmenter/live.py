@@ -140,4 +140,9 @@ def _tokens(model: nn.Module, picture: torch.Tensor) -> torch.Tensor:
         return model.encoder(picture, return_features=True)
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")  # flash attention runs on no CPU
-    return getattr(model, "base_model", model)(pixel_values=picture).last_hidden_state
+    more: dict[str, Any] = {}
+    if getattr(getattr(model, "config", None), "model_type", None) == "vit_mae":  # leaves patches out, turns the order
+        model.config.mask_ratio = 0.0
+        n_patches = model.base_model.embeddings.patch_embeddings.num_patches
+        more["noise"] = torch.arange(n_patches, dtype=torch.float32, device="cpu")[None]
+    return getattr(model, "base_model", model)(pixel_values=picture, **more).last_hidden_state

@@ -211,6 +211,11 @@ def _from_path(
     if os.path.isdir(path):
         path = next((folder / name for name in _WEIGHT_FILES if os.path.isfile(folder / name)), None)
         if path is None:
+            if shards := next(folder.glob("*.index.json"), None):
+                raise CheckpointError(
+                    f"{folder}: its weights are in several files ({shards.name}), which are not read; save them in "
+                    "one, in transformers with save_pretrained(..., max_shard_size='100GB')"
+                )
             raise CheckpointError(f"{folder}: has none of {', '.join(_WEIGHT_FILES)}; give the weight file itself")
     found = read_weights(path, **options)
     state, notes = found.state, list(found.notes)

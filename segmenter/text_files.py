@@ -18,6 +18,7 @@ MAX_DEPTH = 64
 MAX_WRITTEN = 50_000  # values of a YAML file: beyond it, the parser takes many seconds
 MAX_NODES = 200_000  # with every alias counted as what it stands for
 MAX_DIGITS = 100  # of one number
+MAX_KEY_DIGITS = 15  # of a whole number as a key
 
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*\\?(?:"|\Z)', re.DOTALL)  # never fails, so linear
 _BRACKETS = re.compile(rb"[\[\]{}]")
@@ -150,6 +151,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):  # hashing nested ones can take for ever
                 raise _Refused(f"a {key.id} as a key, at line {key.start_mark.line + 1}")
+            if key.tag == "tag:yaml.org,2002:int" and len(key.value) > MAX_KEY_DIGITS:  # many may share one hash
+                raise _Refused(f"a number of {len(key.value)} characters as a key, at line {key.start_mark.line + 1}")
             if key.tag == "tag:yaml.org,2002:merge":
                 raise _Refused(f"a merge key (<<) at line {key.start_mark.line + 1}; write its values out")
 

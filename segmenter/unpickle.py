@@ -2,11 +2,13 @@
 
 The rule. Tensors, numpy numbers and plain containers become what they are. Any other class, whatever module it is from,
 becomes an `Inert`: its name, arguments and state as data. What would run code is refused by name: calls of functions (a
-name that does not begin with a capital) and every name of the standard library but the harmless ones in `_INERT`.
+name that does not begin with a capital, unless only classes can stand there) and every name of the standard library but
+the harmless ones in `_INERT`.
 Nothing is allocated beyond the size of the pickle.
 """
 
 import argparse
+import builtins
 import dataclasses
 import pickletools
 import re
@@ -24,18 +26,30 @@ MAX_STEPS = 1_000_000  # opcodes and copied elements of a pickle: seconds; train
 _MAX_TEXT = 200  # characters of a name in a message
 _MAX_RAW = 1000  # bytes of a number, or what else is decoded
 _MAX_DIMENSIONS = 64  # torch takes no more
+_MAX_KEY = 100  # parts of one key, nested ones included
+_LARGE = 2**61 - 1  # whole numbers from here on have the hashes of others
 _PLAIN_KEYS = (str, bytes, int, float, bool, type(None))
 _ALIASES = {"__builtin__": "builtins", "copy_reg": "copyreg", "numpy._core": "numpy.core"}
+_PYTHON_2 = {"builtins.long": "builtins.int", "builtins.unicode": "builtins.str", "builtins.xrange": "builtins.range"}
 _INERT = {  # of the standard library, and functions: naming and calling these runs nothing of interest
     *(f"builtins.{name}" for name in (
         "object", "type", "int", "float", "str", "bytes", "bool", "list", "tuple", "dict", "slice", "range", "complex",
-        "bytearray", "set", "frozenset", "getattr",
+        "bytearray", "set", "frozenset", "getattr", "reduce", "Ellipsis", "NotImplemented",
     )),
-    *(f"collections.{name}" for name in ("OrderedDict", "defaultdict", "Counter", "deque")),
+    *(f"builtins.{name}" for name, found in vars(builtins).items() if isinstance(found, type(Exception))
+      and issubclass(found, Exception)),
+    *(f"collections.{name}" for name in ("OrderedDict", "defaultdict", "Counter", "deque", "ChainMap")),
     *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
     *(f"pathlib{part}.{kind}Path" for part in ("", "._local") for kind in (
         "", "Pure", "Posix", "PurePosix", "Windows", "PureWindows",
     )),
+    *(f"{module}.{name}" for module, name in (  # annotations of types: Optional[int], int | None, list[int]
+        ("_operator", "getitem"), ("_operator", "or_"), ("_functools", "reduce"), ("functools", "reduce"),
+        ("types", "GenericAlias"),
+    )),
+    *(f"ipaddress.IPv{version}{kind}" for version in (4, 6) for kind in ("Address", "Network", "Interface")),
+    "_io.BytesIO", "_io.StringIO", "array.array", "array._array_reconstructor", "http.HTTPStatus", "logging.getLogger",
+    "os.stat_result", "time.struct_time", "zoneinfo.ZoneInfo._unpickle", "numpy.ma.core._mareconstruct",
     "_codecs.encode", "argparse.Namespace", "copyreg._reconstructor", "decimal.Decimal", "fractions.Fraction",
     "functools.partial", "io.BytesIO", "random.Random", "re._compile", "types.SimpleNamespace", "uuid.UUID",
     "zoneinfo.ZoneInfo", "numpy.dtype", "numpy.random._pickle.__randomstate_ctor",
@@ -157,6 +171,25 @@ class Unpickler:
         if self._steps < 0:
             raise Refused(f"refused, its pickle takes more than {MAX_STEPS} steps")
 
+    def _key(self, key: Any) -> Any:
+        """The key itself, if hashing it, and comparing it with those of the same hash, takes no time to speak of.
+
+        Nested tuples that share parts hash for ever. Those of numbers, and large numbers, can be made to have one hash;
+        they cost so many steps that there are never enough of them to matter.
+        """
+        parts, seen = [key], 0
+        while parts:
+            part = parts.pop()
+            seen += 1
+            if type(part) in (tuple, frozenset) and len(part) + seen <= _MAX_KEY:
+                parts.extend(part)
+                self._spend(100 + 10 * len(part))
+            elif type(part) is int and not -_LARGE < part < _LARGE:
+                self._spend(100)
+            elif seen > _MAX_KEY or not (type(part) in _PLAIN_KEYS or isinstance(part, Inert | Global | torch.dtype)):
+                raise Refused(f"refused, its pickle has a {type_name(key)} as a key that is unhashable or too large")
+        return key
+
     # -- the stack --
 
     def _marked(self) -> list[Any]:
@@ -185,7 +218,7 @@ class Unpickler:
         """Adds items to the list, set or inert object on top."""
         target = self._stack[-1]
         if isinstance(target, set):
-            target.update(map(_key, items))
+            target.update(map(self._key, items))
         elif isinstance(target, Inert):
             target.items += items
         else:
@@ -198,7 +231,7 @@ class Unpickler:
         if isinstance(target, Inert):
             target.items += pairs
         else:
-            dict.update(target, [(_key(key), value) for key, value in pairs])
+            dict.update(target, [(self._key(key), value) for key, value in pairs])
 
     def _build(self, state: Any) -> None:
         target = self._stack[-1]
@@ -220,6 +253,7 @@ class Unpickler:
             if module == old or module.startswith(f"{old}."):
                 module = new + module[len(old) :]
         full = short(f"{module}.{name}")
+        full = _PYTHON_2.get(full, full)
         if module.partition(".")[0] in sys.stdlib_module_names and full not in _INERT and module != "typing":
             self.refused.add(full)
         return _DTYPES.get(full) or Global(full)
@@ -241,8 +275,14 @@ class Unpickler:
             self.refused.add(name)
         return Inert(name, args)
 
-    def _call_with_keywords(self, what: Any, args: Any, keywords: Any) -> Any:
-        return self._call(what, (*args, keywords) if keywords else args)
+    def _make(self, what: Any, args: Any, keywords: Any = None) -> Any:
+        """An object of a class, whatever its name: Python, too, takes nothing else here."""
+        if keywords and isinstance(args, tuple):
+            args = (*args, keywords)
+        if isinstance(what, Global) and isinstance(args, tuple) and what.name not in _CALLS:
+            self._spend(len(args))
+            return Inert(what.name, args)
+        return self._call(what, args)
 
     def _push_object(self, what: Any, *args: Any) -> None:
         self._stack.append(self._call(what, args))
@@ -253,11 +293,11 @@ class Unpickler:
         """OrderedDict, Counter; defaultdict, whose first argument is its factory."""
         pairs = args[0] if args and isinstance(args[0], list | dict) else []
         self._spend(len(pairs))
-        return {_key(key): value for key, value in (pairs.items() if isinstance(pairs, dict) else pairs)}
+        return {self._key(key): value for key, value in (pairs.items() if isinstance(pairs, dict) else pairs)}
 
     def _elements(self, items: Any = ()) -> set[Any]:
         self._spend(len(items))
-        return {_key(item) for item in items}
+        return {self._key(item) for item in items}
 
     def _encode(self, text: Any, encoding: Any = "latin1") -> bytes | Inert:
         """How protocol 2 writes bytes. Long ones, those of arrays, stay text: a text could be encoded over and over."""
@@ -301,14 +341,6 @@ class Unpickler:
             if re.fullmatch(r"U\d+", spec):
                 return raw.decode("utf-32-be" if order == ">" else "utf-32-le").rstrip("\0")
         return Inert("numpy.generic", (dtype, raw))
-
-
-def _key(key: Any) -> Any:
-    """The key itself, if hashing it takes no time to speak of: nested tuples that share parts hash for ever."""
-    flat = key if type(key) is tuple else (key,)
-    if len(flat) > 8 or not all(type(k) in _PLAIN_KEYS or isinstance(k, Inert | Global | torch.dtype) for k in flat):
-        raise Refused(f"refused, its pickle has a {type_name(key)} that is nested or unhashable as a key")
-    return key
 
 
 def _check_attributes(state: Any, kind: type) -> None:
@@ -365,11 +397,12 @@ _OPCODES: dict[str, Callable[[Unpickler, Any], Any]] = {
     "SETITEM": lambda u, _: u._set(u._pop(2)),
     "SETITEMS": lambda u, _: u._set(u._marked()),
     "EMPTY_SET": lambda u, _: u._stack.append(set()),
-    "FROZENSET": lambda u, _: u._push(frozenset(map(_key, u._marked()))),
+    "FROZENSET": lambda u, _: u._push(frozenset(map(u._key, u._marked()))),
     "GLOBAL": lambda u, names: u._push(u._global(*names.split(" ", 1))),
     "STACK_GLOBAL": lambda u, _: u._push(u._global(*u._pop(2))),
-    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda u, _: u._push(u._call(*u._pop(2)))),
-    "NEWOBJ_EX": lambda u, _: u._push(u._call_with_keywords(*u._pop(3))),
+    "REDUCE": lambda u, _: u._push(u._call(*u._pop(2))),
+    "NEWOBJ": lambda u, _: u._push(u._make(*u._pop(2))),
+    "NEWOBJ_EX": lambda u, _: u._push(u._make(*u._pop(3))),
     "OBJ": lambda u, _: u._push_object(*u._marked()),
     "INST": lambda u, names: u._push_object(u._global(*names.split(" ", 1)), *u._marked()),
     "BUILD": lambda u, _: u._build(*u._pop(1)),
@@ -385,7 +418,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "builtins.bytes": lambda u: b"",  # how protocol 2 writes the empty one
     "_codecs.encode": Unpickler._encode,
     "argparse.Namespace": lambda u: argparse.Namespace(),
-    "copyreg._reconstructor": lambda u, cls, base=None, state=None: u._call(cls, (state,)),
+    "copyreg._reconstructor": lambda u, cls, base=None, state=None: u._make(cls, () if state is None else (state,)),
     "numpy.core.multiarray.scalar": Unpickler._number,
     "numpy.core.multiarray._reconstruct": lambda u, cls, *args: Inert(type_name(cls), args),
     "torch.Size": lambda u, sizes=(): tuple(sizes),

@@ -11,17 +11,28 @@ import torch
 
 from segmenter.unpickle import Inert, Refused, StoredTensor, listing, short, type_name
 
-_PLAIN = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "params")
+_PLAIN = (
+    "model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "params", "weights",
+    "model_weights", "net_state_dict", "network_state_dict",
+)  # fmt: skip
 _AVERAGED = (
     "state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "model_state_dict_ema",
     "ema_model_state_dict", "ema", "averaged_model", "average_model", "average", "swa_model", "net_ema", "ema_net",
     "params_ema",
 )  # fmt: skip
-_OUTER = ("module", "model", "net", "network", "segmentor", "segmenter", "ema_model", "averaged_model")
+_OUTER = (
+    "module", "model", "net", "network", "segmentor", "segmenter", "ema_model", "averaged_model", "_model",
+    "base_model", "wrapped_model", "wrapped", "student", "teacher", "learner", "engine", "lightning_module",
+    "pl_module",
+)  # fmt: skip
 _ANYWHERE = {  # names that no layer has: torch.compile, FSDP, activation checkpointing, Lightning Fabric and DeepSpeed
     "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module",
 }  # fmt: skip
-_BESIDE = re.compile(r"(n_averaged|steps|num_updates|decay)$|(criterion|\w*loss\w*|\w*metrics?)\.")
+_BESIDE = re.compile(
+    r"(n_averaged|steps|num_updates|decay)$"
+    r"|(criterion|\w*loss\w*|\w*metrics?\w*|(\w+_)?(acc|accuracy|m?iou|jaccard|dice|f1|confmat)(_\w+)?)\."
+)
+_ARRAYS = ("ndarray", "numpy.ndarray", "numpy.core.numeric._frombuffer")  # trusted, and as data by protocol
 MAX_DEPTH, MAX_WEIGHTS = 8, 100_000
 
 
@@ -121,6 +132,9 @@ def _holds_weights(value: Any, seen: set[int]) -> bool:
 
 def _tensors(data: Mapping[Any, Any]) -> dict[str, Any]:
     if not any(_is_tensor(value) or _is_odd(value) for value in data.values()):
+        arrays = [short(key) for key, value in data.items() if type_name(value) in _ARRAYS]
+        if arrays:
+            raise Refused(f"holds arrays of numpy, no tensors: {listing(arrays)}; save them as .npz, which is read")
         objects = [f"{short(key)} ({value.name})" for key, value in data.items() if isinstance(value, Inert)]
         hint = f"; if you trust this file, allow_pickle=True makes {listing(objects)}" if objects else ""
         raise Refused(f"holds no weights; its keys are: {_keys(data)}{hint}")
@@ -143,10 +157,10 @@ def _renamed(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     removed: list[str] = []
     while (found := _prefix(names)) is not None:
         prefix, beside = found
-        removed.append(prefix)
+        removed += [prefix] if prefix else []
         if beside:
             notes.append(f"left out, they belong to the training: {listing(beside)}")
-        names = {name[len(prefix) :]: old for name, old in names.items() if name.startswith(prefix)}
+        names = {name[len(prefix) :]: old for name, old in names.items() if name not in set(beside)}
     names, inner = _inside(names)
     if inner:
         notes.append(f"removed inside names: {listing(inner)}")
@@ -156,12 +170,13 @@ def _renamed(state: dict[str, Any], notes: list[str]) -> dict[str, Any]:
 
 
 def _prefix(names: dict[str, str]) -> tuple[str, list[str]] | None:
-    """A wrapper's prefix that all weights share, and what is beside them that is no weight of the model."""
+    """A wrapper's prefix that all weights share, or "", and what is beside them that is no weight of the model."""
     beside = [name for name in names if _BESIDE.match(name)]
     first = {name.partition(".")[0] if "." in name else "" for name in names.keys() - set(beside)}
-    if len(first) != 1 or not first & {*_OUTER, *_ANYWHERE}:
-        return None
-    return f"{first.pop()}.", beside
+    if len(first) == 1 and first & {*_OUTER, *_ANYWHERE}:
+        return f"{first.pop()}.", beside
+    beside = [name for name in beside if "." in name]  # without a wrapper, a tensor of its own may be the model's
+    return ("", beside) if first and beside else None
 
 
 def _inside(names: dict[str, str]) -> tuple[dict[str, str], list[str]]:

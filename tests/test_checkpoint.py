@@ -478,3 +478,10 @@ def test_variant_aliases_do_not_multiply(tmp_path):
         read_variant(write_variant(tmp_path, "\n".join([*lines, "net_kwargs: {n_cls: 3}"])))
     variant = read_variant(write_variant(tmp_path, "\n".join([*lines[:4], "net_kwargs: {n_cls: 3}"])))
     assert variant["net_kwargs"] == {"n_cls": 3} and variant["a3"][0] is variant["a3"][9]
+
+
+def test_two_members_of_one_name(torch_file):
+    with pytest.warns(UserWarning), zipfile.ZipFile(torch_file, "a") as archive:
+        archive.writestr(archive.namelist()[0], b"\x80\x02}.")
+    with pytest.raises(CheckpointError, match="two members of the archive have one name"):
+        read_state_dict(torch_file)

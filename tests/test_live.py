@@ -183,3 +183,18 @@ def test_live_models_of_transformers():
     config = transformers.IJepaConfig(**size, image_size=64, patch_size=16)
     with pytest.raises(CheckpointError, match="model_type 'ijepa' is none of the plain ViTs"):
         load_any(transformers.IJepaModel(config), n_cls=3)
+
+
+def test_a_masked_autoencoder_is_compared_without_its_mask():
+    transformers = pytest.importorskip("transformers", exc_type=Exception)
+    size = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256}
+    config = transformers.ViTMAEConfig(**size, image_size=64, patch_size=16)
+    mae = randomised(transformers.ViTMAEModel(config))
+    assert convert(mae, n_cls=3).difference < 1e-5
+    assert mae.config.mask_ratio == 0.75
+
+
+def test_weights_in_several_files_are_named_as_such(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"in several files \(model.safetensors.index.json\)"):
+        load_any(tmp_path, n_cls=3)

@@ -165,3 +165,9 @@ def test_cause():
     assert len(cause(ValueError("x" * 1000))) == 200
     assert cause(RecursionError("maximum recursion depth exceeded")) == "nested too deeply"
     assert cause(ModuleNotFoundError("no", name="mmengine")) == "the module mmengine is not installed"
+
+
+def test_numbers_of_one_hash_as_keys(tmp_path):
+    (tmp_path / "a.yml").write_text("\n".join(f"{k * (2**61 - 1)}: 1" for k in range(1, 24_000)))
+    with pytest.raises(Refused, match="a number of 19 characters as a key, at line 1"):
+        read_yaml(tmp_path / "a.yml", Refused)

@@ -190,3 +190,29 @@ def test_asking_for_what_is_not_there(tmp_path):
     found = read(tmp_path, {"model_ema": AVERAGED}, averaged=True)
     assert same(found.state, AVERAGED) and found.notes == ["averaged weights taken (model_ema), the file has no others"]
     assert same(read(tmp_path, {"model": PLAIN, "ema": {"decay": 0.9, "shadow": [1]}}).state, PLAIN)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "", "student.module.", "pl_module._model."])
+@pytest.mark.parametrize("beside", ["criterion.weight", "val_metrics.f1.tp", "miou.confmat", "train_acc.total"])
+def test_losses_and_metrics_of_a_lightning_module_are_left_out(tmp_path, prefix, beside):
+    names = ["encoder.norm.weight", "decoder.head.weight"]
+    torch.save(
+        {"state_dict": {**{prefix + n: torch.ones(1) for n in names}, beside: torch.ones(3)}}, tmp_path / "a.pth"
+    )
+    found = read_weights(tmp_path / "a.pth")
+    assert list(found.state) == names
+    assert f"left out, they belong to the training: {beside}" in found.notes
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_arrays_of_numpy_are_named_as_such(tmp_path, protocol, trusted):
+    torch.save({"encoder.a": torch.ones(2).numpy()}, tmp_path / "a.pth", pickle_protocol=protocol)
+    with pytest.raises(CheckpointError, match="holds arrays of numpy, no tensors: encoder.a; save them as .npz"):
+        read_weights(tmp_path / "a.pth", allow_pickle=trusted)
+
+
+@pytest.mark.parametrize("key", ["weights", "model_weights", "net_state_dict"])
+def test_other_keys_of_weights(tmp_path, key):
+    found = read(tmp_path, {key: prefixed("module."), "epoch": 1})
+    assert same(found.state, PLAIN) and found.extra == {"epoch": 1}

@@ -131,10 +131,9 @@ def _dense(view: View, labels: torch.Tensor, top: int, bottom: int) -> None:
     h, w = torch.from_numpy(h)[:, None, None], w[:, None]
     rest_h, rest_w = 1 - h, 1 - w
     count = _covering(view.tops, height, view.shape[0])[:, None] * _covering(view.lefts, width, view.shape[1])
-    most = max(1, min(DENSE_BYTES // (view.shape[1] * n_cls * 4), 2 * view.size[0] // grid_h))
-    longest = min(most, int(np.diff([0, *cuts[cuts < height], height]).max()))  # rows of pixels between the same two
-    together = max(1, CHUNK_VALUES // (longest * width * n_cls))  # windows: small ones cost calls more than arithmetic
-    band = torch.empty(min(together, len(view.lefts)), longest, width, n_cls)
+    most = max(1, min(DENSE_BYTES // (view.shape[1] * n_cls * 4), view.size[0] // grid_h))
+    together = max(1, CHUNK_VALUES // (most * width * n_cls))  # windows: small ones cost calls more than arithmetic
+    band = torch.empty(min(together, len(view.lefts)), most, width, n_cls)
     total = torch.empty(most, view.shape[1], n_cls)
     upsampled: dict[int, tuple[int, torch.Tensor]] = {}  # row of windows -> first mask row, (n_x, rows, width, n_cls)
 

@@ -92,8 +92,11 @@ def asks(value: Any) -> bool:
 
 def given(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments after the first by name, without those that ask for nothing."""
-    bound = inspect.signature(original_class(type(module)).forward).bind(module, *args, **kwargs)
-    (_, _), (_, x), *rest = bound.arguments.items()
+    try:
+        bound = inspect.signature(original_class(type(module)).forward).bind(module, *args, **kwargs).arguments
+    except TypeError:  # a decorated forward that takes more than its signature says
+        bound = {"self": module, **{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
+    (_, _), (_, x), *rest = bound.items()
     flat = {}
     for name, value in rest:
         flat.update(value if isinstance(value, dict) else {name: value})

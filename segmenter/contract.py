@@ -117,10 +117,7 @@ def record_linear(root: nn.Module, path: Path, bias: bool = False) -> Layer:
 
 def record_norm(root: nn.Module, path: Path) -> Layer:
     """`record` of a LayerNorm over the last dimension with weight and bias."""
-    layer = _record_kind(root, path, nn.LayerNorm, True)
-    if find(root, path).weight.ndim != 1:
-        raise Unlike(f"{'.'.join(path)} normalises over several dimensions")
-    return layer
+    return _record_kind(root, path, nn.LayerNorm, True)
 
 
 def _record_kind(root: nn.Module, path: Path, kind: type, bias: bool) -> Layer:
@@ -178,6 +175,8 @@ def unmet(root: nn.Module, contract: Contract, dtype: torch.dtype | None = None)
                 return _changed(layer, noted) or f"{'.'.join(path)} has {reason}"
             if (flags or names or state["_modules"]) and (reason := _changed(layer, noted)):
                 return reason
+            if kind is nn.LayerNorm and len(state["normalized_shape"]) != 1:
+                return f"{'.'.join(path)} has {why_not_bypass(layer, (cls,))}"
             if rate is not None and state.get(rate) and (training or state["training"]):
                 return f"{'.'.join(path)} drops at random in training"
             for parameter in state["_parameters"].values():

@@ -6,6 +6,7 @@ listens in or has put something else in the place of what would be called: hooks
 replaced on a class, functions replaced in torch.
 """
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -42,6 +43,10 @@ def why_not_bypass(module: nn.Module, kinds: tuple[type, ...]) -> str | None:
         return reason
     if state["_modules"] and (reason := altered()):  # once for all: layers are asked about after what holds them
         return reason
+    if cls is nn.GELU and state["approximate"] != "none":
+        return "the approximate GELU"
+    if cls is nn.LayerNorm and len(state["normalized_shape"]) != 1:
+        return "a mean over several dimensions"
     for parameter in state["_parameters"].values():
         if parameter is not None and type(parameter) not in _PLAIN_TENSORS and not is_fake(parameter):
             return f"weights of type {qualified(type(parameter))}"
@@ -96,33 +101,50 @@ for _cls in (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Seque
     replaced(_cls)
 
 
-def _called() -> tuple[Callable, ...]:
-    """What layers call, and every layer is called through."""
-    return (
-        nn.Module.__call__, nn.Module._call_impl, nn.Linear.__call__, nn.LayerNorm.__call__, nn.GELU.__call__,
-        nn.Dropout.__call__, nn.Linear._call_impl, nn.LayerNorm._call_impl,
-        F.linear, F.layer_norm, F.gelu, F.dropout, F.softmax, F.normalize,
-        F.scaled_dot_product_attention, F.multi_head_attention_forward,
-        torch.softmax, torch.matmul, torch.layer_norm, torch.Tensor.softmax, torch.Tensor.__matmul__,
-    )  # fmt: skip
+_PLACES = (  # of what layers call, and every layer is called through
+    (nn.Module, ("__call__", "_call_impl")),
+    *((cls, ("__call__", "_call_impl")) for cls in (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout)),
+    (
+        F,
+        (
+            "linear", "layer_norm", "gelu", "dropout", "softmax", "normalize", "scaled_dot_product_attention",
+            "multi_head_attention_forward",
+        ),
+    ),
+    (torch, ("softmax", "matmul", "layer_norm")),
+    (torch.Tensor, ("softmax", "__matmul__")),
+)  # fmt: skip
+_GETTERS = tuple((owner, operator.attrgetter(*names)) for owner, names in _PLACES)
 
 
-_AT_IMPORT = _called()
+def _called() -> list[tuple[Callable, ...]]:
+    return [get(owner) for owner, get in _GETTERS]
+
+
+def _as_written(name: str, function: Callable) -> Callable | None:
+    """The function, or None if it was not PyTorch that gave it this name. What is built in has no globals."""
+    by = getattr(function, "__globals__", {"__name__": "torch.nn"})["__name__"]
+    name = "_wrapped_call_impl" if name == "__call__" else name
+    return function if getattr(function, "__name__", None) == name and by.startswith("torch.nn") else None
+
+
+_WRITTEN = [tuple(map(_as_written, names, found)) for (_, names), found in zip(_PLACES, _called(), strict=True)]
 
 
 def altered() -> str | None:
     """What has been put in place of functions of PyTorch that the kernels stand for, or None.
 
-    Functions replaced since this package was imported, other than by PyTorch itself as torch.export and torch.fx do for
-    a while, and a TorchFunctionMode other than PyTorch's own such as `torch.device(...)`. (Modes below, as
-    TorchDispatchMode, see the kernels as operators.)
+    Functions replaced before or after this package was imported, other than by PyTorch itself as torch.export and
+    torch.fx do for a while, and a TorchFunctionMode other than PyTorch's own such as `torch.device(...)`. (Modes below,
+    as TorchDispatchMode, see the kernels as operators.)
     """
     now = _called()
-    if now != _AT_IMPORT:
-        for old, new in zip(_AT_IMPORT, now, strict=True):
-            by = getattr(new, "__globals__", {}).get("__name__", "")  # a decorator may have copied __module__
-            if old is not new and not by.startswith("torch."):
-                return f"{old.__qualname__}, which has been replaced"
+    if now != _WRITTEN:
+        for (owner, names), written, found in zip(_PLACES, _WRITTEN, now, strict=True):
+            for name, old, new in zip(names, written, found, strict=True):
+                by = getattr(new, "__globals__", {}).get("__name__", "")  # a decorator may have copied __module__
+                if old is not new and (by.startswith("torch.nn.") or not by.startswith("torch.")):
+                    return f"{owner.__name__}.{name}, which has been replaced"
     if torch._C._len_torch_function_stack():
         for mode in _get_current_function_mode_stack():
             if not type(mode).__module__.startswith("torch."):

@@ -95,7 +95,7 @@ class Segmenter(nn.Module):
         """`masks` of pictures as bytes, normalised as the model's `info` says.
 
         On a GPU, normalisation and patch embedding are one kernel that reads the bytes (`encoder.embed_pixels`). An
-        encoder of another class, or with hooks, is called with the normalised image.
+        encoder of another class, or with hooks, is called with the normalised image, and so is a `masks` of one's own.
 
         Args:
             pixels: (B, H, W, 3) uint8, on the model's device, any H and W >= 1.
@@ -111,7 +111,8 @@ class Segmenter(nn.Module):
             raise TypeError(f"expected uint8 pictures (B, H, W, 3), got {what}; for normalised images use masks()")
         _, grid_h, grid_w = reference.patch_grid(pixels, self.patch_size)
         mean, std = NORMALIZATION[self.info.normalization]
-        if why_not_bypass(self.encoder, (VisionTransformer,)) is not None:
+        overridden = type(self).masks is not Segmenter.masks or "masks" in self.__dict__
+        if overridden or why_not_bypass(self.encoder, (VisionTransformer,)) is not None:
             parameter = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
             return self.masks(reference.normalized(pixels, mean, std, parameter.dtype))
         tokens = self.encoder.embed_pixels(pixels, mean, std)

@@ -44,11 +44,16 @@ class PolynomialLR(torch.optim.lr_scheduler.LRScheduler):
         t = self.last_epoch
         if t == 0 or t % self.step_size or t > self.iter_max:
             return [group["lr"] for group in self.optimizer.param_groups]
+        return [self.polynomial_decay(lr0) for lr0 in self.base_lrs]
+
+    def polynomial_decay(self, lr: float) -> float:
+        """The rate at the moment for the initial rate `lr`, whatever `step_size` is."""
+        t = self.last_epoch
         if t < self.iter_warmup:
             factor = t / self.iter_warmup * (1 - self.iter_warmup / self.iter_max) ** self.power
         else:
             factor = (1 - t / self.iter_max) ** self.power
-        return [(lr0 - self.min_lr) * factor + self.min_lr for lr0 in self.base_lrs]
+        return (lr - self.min_lr) * factor + self.min_lr
 
     def step_update(self, num_updates: int) -> None:
         """The name by which the published training loop calls `step`."""

@@ -7,7 +7,9 @@ that is what runs whenever a call is not one for the kernels.
 
 import copyreg
 import functools
+import inspect
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -340,10 +342,24 @@ def fast_class(mixin: type[Accelerated], original: type) -> type:
     """The accelerated subclass of a class. Always the same object for the same arguments."""
     ours, theirs = mixin.forward, original.forward
     forward = types.FunctionType(ours.__code__, ours.__globals__, "forward", ours.__defaults__, ours.__closure__)
+    if other := _other_names(ours, theirs):
+
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return ours(self, *args, **{other.get(name, name): value for name, value in kwargs.items()})
+
     functools.update_wrapper(forward, theirs)  # inspect.signature and torch.fx see the original's arguments
     namespace = {"_segmenter_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
     namespace |= {"forward": forward, "_segmenter_forward": forward}  # twice: so that a later replacement shows
     return type(f"Accelerated{original.__name__}", (mixin, original), namespace)
+
+
+def _other_names(ours: Callable, theirs: Callable) -> dict[str, str]:
+    """What the parameters that both forwards take by position or name are called by them, where that differs:
+    {their name: ours}."""
+    by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = (inspect.signature(forward).parameters.values() for forward in (ours, theirs))
+    names = ([p.name for p in found if p.kind is by_name] for found in parameters)
+    return {their: our for our, their in zip(*names, strict=False) if our != their}
 
 
 def rebuild(mixin: str, original: type, *args: Any) -> nn.Module:

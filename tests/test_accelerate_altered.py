@@ -2,6 +2,8 @@
 undone. Our own blocks keep the same rule."""
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ import segmenter.fusable
 from segmenter import layers
 from segmenter.acceleration import accelerate, why_not
 from tests import mmseg_like, official
-from tests.blocks import ATTENTION, DEVICE, MLP, TIGHT, WIDTH, PlainAttention, block, original, tokens
+from tests.blocks import ATTENTION, DEVICE, MLP, TIGHT, WIDTH, PlainAttention, block, original, replace, tokens
 from tests.spies import kernels_run
 
 
@@ -184,6 +186,39 @@ def test_replaced_before_accelerate_again(kernels, monkeypatch):
     assert kernels == ["attention"]
 
 
+def test_replaced_by_another_function_of_pytorch(kernels, monkeypatch):
+    module, x = block(), tokens()
+    monkeypatch.setattr(F, "dropout", F.alpha_dropout)
+    torch.testing.assert_close(module(x), original(module)(x), **TIGHT)
+    assert kernels == []
+    why = ["torch.nn.functional.dropout, which has been replaced"]
+    assert why_not(module) == {"": why, "attn": why}
+
+
+BEFORE_IMPORT = """
+import functools, torch
+import torch.nn.functional as F
+{}
+from segmenter.fusable import altered
+print(altered())
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("F.gelu = functools.wraps(F.gelu)(lambda *args, gelu=F.gelu, **kwargs: gelu(*args, **kwargs))", "gelu"),
+        ("F.scaled_dot_product_attention = functools.partial(F.scaled_dot_product_attention, is_causal=True)",
+         "scaled_dot_product_attention"),
+        ("F.layer_norm = F.normalize", "layer_norm"),
+    ],
+)  # fmt: skip
+def test_replaced_before_this_package_is_imported(line, name):
+    command = [sys.executable, "-c", BEFORE_IMPORT.format(line)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout == f"torch.nn.functional.{name}, which has been replaced\n", result.stderr
+
+
 def test_replaced_on_an_accelerated_class(kernels, monkeypatch):
     """As tools do that say type(module).forward = ..."""
     module, x = block(), tokens()
@@ -263,3 +298,27 @@ def test_replacements_cost_little_and_are_seen_once():
     assert segmenter.fusable.replaced(nn.Linear) is None
     assert segmenter.fusable.qualified(nn.Linear) == "torch.nn.modules.linear.Linear"
     assert segmenter.fusable.qualified(int) == "int"
+
+
+ODD = {  # of a class that is known, and something else all the same
+    "mlp.act": lambda: nn.GELU(approximate="tanh"),
+    "norm1": lambda: nn.LayerNorm((5, WIDTH)),
+    "norm2": lambda: nn.LayerNorm((5, WIDTH)),
+}
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("path", ODD)
+def test_flags_of_layers_that_come_later(path, accelerated, kernels):
+    """In our own blocks with eager operators, too."""
+    own, x = own_block(), tokens()
+    twin, theirs = block("tuple", accelerated=False), block("tuple")
+    for module in (own, twin, theirs):
+        replace(module, path, lambda _: ODD[path]().to(DEVICE))
+    twin.load_state_dict(own.state_dict())
+    theirs.load_state_dict(own.state_dict())
+    if accelerated:
+        accelerate(own)
+    for module in (own, theirs):
+        torch.testing.assert_close(module(x), twin(x), atol=1e-5, rtol=1e-5)
+    assert accelerated or set(kernels) < {*ATTENTION, *MLP}

@@ -224,3 +224,20 @@ def test_strict_names_the_module(kernels):
     with pytest.raises(AccelerationError, match="^0: attention: it has other layers than before"):
         del module[0]._modules["norm1"]
         module(tokens())
+
+
+def test_tokens_by_another_name(kernels):
+    """Whoever calls a block by the names of its own forward goes on to."""
+
+    class Hidden(KINDS["packed"][0]):
+        def forward(self, hidden_states, attn_mask=None, is_causal=False):
+            return super().forward(hidden_states, attn_mask, is_causal)
+
+    module, x = Hidden().to(DEVICE).eval(), tokens()
+    accelerate(module)
+    want = original(module)(x)
+    for got in (module(hidden_states=x), module(x), module(hidden_states=x, attn_mask=None)):
+        torch.testing.assert_close(got, want, **TIGHT)
+    assert kernels == 3 * (ATTENTION + MLP)
+    mask = torch.zeros(5, 5, device=DEVICE)
+    torch.testing.assert_close(module(attn_mask=mask, hidden_states=x), want, **TIGHT)

@@ -1,5 +1,6 @@
 """What a report of `accelerate` names runs on the kernels in a real call; what cannot be looked at stays untouched."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -253,6 +254,19 @@ def test_masks_of_the_model_and_blocks_that_are_not_called():
     report = quietly(around, example=x)
     assert {row.reason for row in report.left} == {"the model does not call it with the example"}
     assert report.swapped == []
+
+
+def test_an_example_of_a_forward_that_takes_more_than_its_signature_says():
+    class Decorated(PlainBlock):
+        @functools.wraps(PlainBlock.forward)
+        def forward(self, *args, scale=None, **kwargs):
+            return super().forward(*args, **kwargs) * (1 if scale is None else scale)
+
+    model, x = on_device(Looping([Decorated()], {"scale": 0.5})), tokens()
+    want = model(x)
+    report = quietly(model, example=x)
+    assert "its model passes scale with every call" in reason(report, "blocks.0")
+    torch.testing.assert_close(model(x), want, **TIGHT)
 
 
 def test_what_a_block_gives_to_its_attention_is_tried_out():

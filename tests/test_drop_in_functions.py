@@ -101,6 +101,28 @@ def test_inference_of_any_network_is_that_of_ours(model):
     assert torch.equal(utils.inference(model, *arguments), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_windows_are_merged_in_float32(dtype):
+    windows = segmenter.sliding_window(noise(1, 3, 10, 7), False, 4, 1)
+    maps = noise(len(windows["crop"]), 5, 4, 4).to(dtype)
+    want = segmenter.merge_windows({**windows, "seg_maps": maps.float()}, 4, (10, 7))
+    got = segmenter.merge_windows({**windows, "seg_maps": maps}, 4, (10, 7))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+def test_inference_of_a_network_without_parameters():
+    class Repeat(torch.nn.Module):
+        n_cls = 4
+
+        def forward(self, im):
+            return torch.cat([im, im[:, :1]], 1)
+
+    im = noise(1, 3, 8, 8)
+    got = utils.inference(Repeat(), [im], [{"flip": False}], (8, 8), 8, 8, 1)
+    torch.testing.assert_close(got, torch.cat([im, im[:, :1]], 1)[0].softmax(0))
+
+
 def test_inference_calls_a_forward_that_is_not_the_class_s_own(model):
     class Biased(type(model)):
         def forward(self, im):

@@ -11,6 +11,7 @@ from segmenter import create_segmenter, implementation
 from segmenter.images import NORMALIZATION, normalize
 from segmenter.kernels import launch, reference
 from segmenter.layers import pad_to_multiple
+from segmenter.model import Segmenter
 from segmenter.remembered import Remembered
 from tests.parity import DEVICE, assert_bitwise_equal
 from tests.tiny import tiny_config, tiny_model
@@ -333,3 +334,22 @@ def test_eager_models_remember_positions_only(monkeypatch):
         tokens(model, pictures())
     assert len(model.encoder.remembered) == 1
     assert create_segmenter(tiny_config(), impl="eager").encoder.ops.name == "eager"
+
+
+@pytest.mark.parametrize("way", ["subclass", "instance"])
+def test_masks_of_ones_own_are_those_of_pixels(way):
+    """Whoever replaces `masks` means labels, too."""
+
+    class Doubled(Segmenter):
+        def masks(self, im):
+            return 2 * super().masks(im)
+
+    model, pixels = tiny_model().eval(), pictures(1)
+    with torch.no_grad():
+        want = 2 * model.masks_of_pixels(pixels)
+        if way == "subclass":
+            model.__class__ = Doubled
+        else:
+            masks = model.masks
+            model.masks = lambda im: 2 * masks(im)
+        torch.testing.assert_close(model.masks_of_pixels(pixels), want)

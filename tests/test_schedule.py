@@ -29,6 +29,17 @@ def test_step_size_keeps_the_rate_between_multiples():
     np.testing.assert_allclose(got[15], rates(15)[15])
 
 
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_decay_of_a_rate_of_ones_own(warmup):
+    """By the published method, between multiples of step_size too."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule, want = PolynomialLR(optimizer, 50, warmup, 100, 0.9, 1e-5), rates(30, warmup=warmup, base=2e-3)
+    for t in range(1, 31):
+        optimizer.step()
+        schedule.step()
+        assert schedule.polynomial_decay(2e-3) == pytest.approx(want[t], rel=1e-12)
+
+
 def test_warm_up():
     got = rates(12, warmup=10)
     np.testing.assert_allclose(got[5], (1e-3 - 1e-5) * 0.5 * 0.9**0.9 + 1e-5)

@@ -83,14 +83,15 @@ def sliding_window(im: torch.Tensor, flip: Any, window_size: int, window_stride:
 def merge_windows(windows: Mapping[str, Any], window_size: int, ori_shape: tuple[int, int]) -> torch.Tensor:
     """Scores of windows -> class probabilities (n_cls, *ori_shape).
 
-    Overlapping windows are averaged, the mean is resized to `ori_shape`, mirrored back if "flip", then softmax.
+    Overlapping windows are averaged in float32, the mean is resized to `ori_shape`, mirrored back if "flip", then
+    softmax.
 
     Args:
         windows: what `sliding_window` gave, and "seg_maps" (windows, n_cls, window_size, window_size).
     """
     maps = windows["seg_maps"]
-    scores = maps.new_zeros(maps.shape[1], *windows["shape"])
-    count = maps.new_zeros(windows["shape"])
+    scores = torch.zeros(maps.shape[1], *windows["shape"], device=maps.device)  # float32 for half types, too
+    count = torch.zeros(windows["shape"], device=maps.device)
     for (top, left), window in zip(windows["anchors"], maps, strict=True):
         place = (..., slice(top, top + window_size), slice(left, left + window_size))
         scores[place] += window
@@ -119,7 +120,8 @@ def inference(
     """
     if why_not_bypass(model, (Segmenter,)) is None:
         return ours.inference(model, ims, ims_metas, ori_shape, window_size, window_stride, batch_size)
-    device, total = next(model.parameters()).device, 0
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    device, total = next((p.device for p in parameters), ims[0].device), 0
     for im, meta in zip(ims, ims_metas, strict=True):
         im = resize(im.to(device), window_size)
         windows = sliding_window(im, bool(meta["flip"]), window_size, window_stride)

@@ -123,7 +123,7 @@ def test_output_that_cannot_be_written(folder, photos, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert main(["predict", str(photos), "-m", folder, "-o", str(tmp_path / "file")]) == 1
     err = capsys.readouterr().err
-    assert f"{tmp_path / 'file'}: File exists" in err
+    assert f"{tmp_path / 'file'}: is no folder; choose another name" in err
     assert err.count("\n") == 1
 
 

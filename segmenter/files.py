@@ -90,7 +90,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
         if not stat.S_ISREG(mode):
             code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
             raise OSError(code, "is a folder" if code == errno.EISDIR else "is no regular file", str(path))
-        return _Reading(io.FileIO(descriptor))
+        return BoundedReader(io.FileIO(descriptor), lambda: os.fstat(descriptor).st_size)
     except BaseException:
         os.close(descriptor)
         raise
@@ -274,12 +274,20 @@ def _is_below(path: str, folder: str) -> bool:
     return path.startswith(os.path.join(folder, ""))
 
 
-class _Reading(io.BufferedReader):
-    """Reserves no more memory than there is left of the file: who reads may have the length from the file itself."""
+class BoundedReader(io.BufferedReader):
+    """Reserves no more memory than there is left to read: who reads may have the length from the file itself.
+
+    Args:
+        size: gives the bytes that there are.
+    """
+
+    def __init__(self, raw: io.RawIOBase, size: Callable[[], int]):
+        super().__init__(raw)
+        self._size = size
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > io.DEFAULT_BUFFER_SIZE:
-            size = min(size, max(os.fstat(self.fileno()).st_size - self.tell(), io.DEFAULT_BUFFER_SIZE))
+            size = min(size, max(self._size() - self.tell(), io.DEFAULT_BUFFER_SIZE))
         return super().read(size)
 
 

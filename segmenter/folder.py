@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segmenter.checkpoint import CheckpointError, read_state_dict
+from segmenter.checkpoint import CheckpointError, listing, read_state_dict
 from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, check_windows
 from segmenter.errors import cause, printable
 from segmenter.files import flush, open_regular, write_atomically, write_text, writing_into
@@ -142,6 +142,9 @@ def _read(path: Path, impl: str, verify: bool, allow_nonfinite: bool) -> Segment
         raise CheckpointError(f"{path / CONFIG}: was not written by save_pretrained of segmenter")
     if content["schema"] > SCHEMA:
         raise CheckpointError(f"{path / CONFIG}: schema {content['schema']} is newer than this version reads; update")
+    known = {"format", "schema", "model", "info", *_SUMS.values(), _OWN_SUM}
+    if verify and (other := [name for name in content if name not in known]):  # perhaps the name of a sum, damaged
+        raise CheckpointError(f"{path / CONFIG}: has unknown entries: {listing(other)} (verify=False passes them over)")
     weights = _file_of(path, WEIGHTS, content, verify)
     if weights is None:
         raise CheckpointError(f"{path}: has no {WEIGHTS}")

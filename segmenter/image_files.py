@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from segmenter.errors import InputError, cause
-from segmenter.files import open_regular
+from segmenter.files import BoundedReader, open_regular
 
 # Pillow knows more than 40 formats, some of which start other programs (EPS calls Ghostscript). JPEG covers MPO.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -256,7 +256,8 @@ def _without_texts(file: BinaryIO) -> tuple[BinaryIO, dict[str, str]]:
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
             texts.update(_text(kind, file.read(min(length, _MAX_TEXT))))
         if kind == b"IEND" or end >= size:
-            return io.BufferedReader(_Parts(file, parts)), texts
+            kept = _Parts(file, parts)
+            return BoundedReader(kept, kept.size), texts
         if n == _MAX_CHUNKS:
             raise ImageError(f"a PNG of more than {_MAX_CHUNKS} chunks, which no picture has")
         at = end
@@ -284,6 +285,9 @@ class _Parts(io.RawIOBase):
         self._file, self._parts, self._at = file, parts, 0
         self._ends = list(itertools.accumulate(end - start for start, end in parts))
 
+    def size(self) -> int:
+        return self._ends[-1]
+
     def readable(self) -> bool:
         return True
 
@@ -291,7 +295,7 @@ class _Parts(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._ends[-1]}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size()}[whence]
         self._at = max(base + offset, 0)
         return self._at
 

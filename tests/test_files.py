@@ -288,6 +288,13 @@ class TestReading:
                 open_regular(tmp_path / path)
         assert len(os.listdir("/dev/fd")) == before, "none stays open"
 
+    def test_a_length_that_is_made_up_reserves_nothing(self, tmp_path):
+        (tmp_path / "a").write_bytes(b"bytes" * 10_000)
+        with open_regular(tmp_path / "a") as file:
+            assert file.read(2**62) == b"bytes" * 10_000  # io.BufferedReader reserves it first, and fails
+            file.seek(10)
+            assert file.read(20_000) == b"bytes" * 4_000
+
 
 def test_a_file_in_place_of_a_folder_of_results_is_called_that(tmp_path):
     (tmp_path / "file").write_text("mine")

@@ -136,6 +136,15 @@ def test_one_flipped_bit_of_the_configuration_or_the_classes_is_noticed(tmp_path
     assert from_pretrained(tmp_path / "model", verify=False).info == expected.info
 
 
+def test_a_damaged_name_of_a_sum_is_noticed(tmp_path):
+    save_pretrained(tiny_model(), tmp_path)
+    text = (tmp_path / "config.json").read_text().replace('"config_sha256"', '"config_sha257"')
+    (tmp_path / "config.json").write_text(text.replace('"backbone"', '"backbonf"'))
+    with pytest.raises(CheckpointError, match="config.json: has unknown entries: config_sha257"):
+        from_pretrained(tmp_path)
+    from_pretrained(tmp_path, verify=False)
+
+
 def test_edited_configuration(tmp_path):
     save_pretrained(tiny_model(), tmp_path)
     edit(tmp_path, info={"window_stride": 48})

@@ -1,5 +1,6 @@
 """Files as programs leave them: PNGs full of texts, BMPs, GIFs, pipes; read as pictures and as labels."""
 
+import contextlib
 import io
 import os
 import struct
@@ -92,6 +93,20 @@ def test_labels_are_turned_as_pictures_are(tmp_path):
         np.testing.assert_array_equal(read_ids(tmp_path / "a.png"), read_image(tmp_path / "a.png")[..., 0])
         assert image_files.orientation(tmp_path / "a.png") == orientation
         assert read_ids(tmp_path / "a.png").shape == ((10, 6) if orientation > 4 else (6, 10))
+
+
+def test_a_png_chunk_of_a_made_up_length_reserves_nothing(tmp_path):
+    data = bytearray(png(np.zeros((2, 3), np.uint8)))
+    at = data.index(b"IDAT")
+    data[at - 4 : at] = b"\xff" * 4
+    path = write(tmp_path, bytes(data))
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ImageError):  # Pillow may find all it needs
+            read_image(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 def test_pngs_of_many_chunks(tmp_path, monkeypatch):

@@ -249,8 +249,7 @@ def _download(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, CLASSES]))
     except Exception as error:  # no network, no such repository, no access: many types
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{name}: no such folder, and the hub did not give it ({reason})") from error
+        raise CheckpointError(f"{name}: no such folder, and the hub did not give it ({cause(error)})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from segmenter.errors import printable
+from segmenter.errors import cause, printable
 from segmenter.images import ImageError, read_image
 from segmenter.segment import compute_dtype, segment_pixels, usual_batch_size
 
@@ -308,7 +308,7 @@ class _Runner:
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            self._cause = " ".join(str(error).split())
+            self._cause = cause(error)
         return None  # here, where the traceback and the tensors that it holds are gone
 
     def _halve(self, part: Sequence[_Slot]) -> None:

@@ -5,6 +5,7 @@ import argparse
 from segmenter.cli.errors import FAILURE, OK, CommandError
 from segmenter.cli.loading import choose_device, load
 from segmenter.cli.output import err, out
+from segmenter.errors import cause
 from segmenter.export import ExportError, export_model
 from segmenter.export_formats import check_path
 
@@ -31,4 +32,4 @@ def _say(text: str) -> None:
 
 
 def _said(error: Exception) -> str:
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    return f"{error.filename}: {cause(error)}" if isinstance(error, OSError) else str(error)

@@ -27,6 +27,7 @@ from segmenter.cli.output import err
 from segmenter.cli.report import FAILED, Tally, say, write_failed, write_json
 from segmenter.cli.resume import is_done, picture_facts, run_settings
 from segmenter.cli.shards import Shard, SharedReport
+from segmenter.errors import cause
 from segmenter.files import remove_leftovers, same_form, walk, write_atomically
 from segmenter.images import suffixes
 from segmenter.model import Segmenter
@@ -303,7 +304,7 @@ def _errors_of_writing(job: Job, output: Path) -> Iterator[None]:
         if error.errno == errno.ENAMETOOLONG:
             raise PictureError(f"{job.source}: the names of its results are too long; rename it") from error
         # whatever else it is, a full disk or a missing permission, the next picture would meet it too
-        raise CommandError(f"{output / job.name}: cannot write: {error.strerror or error}", FAILURE) from error
+        raise CommandError(f"{output / job.name}: cannot write: {cause(error)}", FAILURE) from error
 
 
 def _make_room(job: Job, batch: Batch) -> None:

@@ -13,6 +13,7 @@ from segmenter.checkpoint import CheckpointError
 from segmenter.config import check_windows, preset
 from segmenter.convert import convert
 from segmenter.data.datasets import Dataset
+from segmenter.errors import cause
 from segmenter.model import Segmenter, create_segmenter
 from segmenter.pretrained import load_any, load_model
 from segmenter.state import load_state
@@ -167,6 +168,6 @@ def _timm(name: str) -> nn.Module:
         return timm.create_model(name, pretrained=True)
     except Exception as error:
         raise CheckpointError(
-            f"timm cannot make {name!r} with its pretrained weights ({' '.join(str(error).split())[:300]}); without a "
+            f"timm cannot make {name!r} with its pretrained weights ({cause(error)}); without a "
             "network, give the path of a weight file"
         ) from error

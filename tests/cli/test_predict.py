@@ -317,7 +317,8 @@ def test_a_full_disk_stops_the_run_and_tells_what_was_done(folder, photos, out, 
     assert captured.out.startswith("stopped early, --resume goes on: 1 done, 0 skipped, 1 failed of 4 in ")
     failure, error = captured.err.splitlines()
     assert "a0.png: not a picture" in failure
-    assert error == f"segmenter: error: {out / 'b'}: cannot write: {os.strerror(code)}"
+    advice = "; make room and try again" if code == errno.ENOSPC else ""
+    assert error == f"segmenter: error: {out / 'b'}: cannot write: {os.strerror(code)}{advice}"
     assert [Path(f["image"]).name for f in load_json(out / "failed.json")] == ["a0.png"]
 
 

@@ -30,7 +30,7 @@ from segmenter.kernels import (
     reference,
     upsample_argmax,
 )
-from segmenter.kernels.numerics import fits_rows
+from segmenter.kernels.blocks import fits_rows
 from tests.layouts import LAYOUTS
 from tests.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
 from tests.upsampling import MASKS, expected_labels

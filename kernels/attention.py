@@ -65,13 +65,16 @@ def _attention_fwd_kernel(
     h = bh % n_heads
     offs_d = tl.arange(0, HEAD_PAD)
     offs_n = tl.arange(0, BLOCK_N)
-    q_start = b.to(tl.int64) * stride_qb + m_0.to(tl.int64) * stride_qn + (q_head + h).to(tl.int64) * stride_qh
-    k_start = b.to(tl.int64) * stride_kb + (k_head + h).to(tl.int64) * stride_kh
-    v_start = b.to(tl.int64) * stride_vb + (v_head + h).to(tl.int64) * stride_vh
-    q = load_tile(Q, (b, q_head + h, m_0, 0), q_start, tl.arange(0, BLOCK_M), stride_qn, n_queries - m_0,
+    if BLOCK_N == 16:  # float32 without tensor cores: with addresses kept from step to step sm_100 spills
+        offs_n = offs_n.to(tl.int64)
+    k_row = KRows + b.to(tl.int64) * stride_kb + (k_head + h).to(tl.int64) * stride_kh
+    v_row = VRows + b.to(tl.int64) * stride_vb + (v_head + h).to(tl.int64) * stride_vh
+    if not DESCRIPTORS:
+        Q += b.to(tl.int64) * stride_qb + (q_head + h).to(tl.int64) * stride_qh
+        K, V = k_row, v_row
+    q = load_tile(Q, (b, q_head + h, m_0, 0), tl.arange(0, BLOCK_M), stride_qn, n_queries,
                   HEAD_DIM, HEAD_PAD, DESCRIPTORS)  # fmt: skip
     if PEELED > 0:
-        k_row, v_row = KRows + k_start, VRows + v_start
         k_0 = tl.load(k_row + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
         v_0 = tl.load(v_row + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
         m_i = tl.sum(q.to(tl.float32) * k_0[None, :], 1) * scale_log2
@@ -94,21 +97,16 @@ def _attention_fwd_kernel(
 
     end = PEELED + (n_keys - PEELED) // BLOCK_N * BLOCK_N
     for n_0 in tl.range(PEELED, end, BLOCK_N):
-        k_n = k_start + tl.cast(n_0, tl.int64) * stride_kn
-        v_n = v_start + tl.cast(n_0, tl.int64) * stride_vn
-        k = load_tile(K, (b, k_head + h, n_0, 0), k_n, offs_n, stride_kn, None, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
-        v = load_tile(V, (b, v_head + h, n_0, 0), v_n, offs_n, stride_vn, None, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
+        k = load_tile(K, (b, k_head + h, n_0, 0), offs_n, stride_kn, None, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
+        v = load_tile(V, (b, v_head + h, n_0, 0), offs_n, stride_vn, None, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
         qk = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)
     if TAIL:  # noqa: SIM102
         # Always true, but a branch at run time: without one, ptxas of CUDA 12.8 serialises every wgmma of the function,
         # those of the loop too (its warning C7515).
         if end < n_keys:
-            k_n = k_start + tl.cast(end, tl.int64) * stride_kn
-            v_n = v_start + tl.cast(end, tl.int64) * stride_vn
-            left = n_keys - end
-            k = load_tile(K, (b, k_head + h, end, 0), k_n, offs_n, stride_kn, left, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
-            v = load_tile(V, (b, v_head + h, end, 0), v_n, offs_n, stride_vn, left, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
+            k = load_tile(K, (b, k_head + h, end, 0), offs_n, stride_kn, n_keys, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
+            v = load_tile(V, (b, v_head + h, end, 0), offs_n, stride_vn, n_keys, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
             qk = tl.dot(q, k.T, input_precision=PRECISION)
             qk = tl.where((end + tl.arange(0, BLOCK_N))[None, :] < n_keys, qk, float("-inf"))
             m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)

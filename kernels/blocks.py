@@ -17,23 +17,27 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_tile(X, index, offset, rows, stride, n_rows, WIDTH: tl.constexpr, COLS: tl.constexpr,
+def load_tile(X, index, rows, stride, n_rows, WIDTH: tl.constexpr, COLS: tl.constexpr,
               DESCRIPTORS: tl.constexpr):  # fmt: skip
     """A tile of COLS columns of a matrix. 0 beyond WIDTH columns; and beyond n_rows rows, unless that is None.
 
     Args:
-        X: with DESCRIPTORS a tensor descriptor, else a pointer.
-        index: where the tile begins in the tensor, (..., row, column).
-        offset: of the matrix, or of the tile's first row, from X. rows: the tile's rows, counted from there.
-        stride: from row to row.
+        X: with DESCRIPTORS a tensor descriptor, else a pointer to the matrix. index: where the tile begins, (...,
+            row, column). stride: from row to row.
+        rows: the tile's rows, counted from there. int32, and addresses within a tile stay from step to step (a tile
+            must span less than 2**31 elements); int64, and they are computed anew.
     """
     if DESCRIPTORS:  # the copy engine fills with zeros what is outside
         x = X.load(index).reshape([rows.shape[0], COLS])
     else:
+        row = index[len(index) - 2]
         cols = index[len(index) - 1] + tl.arange(0, COLS)
-        pointers = X + offset + rows[:, None] * stride + cols[None, :]
+        if rows.dtype == tl.int64:
+            pointers = X + (row + rows)[:, None] * stride + cols[None, :]
+        else:
+            pointers = X + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
         if n_rows is not None:
-            mask = rows[:, None] < n_rows
+            mask = (row + rows)[:, None] < n_rows
             if WIDTH % COLS != 0:
                 mask = mask & (cols[None, :] < WIDTH)
             x = tl.load(pointers, mask=mask, other=0.0)

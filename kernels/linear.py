@@ -58,12 +58,12 @@ def _linear_fwd_kernel(
     offs_n = n_0 + tl.arange(0, BLOCK_N)
     # Tiles that hang over the edge read the last row again: a product's row depends on no other, so no masks.
     x_rows = tl.minimum(offs_m, n_rows - 1).to(tl.int64)
-    w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
+    w_rows = tl.minimum(offs_n, N - 1).to(tl.int64) - n_0
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k_0 in tl.range(0, K, BLOCK_K):
-        x = load_tile(X, (m_0, k_0), 0, x_rows, stride_x, None, K, BLOCK_K, DESCRIPTORS)
-        w = load_tile(W, (n_0, k_0), 0, w_rows, stride_w, None, K, BLOCK_K, DESCRIPTORS)
+        x = load_tile(X, (m_0, k_0), x_rows - m_0, stride_x, None, K, BLOCK_K, DESCRIPTORS)
+        w = load_tile(W, (n_0, k_0), w_rows, stride_w, None, K, BLOCK_K, DESCRIPTORS)
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
 
     mask_n = offs_n < N
@@ -132,11 +132,11 @@ def _layernorm_linear_rows_kernel(
     offs_m = m_0 + tl.arange(0, BLOCK_M)
     for n_0 in tl.range((pid % SPLIT) * BLOCK_N, N, SPLIT * BLOCK_N):
         offs_n = n_0 + tl.arange(0, BLOCK_N)
-        w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-        w = load_tile(W1, (n_0, 0), 0, w_rows, stride_w, None, K1, K1, DESCRIPTORS)
+        w_rows = tl.minimum(offs_n, N - 1).to(tl.int64) - n_0
+        w = load_tile(W1, (n_0, 0), w_rows, stride_w, None, K1, K1, DESCRIPTORS)
         acc = tl.dot(x_1, w.T, input_precision=PRECISION)
         if K1 < K:
-            w = load_tile(W2, (n_0, K1), 0, w_rows, stride_w, None, K - K1, K - K1, DESCRIPTORS)
+            w = load_tile(W2, (n_0, K1), w_rows, stride_w, None, K - K1, K - K1, DESCRIPTORS)
             acc = tl.dot(x_2, w.T, acc, input_precision=PRECISION)
         mask_n = offs_n < N
         if HAS_BIAS:

@@ -55,18 +55,18 @@ def _mask_head_fwd_kernel(
     rows_x = tl.arange(0, BLOCK_M).to(tl.int64)
     rows_w = tl.arange(0, BLOCK_K).to(tl.int64)
     rows_c = tl.arange(0, K_PAD).to(tl.int64)
-    x_0 = b.to(tl.int64) * stride_xb + m_0.to(tl.int64) * stride_xn
-    c_0 = b.to(tl.int64) * stride_cb + k_0.to(tl.int64) * stride_cn
+    if not DESCRIPTORS:
+        X += b.to(tl.int64) * stride_xb
+        C += b.to(tl.int64) * stride_cb
     cosine = tl.zeros([BLOCK_M, K_PAD], tl.float32)
     patch_norm2 = tl.zeros([BLOCK_M], tl.float32)
     for d_0 in tl.range(0, D, BLOCK_D):  # not flattened: triton 3.8's ptxas (12.9) then serialises every wgmma
         p = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for i_0 in tl.range(0, D, BLOCK_K):
-            x = load_tile(X, (b, m_0, i_0), x_0, rows_x, stride_xn, n_patches - m_0, D, BLOCK_K, DESCRIPTORS)
-            w_0 = tl.cast(i_0, tl.int64) * stride_wn
-            w = load_tile(W, (0, i_0, d_0), w_0, rows_w, stride_wn, D - i_0, D, BLOCK_D, DESCRIPTORS)
+            x = load_tile(X, (b, m_0, i_0), rows_x, stride_xn, n_patches, D, BLOCK_K, DESCRIPTORS)
+            w = load_tile(W, (0, i_0, d_0), rows_w, stride_wn, D, D, BLOCK_D, DESCRIPTORS)
             p = tl.dot(x, w, p, input_precision=PRECISION)
-        c = load_tile(C, (b, k_0, d_0), c_0, rows_c, stride_cn, N_CLASSES - k_0, D, BLOCK_D, DESCRIPTORS)
+        c = load_tile(C, (b, k_0, d_0), rows_c, stride_cn, N_CLASSES, D, BLOCK_D, DESCRIPTORS)
         patch_norm2 += tl.sum(p * p, 1)
         cosine = tl.dot(p.to(c.dtype), c.T, cosine, input_precision=PRECISION)
 

@@ -77,7 +77,7 @@ def _pixels_to_tokens_fwd_kernel(
     patch = rows % n_patches
     patch_y, patch_x = patch // grid_w, patch % grid_w
     corner = image * stride_pb + (patch_y * P).to(tl.int64) * stride_ph + patch_x * (3 * P)
-    w_rows = tl.minimum(offs_n, D - 1).to(tl.int64)
+    w_rows = tl.minimum(offs_n, D - 1).to(tl.int64) - n_0
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k_0 in tl.range(0, K, BLOCK_K):
@@ -85,7 +85,7 @@ def _pixels_to_tokens_fwd_kernel(
         offs_p = (offs_k // (3 * P)).to(tl.int64) * stride_ph + offs_k % (3 * P)
         pointers = Pixels + corner[:, None] + offs_p[None, :]
         x = tl.load(pointers) if K % BLOCK_K == 0 else tl.load(pointers, mask=offs_k[None, :] < K, other=128)
-        w = load_tile(W, (n_0, k_0), 0, w_rows, stride_w, None, K, BLOCK_K, DESCRIPTORS)
+        w = load_tile(W, (n_0, k_0), w_rows, stride_w, None, K, BLOCK_K, DESCRIPTORS)
         acc = tl.dot(w, _centred(x, dtype).T, acc, input_precision=PRECISION)
     acc = acc.T * (1.0 / 128.0)
 

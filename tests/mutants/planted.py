@@ -29,16 +29,16 @@ ATTENTION = planted_in(
             "",
         ),
         "batch_offset_in_32_bits": (
-            "q_start = b.to(tl.int64) * stride_qb",
-            "q_start = b * stride_qb",
+            "Q += b.to(tl.int64) * stride_qb",
+            "Q += b * stride_qb",
         ),
         "output_offset_in_32_bits": (
             "o_rows = Out + b.to(tl.int64) * stride_ob",
             "o_rows = Out + b * stride_ob",
         ),
         "key_offset_in_32_bits": (
-            "k_start = b.to(tl.int64) * stride_kb",
-            "k_start = b * stride_kb",
+            "k_row = KRows + b.to(tl.int64) * stride_kb",
+            "k_row = KRows + b * stride_kb",
         ),
         "maximum_starts_at_zero": (
             'm_i = tl.full([BLOCK_M], float("-inf"), tl.float32)',
@@ -89,8 +89,8 @@ ATTENTION = planted_in(
             "v = load_tile(V, (b, k_head + h, n_0, 0),",
         ),
         "value_stride_of_keys": (
-            "v_n = v_start + tl.cast(n_0, tl.int64) * stride_vn",
-            "v_n = v_start + tl.cast(n_0, tl.int64) * stride_kn",
+            "v = load_tile(V, (b, v_head + h, n_0, 0), offs_n, stride_vn,",
+            "v = load_tile(V, (b, v_head + h, n_0, 0), offs_n, stride_kn,",
         ),
         "second_peeled_row_is_the_first": (
             "k_1 = tl.load(k_row + stride_kn + offs_d,",
@@ -216,12 +216,12 @@ LOADS = [
         ("tests/test_attention.py",),
         {
             "row_mask_missing": (
-                "mask = rows[:, None] < n_rows\n",
-                "mask = rows[:, None] < n_rows + rows.shape[0]\n",
+                "mask = (row + rows)[:, None] < n_rows\n",
+                "mask = (row + rows)[:, None] < n_rows + rows.shape[0]\n",
             ),
             "row_mask_one_too_many": (
-                "mask = rows[:, None] < n_rows\n",
-                "mask = rows[:, None] <= n_rows\n",
+                "mask = (row + rows)[:, None] < n_rows\n",
+                "mask = (row + rows)[:, None] <= n_rows\n",
             ),
             "padded_columns_read": (
                 "            x = tl.load(pointers, mask=cols[None, :] < WIDTH, other=0.0)\n",

@@ -21,9 +21,9 @@ from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, check_win
 from segmenter.errors import cause, printable
 from segmenter.files import flush, open_regular, write_atomically, write_text, writing_into
 from segmenter.model import ModelInfo, Segmenter
-from segmenter.text_files import read_json
 from segmenter.weights.build import build
-from segmenter.weights.read import CheckpointError, listing, read_state_dict
+from segmenter.weights.read import CheckpointError, listing, read_json_object, read_state_dict
+from segmenter.weights.recognise import Recognised
 
 if TYPE_CHECKING:
     from segmenter.classes import ClassSet
@@ -33,7 +33,7 @@ CONFIG, WEIGHTS, NEW_WEIGHTS, CLASSES = "config.json", "model.safetensors", "mod
 NEW_CLASSES = "classes.new.json"
 _NEW = {WEIGHTS: NEW_WEIGHTS, CLASSES: NEW_CLASSES}
 _SUMS = {WEIGHTS: "sha256", CLASSES: "classes_sha256"}  # file -> where config.json has its sum
-_OWN_SUM = "config_sha256"  # of all else in config.json
+_SUM = "config_sha256"  # of all else in config.json
 _TURN = 300  # seconds that a save waits for another one into the same folder
 _READS = 50  # before a folder counts as one that is written all the time
 _STATES = ("random", "encoder", "trained")
@@ -45,7 +45,7 @@ def is_ours(folder: Path) -> bool:
     Raises:
         CheckpointError: it has one that cannot be read, so nothing can be said.
     """
-    return os.path.exists(folder / CONFIG) and _read_json(folder / CONFIG).get("format") == "segmenter"
+    return os.path.exists(folder / CONFIG) and read_json_object(folder / CONFIG).get("format") == "segmenter"
 
 
 def save_pretrained(
@@ -94,7 +94,7 @@ def save_pretrained(
         try:
             for name, data in parts.items():
                 _write_new(folder, name, data)
-            write_text(folder / CONFIG, _json(content | {_OWN_SUM: _own_sum(content)}))
+            write_text(folder / CONFIG, _json(content | {_SUM: _sum_of(content)}))
         finally:  # also after Ctrl-C just when config.json was replaced
             _finish_interrupted_save(folder)
 
@@ -137,12 +137,12 @@ def from_pretrained(
 
 
 def _read(path: Path, impl: str, verify: bool, allow_nonfinite: bool) -> Segmenter:
-    content = _read_json(path / CONFIG)
+    content = read_json_object(path / CONFIG)
     if content.get("format") != "segmenter" or type(content.get("schema")) is not int:
         raise CheckpointError(f"{path / CONFIG}: was not written by save_pretrained of segmenter")
     if content["schema"] > SCHEMA:
         raise CheckpointError(f"{path / CONFIG}: schema {content['schema']} is newer than this version reads; update")
-    known = {"format", "schema", "model", "info", *_SUMS.values(), _OWN_SUM}
+    known = {"format", "schema", "model", "info", *_SUMS.values(), _SUM}
     if verify and (other := [name for name in content if name not in known]):  # perhaps the name of a sum, damaged
         raise CheckpointError(f"{path / CONFIG}: has unknown entries: {listing(other)} (verify=False passes them over)")
     weights = _file_of(path, WEIGHTS, content, verify)
@@ -153,13 +153,13 @@ def _read(path: Path, impl: str, verify: bool, allow_nonfinite: bool) -> Segment
         config = ModelConfig.from_dict(content.get("model"))
     except ConfigError as error:
         raise CheckpointError(f"{path / CONFIG}: {error}") from error
-    model = build(config, state, impl, str(weights))
+    model = build(Recognised(state, config), impl, str(weights))
     model.info = _info(path, content.get("info"), config)
     if model.info.classes == CLASSES:
         model.info.classes = str(_file_of(path, CLASSES, content, verify) or path / CLASSES)
-    if verify and content.get(_OWN_SUM, own := _own_sum(content)) != own:  # older folders have none
+    if verify and content.get(_SUM, found := _sum_of(content)) != found:  # older folders have none
         raise CheckpointError(
-            f"{path / CONFIG}: its content does not fit its {_OWN_SUM}; if you have edited it, delete that entry, else "
+            f"{path / CONFIG}: its content does not fit its {_SUM}; if you have edited it, delete that entry, else "
             f"copy or download it again (verify=False loads it all the same)"
         )
     return model
@@ -212,7 +212,7 @@ def _finish_interrupted_save(folder: Path) -> None:
     """Puts the files in place that belong to config.json, and deletes the others."""
     content: dict[str, Any] = {}
     with contextlib.suppress(CheckpointError):
-        content = _read_json(folder / CONFIG)
+        content = read_json_object(folder / CONFIG)
     for name, new in _NEW.items():
         if (folder / new).is_file():
             if content.get(_SUMS[name]) == _sha256(folder / new):
@@ -252,20 +252,13 @@ def _download(name: str) -> Path:
         raise CheckpointError(f"{name}: no such folder, and the hub did not give it ({cause(error)})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content = read_json(path, CheckpointError)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return content
-
-
 def _json(content: Any) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def _own_sum(content: dict[str, Any]) -> str:
+def _sum_of(content: dict[str, Any]) -> str:
     """The sum of what config.json says, however it is written."""
-    others = {name: value for name, value in content.items() if name != _OWN_SUM}
+    others = {name: value for name, value in content.items() if name != _SUM}
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 

@@ -10,10 +10,10 @@ import yaml
 
 from segmenter.config import ConfigError
 from segmenter.model import create_segmenter
-from segmenter.weights.convert import architecture, convert
+from segmenter.weights.convert import convert
 from segmenter.weights.load import convert_checkpoint, load_any, load_model, save_pretrained, variant_of
-from segmenter.weights.names import check_plain
 from segmenter.weights.read import CheckpointError
+from segmenter.weights.recognise import architecture, check_plain
 from tests.support.foreign import jax_arrays, to_mmseg
 from tests.support.tiny import tiny_config, tiny_model
 from tests.test_positions import timm_state

@@ -390,7 +390,7 @@ def test_saves_at_once_leave_one_whole_model_and_readers_always_find_one(tmp_pat
 def test_a_reader_begins_again_when_a_save_came_between(tmp_path, monkeypatch):
     """Between config.json and the weights, where it would find the weights damaged."""
     save_pretrained(tiny_model(0), tmp_path)
-    new, read, came = tiny_model(1, n_cls=7), pretrained._read_json, []
+    new, read, came = tiny_model(1, n_cls=7), pretrained.read_json_object, []
 
     def and_then_a_save(path):
         content = read(path)
@@ -399,5 +399,5 @@ def test_a_reader_begins_again_when_a_save_came_between(tmp_path, monkeypatch):
             save_pretrained(new, tmp_path)
         return content
 
-    monkeypatch.setattr(pretrained, "_read_json", and_then_a_save)
+    monkeypatch.setattr(pretrained, "read_json_object", and_then_a_save)
     assert torch.equal(logits(from_pretrained(tmp_path)), logits(new))

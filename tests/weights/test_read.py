@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from segmenter.weights.read import CheckpointError, listing, read_state_dict
-from segmenter.weights.variant_yml import read_variant
+from segmenter.weights.settings import read_published
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -414,7 +414,7 @@ def write_variant(folder, text):
 
 def test_variant_of_every_golden_case():
     for path in sorted(GOLDEN.glob("*/variant.yml")):
-        net_kwargs = read_variant(path)["net_kwargs"]
+        net_kwargs = read_published(path)["net_kwargs"]
         assert isinstance(net_kwargs["image_size"], tuple) and len(net_kwargs["image_size"]) == 2
         assert net_kwargs["decoder"]["name"] in ("linear", "mask_transformer")
 
@@ -423,7 +423,7 @@ def test_variant_of_every_golden_case():
     "text, value", [("!!python/tuple [96, 64]", (96, 64)), ("[96, 64]", [96, 64]), ("96", 96), ("1e-5", "1e-5")]
 )
 def test_variant_forms_of_a_value(tmp_path, text, value):
-    found = read_variant(write_variant(tmp_path, f"net_kwargs:\n  image_size: {text}\n"))["net_kwargs"]["image_size"]
+    found = read_published(write_variant(tmp_path, f"net_kwargs:\n  image_size: {text}\n"))["net_kwargs"]["image_size"]
     assert found == value and type(found) is type(value)
 
 
@@ -450,33 +450,33 @@ def test_variant_forms_of_a_value(tmp_path, text, value):
 def test_variant_refuses_python_and_broken_yaml(tmp_path, text):
     marker = tmp_path / "marker"
     with pytest.raises(CheckpointError, match=r"variant\.yml: is no plain YAML"):
-        read_variant(write_variant(tmp_path, text.replace("MARKER", str(marker))))
+        read_published(write_variant(tmp_path, text.replace("MARKER", str(marker))))
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("text", ["", "5", "[1]", "a: 1", "net_kwargs: 5", "net_kwargs:"])
 def test_variant_without_net_kwargs(tmp_path, text):
     with pytest.raises(CheckpointError, match="has no net_kwargs"):
-        read_variant(write_variant(tmp_path, text))
+        read_published(write_variant(tmp_path, text))
 
 
 def test_variant_too_deep_too_large_not_text_missing(tmp_path):
     with pytest.raises(CheckpointError, match="nested more than 64 levels"):
-        read_variant(write_variant(tmp_path, "net_kwargs: " + "[" * 5000))
+        read_published(write_variant(tmp_path, "net_kwargs: " + "[" * 5000))
     with pytest.raises(CheckpointError, match="larger than 1000000 bytes"):
-        read_variant(write_variant(tmp_path, "a: 1\n" * 250_000))
+        read_published(write_variant(tmp_path, "a: 1\n" * 250_000))
     (tmp_path / "variant.yml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError, match="no text in UTF-8"):
-        read_variant(tmp_path / "variant.yml")
+        read_published(tmp_path / "variant.yml")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        read_variant(tmp_path / "none.yml")
+        read_published(tmp_path / "none.yml")
 
 
 def test_variant_aliases_do_not_multiply(tmp_path):
     lines = ["a0: &a0 [1, 1]"] + [f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}"] * 10) + "]" for i in range(1, 30)]
     with pytest.raises(CheckpointError, match="more than 200000 values once its aliases are followed"):
-        read_variant(write_variant(tmp_path, "\n".join([*lines, "net_kwargs: {n_cls: 3}"])))
-    variant = read_variant(write_variant(tmp_path, "\n".join([*lines[:4], "net_kwargs: {n_cls: 3}"])))
+        read_published(write_variant(tmp_path, "\n".join([*lines, "net_kwargs: {n_cls: 3}"])))
+    variant = read_published(write_variant(tmp_path, "\n".join([*lines[:4], "net_kwargs: {n_cls: 3}"])))
     assert variant["net_kwargs"] == {"n_cls": 3} and variant["a3"][0] is variant["a3"][9]
 
 

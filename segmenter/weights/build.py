@@ -1,5 +1,6 @@
 """State dict -> model: strict, all or nothing, with an account of what does not fit and why."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,8 +76,8 @@ def build(found: Recognised, impl: str, source: str) -> Segmenter:
         CheckpointError: weights and configuration do not agree.
     """
     config, state, recognised = found.config, found.state, found.kind is not None
-    asked = {"encoder": config.n_layers, "decoder": config.decoder.get("n_layers", 0)}
-    if found.has_decoder and any(n_blocks(state, part) < n for part, n in asked.items()):
+    asked = Counter(encoder=config.n_layers, decoder=config.decoder.get("n_layers", 0))
+    if found.has_decoder and not asked <= n_blocks(state):
         raise CheckpointError(f"{source} does not fit the model: {_hint(config, state, recognised)}")
     with torch.device("meta"):
         model = create_segmenter(config, impl)

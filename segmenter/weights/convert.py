@@ -40,7 +40,8 @@ def convert(
             decoder: "mask_transformer" (the default), "linear", or a mapping as in variant.yml.
         image_size: pixels, one number or (height, width), to resize the position embedding to; None keeps that of the
             file. If nothing else tells the grid of the file and it can be no square, it is that of image_size.
-        patch_size: resamples the patch embedding to another patch (an extension, see `change_patch_size`).
+        patch_size: resamples the patch embedding to another patch, an extension: the published models were never made
+            this way. Fine-tuning afterwards is advised, above all from 16 to 8.
         grid: (rows, columns) of the position embedding in the file, over everything else that tells it.
         source_size: pixels that what lies beside the file (config.json) says its position embedding is for. If neither
             this nor a live model nor `grid` tells the grid, it is taken for square, which is then noted.
@@ -88,28 +89,8 @@ def convert(
         encoder |= {name: arch[name] for name in ("patch_size", "n_layers", "d_model", "distilled")}
         encoder |= {"d_ff": 4 * config.d_model, "n_heads": config.n_heads, "norm_eps": config.norm_eps}
         difference = compare(live, kind, state, encoder)
-    _resize(state, arch["patch_size"], patch_size, grid, wanted, config, notes)
+    _resize(state, arch["patch_size"], grid, config, notes)
     return Recognised(state, config, kind, has_decoder, notes, difference)
-
-
-def change_patch_size(state: State, patch_size: int) -> State:
-    """The same encoder for another patch size. An extension: the published models were never made this way.
-
-    The patch embedding is resampled so that its answers on smooth images stay the same (pseudo-inverse of the
-    resize, from FlexiViT, as `timm.layers.resample_patch_embed` does it). Fine-tuning afterwards is advised, above all
-    from 16 to 8.
-
-    Args:
-        state: names as ours. patch_size: the new one.
-    Returns:
-        A new state dict that shares the unchanged tensors.
-    """
-    try:  # a broken torchvision makes timm raise other things than ImportError
-        from timm.layers import resample_patch_embed
-    except Exception as error:
-        raise CheckpointError(f"changing the patch size needs timm, which cannot be imported ({error})") from error
-    name = "encoder.patch_embed.proj.weight"
-    return {**state, name: resample_patch_embed(state[name].float(), [patch_size, patch_size])}
 
 
 def _decoder(
@@ -211,23 +192,30 @@ def _reading(
     )
 
 
-def _resize(
-    state: State,
-    old: int,
-    new: int,
-    grid: tuple[int, int],
-    wanted: tuple[int, int],
-    config: ModelConfig,
-    notes: list[str],
-) -> None:
-    """Brings the embeddings in `state` to the patch size and the grid asked for."""
+def _resize(state: State, old: int, grid: tuple[int, int], config: ModelConfig, notes: list[str]) -> None:
+    """Brings the embeddings in `state`, of patch size `old` and for `grid`, to those of `config`."""
+    new, (height, width) = config.patch_size, config.image_size
+    wanted = (height // new, width // new)
     if new != old:
-        state.update(change_patch_size(state, new))
+        name = "encoder.patch_embed.proj.weight"
+        state[name] = _resampled(state[name].float(), new)
         notes.insert(0, f"patch size {old} -> {new} by resampling the patch embedding (an extension; fine-tune it)")
     if wanted != grid:
         positions, mode = state["encoder.pos_embed"].float(), config.pos_embed_mode
         state["encoder.pos_embed"] = resize_pos_embed(positions, grid, wanted, 1 + config.distilled, mode)
         notes.insert(0, f"position embedding resized from {grid} to {wanted} patches ({mode})")
+
+
+def _resampled(weight: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """A patch embedding (d, 3, P, P) for another patch size, with the same answers on smooth images.
+
+    By the pseudo-inverse of the resize (FlexiViT).
+    """
+    try:  # a broken torchvision makes timm raise other things than ImportError
+        from timm.layers import resample_patch_embed
+    except Exception as error:
+        raise CheckpointError(f"changing the patch size needs timm, which cannot be imported ({error})") from error
+    return resample_patch_embed(weight, [patch_size, patch_size])
 
 
 def _on_cpu(value: Any) -> Any:

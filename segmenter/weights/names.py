@@ -112,10 +112,7 @@ def _mmseg(weights: State, notes: list[str]) -> State:
     return _rename(
         weights,
         [
-            (
-                r"^decode_head\.conv_seg\..*" if is_mask else r"^decode_head\.conv_seg\.",
-                "" if is_mask else "decoder.head.",
-            ),
+            (r"^decode_head\.conv_seg\..*", "") if is_mask else (r"^decode_head\.conv_seg\.", "decoder.head."),
             (r"^backbone\.head\..*", ""),
             (r"\.layers\.(\d+)\.ln", r".blocks.\1.norm"),
             (r"\.attn\.attn\.in_proj_", ".attn.qkv."),

@@ -11,6 +11,7 @@ Kinds of weights; all become the names of the published Segmenter, `encoder.*` a
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,10 +155,11 @@ def architecture(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     if tokens <= 1 + distilled or (positions.shape[0], positions.shape[2]) != (1, patch.shape[0]):
         raise CheckpointError(f"the position embedding must be (1, tokens, d), found {tuple(positions.shape)}")
     check_dimensions(state)
+    layers = n_blocks(state)
     arch: dict[str, Any] = {
         "patch_size": patch.shape[2],
         "d_model": patch.shape[0],
-        "n_layers": n_blocks(state, "encoder"),
+        "n_layers": layers["encoder"],
         "distilled": distilled,
     }
     if grid := square(tokens - 1 - distilled):
@@ -165,7 +167,7 @@ def architecture(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     if "decoder.head.weight" in state:
         arch |= {"n_cls": state["decoder.head.weight"].shape[0], "decoder": {"name": "linear"}}
     elif "decoder.cls_emb" in state:
-        decoder = {"name": "mask_transformer", "n_layers": n_blocks(state, "decoder")}
+        decoder = {"name": "mask_transformer", "n_layers": layers["decoder"]}
         arch |= {"n_cls": state["decoder.cls_emb"].shape[1], "decoder": decoder}
     fc1 = state.get("encoder.blocks.0.mlp.fc1.bias")
     if fc1 is not None and fc1.shape[0] != 4 * arch["d_model"]:
@@ -176,10 +178,10 @@ def architecture(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return arch
 
 
-def n_blocks(state: Mapping[str, torch.Tensor], part: str) -> int:
-    """Transformer layers that "encoder" or "decoder" has in a state dict of our names."""
-    found = (re.match(rf"{part}\.blocks\.(\d{{1,4}})\.", str(name)) for name in state)
-    return len({int(match[1]) for match in found if match})
+def n_blocks(names: Iterable[str]) -> Counter[str]:
+    """The number of transformer layers that "encoder" and "decoder" have in a state dict of our names."""
+    matches = (re.match(r"(encoder|decoder)\.blocks\.(\d{1,4})\.", str(name)) for name in names)
+    return Counter(part for part, _ in {(match[1], int(match[2])) for match in matches if match})
 
 
 def square(n: int) -> tuple[int, int] | None:

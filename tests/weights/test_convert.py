@@ -9,23 +9,7 @@ from segmenter.model import create_segmenter
 from segmenter.weights.build import build
 from segmenter.weights.convert import convert
 from segmenter.weights.read import CheckpointError
-from segmenter.weights.recognise import architecture, kind_of, recognise
-from tests.support.foreign import jax_arrays, to_mmseg
 from tests.support.tiny import tiny_config, tiny_model
-
-
-def test_recognise():
-    state = tiny_model().state_dict()
-    assert kind_of(state) == recognise(state) == "segmenter"
-    assert kind_of(to_mmseg(state, 5)) == "mmseg"
-    assert kind_of(jax_arrays()) == kind_of(jax_arrays("opt/target/")) == "npz"
-    assert kind_of([name.removeprefix("encoder.") for name in state]) == "timm"
-    assert kind_of(["vit.embeddings.patch_embeddings.projection.weight"]) == "hf"
-    assert kind_of(["conv1.weight", "fc.weight"]) is None
-    with pytest.raises(CheckpointError, match=r"no known kind \(choose one of segmenter, mmseg.*conv1\.weight"):
-        convert({"conv1.weight": torch.ones(1)})
-    with pytest.raises(CheckpointError, match="kind 'keras' is unknown"):
-        convert(state, kind="keras")
 
 
 @pytest.mark.parametrize(
@@ -87,23 +71,6 @@ def test_image_size_resizes_the_position_embedding():
 def test_requests_that_contradict_the_file(request_, error, message):
     with pytest.raises(error, match=message):
         convert(tiny_model().state_dict(), **request_)
-
-
-def test_weights_with_parts_missing():
-    state = tiny_model().state_dict()
-    for name in ("encoder.pos_embed", "encoder.patch_embed.proj.weight"):
-        with pytest.raises(CheckpointError, match=f"lack {name}"):
-            architecture({k: v for k, v in state.items() if k != name})
-    theirs = {k: v for k, v in to_mmseg(state, 5).items() if "patch_proj" not in k}
-    with pytest.raises(CheckpointError, match=r"mmseg weights lack decode_head\.patch_proj\.weight"):
-        convert(theirs)
-    jax = {k: v for k, v in jax_arrays().items() if "encoderblock_1/MultiHeadDotProductAttention_1/key" not in k}
-    with pytest.raises(CheckpointError, match=r"npz weights lack encoder\.blocks\.1\.attn\.k\."):
-        convert(jax, n_cls=3)
-    with pytest.raises(CheckpointError, match="patch embedding must be"):
-        architecture(state | {"encoder.patch_embed.proj.weight": torch.ones(64, 3, 16, 8)})
-    with pytest.raises(CheckpointError, match="position embedding must be"):
-        architecture(state | {"encoder.pos_embed": torch.ones(5, 64)})
 
 
 # -- patch size -----------------------------------------------------------------------------------------------------

@@ -151,10 +151,10 @@ def test_which_of_two_sets_of_weights(tmp_path):
 
 
 def test_reports_and_sources_are_printable(tmp_path):
-    folder = tmp_path / "a\x1b[31m"
-    folder.mkdir()
-    torch.save(timm_state(4, 4), folder / "vit.pth")
-    report = convert_checkpoint(folder / "vit.pth", tmp_path / "out", n_cls=3)
+    directory = tmp_path / "a\x1b[31m"
+    directory.mkdir()
+    torch.save(timm_state(4, 4), directory / "vit.pth")
+    report = convert_checkpoint(directory / "vit.pth", tmp_path / "out", n_cls=3)
     assert "\x1b" not in str(report) and "\\x1b[31m" in str(report)
     assert load_any(tmp_path / "out").info.source == "a\\x1b[31m/vit.pth (timm)"
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from bench.sass import Program
+from bench.compile.sass import Program
 
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 # A main loop in which q k^T is waited for at once and p v is in flight until the next turn.

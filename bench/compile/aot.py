@@ -1,12 +1,13 @@
 """Compiles a recorded launch for any architecture, without a GPU, and reads what the compiler made of it."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
+from triton.knobs import NvidiaTool
 from triton.runtime.jit import native_specialize_impl
 
 from segmenter.kernels import launch
@@ -34,6 +37,7 @@ _SM = {
     "sm_89": (102_400, 1536, 24),
     "sm_90": (233_472, 2048, 32),
     "sm_100": (233_472, 2048, 32),
+    "sm_103": (233_472, 2048, 32),
     "sm_120": (102_400, 1536, 24),
 }
 
@@ -62,6 +66,7 @@ class Compiled:
     has_dot: bool
     binary: bytes
     assembly: str
+    options: Any  # what Triton's backend compiled it with
 
 
 class _KernelDispatch(TorchDispatchMode):
@@ -82,7 +87,7 @@ class _KernelDispatch(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
+@contextlib.contextmanager
 def recording(architecture: str) -> Iterator[list[Launch]]:
     """Within it, public functions called with CPU tensors append to the list what they would launch on a GPU."""
     with torch.no_grad(), launch.recorded(architecture) as launches, _KernelDispatch():
@@ -143,7 +148,7 @@ def compile_launch(recorded: Launch, architecture: str) -> Compiled:
     # num_warps from the metadata: warp specialisation adds some.
     metadata = compiled.metadata
     return Compiled(compiled.name, architecture, registers, spills, metadata.shared, metadata.num_warps, core, has_dot,
-                    binary, text)  # fmt: skip
+                    binary, text, make_backend(target(architecture)).parse_options(dict(options)))  # fmt: skip
 
 
 def programs_per_sm(compiled: Compiled) -> int:
@@ -176,11 +181,34 @@ def disassemble(cubin: bytes) -> str:
     return _tool(str(_TOOLS / "nvdisasm"), ".cubin", cubin, "-c")
 
 
-def assembler_log(ptx: str, architecture: str) -> str:
-    """What ptxas says about this PTX. Triton keeps no log of what comes out of its cache, so it is assembled again."""
-    capability = target(architecture).arch
-    options = ("-v", f"--gpu-name={sm_arch_from_capability(capability)}", "-o", os.devnull)
-    return _tool(get_ptxas(capability).path, ".ptx", ptx.encode(), *options)
+def assemblers() -> dict[str, str]:
+    """Path of each ptxas that can assemble for sm_90, by release: Triton's choice first, then others that it bundles.
+
+    Triton takes ptxas up to sm_90 and ptxas-blackwell from sm_100 on; TRITON_PTXAS_PATH replaces the former.
+    """
+    tools = (knobs.nvidia.ptxas, *map(NvidiaTool.from_path, map(str, sorted(_TOOLS.glob("ptxas*")))))
+    found: dict[str, str] = {}
+    for tool in tools:
+        if tool is not None:
+            found.setdefault(tool.version, tool.path)
+    return found
+
+
+def assemble(compiled: Compiled, path: str) -> tuple[bytes, str]:
+    """Machine code of a kernel's PTX by this ptxas, with Triton's own options, and what ptxas says about it.
+
+    Triton keeps no log of what comes out of its cache, so for its own choice too the PTX is assembled again.
+    """
+    backend, printed = make_backend(target(compiled.architecture)), io.StringIO()
+    before = os.environ.get("TRITON_PTXAS_PATH")
+    os.environ["TRITON_PTXAS_PATH"] = path
+    try:
+        with knobs.nvidia.scope(), contextlib.redirect_stdout(printed):
+            knobs.nvidia.dump_ptxas_log = True
+            cubin = backend.make_cubin(compiled.assembly, {}, compiled.options, target(compiled.architecture).arch)
+    finally:
+        os.environ.pop("TRITON_PTXAS_PATH") if before is None else os.environ.update(TRITON_PTXAS_PATH=before)
+    return cubin, printed.getvalue()
 
 
 def assembler_version(architecture: str) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -178,7 +179,15 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 def disassemble(cubin: bytes) -> str:
     """SASS by nvdisasm."""
-    return _tool(str(_TOOLS / "nvdisasm"), ".cubin", cubin, "-c")
+    return _tool(str(_TOOLS / "nvdisasm"), ".cubin", cubin, "-c", "-ndf")
+
+
+def instructions(cubin: bytes) -> int:
+    """How many there are, of 16 bytes each in the sections .text.* of the ELF file."""
+    (table,), (count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HH", cubin, 0x3C)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + 64 * i) for i in range(count)]
+    start = sections[names][4]
+    return sum(size for name, *_, size, _, _, _, _ in sections if cubin.startswith(b".text.", start + name)) // 16
 
 
 def assemblers() -> dict[str, str]:

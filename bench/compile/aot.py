@@ -208,15 +208,10 @@ def assemble(compiled: Compiled, path: str) -> tuple[bytes, str]:
 
     Triton keeps no log of what comes out of its cache, so for its own choice too the PTX is assembled again.
     """
-    backend, printed = make_backend(target(compiled.architecture)), io.StringIO()
-    before = os.environ.get("TRITON_PTXAS_PATH")
-    os.environ["TRITON_PTXAS_PATH"] = path
-    try:
-        with knobs.nvidia.scope(), contextlib.redirect_stdout(printed):
-            knobs.nvidia.dump_ptxas_log = True
-            cubin = backend.make_cubin(compiled.assembly, {}, compiled.options, target(compiled.architecture).arch)
-    finally:
-        os.environ.pop("TRITON_PTXAS_PATH") if before is None else os.environ.update(TRITON_PTXAS_PATH=before)
+    machine, printed = target(compiled.architecture), io.StringIO()
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(printed):  # which restores the environment too
+        os.environ["TRITON_PTXAS_PATH"], knobs.nvidia.dump_ptxas_log = path, True
+        cubin = make_backend(machine).make_cubin(compiled.assembly, {}, compiled.options, machine.arch)
     return cubin, printed.getvalue()
 
 

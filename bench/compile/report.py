@@ -44,7 +44,7 @@ GELU_LIMIT = 12  # instructions an element that the GELU may add to a product on
 
 
 @dataclasses.dataclass
-class Row:
+class Kernel:
     """One kernel. Sizes in bytes, registers and spills a thread, shared memory a program."""
 
     op: str
@@ -64,8 +64,6 @@ class Row:
     programs_per_sm: int = 0
     serialised: int = 0
     hazards: list[str] = dataclasses.field(default_factory=list)
-    instructions: int = 0
-    local_memory: int = 0  # instructions that load from or store to it
     loops: list[dict[str, int]] = dataclasses.field(default_factory=list)  # innermost ones: instructions by name
     assemblers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # the same by each ptxas, on Hopper
     gelu_cost: float | None = None  # instructions an element that its GELU adds; of products on Hopper
@@ -83,7 +81,7 @@ class Task:
     index: int
 
 
-def check(row: Row) -> list[str]:
+def check(row: Kernel) -> list[str]:
     """What is wrong with a kernel, in words; nothing for most."""
     if row.error:
         return [row.error]
@@ -106,10 +104,10 @@ def check(row: Row) -> list[str]:
     return found
 
 
-def compile_row(task: Task) -> Row:
+def compile_row(task: Task) -> Kernel:
     """Records the launch, compiles it and looks at the result. What goes wrong is in the row."""
     case, architecture = task.case, task.architecture
-    row = Row(case.op, architecture, case.dtype, case.precision, case.what, shared_limit=SHARED_MEMORY[architecture])
+    row = Kernel(case.op, architecture, case.dtype, case.precision, case.what, shared_limit=SHARED_MEMORY[architecture])
     start = time.perf_counter()
     try:
         recorded = record(case, architecture)[task.index]
@@ -125,14 +123,13 @@ def compile_row(task: Task) -> Row:
     return row
 
 
-def _fill(row: Row, compiled: aot.Compiled) -> None:
+def _fill(row: Kernel, compiled: aot.Compiled) -> None:
     for name in ("kernel", "registers", "spills", "shared", "tensor_core", "has_dot"):
         setattr(row, name, getattr(compiled, name))
     row.programs_per_sm = aot.programs_per_sm(compiled)
     if row.architecture != "sm_90":
         return
     program = Program(aot.disassemble(compiled.binary))
-    row.local_memory = program.local_memory
     row.loops = [dict(program.mix(loop).most_common()) for loop in program.innermost_loops]
     wgmma = row.tensor_core == "wgmma.mma_async"
     for release, path in aot.assemblers().items():
@@ -148,9 +145,7 @@ def _fill(row: Row, compiled: aot.Compiled) -> None:
             found["warnings"] = sorted(set(re.findall(r"\((C\d{4})\)", log)))
         row.assemblers[release] = found
     first = next(iter(row.assemblers.values()))
-    row.instructions, row.serialised, row.hazards = (
-        first.get(name, default) for name, default in (("instructions", 0), ("serialised", 0), ("hazards", []))
-    )
+    row.serialised, row.hazards = first.get("serialised", 0), first.get("hazards", [])
 
 
 def record(case: Case, architecture: str) -> list[launch.Launch]:
@@ -207,7 +202,7 @@ def selected(
     ]
 
 
-def distinct_tasks(chosen: Iterable[tuple[Case, str]]) -> tuple[list[Task], list[Row]]:
+def distinct_tasks(chosen: Iterable[tuple[Case, str]]) -> tuple[list[Task], list[Kernel]]:
     """One task for each binary, and the cases that cannot even be recorded."""
     tasks: dict[tuple, Task] = {}
     failed = []
@@ -215,7 +210,7 @@ def distinct_tasks(chosen: Iterable[tuple[Case, str]]) -> tuple[list[Task], list
         try:
             launches = record(case, architecture)
         except Exception as error:  # reported like a kernel that does not compile
-            row = Row(case.op, architecture, case.dtype, case.precision, case.what)
+            row = Kernel(case.op, architecture, case.dtype, case.precision, case.what)
             row.error = f"cannot be called: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
             row.failures = check(row)
             failed.append(row)
@@ -225,15 +220,15 @@ def distinct_tasks(chosen: Iterable[tuple[Case, str]]) -> tuple[list[Task], list
     return list(tasks.values()), failed
 
 
-def compile_all(tasks: list[Task], jobs: int) -> list[Row]:
+def compile_all(tasks: list[Task], jobs: int) -> list[Kernel]:
     """A row for each task, in their order; a crash of the compiler is one row's failure."""
-    rows: dict[Task, Row] = {}
+    rows: dict[Task, Kernel] = {}
     with tqdm(total=len(tasks), unit="kernel", file=sys.stderr) as progress:
         crashed = _compile_in_pool(tasks, jobs, rows, progress)
         for task in crashed:  # a dead worker takes all that wait with it: find out which of them it was
             if _compile_in_pool([task], 1, rows, progress):
                 case = task.case
-                row = Row(case.op, task.architecture, case.dtype, case.precision, case.what)
+                row = Kernel(case.op, task.architecture, case.dtype, case.precision, case.what)
                 row.error = "does not compile: the compiler's process died"
                 row.failures = check(row)
                 rows[task] = row
@@ -241,7 +236,7 @@ def compile_all(tasks: list[Task], jobs: int) -> list[Row]:
     return [rows[task] for task in tasks]
 
 
-def _compile_in_pool(tasks: list[Task], jobs: int, rows: dict[Task, Row], progress: tqdm) -> list[Task]:
+def _compile_in_pool(tasks: list[Task], jobs: int, rows: dict[Task, Kernel], progress: tqdm) -> list[Task]:
     """Fills `rows`; returns the tasks that got no answer because a worker died."""
     lost = []
     context = multiprocessing.get_context("spawn")  # neither torch's threads nor LLVM survive a fork
@@ -276,7 +271,7 @@ COLUMNS = (
 )
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Kernel]) -> str:
     """Text with one line a kernel; what failed is marked. "A/B" is by one assembler and by the other."""
     lines = [COLUMNS]
     for row in rows:

@@ -23,7 +23,7 @@ from segmenter.kernels.pixels_to_tokens import pixels_to_tokens
 from segmenter.kernels.upsample_argmax import upsample_argmax, windows_argmax
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}  # of every width of the model: 64 columns each
+WIDTHS = (192, 384, 768, 1024)  # of the model
 CLASSES = (19, 150, 256, 300)
 
 
@@ -40,8 +40,7 @@ class Case:
     @property
     def what(self) -> str:
         """The sizes for people: "n=1025 d=64 lse"."""
-        named = ((name, "" if value is True else f"={value}") for name, value in self.sizes if value is not False)
-        return " ".join(name + value for name, value in named)
+        return " ".join(name if value is True else f"{name}={value}" for name, value in self.sizes if value)
 
     def run(self) -> None:
         """Makes the call, with uninitialised CPU tensors; to be used while launches are recorded."""
@@ -95,11 +94,18 @@ def _further_cases() -> list[Case]:
     found = []
 
     def add(default: bool | tuple[str, ...], op: str, dtypes: str, **sizes: Any) -> None:
+        """A call for each type; compiled by default on sm_90 or on the architectures named, else with --full."""
         here = default if isinstance(default, tuple) else ("sm_90",) if default else ()
         for name in dtypes.split():
             dtype, precision = ("fp32", "high") if name == "tf32" else (name, "highest")
             found.append(Case(op, dtype, tuple(sizes.items()), here, precision))
 
+    for more in (_attention_cases, _product_cases, _mask_cases, _pixel_cases):
+        more(add)
+    return found
+
+
+def _attention_cases(add: Callable[..., None]) -> None:
     # Keys left over by blocks of any power of two from 32 to 128: none, one and two (which start the softmax), many.
     add(ARCHITECTURES, "attention", "bf16", n=1100)
     for n in (1024, 1025, 1026, 1100, 256, 257, 258, 300):
@@ -118,10 +124,12 @@ def _further_cases() -> list[Case]:
         add(True, "cross_attention", "bf16", n=n, m=m)
         add(False, "cross_attention", "fp16 fp32 tf32", n=n, m=m)
 
+
+def _product_cases(add: Callable[..., None]) -> None:
     # An epilogue each, and every width of the model; `stream`: float32 as under autocast.
     add(ARCHITECTURES, "linear", "bf16", m=8200, gelu=True)
     add(ARCHITECTURES, "linear", "bf16", m=8200, k=3072, residual=True)
-    for d in HEADS:
+    for d in WIDTHS:
         for m in (257, 8200):
             for sizes in ({"k": d, "n": d, "residual": True}, {"k": 4 * d, "n": d, "residual": True},
                           {"k": d, "n": 4 * d, "gelu": True}, {"k": d, "n": 3 * d}):  # fmt: skip
@@ -136,12 +144,14 @@ def _further_cases() -> list[Case]:
             add(d in (192, 768), op, "fp16", m=8200, d=d)
             add(False, op, "fp32 tf32", m=8200, d=d)
             add(False, op, "bf16", m=257, d=d)
-    for n in (*HEADS, 300, 10_000):
+    for n in (*WIDTHS, 300, 10_000):
         add(n in (300, 384), "layernorm", "bf16", n=n)
         add(False, "layernorm", "fp16 fp32", n=n)
     add(True, "layernorm", "bf16", n=384, weights="fp32")
 
-    for d in HEADS:
+
+def _mask_cases(add: Callable[..., None]) -> None:
+    for d in WIDTHS:
         for n_cls in CLASSES:
             for batch in (2, 16):
                 small = batch == 2 and d == 384
@@ -158,6 +168,8 @@ def _further_cases() -> list[Case]:
     add(ARCHITECTURES, "windows_argmax", "bf16", n_cls=150)
     add(False, "windows_argmax", "fp16 fp32", n_cls=150)
 
+
+def _pixel_cases(add: Callable[..., None]) -> None:
     # Sides that are and are no multiples of the patch, few rows and many.
     add(ARCHITECTURES, "pixels_to_tokens", "bf16", side=500)
     add(ARCHITECTURES, "pixels_to_tokens", "bf16", side=500, patch=14)
@@ -170,7 +182,6 @@ def _further_cases() -> list[Case]:
                 for d in (192, 384, 1024):
                     add(False, "pixels_to_tokens", "bf16 fp16", **sizes, d=d)
             add(patch == 16, "pixels_to_tokens", "bf16", side=side, stream="fp32")
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

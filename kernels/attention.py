@@ -164,17 +164,7 @@ def _run(
     return o, lse
 
 
-def _plan(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor | None,
-    heads: tuple[int, int, int, int],
-    scale: float,
-    precision: str,
-    config: configs.AttentionConfig | None,
-) -> launch.Plan:
+def _plan(q, k, v, o, lse, heads, scale, precision, config) -> launch.Plan:
     B, n_queries, _, d = q.shape
     n_keys, h, n_lse = k.shape[1], heads[0], 0 if lse is None else lse.shape[-1]
     head_pad = max(16, triton.next_power_of_2(d))

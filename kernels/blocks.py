@@ -49,7 +49,7 @@ def load_tile(X, index, rows, stride, n_rows, WIDTH: tl.constexpr, COLS: tl.cons
 
 
 @triton.jit
-def block_of_program(n_blocks_m, N_BLOCKS_N: tl.constexpr, GROUP_M: tl.constexpr):
+def program_block(n_blocks_m, N_BLOCKS_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Row block and column block of this program of a product.
 
     Programs that run side by side share GROUP_M row blocks and a few column blocks: both stay in the L2 cache.

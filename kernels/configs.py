@@ -31,7 +31,6 @@ SHARED_MEMORY = {
 ARCHITECTURES = tuple(a for a in SHARED_MEMORY if a != "sm_103")  # those that every kernel is compiled for
 ANY, AMD = ("any",), ("gfx",)  # whatever is left; all that begin so
 HOPPER, BLACKWELL, NEW = ("sm_90",), ("sm_100",), ("sm_90", "sm_100")
-ENGINE = ("sm_90", "sm_100", "sm_103", "sm_120")  # they have the bulk tensor copy engine, which descriptors need
 
 _COMPARISONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 
@@ -336,10 +335,12 @@ PIXELS_TO_TOKENS = (  # blocks: as for `linear`, and 0 too if rows of a patch ar
         "128 bytes of float32 a step, as in `linear`. 64 columns with four warps spill, 128 nearly."),
     Row(HOPPER, "tf32", "blocks >= 132", LinearConfig(64, 128, 32, 8, 4, 3, True), {},
         "128 bytes of float32 a step. 60 KB: three on a multiprocessor."),
-    Row(ENGINE, "tf32", "", LinearConfig(64, 64, 32, 8, 4, 3, True), {"batch": 1}, "As above, for few rows."),
+    Row(("sm_90", "sm_103", "sm_120"), "tf32", "", LinearConfig(64, 64, 32, 8, 4, 3, True), {"batch": 1},
+        "As above, for few rows."),
     Row(AMD, "tf32", "", LinearConfig(64, 64, 32, 8, 4, 2), {}, "As above, without the copy engine."),
     Row(ANY, "tf32", "", LinearConfig(64, 64, 32, 8, 4, 3), {}, "As above."),
-    Row(ENGINE, "half", "blocks <= 131", LinearConfig(64, 64, 64, 8, 4, 3, True), {"batch": 1},
+    Row(("sm_90", "sm_100", "sm_103", "sm_120"), "half", "blocks <= 131",
+        LinearConfig(64, 64, 64, 8, 4, 3, True), {"batch": 1},
         "As in `linear`. And where the rows of a patch are no multiple of 8 bytes, so that each thread holds a pointer "
         "to every two of them, which larger blocks have no registers for. 40 KB."),
     Row(AMD, "half", "blocks <= 131", LinearConfig(64, 64, 64, 8, 4, 2), {"batch": 1}, "As above."),
@@ -350,7 +351,7 @@ PIXELS_TO_TOKENS = (  # blocks: as for `linear`, and 0 too if rows of a patch ar
         "80 KB: two, one converts its bytes while the other multiplies. Converting is most of what the tensor cores "
         "take, and each column block converts anew, so not fewer columns; with 256 columns it would be one program, "
         "which does one after the other."),
-    Row(ENGINE, "half", "", LinearConfig(128, 64, 64, 8, 4, 3, True), {}, "As for sm_80."),
+    Row(("sm_103", "sm_120"), "half", "", LinearConfig(128, 64, 64, 8, 4, 3, True), {}, "As for sm_80."),
     Row(AMD, "half", "", LinearConfig(128, 64, 64, 8, 4, 2), {}, "As for sm_80."),
     Row(ANY, "half", "", LinearConfig(128, 64, 64, 8, 4, 3), {}, "32 KB: three on sm_80."),
 )  # fmt: skip

@@ -235,7 +235,7 @@ def recorded(architecture: str) -> Iterator[list[Launch]]:
     """Within it, the kernels' host code, called with CPU tensors, chooses for `architecture` and launches nothing.
 
     What it returns is not computed. `bench.compile_report` compiles exactly what ships that way. (PyTorch sends CPU
-    tensors given to the operators themselves to the reference; `bench.aot.recording` sends them here.)
+    tensors given to the operators themselves to the reference; `bench.compile.aot.recording` sends them here.)
     """
     global _recording
     before, _recording = _recording, Recording(architecture)

@@ -90,17 +90,7 @@ def _layernorm_mlp_fwd_kernel(
 _PLANS: dict[Any, launch.Plan] = {}
 
 
-def _single(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-    eps: float,
-    c: configs.MlpConfig,
-) -> torch.Tensor:
+def _single(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, c) -> torch.Tensor:
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, fc2_weight.dtype), device=x.device)
     precision = launch.dot_precision(fc1_weight.dtype)
     d, d_1 = x.shape[1], power_of_two_columns(x.shape[1])
@@ -162,15 +152,7 @@ def run(
     return product(h, fc2_weight, fc2_bias, x)
 
 
-def _check(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-) -> None:
+def _check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
     """Raises ValueError unless the shapes fit together."""
     check_affine(x, norm_weight, norm_bias)
     check_linear("fc1_weight", x, fc1_weight, fc1_bias)
@@ -182,16 +164,7 @@ def _check(
         )
 
 
-def _layernorm_mlp_kernel(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
+def _layernorm_mlp_kernel(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps) -> torch.Tensor:
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     launch.check_device(x, *parameters)
     launch.check_floats("x", x)

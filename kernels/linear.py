@@ -27,14 +27,7 @@ import triton
 import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference
-from segmenter.kernels.blocks import (
-    block_of_program,
-    gelu,
-    gelu_form,
-    load_tile,
-    normalised_rows,
-    power_of_two_columns,
-)
+from segmenter.kernels.blocks import gelu, gelu_form, load_tile, normalised_rows, power_of_two_columns, program_block
 from segmenter.kernels.layernorm import as_rows, check_affine, statistics
 from segmenter.kernels.layernorm import run as run_layernorm
 from segmenter.kernels.operators import define, forbid_forward_mode
@@ -52,7 +45,7 @@ def _linear_fwd_kernel(
     GELU: tl.constexpr,  # a FORM of `gelu`, or None
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block_m, block_n = block_of_program(n_blocks_m, tl.cdiv(N, BLOCK_N), GROUP_M)
+    block_m, block_n = program_block(n_blocks_m, tl.cdiv(N, BLOCK_N), GROUP_M)
     m_0, n_0 = block_m * BLOCK_M, block_n * BLOCK_N
     offs_m = m_0 + tl.arange(0, BLOCK_M)
     offs_n = n_0 + tl.arange(0, BLOCK_N)
@@ -198,17 +191,7 @@ def chosen(
     return product(x, weight, bias, residual, gelu)
 
 
-def _plan(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    y: torch.Tensor,
-    gelu: bool,
-    folded: tuple | None,
-    precision: str,
-    config: configs.LinearConfig | None,
-) -> launch.Plan:
+def _plan(x, weight, bias, residual, y, gelu, folded, precision, config) -> launch.Plan:
     (m, k), n, architecture = x.shape, weight.shape[0], launch.architecture(x)
     stride_r = 0 if residual is None else residual.stride(0)
     c = config or configs.linear(architecture, x.element_size(), m, n, gelu, precision)
@@ -250,16 +233,7 @@ def _fold(
     return folded, row_sum, folded_bias
 
 
-def _rows(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    gelu: bool,
-    config: configs.RowsConfig | None,
-) -> torch.Tensor:
+def _rows(x, norm_weight, norm_bias, weight, bias, eps, gelu, config) -> torch.Tensor:
     y = torch.empty(x.shape[0], weight.shape[0], dtype=weight.dtype, device=x.device)
     precision = launch.dot_precision(weight.dtype)
     k_1 = power_of_two_columns(x.shape[1])
@@ -366,15 +340,7 @@ def _linear_kernel(
     return chosen(as_rows(x), weight, bias, None if residual is None else as_rows(residual), gelu).view(shape)
 
 
-def _layernorm_linear_kernel(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    gelu: bool,
-) -> torch.Tensor:
+def _layernorm_linear_kernel(x, norm_weight, norm_bias, weight, bias, eps, gelu) -> torch.Tensor:
     launch.check_device(x, norm_weight, norm_bias, weight, bias)
     launch.check_floats("x", x)
     check_types(weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
@@ -390,14 +356,7 @@ def _linear_fake(
     return x.new_empty(_linear_shape(x, weight, bias, residual), dtype=_result_type(weight, residual))
 
 
-def _layernorm_linear_fake(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *_: Any,
-) -> torch.Tensor:
+def _layernorm_linear_fake(x, norm_weight, norm_bias, weight, bias, *_) -> torch.Tensor:
     check_affine(x, norm_weight, norm_bias)
     return x.new_empty(_linear_shape(x, weight, bias, None), dtype=weight.dtype)
 

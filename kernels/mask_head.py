@@ -129,15 +129,7 @@ def _run(
     return y
 
 
-def _plan(
-    patches: torch.Tensor,
-    classes: torch.Tensor,
-    proj_patch: torch.Tensor,
-    eps: float,
-    norm: bool,
-    precision: str,
-    config: configs.MaskHeadConfig | None,
-) -> launch.Plan:
+def _plan(patches, classes, proj_patch, eps, norm, precision, config) -> launch.Plan:
     B, N, d = patches.shape
     K = classes.shape[1]
     k_pad = class_padding(K)
@@ -183,15 +175,7 @@ def _masks(
     return layernorm.run(rows, norm_weight, norm_bias, eps, patches.dtype).view(cosine.shape)
 
 
-def _mask_head_kernel(
-    patches: torch.Tensor,
-    classes: torch.Tensor,
-    proj_patch: torch.Tensor,
-    proj_classes: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
+def _mask_head_kernel(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias, eps) -> torch.Tensor:
     launch.check_device(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias)
     launch.check_floats("patches", patches)
     for name, tensor in (("classes", classes), ("proj_patch", proj_patch), ("proj_classes", proj_classes)):
@@ -209,14 +193,7 @@ def _mask_head_kernel(
 # Operator
 
 
-def _shape(
-    patches: torch.Tensor,
-    classes: torch.Tensor,
-    proj_patch: torch.Tensor,
-    proj_classes: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-) -> tuple[int, int, int, int]:
+def _shape(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias) -> tuple[int, int, int, int]:
     """(B, N, K, d). Raises ValueError unless the six shapes go together and there is a class."""
     if (
         patches.ndim != 3
@@ -243,15 +220,7 @@ def _mask_head_fake(patches: torch.Tensor, classes: torch.Tensor, *args: Any) ->
     return patches.new_empty(B, N, K)
 
 
-def _mask_head_reference(
-    patches: torch.Tensor,
-    classes: torch.Tensor,
-    proj_patch: torch.Tensor,
-    proj_classes: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
+def _mask_head_reference(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias, eps) -> torch.Tensor:
     _shape(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias)
     projections = (proj_patch, proj_classes)
     if all(t is None or t.dtype == patches.dtype for t in (norm_weight, norm_bias)):

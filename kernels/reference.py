@@ -5,7 +5,7 @@ The functions have the signatures of the public kernels (`attention`, `layernorm
 They run on any device and dtype that PyTorch has, and they are differentiable.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +199,6 @@ def pixels_to_tokens(
     pos_embed: torch.Tensor,
     mean: Sequence[float],
     std: Sequence[float],
-    remember: Callable | None = None,
 ) -> torch.Tensor:
     """Bytes of pictures to the encoder's tokens: normalisation, padding, patch embedding, extra tokens, positions.
 
@@ -208,7 +207,6 @@ def pixels_to_tokens(
         weight: (d, 3, P, P). bias: (d,) or None. extra_tokens: (E, d), E >= 1: CLS, or CLS and DIST.
         pos_embed: (E + N, d), N = ceil(H/P) * ceil(W/P), resampled to the grid already.
         mean, std: of the three channels, in units of pixel / 255.
-        remember: for the kernel, which has something to remember; not used here.
     Returns:
         (B, E + N, d), the widest type of the three.
     """

@@ -182,7 +182,7 @@ class VisionTransformer(nn.Module):
         extra = torch.cat([self.cls_token[0], self.dist_token[0]]) if self.distilled else self.cls_token[0]
         operators, positions = self.ops.on(proj.weight), self.positions(tuple(grid))[0]
         arguments = (pixels, proj.weight, proj.bias, extra, positions, mean, std)
-        return operators.pixels_to_tokens(*arguments, remember=self._remember)
+        return operators.pixels_to_tokens(*arguments, cached=self._remember)
 
     def why_not_bytes(self) -> str | None:
         """Why the patch embedding has to be called with a normalised image, or None if its weights may be used."""

@@ -7,7 +7,7 @@ It is an argument (`impl`), decided when a module is constructed and visible as 
 import functools
 from collections.abc import Callable
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,10 @@ MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 
 
 class Operators(NamedTuple):
-    """The operations that have more than one implementation; signatures as in `segmenter.kernels.reference`."""
+    """The operations that have more than one implementation; signatures as in `segmenter.kernels.reference`.
+
+    `pixels_to_tokens` has one parameter more, `cached`: see `kernels.pixels_to_tokens.normalized_pixels_to_tokens`.
+    """
 
     name: str
     attention: Callable
@@ -42,6 +45,11 @@ class ImplementationError(RuntimeError):
     """The implementation asked for cannot run here."""
 
 
+def _eager_pixels_to_tokens(*arguments: Any, cached: Callable | None = None) -> torch.Tensor:
+    """The reference, which has no folded weights to keep from call to call."""
+    return reference.pixels_to_tokens(*arguments)
+
+
 EAGER = Operators(
     "eager",
     reference.attention,
@@ -49,7 +57,7 @@ EAGER = Operators(
     reference.linear,
     reference.layernorm_mlp,
     reference.mask_head,
-    reference.pixels_to_tokens,
+    _eager_pixels_to_tokens,
     reference.windows_argmax,  # labels are made by its equal without full-resolution logits: `inference.pruned_argmax`
 )
 

@@ -368,4 +368,4 @@ def test_kernels_import_only_what_they_may(path):
             assert top in {"torch", "triton"} or module.startswith("segmenter.kernels") or top in STANDARD, module
 
 
-STANDARD = {"collections", "contextlib", "dataclasses", "functools", "math", "typing", "warnings"}
+STANDARD = {"collections", "contextlib", "dataclasses", "functools", "math", "operator", "typing", "warnings"}

@@ -225,12 +225,6 @@ class Program:
         indices = range(len(self.instructions)) if loop is None else loop.body
         return collections.Counter(_short(self.instructions[i]) for i in indices)
 
-    @property
-    def local_memory(self) -> int:
-        """Loads from and stores to local memory (LDL, STL), which is where registers spill to."""
-        counts = self.mix()
-        return counts["LDL"] + counts["STL"]
-
     def serialised(self, log: str = "") -> list[int]:
         """Indices of the wgmma inside loops that are waited for one by one.
 

@@ -1,12 +1,14 @@
 """Compiles a recorded launch for any architecture, without a GPU, and reads what the compiler made of it."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
+from triton.knobs import NvidiaTool
 from triton.runtime.jit import native_specialize_impl
 
 from segmenter.kernels import launch
@@ -34,6 +38,7 @@ _SM = {
     "sm_89": (102_400, 1536, 24),
     "sm_90": (233_472, 2048, 32),
     "sm_100": (233_472, 2048, 32),
+    "sm_103": (233_472, 2048, 32),
     "sm_120": (102_400, 1536, 24),
 }
 
@@ -62,6 +67,7 @@ class Compiled:
     has_dot: bool
     binary: bytes
     assembly: str
+    options: Any  # what Triton's backend compiled it with
 
 
 class _KernelDispatch(TorchDispatchMode):
@@ -82,7 +88,7 @@ class _KernelDispatch(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
+@contextlib.contextmanager
 def recording(architecture: str) -> Iterator[list[Launch]]:
     """Within it, public functions called with CPU tensors append to the list what they would launch on a GPU."""
     with torch.no_grad(), launch.recorded(architecture) as launches, _KernelDispatch():
@@ -143,7 +149,7 @@ def compile_launch(recorded: Launch, architecture: str) -> Compiled:
     # num_warps from the metadata: warp specialisation adds some.
     metadata = compiled.metadata
     return Compiled(compiled.name, architecture, registers, spills, metadata.shared, metadata.num_warps, core, has_dot,
-                    binary, text)  # fmt: skip
+                    binary, text, make_backend(target(architecture)).parse_options(dict(options)))  # fmt: skip
 
 
 def programs_per_sm(compiled: Compiled) -> int:
@@ -173,14 +179,40 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 def disassemble(cubin: bytes) -> str:
     """SASS by nvdisasm."""
-    return _tool(str(_TOOLS / "nvdisasm"), ".cubin", cubin, "-c")
+    return _tool(str(_TOOLS / "nvdisasm"), ".cubin", cubin, "-c", "-ndf")
 
 
-def assembler_log(ptx: str, architecture: str) -> str:
-    """What ptxas says about this PTX. Triton keeps no log of what comes out of its cache, so it is assembled again."""
-    capability = target(architecture).arch
-    options = ("-v", f"--gpu-name={sm_arch_from_capability(capability)}", "-o", os.devnull)
-    return _tool(get_ptxas(capability).path, ".ptx", ptx.encode(), *options)
+def instructions(cubin: bytes) -> int:
+    """How many there are, of 16 bytes each in the sections .text.* of the ELF file."""
+    (table,), (count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HH", cubin, 0x3C)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + 64 * i) for i in range(count)]
+    start = sections[names][4]
+    return sum(size for name, *_, size, _, _, _, _ in sections if cubin.startswith(b".text.", start + name)) // 16
+
+
+def assemblers() -> dict[str, str]:
+    """Path of each ptxas that can assemble for sm_90, by release: Triton's choice first, then others that it bundles.
+
+    Triton takes ptxas up to sm_90 and ptxas-blackwell from sm_100 on; TRITON_PTXAS_PATH replaces the former.
+    """
+    tools = (knobs.nvidia.ptxas, *map(NvidiaTool.from_path, map(str, sorted(_TOOLS.glob("ptxas*")))))
+    found: dict[str, str] = {}
+    for tool in tools:
+        if tool is not None:
+            found.setdefault(tool.version, tool.path)
+    return found
+
+
+def assemble(compiled: Compiled, path: str) -> tuple[bytes, str]:
+    """Machine code of a kernel's PTX by this ptxas, with Triton's own options, and what ptxas says about it.
+
+    Triton keeps no log of what comes out of its cache, so for its own choice too the PTX is assembled again.
+    """
+    machine, printed = target(compiled.architecture), io.StringIO()
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(printed):  # which restores the environment too
+        os.environ["TRITON_PTXAS_PATH"], knobs.nvidia.dump_ptxas_log = path, True
+        cubin = make_backend(machine).make_cubin(compiled.assembly, {}, compiled.options, machine.arch)
+    return cubin, printed.getvalue()
 
 
 def assembler_version(architecture: str) -> str:

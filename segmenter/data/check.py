@@ -1,13 +1,13 @@
 """Reads a whole data set and tells what is in it, and what is wrong with it."""
 
 import contextlib
+import functools
 import os
 import sys
 import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from segmenter.data.advice import advice, nothing_to_learn, value_counts
 from segmenter.data.datasets import OWN, Dataset, Source
 from segmenter.data.label_files import DataError, read_ids
 from segmenter.data.layouts import Sample, in_short
+from segmenter.inference.read_ahead import Call, ReadAhead, behind
 
 T = TypeVar("T")
 
@@ -181,11 +182,9 @@ def _split_of(sample: Sample, dataset: Dataset, source: Source) -> str:
 
 
 def _examine_all(dataset: Dataset, workers: int) -> Iterator[_Facts]:
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            yield from pool.map(lambda sample: _examine(dataset, sample), dataset.samples)
-        finally:  # after Ctrl-C, do not read what is still queued
-            pool.shutdown(wait=False, cancel_futures=True)
+    with contextlib.closing(ReadAhead(workers)) as threads:
+        calls = (threads.put(Call(functools.partial(_examine, dataset), sample)) for sample in dataset.samples)
+        yield from map(threads.result, behind(calls, 2 * workers))
 
 
 def _examine(dataset: Dataset, sample: Sample) -> _Facts:

@@ -26,10 +26,8 @@ from segmenter.inference.windows import (
     Windows,
     check_finite,
     check_sizes,
-    predict_masks,
-    resize,
+    masks_of_images,
     window_anchors,
-    windows_of,
 )
 
 OVERLAP = 32  # pixels; of the published evaluation's windows
@@ -139,10 +137,8 @@ def predict_labels(model: torch.nn.Module, pixels: np.ndarray, protocol: Protoco
 
 def _predict_masks(model: torch.nn.Module, im: torch.Tensor, protocol: Protocol) -> tuple[torch.Tensor, Windows]:
     """Masks (1, windows, gh, gw, n_cls) of a normalised picture (3, h, w), and its windows."""
-    parameter = next(model.parameters())
-    im = resize(im[None].to(parameter.device), protocol.window_size).to(parameter.dtype)
-    windows = windows_of(tuple(im.shape[-2:]), protocol.window_size, protocol.window_stride, model.patch_size)
-    masks = predict_masks(model.masks, im, windows, protocol.batch_size)
+    images = im[None].to(next(model.parameters()).device)
+    masks, windows = masks_of_images(model, images, protocol.window_size, protocol.window_stride, protocol.batch_size)
     check_finite(masks)
     return masks, windows
 

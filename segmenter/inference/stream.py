@@ -91,8 +91,8 @@ def segment_stream(
         in its turn: ImageMemoryError: one window is too much. What `images` raises, after the pictures before it.
 
     Memory beside that of `segment_image` for a batch: `lookahead` pictures of 3 bytes a pixel, and 1 to 4 for labels.
-    Reading pauses while they hold more than `read_ahead.MAX_BYTES` (1 GiB), so they hold at most that and one picture a worker;
-    batches are then made of what is there. Close the generator, or exhaust it, to end its threads.
+    Reading pauses while they hold more than `read_ahead.MAX_BYTES` (1 GiB), so they hold at most that and one picture a
+    worker; batches are then made of what is there. Close the generator, or exhaust it, to end its threads.
     """
     if not (on_error in ("report", "raise") if isinstance(on_error, str) else callable(on_error)):
         raise ValueError(f'on_error must be "report", "raise" or a function, got {on_error!r}')

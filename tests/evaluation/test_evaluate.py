@@ -24,7 +24,7 @@ from segmenter.evaluation.evaluate import (
 )
 from segmenter.evaluation.metrics import ConfusionMatrix
 from segmenter.inference.images import normalize
-from segmenter.inference.windows import inference
+from segmenter.inference.merge import inference
 from tests.cli.tools import picture
 from tests.support.data_sets import make_data_set, rectangles, save
 from tests.support.tiny import tiny_model

@@ -185,8 +185,8 @@ LABELS = planted_in(
             "torch.minimum(most, above, out=most)",
         ),
         "windows_of_the_other_axis": (
-            "(rows.first[y] + slot_y) * len(view.lefts)",
-            "(rows.first[y] + slot_y) * len(view.tops)",
+            "(rows.first[y] + slot_y) * len(view.windows.lefts)",
+            "(rows.first[y] + slot_y) * len(view.windows.tops)",
         ),
         "windows_summed_not_averaged": (
             "return total if len(self.weights) == 1 else total.div_(len(self.weights))",
@@ -206,7 +206,7 @@ LABELS = planted_in(
         ),
         "dense_rows_of_the_first_window": (
             "y, end = max(start - anchor, 0),",
-            "y, end = max(start - view.tops[0], 0),",
+            "y, end = max(start - windows.tops[0], 0),",
         ),
         "dense_rows_kept_too_long": (
             "                upsampled.pop(i, None)\n",
@@ -218,8 +218,8 @@ LABELS = planted_in(
             "torch.cat([rows, more], 1)",
         ),
         "dense_windows_together_all_on_the_left": (
-            "zip(values, view.lefts[j:], strict=False)",
-            "zip(values, view.lefts, strict=False)",
+            "zip(values, windows.lefts[j:], strict=False)",
+            "zip(values, windows.lefts, strict=False)",
         ),
         "dense_product_rounded": (
             "torch.addcmul(values, above[j : j + together], rest_h[a:b], out=values)",

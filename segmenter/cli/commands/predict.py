@@ -31,7 +31,7 @@ from segmenter.errors import cause
 from segmenter.files import remove_leftovers, same_form, walk, write_atomically
 from segmenter.inference.images import suffixes
 from segmenter.inference.segment import compute_dtype
-from segmenter.inference.stream import PictureMemoryError, Result, results
+from segmenter.inference.stream import ImageMemoryError, Result, results
 from segmenter.model import Segmenter
 from segmenter.visualize import class_shares, overlay, save_label_png, save_png, with_legend
 
@@ -258,7 +258,7 @@ def _do(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm) -> None:
             for result in stream:
                 _finish(*taken.popleft(), result, batch)
                 bar.update()
-    except PictureMemoryError as error:
+    except ImageMemoryError as error:
         text = f"{error.source}: not enough memory for one window at a time; use a smaller --window-size or --scales, "
         raise CommandError(f"{text}--dtype auto, or --device cpu", DEVICE) from error
 

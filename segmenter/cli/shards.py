@@ -1,27 +1,32 @@
-"""`predict` by several processes, as torchrun starts them: whose is which picture, and one report of all.
+"""`predict` and `eval` by several processes, as torchrun starts them: whose is which image, and one report of all.
 
-The processes never wait for each other and open no connection. Each takes every n-th of the planned pictures and writes
+The processes never wait for each other and open no connection. Each takes every n-th of the planned images and writes
 into the same output folder; the one that finishes last puts the reports together. When one is lost, torchrun ends the
 others, and with --max-restarts starts all again: what is done is then skipped, as with --resume.
+
+That is why they report by files, and not by sums over connections as training does (`segmenter.training.distributed`),
+whose processes wait for each other at every step anyway: what a lost process has done counts, whatever number of
+processes goes on, and one with few images left keeps nobody waiting.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from segmenter.cli.errors import DEVICE, CommandError
+from segmenter.cli.errors import DEVICE, OK, SOME_FAILED, CommandError
 from segmenter.cli.loading import choose_device
 from segmenter.cli.output import err
-from segmenter.cli.report import Tally, write_json
+from segmenter.cli.report import Tally, say, write_json
 from segmenter.errors import InputError
 from segmenter.files import locked, writing_into
 from segmenter.text_files import read_json
@@ -101,6 +106,42 @@ class Shard:
     def part(self, jobs: Sequence[Any]) -> list[tuple[int, Any]]:
         """This process's jobs, each with its place among all."""
         return list(enumerate(jobs))[self.rank :: self.world]
+
+
+def run_part(
+    shard: Shard,
+    output: str,
+    jobs: Sequence[Any],
+    settings: Any,
+    tally: Tally,
+    do: Callable[[], None],
+    report: Callable[[Tally, float], None],
+) -> int:
+    """Does this process's part of the jobs and gives its exit status; what stops it early is told of.
+
+    Args:
+        output: folder. jobs, settings: what all processes must agree on, as JSON. tally: what `do` counts in.
+        do: does the part. report: called by the process that finishes last, with the tally of all and the seconds.
+    """
+    shared = SharedReport(shard, Path(output), [jobs, settings]) if shard.world > 1 else None
+    if shared is not None and shard.rank == 0:
+        err(f"segmenter: {shard.world} processes share {len(jobs)} pictures")
+    began, finished = time.perf_counter(), False
+    try:
+        do()
+        finished = True
+    finally:
+        seconds = time.perf_counter() - began
+        if not finished:  # Ctrl-C, a bad sample, a full disk: say what there is
+            who = "" if shared is None else f"process {shard.rank} of {shard.world} "
+            say(tally, len(shard.part(jobs)), seconds, output, f"{who}stopped early, --resume goes on: ")
+    merged = (tally, seconds) if shared is None else shared.finish(tally, seconds)
+    if merged is not None:
+        report(*merged)
+        if shared is not None:
+            shared.remove()
+    # to torchrun any other status is a lost process, for which it ends the others
+    return SOME_FAILED if tally.failed and shared is None else OK
 
 
 class SharedReport:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,14 +13,14 @@ import torch
 from tqdm import tqdm
 
 import segmenter
-from segmenter.cli.errors import DEVICE, FAILURE, OK, SOME_FAILED, CommandError
+from segmenter.cli.errors import DEVICE, FAILURE, SOME_FAILED, CommandError
 from segmenter.cli.loading import choose_classes, load
-from segmenter.cli.output import err, out
+from segmenter.cli.output import out
 from segmenter.cli.records import Facts, Records, sample_facts
 from segmenter.cli.report import Tally, say, write_failed
 from segmenter.cli.resume import model_fingerprint
 from segmenter.cli.scores import print_scores, report, write_scores
-from segmenter.cli.shards import Shard, SharedReport
+from segmenter.cli.shards import Shard, run_part
 from segmenter.data.datasets import PUBLISHED, DataError, Dataset, Sample, open_dataset
 from segmenter.evaluation.charts import can_draw, comparison
 from segmenter.evaluation.evaluate import MULTISCALE, OVERLAP, Outcome, Protocol, outcomes
@@ -69,28 +68,16 @@ def _run(job: Evaluation, shard: Shard, output: Path) -> int:
     records = Records(output, job.dataset, args.boundary, job.settings, shard.rank, shard.world, keep=resume)
     if resume:
         job.skip = _usable(records, job, quiet=shard.rank > 0)
-    shared = None
-    if shard.world > 1:
-        shared = SharedReport(shard, output, [[sample.name for sample in job.dataset.samples], job.settings])
-        if shard.rank == 0:
-            err(f"segmenter: {shard.world} processes share {len(job.dataset)} pictures")
-    start, finished = time.perf_counter(), False
-    try:
-        _do(shard, job, records)
-        finished = True
-    finally:
-        seconds = time.perf_counter() - start
-        if not finished:  # Ctrl-C, a bad sample, a full disk: say what there is
-            who = "" if shared is None else f"process {shard.rank} of {shard.world} "
-            total = len(shard.part(job.dataset.samples))
-            say(job.tally, total, seconds, args.output, f"{who}stopped early, --resume goes on: ")
-    merged = (job.tally, seconds) if shared is None else shared.finish(job.tally, seconds)
-    if merged is not None:
-        _finish(job, records, *merged, shard.world)
-    if merged is not None and shared is not None:
-        shared.remove()
-    # to torchrun any other status is a lost process, for which it ends the others
-    return SOME_FAILED if job.tally.failed and shared is None else OK
+    names = [sample.name for sample in job.dataset.samples]
+    return run_part(
+        shard,
+        args.output,
+        names,
+        job.settings,
+        job.tally,
+        do=lambda: _do(shard, job, records),
+        report=lambda tally, seconds: _finish(job, records, tally, seconds, shard.world),
+    )
 
 
 def prepare(args: argparse.Namespace, shard: Shard) -> Evaluation:
@@ -256,6 +243,5 @@ def _finish(job: Evaluation, records: Records, tally: Tally, seconds: float, pro
     write_scores(data, job.dataset.classes, counts, output, job.args.chart)
     write_failed(tally, output)
     print_scores(data)
-    by = f" by {processes} processes" if processes > 1 else ""
-    say(tally, len(job.dataset), seconds, job.args.output, by=by)
+    say(tally, len(job.dataset), seconds, job.args.output, processes=processes)
     out(windows_in_words(job.args, job.protocol, job.dataset))

@@ -9,7 +9,6 @@ import glob
 import itertools
 import os
 import sys
-import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,12 +20,11 @@ import numpy as np
 from tqdm import tqdm
 
 from segmenter.classes import ClassSet
-from segmenter.cli.errors import DEVICE, FAILURE, OK, SOME_FAILED, CommandError
+from segmenter.cli.errors import DEVICE, FAILURE, CommandError
 from segmenter.cli.loading import choose_classes, load
-from segmenter.cli.output import err
 from segmenter.cli.report import FAILED, Tally, say, write_failed, write_json
 from segmenter.cli.resume import is_done, picture_facts, run_settings
-from segmenter.cli.shards import Shard, SharedReport
+from segmenter.cli.shards import Shard, run_part
 from segmenter.errors import cause
 from segmenter.files import remove_leftovers, same_form, walk, write_atomically
 from segmenter.inference.images import suffixes
@@ -88,30 +86,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(jobs: list[Job], batch: Batch, shard: Shard) -> int:
-    args, output, settings = batch.args, batch.output, batch.settings
-    shared = None
-    if shard.world > 1:
-        shared = SharedReport(shard, output, [[(str(job.source), job.name) for job in jobs], settings])
-        if shard.rank == 0:
-            err(f"segmenter: {shard.world} processes share {len(jobs)} pictures")
     mine = shard.part(jobs)
-    start, finished = time.perf_counter(), False
-    try:
-        no_bar = shard.rank > 0 or None  # None: no bar unless on a terminal
-        with tqdm(total=len(mine), unit="picture", file=sys.stderr, disable=no_bar) as bar:
-            _do(mine, batch, bar)
-        finished = True
-    finally:  # also after Ctrl-C or a full disk: say what there is
-        seconds = time.perf_counter() - start
-        if shared is None:
-            _report(batch, len(jobs), seconds, finished)
-        elif finished:
-            _report_together(shared, batch, len(jobs), seconds)
-        else:
-            early = f"process {shard.rank} of {shard.world} stopped early, --resume goes on: "
-            say(batch.tally, len(mine), seconds, args.output, early)
-    # to torchrun any other status is a lost process, for which it ends the others
-    return SOME_FAILED if batch.tally.failed and shared is None else OK
+    no_bar = shard.rank > 0 or None  # None: no bar unless on a terminal
+
+    def do() -> None:
+        try:
+            with tqdm(total=len(mine), unit="picture", file=sys.stderr, disable=no_bar) as bar:
+                _do(mine, batch, bar)
+        except BaseException:
+            if shard.world == 1:
+                with contextlib.suppress(OSError):  # show what stopped it instead
+                    write_failed(batch.tally, batch.output)
+            raise
+
+    def report(tally: Tally, seconds: float) -> None:
+        try:
+            write_failed(tally, batch.output)
+        finally:
+            say(tally, len(jobs), seconds, batch.args.output, processes=shard.world)
+
+    planned = [(str(job.source), job.name) for job in jobs]
+    return run_part(shard, batch.args.output, planned, batch.settings, batch.tally, do, report)
 
 
 def plan(inputs: Iterable[str], output: Path) -> list[Job]:
@@ -345,22 +340,3 @@ def _write_results(
         "settings": batch.settings,
     }
     write_json(batch.output / f"{job.name}.json", result)
-
-
-def _report(batch: Batch, total: int, seconds: float, finished: bool) -> None:
-    try:
-        with contextlib.nullcontext() if finished else contextlib.suppress(OSError):  # show what stopped it instead
-            write_failed(batch.tally, batch.output)
-    finally:
-        say(batch.tally, total, seconds, batch.args.output, "" if finished else "stopped early, --resume goes on: ")
-
-
-def _report_together(shared: SharedReport, batch: Batch, total: int, seconds: float) -> None:
-    """One report of all processes, made by the one that finishes last; the others say nothing."""
-    merged = shared.finish(batch.tally, seconds)
-    if merged is not None:
-        try:
-            write_failed(merged[0], batch.output)
-        finally:
-            say(merged[0], total, merged[1], batch.args.output, by=f" by {shared.shard.world} processes")
-        shared.remove()

@@ -301,7 +301,7 @@ def _add_data(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "same in several splits, and every file that cannot be used; if there are any, the exit status is 3."
     )
     check = actions.add_parser("check", help="what is in a data set, and what is wrong with it", description=text)
-    check.add_argument("folder", metavar="DIR")
+    check.add_argument("root", metavar="DIR")
     check.add_argument(
         "--kind",
         metavar="KIND",

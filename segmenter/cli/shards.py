@@ -31,7 +31,7 @@ from segmenter.errors import InputError
 from segmenter.files import locked, writing_into
 from segmenter.text_files import read_json
 
-FOLDER = ".segmenter-report"  # below the output; no result can be called so, because hidden folders are no input
+DIRECTORY = ".segmenter-report"  # below the output; no result can be called so, because hidden folders are no input
 _MAX_REPORT = 1_000_000_000  # bytes: all pictures of a process may have failed
 _RUN = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -95,12 +95,12 @@ class Shard:
         """
         with writing_into(output, shared=self.world > 1), contextlib.ExitStack() as stack:
             if self.world > 1:  # another run of several has a process of this rank too
-                lock = output / FOLDER / f"lock-{self.rank}"
+                lock = output / DIRECTORY / f"lock-{self.rank}"
                 lock.parent.mkdir(exist_ok=True)
                 lock.touch()
                 stack.enter_context(locked(lock))
             else:
-                shutil.rmtree(output / FOLDER, ignore_errors=True)  # what a lost run left
+                shutil.rmtree(output / DIRECTORY, ignore_errors=True)  # what a lost run left
             yield
 
     def part(self, jobs: Sequence[Any]) -> list[tuple[int, Any]]:
@@ -153,9 +153,9 @@ class SharedReport:
 
     def __init__(self, shard: Shard, output: Path, work: Any):
         self.shard = shard
-        self.folder = output / FOLDER
+        self.directory = output / DIRECTORY
         self._facts = {"run": shard.run, "work": f"{zlib.crc32(json.dumps(work).encode()):08x}", "id": uuid.uuid4().hex}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         # over what a lost run left. Should another process of this run finish before this line, and an earlier run of
         # the same name have left "finished" here, then it reports too early, and the last one reports once more.
         self._write({"finished": False})
@@ -179,14 +179,14 @@ class SharedReport:
     def remove(self) -> None:
         """Deletes the files of the processes: first the parts, so that nobody claims them once more."""
         parts = map(self._path, range(self.shard.world))
-        for path in [*parts, *self.folder.glob("claim-*"), *self.folder.glob("lock-*")]:
+        for path in [*parts, *self.directory.glob("claim-*"), *self.directory.glob("lock-*")]:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another run may have put something in
-            self.folder.rmdir()
+            self.directory.rmdir()
 
     def _claim(self, reports: Sequence[dict[str, Any]]) -> bool:
         """Whether this process is the one to report: several may have seen that all have finished."""
-        claim = self.folder / f"claim-{zlib.crc32(''.join(r['id'] for r in reports).encode()):08x}"
+        claim = self.directory / f"claim-{zlib.crc32(''.join(r['id'] for r in reports).encode()):08x}"
         try:
             claim.touch(exist_ok=False)
         except (FileExistsError, FileNotFoundError):  # not found: the folder, after remove()
@@ -197,7 +197,7 @@ class SharedReport:
         return False
 
     def _path(self, rank: int) -> Path:
-        return self.folder / f"rank-{rank}.json"
+        return self.directory / f"rank-{rank}.json"
 
     def _write(self, state: dict[str, Any]) -> None:
         write_json(self._path(self.shard.rank), self._facts | state)

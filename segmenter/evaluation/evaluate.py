@@ -5,7 +5,6 @@ so scores come out the same in whatever order, and by however many processes, th
 """
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,7 @@ from segmenter.data.datasets import PUBLISHED, DataError, Dataset, Sample
 from segmenter.evaluation.boundary import BoundaryCounts
 from segmenter.evaluation.metrics import ConfusionMatrix
 from segmenter.inference.images import normalize
-from segmenter.inference.read_ahead import Call, ReadAhead, behind
+from segmenter.inference.read_ahead import Call, ReadAhead, behind, usual_workers
 from segmenter.inference.segment import compute_dtype, labels_of_views, segment_image, usual_batch_size, window_of
 from segmenter.inference.windows import (
     Windows,
@@ -274,7 +273,7 @@ def outcomes(
     if model.n_cls != dataset.n_cls:
         raise ValueError(f"the model has {model.n_cls} classes and the data set {dataset.key} {dataset.n_cls}")
     protocol = protocol.of_model(model, dataset.key)
-    workers = min(4, os.cpu_count() or 1) if workers is None else workers
+    workers = usual_workers() if workers is None else workers
     samples = dataset.samples if samples is None else samples
     return _outcomes(model, dataset, protocol, samples, boundary, workers)
 

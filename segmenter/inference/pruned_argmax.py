@@ -90,11 +90,11 @@ def _pruned(view: View, rows: tiling.Axis, cols: tiling.Axis, labels: torch.Tens
         clear = first - second > (first.abs() + second.abs()) * tiling.ROUNDING + tiling.SUBNORMAL
     slots = 4 * rows.n_slots * cols.n_slots
     step = max(1, STRIP_BYTES // (n_cols * n_cls * slots * 4))
-    for start in range(0, len(rows.first), step):
-        stop = min(start + step, len(rows.first))
-        strip = _Strip(view, rows, cols, start, stop, winners, clear)
-        top, bottom = int(rows.starts[start]), int(rows.starts[stop])
-        if strip.n_candidates > DENSE_ABOVE * n_cls * (stop - start) * n_cols:
+    for begin in range(0, len(rows.first), step):
+        stop = min(begin + step, len(rows.first))
+        strip = _Strip(view, rows, cols, begin, stop, winners, clear)
+        top, bottom = int(rows.starts[begin]), int(rows.starts[stop])
+        if strip.n_candidates > DENSE_ABOVE * n_cls * (stop - begin) * n_cols:
             _dense(view, labels, top, bottom)
         else:
             labels[top:bottom] = strip.labels(labels.dtype)
@@ -122,26 +122,26 @@ def _dense(view: View, labels: torch.Tensor, top: int, bottom: int) -> None:
 
     def mask_rows(i: int, first: int, last: int) -> torch.Tensor:
         """Mask rows first..last of the i-th row of windows, as wide as these; earlier ones are forgotten."""
-        start, rows = upsampled.get(i, (first, masks.new_empty(len(windows.lefts), 0, width, n_cls)))
-        if start + rows.shape[1] < last:
-            cells = masks[i, :, start + rows.shape[1] : last]
+        begin, rows = upsampled.get(i, (first, masks.new_empty(len(windows.lefts), 0, width, n_cls)))
+        if begin + rows.shape[1] < last:
+            cells = masks[i, :, begin + rows.shape[1] : last]
             more = torch.addcmul(w * cells[:, :, right], rest_w, cells[:, :, left])
-            start, rows = first, torch.cat([rows[:, first - start :], more], 1)
-            upsampled[i] = start, rows
-        return rows[:, first - start :]
+            begin, rows = first, torch.cat([rows[:, first - begin :], more], 1)
+            upsampled[i] = begin, rows
+        return rows[:, first - begin :]
 
-    for start in range(top, bottom, most):
-        stop = min(start + most, bottom)
-        best = total[: stop - start].zero_()
+    for begin in range(top, bottom, most):
+        stop = min(begin + most, bottom)
+        best = total[: stop - begin].zero_()
         for i, anchor in enumerate(windows.tops):
-            y, end = max(start - anchor, 0), min(stop - anchor, height)
+            y, end = max(begin - anchor, 0), min(stop - anchor, height)
             if y >= end:
                 upsampled.pop(i, None)
                 continue
             rows = mask_rows(i, low[y], high[end - 1] + 1)
             edges = [y, *cuts[(cuts > y) & (cuts < end)], end]
             for a, b in itertools.pairwise(edges):
-                here = best[a + anchor - start : b + anchor - start]
+                here = best[a + anchor - begin : b + anchor - begin]
                 above, below = (rows[:, cells[a] - low[y], None] for cells in (low, high))
                 for j in range(0, len(rows), together):
                     values = scratch[: min(together, len(rows) - j), : b - a]
@@ -150,8 +150,8 @@ def _dense(view: View, labels: torch.Tensor, top: int, bottom: int) -> None:
                     for window, x in zip(values, windows.lefts[j:], strict=False):
                         here[:, x : x + width] += window
         if len(view.masks) > 1:
-            best.div_(count[start:stop, :, None])
-        labels[start:stop] = best.argmax(-1)
+            best.div_(count[begin:stop, :, None])
+        labels[begin:stop] = best.argmax(-1)
 
 
 def _covering(anchors: Sequence[int], window: int, length: int) -> torch.Tensor:
@@ -164,7 +164,7 @@ def _covering(anchors: Sequence[int], window: int, length: int) -> torch.Tensor:
 
 
 class _Strip:
-    """The tiles of tile rows start..stop, and which classes can win in each.
+    """The tiles of tile rows begin..stop, and which classes can win in each.
 
     Args:
         winners, clear: (mask cells,) the best class of each, and whether no other is about as good.
@@ -175,13 +175,13 @@ class _Strip:
         view: View,
         rows: tiling.Axis,
         cols: tiling.Axis,
-        start: int,
+        begin: int,
         stop: int,
         winners: torch.Tensor,
         clear: torch.Tensor,
     ):
-        self.view, self.rows, self.cols, self.start, self.stop = view, rows, cols, start, stop
-        self.shape = (stop - start, len(cols.first))
+        self.view, self.rows, self.cols, self.begin, self.stop = view, rows, cols, begin, stop
+        self.shape = (stop - begin, len(cols.first))
         self.constant = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.long)  # labels of tiles with one class
         self.parts = []  # (tiles, their candidates (T, n_cls), how they combine windows) of the others
         for tiles, corners in self._kinds():
@@ -195,12 +195,12 @@ class _Strip:
 
     def _kinds(self) -> Iterator[tuple[torch.Tensor, "_Corners"]]:
         """The tiles, by how many windows cover them: (flat indices, corners)."""
-        counts_y, counts_x = self.rows.count[self.start : self.stop], self.cols.count
+        counts_y, counts_x = self.rows.count[self.begin : self.stop], self.cols.count
         for n_y in np.unique(counts_y):
             for n_x in np.unique(counts_x):
                 y, x = np.flatnonzero(counts_y == n_y), np.flatnonzero(counts_x == n_x)
                 tiles = (y[:, None] * self.shape[1] + x).ravel()
-                at = (self.start + np.repeat(y, len(x)), np.tile(x, len(y)))
+                at = (self.begin + np.repeat(y, len(x)), np.tile(x, len(y)))
                 yield torch.from_numpy(tiles), _Corners(self.view, self.rows, self.cols, *at)
 
     def labels(self, dtype: torch.dtype) -> torch.Tensor:
@@ -213,7 +213,7 @@ class _Strip:
             for chunk in order.split(max(1, CHUNK_PIXELS // (height * width))):
                 pixels[..., tiles[chunk]] = _best(corners.of(chunk), candidates[chunk], dtype)
         pixels = pixels.view(height, width, n_rows, n_cols).permute(2, 0, 3, 1).reshape(n_rows * height, -1)
-        return pixels[_places(self.rows, self.start, self.stop)][:, _places(self.cols, 0, n_cols)]
+        return pixels[_places(self.rows, self.begin, self.stop)][:, _places(self.cols, 0, n_cols)]
 
 
 def _best(corners: "_Corners", candidates: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -232,11 +232,11 @@ def _best(corners: "_Corners", candidates: torch.Tensor, dtype: torch.dtype) -> 
     return label
 
 
-def _places(axis: tiling.Axis, start: int, stop: int) -> torch.Tensor:
-    """Where the pixels of intervals start..stop are when every interval is given the length of the longest."""
-    lengths = np.diff(axis.starts[start : stop + 1])
-    offsets = np.repeat(np.arange(stop - start) * axis.longest, lengths)
-    within = np.arange(lengths.sum()) - np.repeat(axis.starts[start:stop] - axis.starts[start], lengths)
+def _places(axis: tiling.Axis, begin: int, stop: int) -> torch.Tensor:
+    """Where the pixels of intervals begin..stop are when every interval is given the length of the longest."""
+    lengths = np.diff(axis.starts[begin : stop + 1])
+    offsets = np.repeat(np.arange(stop - begin) * axis.longest, lengths)
+    within = np.arange(lengths.sum()) - np.repeat(axis.starts[begin:stop] - axis.starts[begin], lengths)
     return torch.from_numpy(offsets + within)
 
 

@@ -4,6 +4,7 @@ Calls begin in the order they are put. While the arrays that they gave hold more
 waited for begins.
 """
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -121,6 +122,11 @@ class ReadAhead:
         if self._wanted in self._waiting:
             return self._wanted
         return self._waiting[0] if self._waiting and not self.full else None
+
+
+def usual_workers() -> int:
+    """Threads, unless said otherwise: one a processor, at most 4."""
+    return min(4, os.cpu_count() or 1)
 
 
 def behind(items: Iterable[T], n: int) -> Iterator[T]:

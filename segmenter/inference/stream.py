@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from segmenter.errors import cause, is_out_of_memory, printable
 from segmenter.inference.images import ImageError, read_image
-from segmenter.inference.read_ahead import Call, ReadAhead
+from segmenter.inference.read_ahead import Call, ReadAhead, usual_workers
 from segmenter.inference.segment import compute_dtype, segment_pixels, usual_batch_size
 
 OnError = str | Callable[[int, Any, ImageError], None]
@@ -156,7 +156,7 @@ def results(
     usual = usual_batch_size(next(model.parameters()).device)
     batch_size = usual if batch_size is None else batch_size
     window_batch_size = max(batch_size, usual) if window_batch_size is None else window_batch_size
-    workers = min(4, os.cpu_count() or 1) if workers is None else workers
+    workers = usual_workers() if workers is None else workers
     lookahead = max(4 * batch_size, 2 * workers) if lookahead is None else lookahead
     counts = {"batch_size": batch_size, "window_batch_size": window_batch_size, "workers": workers}
     for name, value in {**counts, "lookahead": lookahead}.items():

@@ -109,8 +109,8 @@ def prepare(args: argparse.Namespace, shard: Shard) -> Evaluation:
         "device": device.type,
     }
     samples = dataset.spread(args.overlays) if args.overlays else ()
-    folder = Path(args.output) / OVERLAYS
-    overlays = {sample.name: folder / f"{sample.name}.png" for sample in samples}
+    directory = Path(args.output) / OVERLAYS
+    overlays = {sample.name: directory / f"{sample.name}.png" for sample in samples}
     return Evaluation(args, model, dataset, protocol, settings, overlays)
 
 
@@ -167,8 +167,8 @@ def _usable(records: Records, job: Evaluation, quiet: bool) -> set[str]:
     names, useless = records.done()
     if useless and not quiet:
         warnings.warn(
-            f"{useless} records in {records.folder} are of other settings, of pictures that have changed, or cut off; "
-            "such pictures are done again",
+            f"{useless} records in {records.directory} are of other settings, of pictures that have changed, or cut "
+            "off; such pictures are done again",
             stacklevel=2,
         )
     return {name for name in names if name not in job.overlays or job.overlays[name].is_file()}
@@ -233,7 +233,7 @@ def _finish(job: Evaluation, records: Records, tally: Tally, seconds: float, pro
     lost = [sample.name for sample in job.dataset.samples if sample.name not in names | failed]
     if lost:
         raise CommandError(
-            f"{len(lost)} pictures have no record, the first is {lost[0]}: they changed, or {records.folder} did, "
+            f"{len(lost)} pictures have no record, the first is {lost[0]}: they changed, or {records.directory} did, "
             "while the run went on; run again with --resume",
             FAILURE,
         )

@@ -46,7 +46,7 @@ class Job:
 
 @dataclass
 class Batch:
-    """What all pictures of a run share, and how far it is. `folders`: those that results have been put into."""
+    """What all pictures of a run share, and how far it is. `directories`: those that results have been put into."""
 
     args: argparse.Namespace
     model: Segmenter
@@ -55,7 +55,7 @@ class Batch:
     output: Path
     resume: bool
     tally: Tally = field(default_factory=Tally)
-    folders: set[Path] = field(default_factory=set)
+    directories: set[Path] = field(default_factory=set)
 
     def fail(self, place: int, job: Job, error: Exception) -> None:
         self.tally.failed[place] = {"image": str(job.source), "error": str(error)}
@@ -124,9 +124,9 @@ def plan(inputs: Iterable[str], output: Path) -> list[Job]:
     seen: set[str] = set()
     taken = {Path(FAILED).stem}
     numbers: dict[str, int] = {}  # name with suffix -> the last number that was tried after it
-    folders = _Folders()
+    places = _Places()
     for path, relative in _expand(inputs, output.resolve()):
-        if (target := folders.target(path)) in seen:
+        if (target := places.target(path)) in seen:
             continue
         seen.add(target)
         name = relative.with_suffix("").as_posix()
@@ -171,8 +171,8 @@ def _matches(pattern: Path) -> tuple[list[Path], list[str]]:
     """The files that a glob pattern means, sorted, and what could not be looked at for **."""
     before = list(itertools.takewhile(lambda part: part != "**", pattern.parts))
     after = pattern.parts[len(before) :]
-    start = str(Path(*before))
-    places = sorted(Path(p) for p in (glob.glob(start) if glob.has_magic(start) else [start]))
+    base = str(Path(*before))
+    places = sorted(Path(p) for p in (glob.glob(base) if glob.has_magic(base) else [base]))
     if not after:
         return [p for p in places if not os.path.isdir(p)], []
     found, problems = [], []  # glob itself goes round in circles where links do
@@ -196,17 +196,17 @@ def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 def _refuse_to_overwrite(jobs: Iterable[Job], output: Path, args: argparse.Namespace) -> None:
     """Raises CommandError if a picture lies where a result, or the list of failures, would be written."""
-    folders = _Folders()
+    places = _Places()
     sources = {
-        _key(place): job.source for job in jobs for place in (folders.place(job.source), folders.target(job.source))
+        _key(place): job.source for job in jobs for place in (places.place(job.source), places.target(job.source))
     }
     names = (name for job in jobs for name in (*_files(job, args).values(), f"{job.name}.json"))
     for name in itertools.chain([FAILED], names):
-        if (source := sources.get(_key(folders.place(output / name)))) is not None:
+        if (source := sources.get(_key(places.place(output / name)))) is not None:
             raise CommandError(f"{source}: a result would be written over this input; choose another --output")
 
 
-class _Folders:
+class _Places:
     """Where paths really lie; each folder is looked up once."""
 
     def __init__(self):
@@ -304,11 +304,11 @@ def _errors_of_writing(job: Job, output: Path) -> Iterator[None]:
 
 def _make_room(job: Job, batch: Batch) -> None:
     """Makes the folder, and raises OSError for names that are too long, before time is spent on the picture."""
-    folder = (batch.output / job.name).parent
-    if folder not in batch.folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        batch.folders.add(folder)
+    directory = (batch.output / job.name).parent
+    if directory not in batch.directories:
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory)
+        batch.directories.add(directory)
     for name in (*_files(job, batch.args).values(), f"{job.name}.json"):
         with contextlib.suppress(FileNotFoundError):
             os.lstat(batch.output / name)

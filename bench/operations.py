@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from bench import gate, providers, shapes
 from bench.shapes import Shape, Work
 from segmenter.inference import pruned_argmax
-from segmenter.inference.merge import View, bands
+from segmenter.inference.merge import View, fill_labels
+from segmenter.inference.windows import Windows
 from segmenter.kernels import reference
 from segmenter.ops import load_kernels
 
@@ -194,10 +195,9 @@ def band_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
     class_last = masks.float().permute(0, 2, 3, 1).contiguous()
     H, W = masks.shape[2] * patch, masks.shape[3] * patch
     labels = torch.empty(len(masks), H, W, dtype=torch.uint8, device=masks.device)
-    for i in range(len(masks)):
-        view = View(class_last[i : i + 1], (0,), (0,), (H, W), (H, W), (H, W))
-        for top, scores in bands([view], (H, W), probabilities=False):
-            labels[i, top : top + len(scores)] = scores.argmax(-1)
+    windows = Windows((0,), (0,), (H, W), (H, W), (H, W))
+    for of_image, target in zip(class_last, labels, strict=True):
+        fill_labels(target, [View(of_image[None], windows)])
     return labels
 
 

@@ -49,7 +49,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser = commands.add_parser("predict", help="pictures to labels and overlays", description=text)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="picture, folder (with sub-folders) or glob")
     _add_model(parser)
-    parser.add_argument("-o", "--output", default="out", metavar="DIR", help="folder of the results (default: out)")
+    _add_output(parser)
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -95,10 +95,8 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="N",
         help="threads that read pictures (default: one a processor, at most 4)",
     )
-    how.add_argument(
-        "--scales", type=_scales, default=(1.0,), metavar="S[,S]", help="average over these sizes (default: 1)"
-    )
-    how.add_argument("--flip", action="store_true", help="average with the mirrored picture too")
+    _add_scales(how)
+    _add_flip(how)
     return parser
 
 
@@ -170,7 +168,7 @@ def _add_attention(commands: argparse._SubParsersAction) -> argparse.ArgumentPar
     parser = commands.add_parser("attention", help="attention maps as pictures", description=text)
     parser.add_argument("image", metavar="IMAGE")
     _add_model(parser)
-    parser.add_argument("-o", "--output", default="out", metavar="DIR", help="folder of the results (default: out)")
+    _add_output(parser)
     parser.add_argument("--part", choices=("encoder", "decoder"), default="encoder", help="(default: encoder)")
     parser.add_argument("--layer", type=_index_or_all, default="all", metavar="L|all", help="from 0 (default: all)")
     parser.add_argument("--head", type=_index_or_all, default="all", metavar="H|all", help="from 0 (default: all)")
@@ -199,9 +197,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="a picture of your own")
     parser.add_argument("--truth", metavar="FILE", help="its labels: pixel values are class ids, 255 does not count")
     sample = parser.add_argument_group("a sample of a data set instead of IMAGE")
-    sample.add_argument("-d", "--data", metavar="DIR", help="folder of the data set; see data check")
-    sample.add_argument("--kind", metavar="KIND", help="ade20k, cityscapes ... (default: told by its folders)")
-    sample.add_argument("--split", default="val", help="(default: val)")
+    _add_data_set(sample, required=False)
     sample.add_argument("--sample", metavar="NAME", help="name of the sample: its file, without extension")
     parser.add_argument(
         "-m", "--models", nargs="+", required=True, metavar="M", help="model folders, checkpoint files or presets"
@@ -243,11 +239,9 @@ def _add_eval(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "scores; see predict about restarts and the exit status."
     )
     parser = commands.add_parser("eval", help="scores on a data set", description=text)
-    parser.add_argument("-d", "--data", required=True, metavar="DIR", help="folder of the data set; see data check")
-    parser.add_argument("--kind", metavar="KIND", help="ade20k, cityscapes ... (default: told by its folders)")
-    parser.add_argument("--split", default="val", help="(default: val)")
+    _add_data_set(parser, required=True)
     _add_model(parser)
-    parser.add_argument("-o", "--output", default="out", metavar="DIR", help="folder of the results (default: out)")
+    _add_output(parser)
     parser.add_argument(
         "--resume", action="store_true", help="keep what is recorded, if settings and files are still the same"
     )
@@ -284,24 +278,17 @@ def _add_eval(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="R",
         help="the long side gets at most R times --im-size (default: as published, else 4)",
     )
-    how.add_argument("--window-size", type=_positive_int, metavar="PIXELS", help="(default: the model's)")
-    how.add_argument(
-        "--window-stride",
-        type=_positive_int,
-        metavar="PIXELS",
-        help="(default: as published, the window less 32, for ADE20K, Pascal Context and Cityscapes; for others the "
-        "model's, scaled with --window-size)",
+    _add_windows(
+        how, "as published, the window less 32, for ADE20K, Pascal Context and Cityscapes; for others the model's"
     )
     how.add_argument("--batch-size", type=_positive_int, metavar="N", help="windows a forward call (default: 1 or 8)")
     how.add_argument("--workers", type=_positive_int, metavar="N", help="threads that read and count (default: 1 to 4)")
     scales = how.add_mutually_exclusive_group()
-    scales.add_argument(
-        "--scales", type=_scales, default=(1.0,), metavar="S[,S]", help="average over these sizes (default: 1)"
-    )
+    _add_scales(scales)
     scales.add_argument(
         "--multiscale", action="store_true", help="as published: 0.5,0.75,1,1.25,1.5,1.75, each also mirrored"
     )
-    how.add_argument("--flip", action="store_true", help="average with the mirrored picture too")
+    _add_flip(how)
     return parser
 
 
@@ -314,7 +301,7 @@ def _add_data(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "same in several splits, and every file that cannot be used; if there are any, the exit status is 3."
     )
     check = actions.add_parser("check", help="what is in a data set, and what is wrong with it", description=text)
-    check.add_argument("folder", metavar="DIR")
+    check.add_argument("root", metavar="DIR")
     check.add_argument(
         "--kind",
         metavar="KIND",
@@ -358,14 +345,30 @@ def _add_dtype(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def _add_windows(parser: argparse._ActionsContainer) -> None:
+def _add_windows(parser: argparse._ActionsContainer, stride: str = "the model's") -> None:
     parser.add_argument("--window-size", type=_positive_int, metavar="PIXELS", help="(default: the model's)")
-    parser.add_argument(
-        "--window-stride",
-        type=_positive_int,
-        metavar="PIXELS",
-        help="(default: the model's, scaled with --window-size)",
-    )
+    text = f"(default: {stride}, scaled with --window-size)"
+    parser.add_argument("--window-stride", type=_positive_int, metavar="PIXELS", help=text)
+
+
+def _add_scales(parser: argparse._ActionsContainer) -> None:
+    text = "average over these sizes (default: 1)"
+    parser.add_argument("--scales", type=_scales, default=(1.0,), metavar="S[,S]", help=text)
+
+
+def _add_flip(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--flip", action="store_true", help="average with the mirrored picture too")
+
+
+def _add_output(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("-o", "--output", default="out", metavar="DIR", help="folder of the results (default: out)")
+
+
+def _add_data_set(parser: argparse._ActionsContainer, required: bool) -> None:
+    text = "folder of the data set; see data check"
+    parser.add_argument("-d", "--data", required=required, metavar="DIR", help=text)
+    parser.add_argument("--kind", metavar="KIND", help="ade20k, cityscapes ... (default: told by its folders)")
+    parser.add_argument("--split", default="val", help="(default: val)")
 
 
 def _add_device(parser: argparse._ActionsContainer) -> None:

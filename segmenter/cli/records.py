@@ -18,7 +18,7 @@ from segmenter.evaluation.evaluate import Counts
 from segmenter.files import append, open_regular
 from segmenter.text_files import parse_json
 
-FOLDER = "records"
+DIRECTORY = "records"
 _MAX_LINE, _BLOCK = 100_000_000, 1 << 16  # bytes: a picture's counts of thousands of classes; read at once
 _NAME = re.compile(r"rank-(\d+)\.jsonl")
 
@@ -45,13 +45,13 @@ class Records:
         self._dataset, self._boundary = dataset, boundary
         self._samples = {sample.name: sample for sample in dataset.samples}
         self._settings = f"{zlib.crc32(json.dumps([settings, boundary], sort_keys=True).encode()):08x}"
-        self.folder = output / FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.directory = output / DIRECTORY
+        self.directory.mkdir(parents=True, exist_ok=True)
         if not keep:  # each process removes its own, the first one also those of processes that are no more
             for number, path in self._files():
                 if number == rank or (rank == 0 and number >= world):
                     path.unlink()
-        self._path = self.folder / f"rank-{rank}.jsonl"
+        self._path = self.directory / f"rank-{rank}.jsonl"
         if self._path.is_symlink():
             self._path.unlink()
         elif self._path.exists():
@@ -97,7 +97,7 @@ class Records:
         return Counts(self._dataset.n_cls, self._dataset.ignore_index, self._boundary)
 
     def _files(self) -> list[tuple[int, Path]]:
-        paths = {int(match[1]): path for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+        paths = {int(match[1]): path for path in self.directory.iterdir() if (match := _NAME.fullmatch(path.name))}
         return sorted(paths.items())
 
 
@@ -106,9 +106,9 @@ def _end_of_whole_lines(path: Path) -> int:
     with open_regular(path) as file:
         end = file.seek(0, os.SEEK_END)
         while end:
-            start = max(end - _BLOCK, 0)
-            file.seek(start)
-            if (found := file.read(end - start).rfind(b"\n")) >= 0:
-                return start + found + 1
-            end = start
+            begin = max(end - _BLOCK, 0)
+            file.seek(begin)
+            if (found := file.read(end - begin).rfind(b"\n")) >= 0:
+                return begin + found + 1
+            end = begin
     return 0

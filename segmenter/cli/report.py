@@ -23,10 +23,11 @@ class Tally:
         return f"{self.done} done, {self.skipped} skipped, {len(self.failed)} failed of {total}"
 
 
-def say(tally: Tally, total: int, seconds: float, output: str, early: str = "", by: str = "") -> None:
+def say(tally: Tally, total: int, seconds: float, output: str, early: str = "", processes: int = 1) -> None:
     """Prints the failures on stderr, in the order of the pictures, and the summary on stdout."""
     for _, entry in sorted(tally.failed.items()):
         err(f"segmenter: failed: {' '.join(entry['error'].split())}")
+    by = f" by {processes} processes" if processes > 1 else ""
     each = f", {seconds / tally.done:.2f} s each" if tally.done else ""
     out(f"{early}{tally.in_words(total)} in {seconds:.1f} s{each}{by} -> {output}")
 

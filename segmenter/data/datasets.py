@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from segmenter.classes import ClassesError, ClassSet, load_classes
-from segmenter.data.custom import FILE, description, read_own
+from segmenter.data.custom import FILE, description, read_custom
 from segmenter.data.label_files import DataError, Ids, ignore_index, read_ids
 from segmenter.data.layouts import LAYOUTS, Layout, Part, Sample, in_short, pair
 from segmenter.inference.image_files import ImageError, orientation
@@ -23,8 +23,8 @@ IDS = {  # kind of data set -> what the values in its label files mean
     "cityscapes": Ids(),
     "camvid": Ids(ignored=(11,)),  # 11 is "unlabelled"
 }
-OWN = "folder"
-KINDS = (*IDS, OWN)
+CUSTOM = "folder"
+KINDS = (*IDS, CUSTOM)
 _LAYOUT = {"pascal_context_59": "pascal_context"}  # kinds that lie on the disk as another does
 
 
@@ -192,8 +192,8 @@ def find_source(root: str | Path, kind: str | None = None, classes: ClassSet | s
         raise DataError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder", root)
-    if kind == OWN or (kind is None and description(root)):
-        return _own_source(root, _load(classes))
+    if kind == CUSTOM or (kind is None and description(root)):
+        return _custom_source(root, _load(classes))
     layout, base = _find_layout(root, kind)
     key = kind or layout.key
     names = _fitting(_load(classes), load_classes(key), base)
@@ -206,19 +206,21 @@ def _find_layout(root: Path, kind: str | None) -> tuple[Layout, Path]:
     found = [(layout, base) for layout in layouts for base in layout.bases(root, recognise=kind is None)]
     if not found:
         looked = "; ".join(f"{layout.key}: {layout.in_words()}" for layout in layouts)
-        own = f"; of your own: {FILE} beside images/ and annotations/" if kind is None else ""
+        custom = f"; of your own: {FILE} beside images/ and annotations/" if kind is None else ""
         places = ", ".join(dict.fromkeys(place for layout in layouts for place in layout.places if place))
         what = kind or "data set of a known kind"
-        raise DataError(f"{root}: no {what}, neither here nor in {places}; looked for {looked}{own}", root)
+        raise DataError(f"{root}: no {what}, neither here nor in {places}; looked for {looked}{custom}", root)
     if len(found) > 1:
         several = ", ".join(f"{layout.key} in {base}" for layout, base in found)
         raise DataError(f"{root}: several data sets ({several}); open the folder of one, or give its kind", root)
     return found[0]
 
 
-def _own_source(root: Path, classes: ClassSet | None) -> Source:
-    own = read_own(root, classes)
-    return Source(OWN, root, _fitting(classes, own.classes, root), own.ids, _with_trainval(own.parts(root), OWN))
+def _custom_source(root: Path, classes: ClassSet | None) -> Source:
+    custom = read_custom(root, classes)
+    return Source(
+        CUSTOM, root, _fitting(classes, custom.classes, root), custom.ids, _with_trainval(custom.parts(root), CUSTOM)
+    )
 
 
 def _with_trainval(parts: dict[str, Part], key: str) -> dict[str, tuple[Part, ...]]:
@@ -237,10 +239,10 @@ def _load(classes: ClassSet | str | Path | None) -> ClassSet | None:
         raise DataError(str(error)) from error
 
 
-def _fitting(asked: ClassSet | None, own: ClassSet, base: Path) -> ClassSet:
-    if asked is not None and len(asked) != len(own):
-        raise DataError(f"{base}: the data set has {len(own)} classes, {asked.name} names {len(asked)}", base)
-    return asked or own
+def _fitting(asked: ClassSet | None, found: ClassSet, base: Path) -> ClassSet:
+    if asked is not None and len(asked) != len(found):
+        raise DataError(f"{base}: the data set has {len(found)} classes, {asked.name} names {len(asked)}", base)
+    return asked or found
 
 
 def _sizes_differ(sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> str:

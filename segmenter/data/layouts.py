@@ -71,7 +71,7 @@ class Layout:
     Attributes:
         key: of the data set. places: where it may lie below the folder that is opened.
         splits: split -> what it is called in paths. unlabelled: splits whose labels are not public.
-        starts: to be recognised, some picture's name must start with one of these.
+        prefixes: to be recognised, some picture's name must start with one of these.
     """
 
     key: str
@@ -84,7 +84,7 @@ class Layout:
     label_ending: str = ""
     names: str = ""
     hint: str = ""
-    starts: tuple[str, ...] = ("",)
+    prefixes: tuple[str, ...] = ("",)
 
     def parts(self, base: Path) -> dict[str, Part]:
         """Every split it may have in the folder `base`."""
@@ -114,11 +114,11 @@ class Layout:
         return any(os.path.isdir(part.labels) and self._names_fit(part.images) for part in parts)
 
     def _names_fit(self, images: Path) -> bool:
-        return any(name.startswith(self.starts) for name in os.listdir(images))
+        return any(name.startswith(self.prefixes) for name in os.listdir(images))
 
 
 _SAME = {split: split for split in SPLITS}
-_CAMVID = {"key": "camvid", "places": ("", "camvid", "CamVid"), "splits": _SAME, "starts": CAMVID_DRIVES}
+_CAMVID = {"key": "camvid", "places": ("", "camvid", "CamVid"), "splits": _SAME, "prefixes": CAMVID_DRIVES}
 LAYOUTS = (
     Layout(
         "ade20k",
@@ -161,9 +161,9 @@ def pair(part: Part) -> tuple[list[Sample], list[DataError]]:
         DataError: a folder or the list of names is missing, there is nothing, two files have one name, or an undivided
             part has folders that are called as splits are.
     """
-    for folder in (part.images, part.labels):
-        if not os.path.isdir(folder):
-            raise DataError(f"{folder}: no such folder, so there is no split {part.split}", folder)
+    for directory in (part.images, part.labels):
+        if not os.path.isdir(directory):
+            raise DataError(f"{directory}: no such folder, so there is no split {part.split}", directory)
     images, labels = _named_files(part.images, part.image_ending), _named_files(part.labels, part.label_ending)
     names = sorted(images.keys() | labels.keys())
     if part.names is not None:
@@ -186,9 +186,9 @@ def pair(part: Part) -> tuple[list[Sample], list[DataError]]:
     return samples, problems
 
 
-def like_a_split(folder: str) -> bool:
+def like_a_split(name: str) -> bool:
     """Whether a folder's name is such as people give to the folder of a split: "val2017", "my_test_set"."""
-    return _LIKE_A_SPLIT.fullmatch(folder.casefold()) is not None
+    return _LIKE_A_SPLIT.fullmatch(name.casefold()) is not None
 
 
 def in_short(items: Iterable[object]) -> str:
@@ -198,16 +198,16 @@ def in_short(items: Iterable[object]) -> str:
     return ", ".join(texts[:_SHOWN]) + more
 
 
-def _named_files(folder: Path, ending: str) -> dict[str, Path]:
-    """Sample name -> file, for the pictures below `folder` whose name ends like this before the extension."""
+def _named_files(directory: Path, ending: str) -> dict[str, Path]:
+    """Sample name -> file, for the pictures below `directory` whose name ends like this before the extension."""
     found: dict[str, Path] = {}
-    files, problems = walk(folder, suffixes())
+    files, problems = walk(directory, suffixes())
     for problem in problems:
         warnings.warn(problem, stacklevel=2)
     for path in files:
         if not path.stem.endswith(ending):
             continue
-        name = same_form(path.relative_to(folder).with_suffix("").as_posix()).removesuffix(ending)
+        name = same_form(path.relative_to(directory).with_suffix("").as_posix()).removesuffix(ending)
         if name in found:
             raise DataError(f"{path}: {found[name].name} has the same name; one of them has to go", path)
         found[name] = path
@@ -215,8 +215,8 @@ def _named_files(folder: Path, ending: str) -> dict[str, Path]:
 
 
 def _refuse_hidden_splits(part: Part, names: Iterable[str]) -> None:
-    folders = dict.fromkeys(folder for name in names for folder in PurePosixPath(name).parent.parts)
-    if odd := [folder for folder in folders if like_a_split(folder)]:
+    directories = dict.fromkeys(directory for name in names for directory in PurePosixPath(name).parent.parts)
+    if odd := [directory for directory in directories if like_a_split(directory)]:
         raise DataError(
             f"{part.images}: all in it would be the split {part.split}, though folders in it are called as other "
             f"splits are ({in_short(odd)}); say in `splits` of the data set's description which folder is which split",

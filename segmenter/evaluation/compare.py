@@ -82,9 +82,9 @@ def compare(
     labels = predict_labels(model, pixels, protocol)
     milliseconds = []
     for _ in range(repeats):  # labels come back to the host, so each run has ended when the clock is read, on a GPU too
-        start = time.perf_counter()
+        began = time.perf_counter()
         predict_labels(model, pixels, protocol)
-        milliseconds.append(1000 * (time.perf_counter() - start))
+        milliseconds.append(1000 * (time.perf_counter() - began))
     parameter = next(model.parameters())
     shape = resized_shape(*pixels.shape[:2], protocol.window_size)
     cut = windows_of(shape, protocol.window_size, protocol.window_stride, model.patch_size)

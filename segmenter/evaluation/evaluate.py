@@ -5,12 +5,9 @@ so scores come out the same in whatever order, and by however many processes, th
 """
 
 import contextlib
-import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,21 +19,18 @@ from segmenter.data.datasets import PUBLISHED, DataError, Dataset, Sample
 from segmenter.evaluation.boundary import BoundaryCounts
 from segmenter.evaluation.metrics import ConfusionMatrix
 from segmenter.inference.images import normalize
+from segmenter.inference.read_ahead import Call, ReadAhead, behind, usual_workers
 from segmenter.inference.segment import compute_dtype, labels_of_views, segment_image, usual_batch_size, window_of
 from segmenter.inference.windows import (
     Windows,
     check_finite,
     check_sizes,
-    predict_masks,
-    resize,
+    masks_of_images,
     window_anchors,
-    windows_of,
 )
 
 OVERLAP = 32  # pixels; of the published evaluation's windows
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # the published scales; they go with flip=True
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -142,10 +136,8 @@ def predict_labels(model: torch.nn.Module, pixels: np.ndarray, protocol: Protoco
 
 def _predict_masks(model: torch.nn.Module, im: torch.Tensor, protocol: Protocol) -> tuple[torch.Tensor, Windows]:
     """Masks (1, windows, gh, gw, n_cls) of a normalised picture (3, h, w), and its windows."""
-    parameter = next(model.parameters())
-    im = resize(im[None].to(parameter.device), protocol.window_size).to(parameter.dtype)
-    windows = windows_of(tuple(im.shape[-2:]), protocol.window_size, protocol.window_stride, model.patch_size)
-    masks = predict_masks(model.masks, im, windows, protocol.batch_size)
+    images = im[None].to(next(model.parameters()).device)
+    masks, windows = masks_of_images(model, images, protocol.window_size, protocol.window_stride, protocol.batch_size)
     check_finite(masks)
     return masks, windows
 
@@ -281,7 +273,7 @@ def outcomes(
     if model.n_cls != dataset.n_cls:
         raise ValueError(f"the model has {model.n_cls} classes and the data set {dataset.key} {dataset.n_cls}")
     protocol = protocol.of_model(model, dataset.key)
-    workers = min(4, os.cpu_count() or 1) if workers is None else workers
+    workers = usual_workers() if workers is None else workers
     samples = dataset.samples if samples is None else samples
     return _outcomes(model, dataset, protocol, samples, boundary, workers)
 
@@ -294,38 +286,25 @@ def _outcomes(
     boundary: bool,
     workers: int,
 ) -> Iterator[Outcome]:
-    def count(prediction: np.ndarray, label: np.ndarray) -> Counts:
+    def count(outcome: Outcome) -> Counts:
         counts = Counts(dataset.n_cls, dataset.ignore_index, boundary)
-        counts.update(prediction, label)
+        counts.update(outcome.prediction, outcome.label)
         return counts
 
-    def predicted(sample: Sample, read: Future) -> tuple[Outcome, Future | None]:
+    def predicted(reading: Call) -> tuple[Outcome, Call | None]:
+        sample = reading.source
         try:
-            pixels, label = read.result()
+            pixels, label = threads.result(reading)
         except DataError as error:
             return Outcome(sample, error=error), None
         try:
             prediction = predict_labels(model, pixels, protocol)
         except ValueError as error:
             raise ValueError(f"{sample.image}: {error}") from error
-        return Outcome(sample, pixels, label, prediction), pool.submit(count, prediction, label)
+        outcome = Outcome(sample, pixels, label, prediction)
+        return outcome, threads.put(Call(count, outcome))
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="segmenter-evaluate")
-    try:
-        reading = _behind(((sample, pool.submit(dataset.read, sample)) for sample in samples), 2 * workers)
-        counting = _behind((predicted(sample, read) for sample, read in reading), workers)
-        for outcome, counts in counting:
-            yield outcome if counts is None else replace(outcome, counts=counts.result())
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _behind(items: Iterable[T], n: int) -> Iterator[T]:
-    """The items in their order, each given out once `n` after it have been taken."""
-    waiting: deque[T] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > n:
-            yield waiting.popleft()
-    while waiting:
-        yield waiting.popleft()
+    with contextlib.closing(ReadAhead(workers)) as threads:
+        reading = behind((threads.put(Call(dataset.read, sample)) for sample in samples), 2 * workers)
+        for outcome, counting in behind(map(predicted, reading), workers):
+            yield outcome if counting is None else replace(outcome, counts=threads.result(counting))

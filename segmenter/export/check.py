@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from segmenter.export.formats import FORMATS, LOADERS, OPSET, WRITERS, as_export_error, check_path, require
 from segmenter.export.program import OUTPUTS, ExportError, Size, check_exportable, eager_twin, trace
-from segmenter.files import flush, folder_beside, locked, remove_leftovers
+from segmenter.files import directory_beside, flush, locked, remove_leftovers
 from segmenter.inference.images import normalize
 from segmenter.inference.segment import DTYPES
 from segmenter.kernels.reference import label_dtype
@@ -135,11 +135,11 @@ def export_model(
         ExportError: packages are missing, the export failed, or the file disagrees with the model; nothing is written.
         OSError: the file cannot be written.
     """
-    start, say = time.perf_counter(), progress or (lambda text: None)
+    began, say = time.perf_counter(), progress or (lambda text: None)
     path = check_path(path, format)
     check_exportable(model)
-    own = next(model.parameters())
-    dtype = _resolve(format, output, own.dtype if dtype is None else dtype)
+    parameter = next(model.parameters())
+    dtype = _resolve(format, output, parameter.dtype if dtype is None else dtype)
     sizes = default_check_sizes(model) if check_sizes is None else [(int(h), int(w)) for h, w in check_sizes]
     _check_sizes(sizes, model.patch_size)
     require(format)
@@ -147,21 +147,21 @@ def export_model(
     with as_export_error("the model cannot be traced"):
         program = trace(model, output, dtype)
     remove_leftovers(path.parent)
-    with folder_beside(path) as folder:
-        new = folder / path.name
+    with directory_beside(path) as directory:
+        new = directory / path.name
         say("compiling, which takes minutes" if format == "aoti" else "writing")
         with as_export_error(f"the model could not be written as {format}"):
             WRITERS[format](program, new, output)
         say(f"comparing the file with the model at {', '.join(f'{h}x{w}' for h, w in sizes)}")
         agreement = check_file(new, format, model, output, dtype, sizes)
-        files = [new, *sorted(file for file in folder.iterdir() if file != new)]
+        files = [new, *sorted(file for file in directory.iterdir() if file != new)]
         size_mb = sum(file.stat().st_size for file in files) / 1e6
         _move(files, path)
     inputs, outputs = _described(model, output)
     least = model.patch_size + 1
     dynamic = f"batch >= 1, height >= {least}, width >= {least}, no multiple needed"
-    device = "any device with an ONNX runtime" if format == "onnx" else str(own.device)
-    seconds = time.perf_counter() - start
+    device = "any device with an ONNX runtime" if format == "onnx" else str(parameter.device)
+    seconds = time.perf_counter() - began
     names = [file.name for file in files]
     kind = str(dtype).removeprefix("torch.")
     return ExportReport(

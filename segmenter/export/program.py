@@ -84,14 +84,14 @@ def positions(encoder: VisionTransformer, grid: Size) -> torch.Tensor:
     It is always resampled, which changes no bit at the model's own grid. Where pos_embed_check="tokens" takes the rows
     as they are, because their number fits, they are picked by their number, at the price of one gather.
     """
-    own, n_extra, old = encoder.pos_embed, encoder.n_extra_tokens, encoder.patch_embed.grid_size
+    embedding, n_extra, old = encoder.pos_embed, encoder.n_extra_tokens, encoder.patch_embed.grid_size
     # in float32 always: the interpolation of half types cannot be traced for all sizes at once, and rounds more
-    resampled = resize_pos_embed(own.float(), old, grid, n_extra, encoder.pos_embed_mode).to(own.dtype)
+    resampled = resize_pos_embed(embedding.float(), old, grid, n_extra, encoder.pos_embed_mode).to(embedding.dtype)
     if encoder.pos_embed_check == "grid":
         return resampled
-    last = own.shape[1] - 1
-    rows = torch.arange(n_extra + grid[0] * grid[1], device=own.device)
-    return torch.where((rows[-1:] == last)[:, None], own[:, rows.clamp(max=last)], resampled)
+    last = embedding.shape[1] - 1
+    rows = torch.arange(n_extra + grid[0] * grid[1], device=embedding.device)
+    return torch.where((rows[-1:] == last)[:, None], embedding[:, rows.clamp(max=last)], resampled)
 
 
 def eager_twin(model: Segmenter, dtype: torch.dtype | None = None) -> Segmenter:

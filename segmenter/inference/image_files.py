@@ -79,12 +79,12 @@ def open_image(
         # turned wrongly. It may warn of a decompression bomb besides our own error. It is left to:
         # warnings.catch_warnings changes what the whole process does with warnings, and pictures are read in threads.
         with open_regular(path) as file:
-            start = file.read(len(_PNG))
-            if not start:
+            magic = file.read(len(_PNG))
+            if not magic:
                 raise ImageError("the file is empty")
-            source, texts = _without_texts(file) if start == _PNG else (file, {})
+            source, texts = _without_texts(file) if magic == _PNG else (file, {})
             file.seek(0)
-            with _identified(source, start, wanted) as image:
+            with _identified(source, magic, wanted) as image:
                 image.info.update(texts)
                 _check_size(image, max_pixels)
                 yield image
@@ -136,11 +136,11 @@ def samples_of(image: Image.Image) -> Samples:
     return Samples(int(bits[1]) if bits else {"1": 1, "F": 32}.get(image.mode, 16 if image.mode.startswith("I") else 8))
 
 
-def _identified(source: BinaryIO, start: bytes, wanted: Sequence[str]) -> Image.Image:
+def _identified(source: BinaryIO, magic: bytes, wanted: Sequence[str]) -> Image.Image:
     try:
         return Image.open(source, formats=FORMATS)
     except UnidentifiedImageError as error:
-        if start.startswith(_TIFF):
+        if magic.startswith(_TIFF):
             raise ImageError("a damaged TIFF, or one of a rare kind; convert it to PNG") from error
         raise ImageError(f"not a picture, or not one of {', '.join(wanted)}") from error
 
@@ -279,11 +279,11 @@ def _text(kind: bytes, data: bytes) -> dict[str, str]:
 
 
 class _Parts(io.RawIOBase):
-    """Parts (start, end) of a file as if they were one file."""
+    """Parts (begin, end) of a file as if they were one file."""
 
     def __init__(self, file: BinaryIO, parts: list[tuple[int, int]]):
         self._file, self._parts, self._at = file, parts, 0
-        self._ends = list(itertools.accumulate(end - start for start, end in parts))
+        self._ends = list(itertools.accumulate(end - begin for begin, end in parts))
 
     def size(self) -> int:
         return self._ends[-1]

@@ -8,13 +8,13 @@ import torch
 
 from segmenter.inference import pruned_argmax
 from segmenter.inference.images import NORMALIZATION, read_image
-from segmenter.inference.merge import View, bands
+from segmenter.inference.merge import View, fill_labels, row_blocks
 from segmenter.inference.windows import (
     Windows,
     check_finite,
     check_sizes,
+    masks_of_images,
     predict_masks,
-    resize,
     resize_to,
     resized_shape,
     windows_of,
@@ -60,7 +60,7 @@ def segment_image(
 
     Memory: the (n_cls, H, W) scores are never held whole unless asked for. Beyond the weights and one batch of
     windows, the peak is about 7 bytes a pixel of the picture (for each at another size 24 bytes a pixel of that size),
-    4 * n_cls / P**2 bytes a pixel of all windows of all views (the masks), and a few bands of 8 MB (256 MB on a GPU).
+    4 * n_cls / P**2 bytes a pixel of all windows of all views (the masks), and a few blocks of 8 MB (256 MB on a GPU).
     """
     pixels = torch.from_numpy(read_image(image))[None]
     options = (scales, flip, window_size, window_stride, batch_size, dtype, return_probabilities)
@@ -147,9 +147,8 @@ def predict(
         for picture in pixels.split(1):  # one by one: a float picture is four times as large as its bytes
             im = normalized(picture, mean, std, torch.float32)
             im = resize_to(im, scaled, f"by the scale {scale}; use a smaller one")
-            im = resize(im, window_size).to(next(model.parameters()).dtype)
-            windows = windows_of(tuple(im.shape[-2:]), window_size, window_stride, model.patch_size)
-            masks.append(predict_masks(model.masks, im, windows, batch_size))
+            of_image, windows = masks_of_images(model, im, window_size, window_stride, batch_size)
+            masks.append(of_image)
         masks = torch.cat(masks)
     return masks, windows
 
@@ -163,9 +162,8 @@ def labels_of_views(model: torch.nn.Module, views: Views, shape: tuple[int, int]
     if len(views) == 1 and windows.shape == shape and not mirrored:
         return labels_of_windows(model, masks, windows)
     labels = torch.empty(len(masks), *shape, dtype=label_dtype(masks.shape[-1]), device=masks.device)
-    for b, picture in enumerate(labels):
-        for top, scores in bands(_views_of(views, b), shape, probabilities=False):
-            picture[top : top + len(scores)] = scores.argmax(-1)
+    for b, of_image in enumerate(labels):
+        fill_labels(of_image, _views_of(views, b))
     return labels
 
 
@@ -174,14 +172,14 @@ def _with_probabilities(views: Views, shape: tuple[int, int]) -> tuple[torch.Ten
     B, n_cls = len(views[0][0]), views[0][0].shape[-1]
     labels, probabilities = torch.empty(B, *shape, dtype=label_dtype(n_cls)), torch.empty(B, n_cls, *shape)
     for b in range(B):
-        for top, scores in bands(_views_of(views, b), shape, probabilities=True):
+        for top, scores in row_blocks(_views_of(views, b), shape, probabilities=True):
             labels[b, top : top + len(scores)] = scores.argmax(-1)
             probabilities[b, :, top : top + len(scores)] = scores.permute(2, 0, 1)
     return labels, probabilities
 
 
 def _views_of(views: Views, b: int) -> list[View]:
-    return [View(masks[b].float(), *windows.geometry, mirrored) for masks, windows, mirrored in views]
+    return [View(masks[b].float(), windows, mirrored) for masks, windows, mirrored in views]
 
 
 def labels_of_windows(model: torch.nn.Module, masks: torch.Tensor, windows: Windows) -> torch.Tensor:

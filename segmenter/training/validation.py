@@ -45,11 +45,11 @@ class Validation:
         )
         return [f"{text} say nothing about other pictures"] if n else []
 
-    def __call__(self, model: torch.nn.Module, folder: Path, step: int) -> dict[str, Any]:
+    def __call__(self, model: torch.nn.Module, directory: Path, step: int) -> dict[str, Any]:
         """Scores of all processes together, in percent: val_mIoU, val_mAcc, val_aAcc, val_IoU, and val_pictures.
 
         Args:
-            model: is put into evaluation mode and back. folder: where overlays go, as STEP_NAME.png.
+            model: is put into evaluation mode and back. directory: where overlays go, as STEP_NAME.png.
         Raises:
             DataError: a sample that cannot be read, unless bad ones are to be skipped.
         """
@@ -70,10 +70,10 @@ class Validation:
                 matrix.merge(outcome.counts.matrix)
                 done += 1
                 if outcome.sample in self.drawn:
-                    folder.mkdir(exist_ok=True)
+                    directory.mkdir(exist_ok=True)
                     facts = (outcome.pixels, outcome.label, outcome.prediction)
                     panel = comparison(*facts, self.dataset.classes, self.dataset.ignore_index)
-                    save_png(panel, folder / f"{step:07d}_{outcome.sample.name.replace('/', '_')}.png")
+                    save_png(panel, directory / f"{step:07d}_{outcome.sample.name.replace('/', '_')}.png")
         finally:
             model.train(training)
         if group.sums([error is not None])[0]:  # in every process: none waits for one that has ended

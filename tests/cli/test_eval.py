@@ -15,8 +15,8 @@ from PIL import Image
 from segmenter.cli import main
 from segmenter.cli.arguments import build_parser
 from segmenter.cli.commands import eval as eval_module
-from segmenter.cli.records import FOLDER as RECORDS
-from segmenter.cli.shards import FOLDER as REPORT
+from segmenter.cli.records import DIRECTORY as RECORDS
+from segmenter.cli.shards import DIRECTORY as REPORT
 from segmenter.data.datasets import open_dataset
 from segmenter.evaluation import evaluate as evaluate_module
 from segmenter.evaluation.evaluate import MULTISCALE, Protocol, evaluate

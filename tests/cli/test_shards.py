@@ -15,7 +15,7 @@ from segmenter.cli import main
 from segmenter.cli.commands import predict as predict_module
 from segmenter.cli.errors import CommandError
 from segmenter.cli.report import Tally, say, write_failed
-from segmenter.cli.shards import FOLDER, Shard, SharedReport
+from segmenter.cli.shards import DIRECTORY, Shard, SharedReport
 from segmenter.inference import stream as stream_module
 from tests.cli.conftest import VARIABLES
 from tests.cli.tools import files, labels_of, load_json, picture
@@ -85,7 +85,7 @@ def test_processes_share_the_pictures_and_the_last_one_reports(out, argv, proces
         told = "segmenter: 3 processes share 7 pictures\n" if rank == 0 else ""
         assert capsys.readouterr() == ("", told)
     assert not (out / "failed.json").exists()
-    assert (out / FOLDER).exists()
+    assert (out / DIRECTORY).exists()
     process(order[2], world=3)
     assert main(argv) == 0, "another status would end the other processes"
     captured = capsys.readouterr()
@@ -94,7 +94,7 @@ def test_processes_share_the_pictures_and_the_last_one_reports(out, argv, proces
     assert captured.err.count("segmenter: failed: ") == 2
     assert [Path(f["image"]).name for f in load_json(out / "failed.json")] == ["2.png", "5.png"]
     assert done(out) == [f"{i}_labels.png" for i in (0, 1, 3, 4, 6)]
-    assert not (out / FOLDER).exists()
+    assert not (out / DIRECTORY).exists()
 
 
 def test_each_process_does_only_its_part(out, argv, process):
@@ -124,7 +124,7 @@ def test_after_a_lost_process_the_restart_completes_and_reports(many, out, argv,
     assert main(argv) == 0
     assert capsys.readouterr().out.startswith("2 done, 3 skipped, 2 failed of 7 in ")
     assert {f: (out / f).stat().st_mtime_ns for f in done(out)} == before, "nothing twice"
-    assert not (out / FOLDER).exists()
+    assert not (out / DIRECTORY).exists()
 
 
 def test_resume_by_one_process_completes_what_several_left(out, argv, process, monkeypatch, capsys):
@@ -154,9 +154,9 @@ def test_only_one_of_those_that_finish_together_reports(tmp_path):
     read = [reports[0]._read(rank) for rank in (0, 1)]
     assert not reports[0]._claim(read), "the other one has"
     reports[1].remove()
-    assert not tmp_path.joinpath(FOLDER).exists()
+    assert not tmp_path.joinpath(DIRECTORY).exists()
     assert not reports[0]._claim(read), "reported and removed"
-    tmp_path.joinpath(FOLDER).mkdir()
+    tmp_path.joinpath(DIRECTORY).mkdir()
     assert not reports[0]._claim(read)
     assert files(tmp_path) == []
 
@@ -264,4 +264,4 @@ def test_torchrun_goes_on_after_a_killed_process(trained, many, out, argv, tmp_p
     for i in (0, 1, 3, 4, 6):
         expected = trained.segment(many / f"{i}.png").numpy()
         np.testing.assert_array_equal(labels_of(out / f"{i}_labels.png"), expected)
-    assert not (out / FOLDER).exists()
+    assert not (out / DIRECTORY).exists()

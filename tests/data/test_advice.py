@@ -48,7 +48,7 @@ CASES = [  # values, reduce_zero, names -> parts of each text, in order
 def test_values_and_what_is_said_of_them(values, reduce_zero, names, texts):
     counts = value_counts(np.array([values, values], np.uint8))
     assert counts == dict.fromkeys(values, 2)
-    told = advice(counts, Ids(reduce_zero), names, own=True)
+    told = advice(counts, Ids(reduce_zero), names, custom=True)
     assert len(told) == len(texts), told
     for text, pattern in zip(told, texts, strict=True):
         assert re.search(pattern, text), text
@@ -56,9 +56,9 @@ def test_values_and_what_is_said_of_them(values, reduce_zero, names, texts):
 
 def test_of_some_files_or_of_known_data_sets_less_is_said():
     counts = {0: 5, 255: 5}
-    known = advice(counts, Ids(), TWO, own=False)
+    known = advice(counts, Ids(), TWO, custom=False)
     assert known == ["no class occurs but 'ground' (value 0): nothing else can be learned"]
-    assert advice({0: 1, 1: 1, 255: 1}, Ids(), THREE, own=True, whole=False) == []
+    assert advice({0: 1, 1: 1, 255: 1}, Ids(), THREE, custom=True, whole=False) == []
 
 
 @pytest.mark.parametrize(

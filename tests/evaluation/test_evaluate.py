@@ -24,7 +24,7 @@ from segmenter.evaluation.evaluate import (
 )
 from segmenter.evaluation.metrics import ConfusionMatrix
 from segmenter.inference.images import normalize
-from segmenter.inference.windows import inference
+from segmenter.inference.merge import inference
 from tests.cli.tools import picture
 from tests.support.data_sets import make_data_set, rectangles, save
 from tests.support.tiny import tiny_model
@@ -149,7 +149,7 @@ def test_an_interrupt_is_one_wherever_it_comes(monkeypatch, tmp_path, place):
     monkeypatch.setattr(datasets_module if place == "read_image" else evaluate_module, place, interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(stream)
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("segmenter-evaluate")]
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("segmenter-reader")]
     assert left == []
 
 

@@ -18,7 +18,7 @@ from segmenter.export import formats
 from segmenter.export import program as export_program
 from segmenter.export.check import ExportError, default_check_sizes, export_model
 from segmenter.export.program import eager_twin, positions, trace
-from segmenter.files import folder_beside
+from segmenter.files import directory_beside
 from segmenter.inference.images import NORMALIZATION, normalize
 from segmenter.layers import resize_pos_embed
 from segmenter.ops import EAGER
@@ -237,7 +237,7 @@ def test_no_room_is_an_error_that_names_the_file(size, tmp_path):
 def test_leftovers_of_a_killed_export_are_removed(tmp_path):
     (tmp_path / ".segmenter-1.tmp").mkdir()
     (tmp_path / ".segmenter-1.tmp" / "model.pt2").write_text("half")
-    with folder_beside(tmp_path / "other.pt2") as running:
+    with directory_beside(tmp_path / "other.pt2") as running:
         export_model(tiny_model(**LINEAR), tmp_path / "model.pt2", "torch", check_sizes=[(64, 64), (40, 72)])
         assert sorted(tmp_path.iterdir()) == sorted([running, tmp_path / "model.pt2"])
 

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import segmenter.inference.merge as bands_module
+import segmenter.inference.merge as merge_module
 import segmenter.inference.pruned_argmax as labels_module
-import segmenter.inference.segment as segment_module
+import segmenter.inference.windows as windows_module
 from bench.published import published_inference
 from segmenter import segment_image
 from segmenter.inference.images import ImageError, normalize
+from segmenter.inference.merge import inference
 from segmenter.inference.segment import cpu_has_bfloat16, resolve_dtype
-from segmenter.inference.windows import inference
 from tests.support.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -48,10 +48,10 @@ def test_labels_are_the_published_ones_at_the_pictures_own_size(model, h, w, str
         assert len(got.unique()) >= 3
 
 
-def test_labels_do_not_depend_on_bands_or_batches(model, monkeypatch):
+def test_labels_do_not_depend_on_blocks_or_batches(model, monkeypatch):
     pixels = picture(90, 130)
     want = model.segment(pixels, window_stride=40)
-    monkeypatch.setitem(bands_module.BAND_BYTES, "cpu", 1)
+    monkeypatch.setitem(merge_module.BLOCK_BYTES, "cpu", 1)
     assert torch.equal(model.segment(pixels, window_stride=40, batch_size=5), want)
 
 
@@ -90,8 +90,8 @@ def test_a_picture_made_smaller_and_larger_again_is_not_the_picture(model, side)
 
 def test_scaled_sides_are_rounded_half_up(model, monkeypatch):
     shapes = []
-    original = segment_module.resize
-    monkeypatch.setattr(segment_module, "resize", lambda im, size: shapes.append(im.shape) or original(im, size))
+    original = windows_module.resize
+    monkeypatch.setattr(windows_module, "resize", lambda im, size: shapes.append(im.shape) or original(im, size))
     model.segment(picture(70, 91), scales=(0.5, 1.5, 0.001))
     assert [tuple(s[2:]) for s in shapes] == [(35, 46), (105, 137), (1, 1)]  # 45.5 and 136.5 go up
 
@@ -150,7 +150,7 @@ def test_the_full_score_map_is_never_held(window, noise, monkeypatch):
     if noise:
         masks = torch.randn(9, n_cls, -(-window.get("window_size", 320) // patch), 20)
         monkeypatch.setattr(model, "masks_of_pixels", lambda x: torch.randn(len(x), n_cls, *masks.shape[2:3] * 2))
-    for module, name in ((bands_module, "BAND_BYTES"), (labels_module, "STRIP_BYTES")):
+    for module, name in ((merge_module, "BLOCK_BYTES"), (labels_module, "STRIP_BYTES")):
         small = 40_000 if name == "STRIP_BYTES" else {"cpu": 40_000, "cuda": 40_000}
         monkeypatch.setattr(module, name, small)
     model.info.window_size = model.info.window_stride = 320
@@ -208,12 +208,12 @@ def test_memory_is_what_the_docstring_says():
     assert 3 < min(peaks) < 9
 
 
-def test_bands_stay_small_for_small_pictures_that_are_enlarged(model, monkeypatch):
+def test_blocks_stay_small_for_small_pictures_that_are_enlarged(model, monkeypatch):
     """A row of a tiny picture needs many rows of the enlarged one; those are what must fit into a band."""
     sizes = []
-    original = bands_module.View._buffer
-    monkeypatch.setattr(bands_module.View, "_buffer", lambda *a: sizes.append((b := original(*a)).numel() * 4) or b)
-    monkeypatch.setitem(bands_module.BAND_BYTES, "cpu", 60_000)
+    original = merge_module.View._buffer
+    monkeypatch.setattr(merge_module.View, "_buffer", lambda *a: sizes.append((b := original(*a)).numel() * 4) or b)
+    monkeypatch.setitem(merge_module.BLOCK_BYTES, "cpu", 60_000)
     pixels = picture(24, 30)
     labels = model.segment(pixels, window_size=240)
     assert torch.equal(labels.long(), published_labels(model, pixels, 240, 240))

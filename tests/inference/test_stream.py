@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from segmenter import segment_stream
+from segmenter.inference import read_ahead
 from segmenter.inference import stream as stream_module
 from segmenter.inference.images import ImageError, read_image
-from segmenter.inference.stream import PictureMemoryError, results
+from segmenter.inference.stream import ImageMemoryError, results
 from tests.cli.tools import picture
 
 ROOT = Path(__file__).parents[2]
@@ -335,7 +336,7 @@ def test_then_windows_a_call_are_halved(model, monkeypatch, batches):
 def test_one_window_too_much_says_what_to_do(model, monkeypatch, batches):
     exhaust(monkeypatch, batches, lambda *_: False, torch.OutOfMemoryError("CUDA out of memory"))
     images = ["first", *pictures("A")]
-    with pytest.raises(PictureMemoryError, match="use a smaller window_size.*CUDA out of memory") as caught:
+    with pytest.raises(ImageMemoryError, match="use a smaller window_size.*CUDA out of memory") as caught:
         list(segment_stream(model, images, on_error=lambda *_: None))
     assert caught.value.source is images[1]
     assert isinstance(caught.value, torch.OutOfMemoryError)
@@ -352,26 +353,26 @@ def test_other_errors_of_the_model_are_not_taken_for_memory(model, monkeypatch, 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_reading_pauses_when_much_is_waiting(model, tmp_path, monkeypatch, limit, mixed):
     """At most the limit and one picture a worker are held; it ends whatever comes from files and what from memory."""
-    monkeypatch.setattr(stream_module, "MAX_BYTES", limit)
+    monkeypatch.setattr(read_ahead, "MAX_BYTES", limit)
     arrays = pictures("A" * 12)
     paths = save(tmp_path, arrays)
     images = [arrays[i] if mixed and i % 3 else path for i, path in enumerate(paths)]
     nbytes = arrays[0].nbytes
     held = []
-    read = stream_module._Reader._read
+    run = read_ahead.ReadAhead.run
 
-    def watched(self, slot):
-        read(self, slot)
+    def watched(self, call):
+        run(self, call)
         held.append(self._held)
 
-    monkeypatch.setattr(stream_module._Reader, "_read", watched)
+    monkeypatch.setattr(read_ahead.ReadAhead, "run", watched)
     assert_labels(model, segment_stream(model, images, batch_size=4, workers=2), arrays)
     assert len(held) == 12
     assert nbytes <= max(held) <= limit + (3 if mixed else 2) * nbytes
 
 
 def test_a_file_is_read_although_pictures_behind_it_fill_the_memory(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream_module, "MAX_BYTES", 0)
+    monkeypatch.setattr(read_ahead, "MAX_BYTES", 0)
     arrays = pictures("AAA")
     paths = save(tmp_path, arrays)
 
@@ -416,7 +417,7 @@ def test_an_interrupt_ends_the_threads(model, tmp_path, monkeypatch, error):
 def test_closing_does_not_wait_for_a_file_that_hangs(model, tmp_path, monkeypatch):
     paths = save(tmp_path, pictures("AAA"))
     hangs = threading.Event()
-    monkeypatch.setattr(stream_module, "_CLOSING_SECONDS", 0.05)
+    monkeypatch.setattr(read_ahead, "_CLOSING_SECONDS", 0.05)
     monkeypatch.setattr(
         stream_module, "read_image", lambda path: (path == paths[2] and hangs.wait(), read_image(path))[1]
     )

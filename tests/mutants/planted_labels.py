@@ -185,8 +185,8 @@ LABELS = planted_in(
             "torch.minimum(most, above, out=most)",
         ),
         "windows_of_the_other_axis": (
-            "(rows.first[y] + slot_y) * len(view.lefts)",
-            "(rows.first[y] + slot_y) * len(view.tops)",
+            "(rows.first[y] + slot_y) * len(view.windows.lefts)",
+            "(rows.first[y] + slot_y) * len(view.windows.tops)",
         ),
         "windows_summed_not_averaged": (
             "return total if len(self.weights) == 1 else total.div_(len(self.weights))",
@@ -197,16 +197,16 @@ LABELS = planted_in(
             "counts.argsort()",
         ),
         "dense_strip_at_the_top": (
-            "labels[start:stop] = best",
-            "labels[start - top : stop - top] = best",
+            "labels[begin:stop] = best",
+            "labels[begin - top : stop - top] = best",
         ),
         "dense_windows_summed_not_averaged": (
-            "            best.div_(count[start:stop, :, None])\n",
+            "            best.div_(count[begin:stop, :, None])\n",
             "            pass\n",
         ),
         "dense_rows_of_the_first_window": (
-            "y, end = max(start - anchor, 0),",
-            "y, end = max(start - view.tops[0], 0),",
+            "y, end = max(begin - anchor, 0),",
+            "y, end = max(begin - windows.tops[0], 0),",
         ),
         "dense_rows_kept_too_long": (
             "                upsampled.pop(i, None)\n",
@@ -214,12 +214,12 @@ LABELS = planted_in(
             "the same labels, in more memory",
         ),
         "dense_mask_rows_shifted": (
-            "torch.cat([rows[:, first - start :], more], 1)",
+            "torch.cat([rows[:, first - begin :], more], 1)",
             "torch.cat([rows, more], 1)",
         ),
         "dense_windows_together_all_on_the_left": (
-            "zip(values, view.lefts[j:], strict=False)",
-            "zip(values, view.lefts, strict=False)",
+            "zip(values, windows.lefts[j:], strict=False)",
+            "zip(values, windows.lefts, strict=False)",
         ),
         "dense_product_rounded": (
             "torch.addcmul(values, above[j : j + together], rest_h[a:b], out=values)",
@@ -238,8 +238,8 @@ LABELS = planted_in(
             "h, w = w[:, None, :n], h[:, :n]",
         ),
         "last_strip_left_out": (
-            "for start in range(0, len(rows.first), step):",
-            "for start in range(0, len(rows.first) - step + 1, step):",
+            "for begin in range(0, len(rows.first), step):",
+            "for begin in range(0, len(rows.first) - step + 1, step):",
         ),
     },
 )

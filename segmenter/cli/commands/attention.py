@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
         for layer in layers:
             maps = attention_maps(model, im, args.part, layer)
             for name, query in queries.items():
-                folder = output / f"{args.part[:3]}_layer{layer}" / name
-                with writing_into(folder):
-                    _write_maps(folder, maps[:, query].cpu().numpy(), heads, pixels, P)
+                directory = output / f"{args.part[:3]}_layer{layer}" / name
+                with writing_into(directory):
+                    _write_maps(directory, maps[:, query].cpu().numpy(), heads, pixels, P)
     out(f"attention maps: {len(layers) * len(queries) * len(heads)} -> {args.output}")
     return OK
 
@@ -68,13 +68,13 @@ def attention_maps(model: Segmenter, im: torch.Tensor, part: str, layer: int) ->
     return attention.unflatten(2, (im.shape[-2] // model.patch_size, im.shape[-1] // model.patch_size)).float()
 
 
-def _write_maps(folder: Path, maps: np.ndarray, heads: list[int], pixels: np.ndarray, patch_size: int) -> None:
+def _write_maps(directory: Path, maps: np.ndarray, heads: list[int], pixels: np.ndarray, patch_size: int) -> None:
     tiles = [("input", pixels)]
     for head in heads:
         tile = enlarge(heat_colors(maps[head]), patch_size)
-        save_png(tile, folder / f"head{head}.png")
+        save_png(tile, directory / f"head{head}.png")
         tiles.append((f"head {head}   max {maps[head].max():.2g}", tile))
-    save_png(attention_grid(tiles), folder / "grid.png")
+    save_png(attention_grid(tiles), directory / "grid.png")
 
 
 def _layers(args: argparse.Namespace, model: Segmenter) -> list[int]:

@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     if args.truth:
         subject = replace(subject, truth=_read_truth(Path(args.truth), models[0].n_cls, subject))
     named = next((model for model in models if model.info.classes), models[0])
-    own = subject.dataset is None or args.classes
-    classes = choose_classes(args.classes, named) if own else subject.dataset.classes
+    from_model = subject.dataset is None or args.classes
+    classes = choose_classes(args.classes, named) if from_model else subject.dataset.classes
     compared = _compare(args, models, subject)
     data = report(args, subject, classes, compared, device)
     write(Path(args.output), subject, classes, compared, data)

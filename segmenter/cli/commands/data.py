@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 from typing import Any
 
 from segmenter.cli.errors import OK, SOME_FAILED, CommandError
@@ -11,12 +10,13 @@ from segmenter.cli.output import err, out
 from segmenter.data.check import CheckReport, SplitReport, check_dataset
 from segmenter.data.datasets import find_source
 from segmenter.data.label_files import DataError
+from segmenter.inference.read_ahead import usual_workers
 
 
 def run(args: argparse.Namespace) -> int:
-    workers = args.workers or min(os.cpu_count() or 1, 4)
+    workers = args.workers or usual_workers()
     try:
-        report = check_dataset(find_source(args.folder, args.kind, args.classes), args.split, workers, bar=True)
+        report = check_dataset(find_source(args.root, args.kind, args.classes), args.split, workers, bar=True)
     except DataError as error:
         raise CommandError(str(error)) from error
     for error in report.bad:

@@ -9,7 +9,6 @@ import glob
 import itertools
 import os
 import sys
-import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,17 +20,16 @@ import numpy as np
 from tqdm import tqdm
 
 from segmenter.classes import ClassSet
-from segmenter.cli.errors import DEVICE, FAILURE, OK, SOME_FAILED, CommandError
+from segmenter.cli.errors import DEVICE, FAILURE, CommandError
 from segmenter.cli.loading import choose_classes, load
-from segmenter.cli.output import err
 from segmenter.cli.report import FAILED, Tally, say, write_failed, write_json
 from segmenter.cli.resume import is_done, picture_facts, run_settings
-from segmenter.cli.shards import Shard, SharedReport
+from segmenter.cli.shards import Shard, run_part
 from segmenter.errors import cause
 from segmenter.files import remove_leftovers, same_form, walk, write_atomically
 from segmenter.inference.images import suffixes
 from segmenter.inference.segment import compute_dtype
-from segmenter.inference.stream import PictureMemoryError, Result, results
+from segmenter.inference.stream import ImageMemoryError, Result, results
 from segmenter.model import Segmenter
 from segmenter.visualize import class_shares, overlay, save_label_png, save_png, with_legend
 
@@ -48,7 +46,7 @@ class Job:
 
 @dataclass
 class Batch:
-    """What all pictures of a run share, and how far it is. `folders`: those that results have been put into."""
+    """What all pictures of a run share, and how far it is. `directories`: those that results have been put into."""
 
     args: argparse.Namespace
     model: Segmenter
@@ -57,7 +55,7 @@ class Batch:
     output: Path
     resume: bool
     tally: Tally = field(default_factory=Tally)
-    folders: set[Path] = field(default_factory=set)
+    directories: set[Path] = field(default_factory=set)
 
     def fail(self, place: int, job: Job, error: Exception) -> None:
         self.tally.failed[place] = {"image": str(job.source), "error": str(error)}
@@ -88,30 +86,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(jobs: list[Job], batch: Batch, shard: Shard) -> int:
-    args, output, settings = batch.args, batch.output, batch.settings
-    shared = None
-    if shard.world > 1:
-        shared = SharedReport(shard, output, [[(str(job.source), job.name) for job in jobs], settings])
-        if shard.rank == 0:
-            err(f"segmenter: {shard.world} processes share {len(jobs)} pictures")
     mine = shard.part(jobs)
-    start, finished = time.perf_counter(), False
-    try:
-        no_bar = shard.rank > 0 or None  # None: no bar unless on a terminal
-        with tqdm(total=len(mine), unit="picture", file=sys.stderr, disable=no_bar) as bar:
-            _do(mine, batch, bar)
-        finished = True
-    finally:  # also after Ctrl-C or a full disk: say what there is
-        seconds = time.perf_counter() - start
-        if shared is None:
-            _report(batch, len(jobs), seconds, finished)
-        elif finished:
-            _report_together(shared, batch, len(jobs), seconds)
-        else:
-            early = f"process {shard.rank} of {shard.world} stopped early, --resume goes on: "
-            say(batch.tally, len(mine), seconds, args.output, early)
-    # to torchrun any other status is a lost process, for which it ends the others
-    return SOME_FAILED if batch.tally.failed and shared is None else OK
+    no_bar = shard.rank > 0 or None  # None: no bar unless on a terminal
+
+    def do() -> None:
+        try:
+            with tqdm(total=len(mine), unit="picture", file=sys.stderr, disable=no_bar) as bar:
+                _do(mine, batch, bar)
+        except BaseException:
+            if shard.world == 1:
+                with contextlib.suppress(OSError):  # show what stopped it instead
+                    write_failed(batch.tally, batch.output)
+            raise
+
+    def report(tally: Tally, seconds: float) -> None:
+        try:
+            write_failed(tally, batch.output)
+        finally:
+            say(tally, len(jobs), seconds, batch.args.output, processes=shard.world)
+
+    planned = [(str(job.source), job.name) for job in jobs]
+    return run_part(shard, batch.args.output, planned, batch.settings, batch.tally, do, report)
 
 
 def plan(inputs: Iterable[str], output: Path) -> list[Job]:
@@ -129,9 +124,9 @@ def plan(inputs: Iterable[str], output: Path) -> list[Job]:
     seen: set[str] = set()
     taken = {Path(FAILED).stem}
     numbers: dict[str, int] = {}  # name with suffix -> the last number that was tried after it
-    folders = _Folders()
+    places = _Places()
     for path, relative in _expand(inputs, output.resolve()):
-        if (target := folders.target(path)) in seen:
+        if (target := places.target(path)) in seen:
             continue
         seen.add(target)
         name = relative.with_suffix("").as_posix()
@@ -176,8 +171,8 @@ def _matches(pattern: Path) -> tuple[list[Path], list[str]]:
     """The files that a glob pattern means, sorted, and what could not be looked at for **."""
     before = list(itertools.takewhile(lambda part: part != "**", pattern.parts))
     after = pattern.parts[len(before) :]
-    start = str(Path(*before))
-    places = sorted(Path(p) for p in (glob.glob(start) if glob.has_magic(start) else [start]))
+    base = str(Path(*before))
+    places = sorted(Path(p) for p in (glob.glob(base) if glob.has_magic(base) else [base]))
     if not after:
         return [p for p in places if not os.path.isdir(p)], []
     found, problems = [], []  # glob itself goes round in circles where links do
@@ -201,17 +196,17 @@ def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 def _refuse_to_overwrite(jobs: Iterable[Job], output: Path, args: argparse.Namespace) -> None:
     """Raises CommandError if a picture lies where a result, or the list of failures, would be written."""
-    folders = _Folders()
+    places = _Places()
     sources = {
-        _key(place): job.source for job in jobs for place in (folders.place(job.source), folders.target(job.source))
+        _key(place): job.source for job in jobs for place in (places.place(job.source), places.target(job.source))
     }
     names = (name for job in jobs for name in (*_files(job, args).values(), f"{job.name}.json"))
     for name in itertools.chain([FAILED], names):
-        if (source := sources.get(_key(folders.place(output / name)))) is not None:
+        if (source := sources.get(_key(places.place(output / name)))) is not None:
             raise CommandError(f"{source}: a result would be written over this input; choose another --output")
 
 
-class _Folders:
+class _Places:
     """Where paths really lie; each folder is looked up once."""
 
     def __init__(self):
@@ -258,7 +253,7 @@ def _do(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm) -> None:
             for result in stream:
                 _finish(*taken.popleft(), result, batch)
                 bar.update()
-    except PictureMemoryError as error:
+    except ImageMemoryError as error:
         text = f"{error.source}: not enough memory for one window at a time; use a smaller --window-size or --scales, "
         raise CommandError(f"{text}--dtype auto, or --device cpu", DEVICE) from error
 
@@ -309,11 +304,11 @@ def _errors_of_writing(job: Job, output: Path) -> Iterator[None]:
 
 def _make_room(job: Job, batch: Batch) -> None:
     """Makes the folder, and raises OSError for names that are too long, before time is spent on the picture."""
-    folder = (batch.output / job.name).parent
-    if folder not in batch.folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        batch.folders.add(folder)
+    directory = (batch.output / job.name).parent
+    if directory not in batch.directories:
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory)
+        batch.directories.add(directory)
     for name in (*_files(job, batch.args).values(), f"{job.name}.json"):
         with contextlib.suppress(FileNotFoundError):
             os.lstat(batch.output / name)
@@ -345,22 +340,3 @@ def _write_results(
         "settings": batch.settings,
     }
     write_json(batch.output / f"{job.name}.json", result)
-
-
-def _report(batch: Batch, total: int, seconds: float, finished: bool) -> None:
-    try:
-        with contextlib.nullcontext() if finished else contextlib.suppress(OSError):  # show what stopped it instead
-            write_failed(batch.tally, batch.output)
-    finally:
-        say(batch.tally, total, seconds, batch.args.output, "" if finished else "stopped early, --resume goes on: ")
-
-
-def _report_together(shared: SharedReport, batch: Batch, total: int, seconds: float) -> None:
-    """One report of all processes, made by the one that finishes last; the others say nothing."""
-    merged = shared.finish(batch.tally, seconds)
-    if merged is not None:
-        try:
-            write_failed(merged[0], batch.output)
-        finally:
-            say(merged[0], total, merged[1], batch.args.output, by=f" by {shared.shard.world} processes")
-        shared.remove()

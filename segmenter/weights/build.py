@@ -10,7 +10,7 @@ import torch.nn as nn
 from segmenter.config import ModelConfig
 from segmenter.model import Segmenter, create_segmenter
 from segmenter.weights.read import MAX_NAMES, CheckpointError, listing
-from segmenter.weights.recognise import Recognised, State, architecture, kind_of, n_blocks
+from segmenter.weights.recognise import Recognised, architecture, kind_of, n_blocks
 
 _FOREIGN = {
     "mmseg": "it looks like mmsegmentation; `load_any` and `segmenter convert` read it",
@@ -85,15 +85,10 @@ def build(found: Recognised, impl: str, source: str) -> Segmenter:
         load_state(model, state, source, recognised)
         return model.eval()
     encoder = model.encoder
-    load_state(encoder, encoder_state(state), source)
+    load_state(encoder, {name.removeprefix("encoder."): t for name, t in state.items()}, source)  # refuses any other
     model = create_segmenter(config, impl)
     model.encoder = encoder
     return model.eval()
-
-
-def encoder_state(state: Mapping[str, torch.Tensor]) -> State:
-    """The `encoder.*` of `state`, under the names that they have in the encoder itself."""
-    return {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
 
 
 def _hint(config: ModelConfig | None, state: Mapping[str, torch.Tensor], recognised: bool) -> str:

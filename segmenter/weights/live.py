@@ -9,7 +9,7 @@ import torch.nn as nn
 from segmenter.config import ModelConfig
 from segmenter.encoder import VisionTransformer
 from segmenter.errors import cause
-from segmenter.weights.build import encoder_state, load_state
+from segmenter.weights.build import load_state
 from segmenter.weights.read import CheckpointError
 from segmenter.weights.recognise import State
 from segmenter.weights.settings import hugging_face_fields, normalization_of
@@ -69,7 +69,8 @@ def compare(model: nn.Module, kind: str, state: State, encoder: dict[str, Any]) 
         return None
     with torch.device("meta"):
         ours = VisionTransformer(**encoder, dropout=0.0, impl="eager").eval()
-    load_state(ours, encoder_state(state), type(model).__name__)
+    weights = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
+    load_state(ours, weights, type(model).__name__)
     generator = torch.Generator().manual_seed(0)
     picture = torch.randn(1, 3, *encoder["image_size"], generator=generator, device="cpu")
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):

@@ -315,6 +315,16 @@ def test_encoders_get_a_random_decoder(tmp_path):
         load_any(tmp_path / "broken.pth", n_cls=4)
 
 
+def test_half_a_decoder_is_not_replaced_by_a_random_one(tmp_path):
+    state = {name: tensor for name, tensor in tiny_model().state_dict().items() if name != "decoder.cls_emb"}
+    torch.save(state, tmp_path / "half.pth")
+    with (
+        pytest.warns(UserWarning, match="no variant.yml"),
+        pytest.raises(CheckpointError, match=r"half\.pth does not fit the model\n  20 unexpected: decoder\.proj_patch"),
+    ):
+        load_any(tmp_path / "half.pth", n_cls=3)
+
+
 def test_npz_from_disk(tmp_path):
     np.savez(tmp_path / "vit.npz", **{name: tensor.numpy() for name, tensor in jax_arrays().items()})
     model = load_any(tmp_path / "vit.npz", n_cls=6, image_size=96, normalization="deit")

@@ -104,6 +104,13 @@ def check(row: Kernel) -> list[str]:
     return found
 
 
+def failed(case: Case, architecture: str, error: str) -> Kernel:
+    """The row of what there is no kernel of."""
+    row = Kernel(case.op, architecture, case.dtype, case.precision, case.what, error=error)
+    row.failures = check(row)
+    return row
+
+
 def compile_row(task: Task) -> Kernel:
     """Records the launch, compiles it and looks at the result. What goes wrong is in the row."""
     case, architecture = task.case, task.architecture
@@ -205,19 +212,17 @@ def selected(
 def distinct_tasks(chosen: Iterable[tuple[Case, str]]) -> tuple[list[Task], list[Kernel]]:
     """One task for each binary, and the cases that cannot even be recorded."""
     tasks: dict[tuple, Task] = {}
-    failed = []
+    rows = []
     for case, architecture in chosen:
         try:
             launches = record(case, architecture)
         except Exception as error:  # reported like a kernel that does not compile
-            row = Kernel(case.op, architecture, case.dtype, case.precision, case.what)
-            row.error = f"cannot be called: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            row.failures = check(row)
-            failed.append(row)
+            text = f"cannot be called: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            rows.append(failed(case, architecture, text))
             continue
         for index, recorded in enumerate(launches):
             tasks.setdefault(aot.identity(recorded, architecture), Task(case, architecture, index))
-    return list(tasks.values()), failed
+    return list(tasks.values()), rows
 
 
 def compile_all(tasks: list[Task], jobs: int) -> list[Kernel]:
@@ -227,11 +232,7 @@ def compile_all(tasks: list[Task], jobs: int) -> list[Kernel]:
         crashed = _compile_in_pool(tasks, jobs, rows, progress)
         for task in crashed:  # a dead worker takes all that wait with it: find out which of them it was
             if _compile_in_pool([task], 1, rows, progress):
-                case = task.case
-                row = Kernel(case.op, task.architecture, case.dtype, case.precision, case.what)
-                row.error = "does not compile: the compiler's process died"
-                row.failures = check(row)
-                rows[task] = row
+                rows[task] = failed(task.case, task.architecture, "does not compile: the compiler's process died")
                 progress.update()
     return [rows[task] for task in tasks]
 
@@ -254,21 +255,8 @@ def _compile_in_pool(tasks: list[Task], jobs: int, rows: dict[Task, Kernel], pro
 # ---------------------------------------------------------------------------------------------------------------------
 # Showing it
 
-COLUMNS = (
-    "op",
-    "arch",
-    "type",
-    "what",
-    "config",
-    "regs",
-    "spill",
-    "instr.",
-    "shared",
-    "matrix",
-    "ser.",
-    "haz.",
-    "per SM",
-)
+HEADER = "op, arch, type, what, config, regs, spill, instr., shared, matrix, ser., haz., per SM"
+COLUMNS = tuple(HEADER.split(", "))
 
 
 def table(rows: list[Kernel]) -> str:
@@ -287,8 +275,8 @@ def table(rows: list[Kernel]) -> str:
         lines.append(tuple(str(value) for value in (*line, row.programs_per_sm)))
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     texts = ["  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)) for line in lines]
-    failed = ["", *("  FAILED" if row.failures else "" for row in rows)]
-    return "\n".join((text + mark).rstrip() for text, mark in zip(texts, failed, strict=True))
+    marks = ["", *("  FAILED" if row.failures else "" for row in rows)]
+    return "\n".join((text + mark).rstrip() for text, mark in zip(texts, marks, strict=True))
 
 
 def about_assemblers() -> str:
@@ -297,8 +285,8 @@ def about_assemblers() -> str:
     if not others:
         return f"sm_90 by ptxas {first}, the only one there is"
     return (
-        f"sm_90 by ptxas {first}, which Triton takes up to sm_90, and by {', '.join(others)}, which it takes from "
-        "sm_100 on, and for sm_90 if TRITON_PTXAS_PATH names it"
+        f"sm_90 by ptxas {first}, Triton's choice there (TRITON_PTXAS_PATH names another), and by {', '.join(others)}, "
+        "bundled too: of the two, ptxas and ptxas-blackwell, the second is its choice from sm_100 on"
     )
 
 
@@ -326,9 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no case is left to compile")
     tasks, rows = distinct_tasks(chosen)
     rows += compile_all(tasks, args.jobs)
-    rows.sort(
-        key=lambda row: (row.op, [*SHARED_MEMORY].index(row.architecture), list(TYPES).index(row.dtype), row.what)
-    )
+    order = {name: i for i, name in enumerate((*SHARED_MEMORY, *TYPES))}
+    rows.sort(key=lambda row: (row.op, order[row.architecture], order[row.dtype], row.what))
     print(table(rows))
     failures = [f"{r.op} {r.architecture} {r.dtype} {r.what}: {text}" for r in rows for text in r.failures]
     for row in rows:

@@ -31,11 +31,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from bench import ceilings, long_sequences, machine, profile_report, profiling, providers, timing, traces
-from bench.ceilings import Ceilings
+from bench import long_sequences, profile_report, profiling, providers, results, timing, traces
 from bench.long_sequences import Point
 from bench.profiling import Profile, Regions
 from bench.shapes import WIDTHS, Shape, forward_flops
+from bench.timing import Ceilings
 
 QUICK = 1.0  # seconds: a forward below it is profiled several times
 FORWARDS = 3
@@ -313,7 +313,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--classes", type=int, default=150, help="2 to 256 (default: 150)")
     parser.add_argument("--providers", nargs="+", choices=providers.PROVIDERS, help=default("providers"))
-    parser.add_argument("--dtype", choices=machine.DTYPES, help=default("dtype"))
+    parser.add_argument("--dtype", choices=results.DTYPES, help=default("dtype"))
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--tokens", type=int, nargs="*", help=f"lengths for the scaling; {default('tokens')}")
     parser.add_argument("--minutes", type=float, help=f"nothing is started after so long; {default('minutes')}")
@@ -341,7 +341,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def command(argv: list[str]) -> str:
-    """The command line without the folder, which is of this machine."""
+    """The command line without the folder, which is of this results."""
     words = list(argv)
     for i, word in enumerate(words):
         if word == "--out":
@@ -356,14 +356,14 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its library reports every start and stop on a CPU otherwise
     args.out.mkdir(parents=True, exist_ok=True)
-    device, dtype = torch.device(args.device), machine.DTYPES[args.dtype]
+    device, dtype = torch.device(args.device), results.DTYPES[args.dtype]
     shape = Shape(args.model, args.patch, args.size, args.batch, args.classes, args.decoder == "mask")
     with tqdm(total=1 + len(args.providers) * (1 + len(args.tokens)), file=sys.stderr, desc="ceilings") as bar:
-        roofs = ceilings.measure(device, dtype, small=args.model == "X")
+        roofs = timing.measure_ceilings(device, dtype, small=args.model == "X")
         bar.update()
         deadline = started + 60 * args.minutes
         setting = Setting(shape, device, dtype, args.profiler, roofs, deadline, args.out)
-        facts = machine.facts(device) | {"command": command(sys.argv[1:] if argv is None else argv)}
+        facts = results.facts(device) | {"command": command(sys.argv[1:] if argv is None else argv)}
         points: list[tuple[Point, float]] = []
         for found in scaling_points(args, setting, bar):
             points.append(found)

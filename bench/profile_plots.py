@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.ceilings import Ceilings
 from bench.long_sequences import OUT_OF_MEMORY, Point
 from bench.profiling import Profile, Row, pattern, replacing
 from bench.report_svg import style
+from bench.timing import Ceilings
 from bench.traces import Stretch
 
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^", "down": "v", "plus": "P"}

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import profile_plots
-from bench.ceilings import Ceilings
 from bench.long_sequences import COMPILE_MODE, Point
-from bench.machine import SHORT
 from bench.profiling import Profile, Row, replacing
 from bench.report_html import Cell, Head, Html, Line, facts, page, section, table, tag
+from bench.results import SHORT
 from bench.shapes import Shape, forward_flops
+from bench.timing import Ceilings
 
 NONE = "–"  # an en dash: nothing known, nothing measured
 OPERATORS_SHOWN, KERNELS_SHOWN = 20, 15
@@ -27,7 +27,7 @@ PICTURES = {
 
 
 class Report(NamedTuple):
-    """All that was found. `facts`: of bench.machine."""
+    """All that was found. `facts`: of bench.results."""
 
     shape: Shape
     dtype: torch.dtype

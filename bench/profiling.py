@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
-from bench.ceilings import Ceilings
 from bench.shapes import Work
+from bench.timing import Ceilings
 from bench.traces import DISPATCH, Stretch, Trace
 from segmenter.layers import PatchEmbed
 from segmenter.ops import Operators

@@ -20,7 +20,7 @@ from bench.report_figures import waterfall_svg, waterfalls
 from bench.report_page import report
 from bench.report_rows import Results, compare, read
 from bench.report_svg import standalone
-from bench.results_file import ResultsError
+from bench.results import ResultsError
 
 
 def write(path: Path, text: str) -> None:

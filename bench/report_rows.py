@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.results_file import load
+from bench.results import load
 from bench.shapes import Shape
 
 LEAST_DIFFERENCE = 0.03  # relative

@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("triton", reason="the operators of our kernels are counted too")
 
 from bench import long_sequences, models, profile_long, profile_plots, profiling, shapes, traces
-from bench.ceilings import Ceilings
 from bench.profiling import DISPATCH, Counted, Counter, Regions, Row
 from bench.shapes import Shape, Work
+from bench.timing import Ceilings
 from bench.traces import Call
 
 CPU = torch.device("cpu")

@@ -6,6 +6,7 @@ pytest bench --benchmark-disable               smoke test: every provider once o
 pytest bench --results DIR                     also keeps the rows in DIR/<device>_<torch>_<triton>_<dtype>.json
 """
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -88,6 +89,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def harness(request):
     option = request.config.option
+    gc.freeze()  # what imports made stays, so the collection before each row need not look at it
     file = None
     if option.results is not None:
         path = option.results / results.results_name(option.device, option.dtype)

@@ -7,7 +7,7 @@ bench/page.html.jinja has the markup. It escapes every text; what is markup alre
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -35,10 +35,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its heading and what it means."""
+    """A column: its heading, what it means, and its cell of an item, for `Table.of`."""
 
     name: str
     hint: str | None = None
+    cell: Callable[[Any], Cell] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,17 @@ class Table:
     columns: Sequence[Column]
     lines: Sequence[Line]
     form: ClassVar = "table"
+
+    @classmethod
+    def of(cls, caption: str, columns: Sequence[Column], items: Iterable[Any], look=lambda item: "") -> "Table":
+        """A line for each item; `look` gives the line's."""
+        return cls(caption, columns, [Line([column.cell(item) for column in columns], look(item)) for item in items])
+
+    def only(self, *names: str) -> "Table":
+        """The columns of these names, in this order."""
+        chosen = [next(i for i, column in enumerate(self.columns) if column.name == name) for name in names]
+        lines = [Line([line.cells[i] for i in chosen], line.look) for line in self.lines]
+        return Table(self.caption, [self.columns[i] for i in chosen], lines)
 
     @property
     def kept(self) -> list[int]:

@@ -7,8 +7,7 @@ install:         ## editable install with everything that tests need
 	pip install -e ".[test]"
 
 # Run in Triton's interpreter, which is Python and slow to trace, and kernels/ is not measured anyway.
-INTERPRETED = $(patsubst %,tests/test_%.py,attention compile golden layernorm layernorm_mlp linear mask_head \
-	pixels_to_tokens random_cases upsample_argmax)
+INTERPRETED = tests/kernels tests/test_golden.py tests/bench/test_compile_report.py
 PYTEST = python -m pytest -n auto --dist loadscope -m "not gpu and not slow"
 
 test:            ## the tests that need no GPU, but for the slow ones, with the coverage gate

@@ -15,7 +15,7 @@ N_CLS = 150
 GPU_BATCH, CPU_SHRINK = 8, 2  # a CPU gets one picture of half the side at a time
 
 
-SMOKE_PEERS = ("DeepLabv3+ ResNet-101", "Seg-B†/16 DeiT-B/16")  # the others are built by tests/test_peers.py
+SMOKE_PEERS = ("DeepLabv3+ ResNet-101", "Seg-B†/16 DeiT-B/16")  # the others are built by tests/bench/test_peers.py
 
 
 @torch.no_grad()

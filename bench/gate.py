@@ -1,4 +1,4 @@
-"""Nothing is timed that is wrong: the rule of the tests (tests/parity.py), applied to the inputs that will be timed.
+"""Nothing is timed that is wrong: the tests' rule (tests/support/parity.py) on the inputs that will be timed.
 
 An operation has to be as near to the exact result as eager PyTorch of the same precision is, within a factor of two in
 the worst element, four in the worst row and one in the whole. For labels there is no nearness, so each pixel's class is
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from segmenter.kernels import reference
-from tests.parity import assert_parity
+from tests.support.parity import assert_parity
 
 
 class GateError(AssertionError):

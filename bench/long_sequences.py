@@ -20,7 +20,8 @@ import torch
 from bench import models, operations, providers, timing
 from bench.profiling import COMPILED, LABELS, Regions
 from bench.shapes import Shape
-from segmenter.implementation import EAGER
+from segmenter.inference import pruned_argmax
+from segmenter.ops import EAGER
 
 COMPILE_MODE = "max-autotune-no-cudagraphs"  # graphs would keep their memory and hide it from every measurement
 MEMORY_SHARE = 0.5  # of what is available on a CPU, for one call
@@ -178,7 +179,7 @@ def network(
     models.set_operators(model, EAGER if provider == "compile" else providers.operators(provider))
     labels = operations.full_labels
     if provider == "triton":
-        labels = functools.partial(operations.labels_by, providers.operators(provider).windows_argmax)
+        labels = functools.partial(operations.labels_by, pruned_argmax.operator(providers.operators(provider)))
 
     def run(im: torch.Tensor) -> torch.Tensor:
         masks = model.masks(im)

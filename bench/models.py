@@ -14,10 +14,11 @@ from bench import gate, providers
 from bench.operations import full_labels, labels_by, segmentation_loss, upsampled
 from bench.shapes import Shape
 from segmenter.config import preset
-from segmenter.images import NORMALIZATION
-from segmenter.implementation import EAGER, Operators
+from segmenter.inference import pruned_argmax
+from segmenter.inference.images import NORMALIZATION
 from segmenter.model import Segmenter, create_segmenter
-from segmenter.pretrained import from_pretrained
+from segmenter.ops import EAGER, Operators
+from segmenter.weights.load import from_pretrained
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "examples" / "camvid-seg-s-mask-16"
@@ -55,7 +56,7 @@ def pictures(shape: Shape, device: torch.device) -> torch.Tensor:
 
 
 class Normalize:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W), as `segmenter.images.normalize`, on the device."""
+    """(B, H, W, 3) uint8 -> (B, 3, H, W), as `segmenter.inference.images.normalize`, on the device."""
 
     def __init__(self, stats: str, dtype: torch.dtype, device: torch.device):
         # Made once: a copy from the host inside could not be captured in a CUDA graph.
@@ -87,7 +88,7 @@ def pixels_to_labels(
 
     Args:
         tail: "softmax" (full-resolution logits, softmax, argmax: published), "logits" (without the softmax, which no
-            label needs) or "labels" (by `ops.windows_argmax`, without full-resolution logits).
+            label needs) or "labels" (without full-resolution logits).
         compiled: torch.compile(max-autotune) of all of it.
         from_bytes: the patch embedding reads the bytes, by `ops.pixels_to_tokens`.
     """
@@ -100,7 +101,7 @@ def pixels_to_labels(
         masks = model.masks_of_pixels(pixels) if from_bytes else model.masks(normalize(pixels))
         if tail == "softmax":
             return upsampled(masks, patch).softmax(1).argmax(1).to(torch.uint8)
-        return labels_by(ops.windows_argmax, masks, patch) if tail == "labels" else full_labels(masks, patch)
+        return labels_by(pruned_argmax.operator(ops), masks, patch) if tail == "labels" else full_labels(masks, patch)
 
     if compiled:
         return torch.no_grad()(torch.compile(run, mode="max-autotune", dynamic=False))

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from bench import gate, providers, shapes
 from bench.shapes import Shape, Work
-from segmenter import labels as pruned
-from segmenter.bands import View, bands
-from segmenter.implementation import load_kernels
+from segmenter.inference import pruned_argmax
+from segmenter.inference.merge import View, bands
 from segmenter.kernels import reference
+from segmenter.ops import load_kernels
 
 IGNORE = 255
 Tensors = tuple[torch.Tensor, ...]
@@ -190,7 +190,7 @@ def full_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
 
 
 def band_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
-    """The same without ever holding the logits of a whole picture: `segmenter.bands`."""
+    """The same without ever holding the logits of a whole picture: `segmenter.inference.merge`."""
     class_last = masks.float().permute(0, 2, 3, 1).contiguous()
     H, W = masks.shape[2] * patch, masks.shape[3] * patch
     labels = torch.empty(len(masks), H, W, dtype=torch.uint8, device=masks.device)
@@ -209,7 +209,7 @@ def labels_by(operator: Callable, masks: torch.Tensor, patch: int) -> torch.Tens
 
 def _labels_call(provider: str, shape: Shape) -> Callable:
     if provider in ("pruned", "triton"):
-        operator = load_kernels().windows_argmax if provider == "triton" else pruned.windows_argmax
+        operator = load_kernels().windows_argmax if provider == "triton" else pruned_argmax.windows_argmax
         return lambda masks: labels_by(operator, masks, shape.patch)
     fn = band_labels if provider == "bands" else full_labels
     return _compiled(provider, lambda masks: fn(masks, shape.patch))

@@ -24,8 +24,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop
 from bench.ceilings import Ceilings
 from bench.shapes import Work
 from bench.traces import DISPATCH, Stretch, Trace
-from segmenter.implementation import Operators
 from segmenter.layers import PatchEmbed
+from segmenter.ops import Operators
 
 ELSEWHERE = "(elsewhere)"  # outside every named region
 COMPILED = "compiled program"  # the one region of a compiled model

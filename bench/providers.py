@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from segmenter.implementation import EAGER, Operators, load_kernels, why_not_on
 from segmenter.kernels import reference
+from segmenter.ops import EAGER, Operators, load_kernels, why_not_on
 
 BACKENDS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,

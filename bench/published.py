@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from bench.providers import PUBLISHED, using
-from segmenter.implementation import Operators
-from segmenter.inference import resize, window_anchors
+from segmenter.inference.windows import resize, window_anchors
+from segmenter.ops import Operators
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 Operations count matrix products only, two a multiply-add, as `torch.utils.flop_counter` does: softmax, LayerNorm, GELU
 and interpolation are nowhere in them. Bytes are the fewest that have to move: every input read once, every output
 written once. `floor` turns both into the time that no implementation can beat on a machine of given ceilings.
-tests/test_bench_shapes.py compares the formulas with counted calls.
+tests/bench/test_shapes.py compares the formulas with counted calls.
 """
 
 import itertools

@@ -18,11 +18,11 @@ from bench.models import ROOT, pixels_to_labels, set_operators
 from bench.providers import PUBLISHED, Unavailable
 from bench.published import published_inference
 from bench.shapes import Shape
-from segmenter.images import normalize
-from segmenter.implementation import EAGER, Operators, load_kernels, why_not_on
-from segmenter.metrics import ConfusionMatrix
+from segmenter.evaluation.metrics import ConfusionMatrix
+from segmenter.inference.images import normalize
+from segmenter.inference.segment import cpu_has_bfloat16
 from segmenter.model import Segmenter
-from segmenter.segment import cpu_has_bfloat16
+from segmenter.ops import EAGER, Operators, load_kernels, why_not_on
 
 GPU_SHAPE, CPU_SHAPE = Shape("L", 16, 640, 8), Shape("S", 16, 512, 1)
 EVERY = {"cuda": 5, "cpu": 20}  # every so many-th test picture of CamVid counts for mIoU

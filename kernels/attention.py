@@ -14,7 +14,8 @@ Scores, statistics and accumulator are float32; probabilities are rounded to v's
 
 Limits: head_dim a multiple of 8 up to 128 (64 is what it is tuned for; others are padded to a power of two), float32
 included; any N and any B*h that memory holds.
-Reference: `reference.attention`, `reference.attention_lse`, `reference.cross_attention`. Test: tests/test_attention.py.
+Reference: `reference.attention`, `reference.attention_lse`, `reference.cross_attention`. Test:
+tests/kernels/test_attention.py.
 """
 
 import math

@@ -8,7 +8,7 @@ matrix product), which saves the separate cast. Used by itself in front of matri
 class axes of 2 to 1,000 columns.
 
 Limits: none on shapes. Rows of up to 8,192 columns stay in registers; longer ones are read three times.
-Reference: `reference.layernorm`. Test: tests/test_layernorm.py.
+Reference: `reference.layernorm`. Test: tests/kernels/test_layernorm.py.
 """
 
 import math

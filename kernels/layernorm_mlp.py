@@ -13,7 +13,7 @@ Statistics and accumulators are float32; the hidden layer is rounded to the weig
 
 Limits: any width; "single" needs one that is a power of two or the sum of two (192, 384), half types, and weights on
 16-byte boundaries are fastest.
-Reference: `reference.layernorm_mlp`. Test: tests/test_layernorm_mlp.py.
+Reference: `reference.layernorm_mlp`. Test: tests/kernels/test_layernorm_mlp.py.
 """
 
 from typing import Any

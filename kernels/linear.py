@@ -15,7 +15,7 @@ eager PyTorch that saves a write and a read of (M, N) for the GELU and for the s
 
 Limits: any sizes; tuned for widths of 192, 384, 768 and 1024. Training with "fold" is exact all the same: gradients are
 those of the eager reference.
-Reference: `reference.linear`, `reference.layernorm_linear`. Test: tests/test_linear.py.
+Reference: `reference.linear`, `reference.layernorm_linear`. Test: tests/kernels/test_linear.py.
 """
 
 import math

@@ -18,7 +18,7 @@ row of its image, as in the reference.
 
 Limits: d a multiple of 16 (192, 384, 768 and 1024 are what it is tuned for), any N, any K: up to 256 classes in one
 pass; above that a program takes 256 classes, and the cosines go through memory, in float32, to `layernorm`.
-Reference: `reference.mask_head`. Test: tests/test_mask_head.py.
+Reference: `reference.mask_head`. Test: tests/kernels/test_mask_head.py.
 """
 
 import warnings

@@ -23,7 +23,7 @@ The product is computed transposed, weight times patches: the converted bytes th
 shared memory. As the first operand they would stay in registers, which ptxas 12.8 overwrites while they are being read.
 
 Limits: three channels; any sizes, P and d (P = 8, 16 and 32, d = 192, 384, 768 and 1024 are what it is tuned for).
-Reference: `reference.pixels_to_tokens`. Test: tests/test_pixels_to_tokens.py.
+Reference: `reference.pixels_to_tokens`. Test: tests/kernels/test_pixels_to_tokens.py.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,8 @@ Bilinear upsampling of one window (align_corners=False) makes a pixel a convex c
 axis the two cells change at known pixels; where windows overlap, so do the windows that cover a pixel. An `Axis` cuts
 one axis at all these places. A tile is an interval of the rows times one of the columns: inside it every pixel
 combines the same cells of the same windows, only with other weights. That is what lets the label of a tile be found
-without looking at classes that cannot win (`segmenter.kernels.upsample_argmax`, and `segmenter.labels` without Triton).
+without looking at classes that cannot win (`segmenter.kernels.upsample_argmax`, and `segmenter.inference.pruned_argmax`
+without Triton).
 
 Weights are those of F.interpolate to the last bit: float32, source = fma(n_in / n_out, i + 0.5, -0.5), cut off at 0.
 """

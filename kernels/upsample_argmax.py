@@ -23,7 +23,7 @@ Masks in half types are widened first. Windows are added in order and divided by
 does. Equals go to the lowest class. Masks must be finite: else labels are some class, as it happens.
 
 Limits: 1,024 classes; 64 windows over one pixel. Reference: `reference.windows_argmax`. Test:
-tests/test_upsample_argmax.py.
+tests/kernels/test_upsample_argmax.py.
 """
 
 from collections.abc import Sequence

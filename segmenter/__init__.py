@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "accelerate": "segmenter.acceleration",
-    "restore": "segmenter.acceleration",
+    "accelerate": "segmenter.dropin.accelerate",
+    "restore": "segmenter.dropin.accelerate",
     "Segmenter": "segmenter.model",
     "create_segmenter": "segmenter.model",
-    "load_model": "segmenter.pretrained",
-    "load_any": "segmenter.pretrained",
-    "segment_image": "segmenter.segment",
-    "segment_stream": "segmenter.stream",
+    "load_model": "segmenter.weights.load",
+    "load_any": "segmenter.weights.load",
+    "segment_image": "segmenter.inference.segment",
+    "segment_stream": "segmenter.inference.stream",
     "preset": "segmenter.config",
     "preset_names": "segmenter.config",
     # what the published code has besides: docs/drop-in.md
@@ -76,12 +76,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from segmenter.acceleration import accelerate, restore
     from segmenter.config import preset, preset_names
     from segmenter.decoder import DecoderLinear, MaskTransformer
+    from segmenter.dropin.accelerate import accelerate, restore
     from segmenter.encoder import VisionTransformer
+    from segmenter.inference.segment import segment_image
+    from segmenter.inference.stream import segment_stream
     from segmenter.model import Segmenter, create_decoder, create_segmenter, create_vit
-    from segmenter.pretrained import load_any, load_model
     from segmenter.segm.data.utils import IGNORE_LABEL, STATS, dataset_cat_description, seg_to_rgb
     from segmenter.segm.metrics import compute_metrics, gather_data
     from segmenter.segm.model.utils import (
@@ -95,8 +96,7 @@ if TYPE_CHECKING:
         sliding_window,
         unpadding,
     )
-    from segmenter.segment import segment_image
-    from segmenter.stream import segment_stream
+    from segmenter.weights.load import load_any, load_model
 
 
 def __getattr__(name: str) -> Any:

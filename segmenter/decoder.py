@@ -4,9 +4,9 @@ import torch
 import torch.nn as nn
 
 from segmenter.fusable import why_not_bypass
-from segmenter.implementation import select
 from segmenter.kernels import reference
 from segmenter.layers import Block, init_weights, stochastic_depth
+from segmenter.ops import select
 
 
 def to_grid(tokens: torch.Tensor, im_size: tuple[int, int], patch_size: int) -> torch.Tensor:

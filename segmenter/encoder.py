@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from segmenter.cache import Remembered
 from segmenter.fusable import why_not_bypass
-from segmenter.implementation import select
 from segmenter.kernels import reference
 from segmenter.layers import Block, PatchEmbed, init_weights, resize_pos_embed, stochastic_depth
-from segmenter.remembered import Remembered
+from segmenter.ops import select
 
 
 class VisionTransformer(nn.Module):
@@ -105,9 +105,9 @@ class VisionTransformer(nn.Module):
         Raises:
             CheckpointError: the file is unusable, or does not fit. The encoder is then unchanged.
         """
-        from segmenter.checkpoint import CheckpointError, read_state_dict
-        from segmenter.convert import convert
-        from segmenter.state import load_state
+        from segmenter.weights.build import load_state
+        from segmenter.weights.convert import convert
+        from segmenter.weights.read import CheckpointError, read_state_dict
 
         weights, _ = read_state_dict(checkpoint_path)
         weights = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
@@ -138,7 +138,7 @@ class VisionTransformer(nn.Module):
     def positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """The position embedding for a grid of patches, (1, n_extra + patches, d), resampled if need be.
 
-        In evaluation, while no gradients are recorded, each grid is resampled once: see `segmenter.remembered`.
+        In evaluation, while no gradients are recorded, each grid is resampled once: see `segmenter.cache`.
         """
         differs = (
             self.n_extra_tokens + grid[0] * grid[1] != self.pos_embed.shape[1]

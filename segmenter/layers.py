@@ -7,8 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from segmenter.fusable import why_not_bypass
-from segmenter.implementation import Automatic, Operators, select
 from segmenter.kernels import reference
+from segmenter.ops import Automatic, Operators, select
 
 
 def init_weights(m: nn.Module) -> None:

@@ -12,9 +12,9 @@ from segmenter.config import DECODERS, ConfigError, ModelConfig
 from segmenter.decoder import DecoderLinear, MaskTransformer
 from segmenter.encoder import VisionTransformer
 from segmenter.fusable import why_not_bypass
-from segmenter.implementation import select
 from segmenter.kernels import reference
 from segmenter.layers import pad_to_multiple
+from segmenter.ops import select
 
 ENCODER_HEAD_CLASSES = 1000  # the ImageNet head that every published checkpoint holds
 
@@ -64,7 +64,7 @@ class Segmenter(nn.Module):
     def impl(self) -> str:
         """What runs on the device where the model is: "eager" or "triton"; "unknown" for foreign encoder and decoder.
 
-        `segmenter.implementation.parts` tells it part by part.
+        `segmenter.ops.parts` tells it part by part.
         """
         parameter = next(self.parameters(), torch.empty(0))
         modules = (module for part in (self.encoder, self.decoder) for module in part.modules())
@@ -104,7 +104,7 @@ class Segmenter(nn.Module):
         Raises:
             ValueError, TypeError: pixels have another shape or are no bytes.
         """
-        from segmenter.images import NORMALIZATION
+        from segmenter.inference.images import NORMALIZATION
 
         if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8:
             what = pixels.dtype if isinstance(pixels, torch.Tensor) else type(pixels).__name__
@@ -131,14 +131,14 @@ class Segmenter(nn.Module):
         return logits[..., : im.shape[-2], : im.shape[-1]]
 
     def segment(self, image: Any, **kwargs: Any) -> Any:
-        """Labels of a picture at its own size; see `segmenter.segment.segment_image`."""
-        from segmenter.segment import segment_image
+        """Labels of a picture at its own size; see `segmenter.inference.segment.segment_image`."""
+        from segmenter.inference.segment import segment_image
 
         return segment_image(self, image, **kwargs)
 
     def segment_stream(self, images: Any, **kwargs: Any) -> Any:
-        """Labels of many pictures, read in threads and run in batches; see `segmenter.stream.segment_stream`."""
-        from segmenter.stream import segment_stream
+        """Labels of many images, read in threads, run in batches; see `segmenter.inference.stream.segment_stream`."""
+        from segmenter.inference.stream import segment_stream
 
         return segment_stream(self, images, **kwargs)
 
@@ -150,9 +150,9 @@ class Segmenter(nn.Module):
             kwargs: dtype, window_size, window_stride as for `segment`; window_batch_size (8), windows a forward call;
                 max_shapes (8), the captured shapes that are kept.
         Returns:
-            `segmenter.captured.CompiledInference`. On a CPU it has the same interface, and no graphs.
+            `segmenter.inference.cuda_graphs.CompiledInference`. On a CPU it has the same interface, and no graphs.
         """
-        from segmenter.captured import CompiledInference
+        from segmenter.inference.cuda_graphs import CompiledInference
 
         compiled = CompiledInference(self, **kwargs)
         compiled.capture(batch, height, width)
@@ -170,15 +170,15 @@ class Segmenter(nn.Module):
         return self.decoder.get_attention_map(x, layer_id)
 
     def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
-        """Writes a folder with model.safetensors and config.json; see `segmenter.pretrained.save_pretrained`."""
-        from segmenter.pretrained import save_pretrained
+        """Writes a folder with model.safetensors and config.json; see `segmenter.weights.load.save_pretrained`."""
+        from segmenter.weights.load import save_pretrained
 
         save_pretrained(self, folder, **kwargs)
 
     @classmethod
     def from_pretrained(cls, folder: Any, **kwargs: Any) -> "Segmenter":
-        """Reads what `save_pretrained` wrote; see `segmenter.pretrained.from_pretrained`."""
-        from segmenter.pretrained import from_pretrained
+        """Reads what `save_pretrained` wrote; see `segmenter.weights.load.from_pretrained`."""
+        from segmenter.weights.load import from_pretrained
 
         return from_pretrained(folder, **kwargs)
 
@@ -246,7 +246,7 @@ def create_decoder(encoder: nn.Module, decoder_cfg: dict[str, Any], impl: str = 
 
 def create_segmenter(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto") -> Segmenter:
     """Builds a model with random weights. (The published function of this name downloads a pretrained encoder; here
-    `segmenter.pretrained.load_any` puts a decoder on one.)
+    `segmenter.weights.load.load_any` puts a decoder on one.)
 
     Args:
         model_cfg: `net_kwargs` of a variant.yml, or a ModelConfig (`segmenter.config.preset("Seg-S-Mask/16")`).

@@ -13,20 +13,20 @@ import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: @triton.jit looks at it
-    from tests import interpreter
+    from tests.support import interpreter
 
     interpreter.patch()
 
 from segmenter.model import Segmenter
-from tests.parity import check_guards, guarded
-from tests.tiny import tiny_model
+from tests.support.parity import check_guards, guarded
+from tests.support.tiny import tiny_model
 
 NOT_POISONED = {f"segmenter.kernels.{name}" for name in ("configs", "launch", "operators", "reference")}
 
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=60, help="mutated files of each format, in tests/test_fuzz.py")
-    parser.addoption("--cases", type=int, default=200, help="random cases of tests/test_random_cases.py")
+    parser.addoption("--cases", type=int, default=200, help="random cases of tests/kernels/test_random_cases.py")
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def guarded_allocations() -> Iterator[list[torch.Tensor]]:
 def poisoned_outputs(monkeypatch):
     """What the kernels allocate is NaN until written, so an output that a kernel leaves out is always found.
 
-    (`new_empty` cannot be replaced like this; tests/test_launch.py sees to it that only fake implementations use it.)
+    (`new_empty` cannot be replaced like this; test_launch.py sees to it that only fake implementations use it.)
     """
     poison(monkeypatch)
 

@@ -326,7 +326,7 @@ def table(counts: dict[str, Counter]) -> str:
 
 
 def main() -> int:
-    from tests.fuzz_formats import FORMATS
+    from tests.support.fuzz_formats import FORMATS
 
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n")[0])
     parser.add_argument("--files", type=int, default=100, help="of each format (default: 100)")

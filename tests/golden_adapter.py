@@ -11,11 +11,11 @@ import os
 import torch
 
 from segmenter import load_model as _load_model
-from segmenter.images import normalize as _normalize
-from segmenter.inference import inference as _inference
+from segmenter.evaluation.metrics import mean_iou
+from segmenter.inference.images import normalize as _normalize
+from segmenter.inference.windows import inference as _inference
 from segmenter.layers import pad_to_multiple
-from segmenter.metrics import mean_iou
-from segmenter.schedule import PolynomialLR
+from segmenter.training.schedule import PolynomialLR
 
 IMPL = os.environ.get("GOLDEN_IMPL", "auto")
 DEVICE = "cuda" if IMPL == "triton" and torch.cuda.is_available() else "cpu"

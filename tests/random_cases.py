@@ -4,8 +4,8 @@
     python -m tests.random_cases --cases 5000 --first-seed 1000       many, of all operators in turn
 
 Every case compares with float64 and with eager PyTorch in the same type (labels with the right ones), puts NaN guards
-around all inputs and outputs, and sees that inputs stay as they were. `pytest tests/test_random_cases.py` runs the
-first few hundred.
+around all inputs and outputs, and sees that inputs stay as they were. `pytest tests/kernels/test_random_cases.py` runs
+the first few hundred.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from segmenter.kernels import (
     upsample_argmax,
 )
 from segmenter.kernels.numerics import fits_rows
-from tests.layouts import LAYOUTS
-from tests.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
-from tests.upsampling import MASKS, expected_labels
+from tests.support.layouts import LAYOUTS
+from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
+from tests.support.upsampling import MASKS, expected_labels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HALF = 1.2  # of attention in half types: few keys and few values; tests/test_attention.py asks for 0.65 of long rows
+HALF = 1.2  # of attention in half types: few keys and few values; test_attention.py asks for 0.65 of long rows
 LENGTHS = (1, 2, 3, 5, 15, 16, 17, 31, 33, 34, 47, 63, 64, 65, 66, 67)
 FAR_LENGTHS = (95, 97, 127, 128, 129, 130, 131, 193, 194, 200)
 

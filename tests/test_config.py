@@ -5,7 +5,7 @@ import torch
 
 from segmenter import create_segmenter, preset, preset_names
 from segmenter.config import BACKBONES, ConfigError, ModelConfig, backbone_config, check_windows
-from tests.tiny import tiny_config
+from tests.support.tiny import tiny_config
 
 # Parameters and tensors in the state dict of the published models, at the published image size and class count.
 COUNTS = {

@@ -5,13 +5,13 @@ import os
 import pytest
 
 from segmenter import files
-from segmenter.checkpoint import CheckpointError, read_state_dict
 from segmenter.data.datasets import open_dataset
 from segmenter.errors import InputError
 from segmenter.text_files import read_bytes, read_json, read_text, read_yaml
 from segmenter.training.distributed import Group
 from segmenter.training.loop import Run, train
-from tests.tiny_runs import differences, read_checkpoint, tiny_recipe
+from segmenter.weights.read import CheckpointError, read_state_dict
+from tests.support.tiny_runs import differences, read_checkpoint, tiny_recipe
 
 
 def test_a_file_is_on_the_disk_before_it_is_renamed_and_its_name_after(tmp_path, monkeypatch):

@@ -7,14 +7,14 @@ import threading
 import pytest
 import torch
 
-from segmenter import create_segmenter, implementation
-from segmenter.images import NORMALIZATION, normalize
+from segmenter import create_segmenter, ops
+from segmenter.cache import Remembered
+from segmenter.inference.images import NORMALIZATION, normalize
 from segmenter.kernels import launch, reference
 from segmenter.layers import pad_to_multiple
 from segmenter.model import Segmenter
-from segmenter.remembered import Remembered
-from tests.parity import DEVICE, assert_bitwise_equal
-from tests.tiny import tiny_config, tiny_model
+from tests.support.parity import DEVICE, assert_bitwise_equal
+from tests.support.tiny import tiny_config, tiny_model
 
 VIT = NORMALIZATION["vit"]
 # Patch rows beyond the image are zeros, whose norm the interpreter divides by in the mask head; they are not stored.
@@ -31,7 +31,7 @@ def images(pixels, stats="vit"):
 
 def fast(model):
     """The same model on the kernels."""
-    if not implementation._interpreting() and DEVICE == "cpu":
+    if not ops._interpreting() and DEVICE == "cpu":
         pytest.skip("needs a GPU or Triton's interpreter")
     twin = create_segmenter(model.config, impl="triton").eval()
     twin.load_state_dict(model.state_dict())
@@ -96,7 +96,7 @@ def test_a_patch_embedding_that_does_more_is_called(what):
         embed.proj = torch.nn.Conv2d(3, 64, 16, 16, padding_mode="zeros", dilation=1, padding=(0, 0), groups=1)
         embed.proj.padding = "valid"
     assert quick.encoder.why_not_bytes() is not None
-    assert implementation.parts(quick)["pixels_to_tokens"].startswith("layer by layer (")
+    assert ops.parts(quick)["pixels_to_tokens"].startswith("layer by layer (")
     with torch.inference_mode():
         want = quick.encoder.embed(images(pixels).to(DEVICE))
         assert_bitwise_equal(tokens(quick, pixels), want)

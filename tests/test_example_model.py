@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from segmenter.classes import load_classes
-from segmenter.pretrained import from_pretrained
+from segmenter.weights.load import from_pretrained
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL = EXAMPLES / "camvid-seg-s-mask-16"

@@ -10,7 +10,7 @@ import pytest
 from segmenter.errors import InputError
 from tests import fuzz
 from tests.fuzz import Finding, Format
-from tests.fuzz_formats import FORMATS
+from tests.support.fuzz_formats import FORMATS
 
 limits = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="processes are forked, limits are Linux's")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from segmenter import load_model
-from segmenter.inference import predict_masks, resize, windows_of
-from segmenter.segment import labels_of_views
+from segmenter.inference.segment import labels_of_views
+from segmenter.inference.windows import predict_masks, resize, windows_of
 from tests import golden_adapter
 from tests.golden import check
-from tests.parity import DEVICE
+from tests.support.parity import DEVICE
 
 CASES = sorted(p.parent for p in (Path(__file__).parent / "golden").glob("*/data.npz"))
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from segmenter import Segmenter, create_segmenter
 from segmenter.config import ModelConfig
 from segmenter.decoder import DecoderLinear
-from segmenter.implementation import EAGER
 from segmenter.kernels import reference
 from segmenter.layers import DropPath, pad_to_multiple, resize_pos_embed
-from tests.tiny import tiny_config, tiny_model
+from segmenter.ops import EAGER
+from tests.support.tiny import tiny_config, tiny_model
 
 
 def image(h, w, batch=1, seed=0):

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from segmenter.checkpoint import CheckpointError
 from segmenter.cli import main
-from segmenter.convert import convert
-from segmenter.pretrained import from_pretrained, load_any
-from tests.tiny import tiny_model
+from segmenter.weights.convert import convert
+from segmenter.weights.load import from_pretrained, load_any
+from segmenter.weights.read import CheckpointError
+from tests.support.tiny import tiny_model
 
 D, PATCH = 64, 16
 

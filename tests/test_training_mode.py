@@ -8,7 +8,7 @@ from segmenter.decoder import MaskTransformer
 from segmenter.encoder import VisionTransformer
 from segmenter.kernels import reference
 from segmenter.layers import Attention, Block, DropPath, Mlp
-from tests.tiny import tiny_config, tiny_model
+from tests.support.tiny import tiny_config, tiny_model
 
 BLOCK_SITES = ("attn.attn_drop", "attn.proj_drop", "mlp.drop")
 SITES = ["encoder.dropout", "encoder.blocks.1.drop_path", "decoder.blocks.1.drop_path"]

@@ -43,7 +43,7 @@ def _run(argv: Sequence[str] | None) -> int:
             warnings.simplefilter("default", UserWarning)
             warnings.showwarning = _one_line_warning
             with _ends_at_ctrl_c():  # imported here, so that --help needs no torch
-                command = importlib.import_module(f"segmenter.cli.{args.command}")
+                command = importlib.import_module(f"segmenter.cli.commands.{args.command}")
             return command.run(args)
     except SystemExit as stop:  # --help, --version, or a usage error that argparse has reported
         return int(stop.code or 0)

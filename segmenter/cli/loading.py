@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from segmenter.checkpoint import CheckpointError
 from segmenter.classes import ClassesError, ClassSet, generic_classes, load_classes
 from segmenter.cli.errors import CHECKPOINT, DEVICE, CommandError
 from segmenter.cli.output import err
 from segmenter.config import ConfigError
-from segmenter.implementation import ImplementationError
 from segmenter.model import Segmenter
-from segmenter.pretrained import load_any
+from segmenter.ops import ImplementationError
+from segmenter.weights.load import load_any
+from segmenter.weights.read import CheckpointError
 
 WEIGHTS_WARNING = {
     "random": "RANDOM WEIGHTS: the labels and maps mean nothing; give a trained checkpoint to --model",
@@ -58,7 +58,7 @@ def load(args: argparse.Namespace, device: torch.device, quiet: bool = False) ->
 
 
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for the functions of `segmenter.pretrained`."""
+    """Keyword arguments for the functions of `segmenter.weights.load`."""
     return {name: getattr(args, name) for name in LOADING}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from segmenter.cli.resume import picture_facts
 from segmenter.data.datasets import Dataset, Sample
-from segmenter.evaluate import Counts
+from segmenter.evaluation.evaluate import Counts
 from segmenter.files import append, open_regular
 from segmenter.text_files import parse_json
 

@@ -11,14 +11,14 @@ import torch
 import yaml
 
 import segmenter
-from segmenter.charts import save_class_chart
 from segmenter.classes import ClassSet
 from segmenter.cli.output import out
 from segmenter.cli.report import write_json
 from segmenter.data.datasets import Dataset
-from segmenter.evaluate import Counts
+from segmenter.evaluation.charts import save_class_chart
+from segmenter.evaluation.evaluate import Counts
+from segmenter.evaluation.metrics import percent
 from segmenter.files import write_text
-from segmenter.metrics import percent
 from segmenter.model import Segmenter
 
 MEANS = ("mIoU", "mAcc", "aAcc", "bF", "bIoU")

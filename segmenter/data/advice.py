@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from segmenter.data.labels import Ids
+from segmenter.data.label_files import Ids
 from segmenter.data.layouts import in_short
 
 

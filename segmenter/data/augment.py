@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from segmenter.images import normalize
+from segmenter.inference.images import normalize
 
 BRIGHTNESS = 32  # +- grey levels
 CONTRAST = SATURATION = (0.5, 1.5)
@@ -103,7 +103,7 @@ def resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bilinear and without antialiasing, as OpenCV's, on bytes (H, W, 3); the fast one of torchvision for bytes.
 
     Its last grey level depends on the processor. Evaluation, which must not, computes in floats
-    (`segmenter.evaluate`).
+    (`segmenter.evaluation.evaluate`).
     """
     from torchvision.transforms.v2.functional import InterpolationMode, resize
 

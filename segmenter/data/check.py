@@ -18,7 +18,7 @@ from tqdm import tqdm
 from segmenter.classes import ClassSet
 from segmenter.data.advice import advice, nothing_to_learn, value_counts
 from segmenter.data.datasets import OWN, Dataset, Source
-from segmenter.data.labels import DataError, read_ids
+from segmenter.data.label_files import DataError, read_ids
 from segmenter.data.layouts import Sample, in_short
 
 T = TypeVar("T")

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from segmenter.classes import ClassesError, ClassSet, load_classes
-from segmenter.data.labels import DataError, Ids, ignore_index, read_ids
+from segmenter.data.custom import FILE, description, read_own
+from segmenter.data.label_files import DataError, Ids, ignore_index, read_ids
 from segmenter.data.layouts import LAYOUTS, Layout, Part, Sample, in_short, pair
-from segmenter.data.own import FILE, description, read_own
-from segmenter.image_files import ImageError, orientation
-from segmenter.images import read_image
+from segmenter.inference.image_files import ImageError, orientation
+from segmenter.inference.images import read_image
 
 IDS = {  # kind of data set -> what the values in its label files mean
     "ade20k": Ids(reduce_zero=True),  # 0 is "other"
@@ -169,7 +169,7 @@ def open_dataset(
 
     Args:
         root: the folder of the data set as published, or one above it as in the published code; see LAYOUTS, and
-            `segmenter.data.own` for folders of one's own.
+            `segmenter.data.custom` for folders of one's own.
         split: train, val, test or trainval, which is both with "train/" or "val/" before the names; or one of
             dataset.yml. Some data sets have no public labels for test.
         kind: one of KINDS; None: recognised by its folders. Pascal Context is taken as that of 60 classes unless

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from segmenter.data.labels import DataError
+from segmenter.data.label_files import DataError
 from segmenter.files import same_form, walk
-from segmenter.images import suffixes
+from segmenter.inference.images import suffixes
 from segmenter.text_files import read_text
 
 SPLITS = ("train", "val", "test")

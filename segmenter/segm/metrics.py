@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import segmenter.segm.utils.torch as ptu
-from segmenter.metrics import mean_iou, percent
+from segmenter.evaluation.metrics import mean_iou, percent
 from segmenter.segm.utils.logger import is_dist_avail_and_initialized
 
 

@@ -17,20 +17,20 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from segmenter.checkpoint import CheckpointError
 from segmenter.config import ModelConfig
 from segmenter.data.augment import Augmentation
 from segmenter.data.check import glance
 from segmenter.data.datasets import DataError, Dataset, open_dataset
 from segmenter.data.loader import Batch, Steps, TrainingSamples, load_batches
 from segmenter.model import Segmenter, create_segmenter
-from segmenter.training import state as files
+from segmenter.training import checkpoint as files
 from segmenter.training.distributed import Group
+from segmenter.training.initial_model import prepare, starting_model
 from segmenter.training.losses import SegmentationLoss, class_weights
 from segmenter.training.optimizer import averaged, gradient_norm, make_optimizer
 from segmenter.training.recipe import Recipe, RecipeError
-from segmenter.training.start import prepare, starting_model
 from segmenter.training.validation import Validation, report_bad, warn
+from segmenter.weights.read import CheckpointError
 
 ONE = Group()
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,7 +54,7 @@ def train(recipe: Recipe, output: str | Path, group: Group = ONE, progress: bool
 
     Args:
         recipe: settings, completed here by the data set's published ones.
-        output: folder of the run; `segmenter.training.state` lists what is put there.
+        output: folder of the run; `segmenter.training.checkpoint` lists what is put there.
         group: this process among those that train together; a group of several is joined and left by the caller.
         progress: a progress bar (of the leading process).
     Raises:
@@ -313,7 +313,7 @@ class Run:
         return True
 
     def _variant(self) -> dict[str, Any]:
-        from segmenter.pretrained import variant_of
+        from segmenter.weights.load import variant_of
 
         variant = variant_of(self.model)
         im_size = self.recipe.im_size or self.recipe.crop_size

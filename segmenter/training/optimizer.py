@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 
 from segmenter.model import Segmenter
-from segmenter.schedule import PolynomialLR
 from segmenter.training.recipe import Recipe, RecipeError
+from segmenter.training.schedule import PolynomialLR
 
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 

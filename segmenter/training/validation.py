@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from segmenter.charts import comparison
 from segmenter.data.datasets import DataError, Dataset, open_dataset
 from segmenter.errors import printable
-from segmenter.evaluate import Protocol, outcomes
-from segmenter.metrics import ConfusionMatrix, percent
+from segmenter.evaluation.charts import comparison
+from segmenter.evaluation.evaluate import Protocol, outcomes
+from segmenter.evaluation.metrics import ConfusionMatrix, percent
 from segmenter.training.distributed import Group
 from segmenter.training.recipe import Recipe
 from segmenter.visualize import save_png

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from tests.cli.tools import picture
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
 

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from segmenter.cli import main
-from segmenter.cli.attention import square_input
-from segmenter.images import normalize, read_image
+from segmenter.cli.commands.attention import square_input
+from segmenter.inference.images import normalize, read_image
 from segmenter.visualize import enlarge, heat_colors
 from tests.cli.tools import files, picture
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 
 def expected_map(trained, photos, part, layer, row):

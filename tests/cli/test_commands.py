@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from segmenter import stream
 from segmenter.cli import loading, main
-from segmenter.pretrained import from_pretrained
+from segmenter.inference import stream
+from segmenter.weights.load import from_pretrained
 from tests.cli.tools import load_json
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -176,7 +176,7 @@ def test_info_as_json(folder, capsys):
 
 
 def test_info_for_people(folder, capsys, monkeypatch):
-    from segmenter.cli import info
+    from segmenter.cli.commands import info
 
     version = info.metadata.version
 

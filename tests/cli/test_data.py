@@ -8,7 +8,7 @@ import pytest
 
 from segmenter.cli import main
 from segmenter.data.datasets import open_dataset
-from tests.data_sets import make_data_set, save
+from tests.support.data_sets import make_data_set, save
 
 
 def test_a_good_data_set_as_a_table(tmp_path, capsys):

@@ -12,18 +12,18 @@ import torch
 import yaml
 from PIL import Image
 
-from segmenter import evaluate as evaluate_module
-from segmenter.cli import eval as eval_module
 from segmenter.cli import main
 from segmenter.cli.arguments import build_parser
+from segmenter.cli.commands import eval as eval_module
 from segmenter.cli.records import FOLDER as RECORDS
 from segmenter.cli.shards import FOLDER as REPORT
 from segmenter.data.datasets import open_dataset
-from segmenter.evaluate import MULTISCALE, Protocol, evaluate
-from segmenter.metrics import percent
+from segmenter.evaluation import evaluate as evaluate_module
+from segmenter.evaluation.evaluate import MULTISCALE, Protocol, evaluate
+from segmenter.evaluation.metrics import percent
 from tests.cli.tools import files, load_json, picture
-from tests.data_sets import describe, make_data_set, rectangles, save
-from tests.tiny import tiny_model
+from tests.support.data_sets import describe, make_data_set, rectangles, save
+from tests.support.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -371,7 +371,8 @@ LOSES_A_PROCESS = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from segmenter.cli import eval, main
+from segmenter.cli import main
+from segmenter.cli.commands import eval
 
 torch.set_num_threads(1)
 once = Path(sys.argv[1])

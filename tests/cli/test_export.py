@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from segmenter import export_program
 from segmenter.cli import main
 from segmenter.cli.arguments import EXPORT_FORMATS, EXPORT_OUTPUTS
-from segmenter.export import FORMATS, OUTPUTS
-from segmenter.images import NORMALIZATION
+from segmenter.export import program
+from segmenter.export.check import FORMATS, OUTPUTS
+from segmenter.inference.images import NORMALIZATION
 
 
 def test_choices_are_those_of_the_library():
@@ -34,7 +34,7 @@ def test_export(folder, trained, tmp_path, capsys):
 
 
 def test_disagreement_ends_with_status_1_and_no_file(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export_program, "NORMALIZATION", dict.fromkeys(NORMALIZATION, ((0.1,) * 3, (0.2,) * 3)))
+    monkeypatch.setattr(program, "NORMALIZATION", dict.fromkeys(NORMALIZATION, ((0.1,) * 3, (0.2,) * 3)))
     path = tmp_path / "model.pt2"
     assert main(["export", "-m", folder, "--device", "cpu", "--format", "torch", "-o", str(path)]) == 1
     assert "error: the file disagrees with the model at 1 x 64x64" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from segmenter.cli import main
 from segmenter.cli.output import Lasting, err, lasting, out
 from segmenter.files import writing_into
-from segmenter.folder import CONFIG
+from segmenter.weights.pretrained import CONFIG
 from tests.cli.tools import files, load_json, picture
 
 ESCAPES = "\x1b]0;x\x07\x1b[2J"
@@ -146,7 +146,7 @@ def test_interrupted_within_an_exec(tmp_path):
     code = (
         "import sys, types; from segmenter import cli\n"
         "def interrupted(args): exec('raise KeyboardInterrupt')\n"
-        "sys.modules['segmenter.cli.info'] = types.SimpleNamespace(run=interrupted)\n"
+        "sys.modules['segmenter.cli.commands.info'] = types.SimpleNamespace(run=interrupted)\n"
         "sys.exit(cli.main(['info']))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

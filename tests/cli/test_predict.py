@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter import stream as stream_module
 from segmenter.cli import main
-from segmenter.cli import predict as predict_module
 from segmenter.cli.arguments import build_parser
+from segmenter.cli.commands import predict as predict_module
 from segmenter.cli.errors import CommandError
 from segmenter.cli.resume import model_fingerprint
-from segmenter.images import read_image
+from segmenter.inference import stream as stream_module
+from segmenter.inference.images import read_image
 from segmenter.visualize import overlay, with_legend
 from tests.cli.tools import files, labels_of, load_json, picture
-from tests.tiny import tiny_model
+from tests.support.tiny import tiny_model
 
 
 def test_predict_writes_what_the_model_says(trained, folder, photos, out, capsys):

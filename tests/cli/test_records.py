@@ -8,8 +8,8 @@ import pytest
 from segmenter.cli import records
 from segmenter.cli.records import Records, sample_facts
 from segmenter.data.datasets import open_dataset
-from segmenter.evaluate import Counts
-from tests.data_sets import make_data_set
+from segmenter.evaluation.evaluate import Counts
+from tests.support.data_sets import make_data_set
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter import stream as stream_module
 from segmenter.cli import main
-from segmenter.cli import predict as predict_module
+from segmenter.cli.commands import predict as predict_module
 from segmenter.cli.errors import CommandError
 from segmenter.cli.report import Tally, say, write_failed
 from segmenter.cli.shards import FOLDER, Shard, SharedReport
+from segmenter.inference import stream as stream_module
 from tests.cli.conftest import VARIABLES
 from tests.cli.tools import files, labels_of, load_json, picture
 
@@ -222,7 +222,8 @@ LOSES_A_PROCESS = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from segmenter.cli import main, predict
+from segmenter.cli import main
+from segmenter.cli.commands import predict
 
 torch.set_num_threads(1)
 log, once = Path(sys.argv[1]), Path(sys.argv[2])

@@ -8,9 +8,9 @@ import torch
 from segmenter import load_model
 from segmenter.classes import load_classes
 from segmenter.cli import main
+from segmenter.training.checkpoint import write_yaml
 from segmenter.training.loop import Run
-from segmenter.training.state import write_yaml
-from tests.tiny_runs import tiny_recipe
+from tests.support.tiny_runs import tiny_recipe
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from segmenter.kernels import attention as module
 from segmenter.kernels import configs, reference
 from segmenter.kernels.attention import attention, cross_attention
 from tests.gpu.conftest import size
-from tests.parity import assert_bitwise_equal, assert_parity
+from tests.support.parity import assert_bitwise_equal, assert_parity
 
 HALF = (torch.bfloat16, torch.float16)
 LENGTHS = size([1, 2, 3, 257, 258, 406, 960, 1025, 1026, 1174, 1601, 2305, 4097, 4246], [1, 2, 65, 100])

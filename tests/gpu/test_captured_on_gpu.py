@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from segmenter import create_segmenter, preset
-from segmenter.captured import CompiledInference
+from segmenter.inference.cuda_graphs import CompiledInference
 from tests.gpu.conftest import size
 
 
@@ -28,7 +28,7 @@ def pictures(B, h, w, seed=0):
 
 def one_by_one(model, pixels, **options):
     """As `segment` batches them: the same kernels with the same tiles, so the same bits."""
-    from segmenter.segment import segment_pixels
+    from segmenter.inference.segment import segment_pixels
 
     return segment_pixels(model, pixels, batch_size=8, **options)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from segmenter.export import export_model
-from tests.tiny import tiny_model
+from segmenter.export.check import export_model
+from tests.support.tiny import tiny_model
 
 
 @pytest.mark.gpu

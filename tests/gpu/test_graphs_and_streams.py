@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from segmenter import create_segmenter, preset
-from segmenter.implementation import parts
 from segmenter.kernels.attention import attention
+from segmenter.ops import parts
 from tests.gpu.conftest import size
 
 ROOT = Path(__file__).parents[2]

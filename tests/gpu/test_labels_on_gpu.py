@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from segmenter import create_segmenter, preset
-from segmenter.inference import windows_of
+from segmenter.inference.windows import windows_of
 from segmenter.kernels import reference
 from segmenter.kernels.upsample_argmax import upsample_argmax, windows_argmax
 from tests.gpu.conftest import size
-from tests.upsampling import MASKS, expected_labels, near_masks, random_masks, smooth_masks
+from tests.support.upsampling import MASKS, expected_labels, near_masks, random_masks, smooth_masks
 
 FULL = (512, 512)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from segmenter.kernels import configs, layernorm, layernorm_mlp, linear, mask_head, reference
 from tests.gpu.conftest import size
-from tests.parity import assert_parity
+from tests.support.parity import assert_parity
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = size((192, 384, 768, 1024), (48, 192))

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from segmenter import create_segmenter, preset
-from segmenter.images import NORMALIZATION
+from segmenter.inference.images import NORMALIZATION
 from segmenter.kernels import configs, reference
 from segmenter.kernels import pixels_to_tokens as kernel
 from tests.gpu.conftest import size
-from tests.parity import assert_parity
+from tests.support.parity import assert_parity
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEIT = NORMALIZATION["deit"]

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from segmenter.data.datasets import open_dataset
-from segmenter.evaluate import evaluate
-from segmenter.pretrained import load_model
+from segmenter.evaluation.evaluate import evaluate
+from segmenter.training.checkpoint import FINAL, write_yaml
 from segmenter.training.distributed import Group
 from segmenter.training.loop import train
-from segmenter.training.state import FINAL, write_yaml
-from tests.tiny_runs import differences, log_of, read_checkpoint, tiny_recipe
+from segmenter.weights.load import load_model
+from tests.support.tiny_runs import differences, log_of, read_checkpoint, tiny_recipe
 
 ROOT = Path(__file__).parents[2]
 STILL = {"dropout": 0.0, "drop_path": 0.0, "decoder_dropout": 0.0}

@@ -6,7 +6,7 @@ from tests.mutants.planted_training import DURABILITY, SCHEDULE
 
 ATTENTION = planted_in(
     "kernels/attention.py",
-    ("tests/test_attention.py",),
+    ("tests/kernels/test_attention.py",),
     {
         "lost_tail": (
             "        if end < n_keys:\n",
@@ -145,7 +145,7 @@ ATTENTION = planted_in(
 
 LAYERNORM = planted_in(
     "kernels/layernorm.py",
-    ("tests/test_layernorm.py",),
+    ("tests/kernels/test_layernorm.py",),
     {
         "padding_in_the_variance": (
             "x = tl.where(offs_n[None, :] < N, x, 0.0)",
@@ -180,7 +180,7 @@ LAYERNORM = planted_in(
 
 LINEAR = planted_in(
     "kernels/linear.py",
-    ("tests/test_linear.py",),
+    ("tests/kernels/test_linear.py",),
     {
         "last_k_block_dropped": (
             "    for k_0 in tl.range(0, K, BLOCK_K):\n        x = _load_tile(X,",
@@ -232,7 +232,7 @@ LINEAR = planted_in(
 
 NUMERICS = planted_in(
     "kernels/numerics.py",
-    ("tests/test_layernorm_mlp.py", "tests/test_linear.py"),
+    ("tests/kernels/test_layernorm_mlp.py", "tests/kernels/test_linear.py"),
     {
         "tanh_for_erf": (
             "y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))",
@@ -255,7 +255,7 @@ NUMERICS = planted_in(
 
 LAYERNORM_MLP = planted_in(
     "kernels/layernorm_mlp.py",
-    ("tests/test_layernorm_mlp.py",),
+    ("tests/kernels/test_layernorm_mlp.py",),
     {
         "last_hidden_block_dropped": (
             "for h_0 in tl.range(0, H, BLOCK_H):",
@@ -282,7 +282,7 @@ LAYERNORM_MLP = planted_in(
 
 MASK_HEAD = planted_in(
     "kernels/mask_head.py",
-    ("tests/test_mask_head.py",),
+    ("tests/kernels/test_mask_head.py",),
     {
         "unnormalised_classes": (
             "* (1.0 / class_norm)[None, :]",
@@ -333,7 +333,7 @@ MASK_HEAD = planted_in(
 
 PIXELS_TO_TOKENS = planted_in(
     "kernels/pixels_to_tokens.py",
-    ("tests/test_pixels_to_tokens.py",),
+    ("tests/kernels/test_pixels_to_tokens.py",),
     {
         "last_bytes_dropped": (
             "for k_0 in tl.range(0, K, BLOCK_K):",
@@ -384,7 +384,7 @@ PIXELS_TO_TOKENS = planted_in(
 
 FOLDING = planted_in(
     "kernels/reference.py",
-    ("tests/test_pixels_to_tokens.py",),
+    ("tests/kernels/test_pixels_to_tokens.py",),
     {
         "bias_of_the_weights_before_rounding": (
             "constant = (folded.double() * (",
@@ -398,7 +398,7 @@ FOLDING = planted_in(
 )
 
 MEMORY = planted_in(
-    "segmenter/remembered.py",
+    "segmenter/cache.py",
     ("tests/test_embed_pixels.py",),
     {
         "written_weights_count_as_the_same": (

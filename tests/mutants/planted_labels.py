@@ -4,7 +4,7 @@ from tests.mutants.mutant import planted_in
 
 LABELS_KERNEL = planted_in(
     "kernels/upsample_argmax.py",
-    ("tests/test_upsample_argmax.py",),
+    ("tests/kernels/test_upsample_argmax.py",),
     {
         "last_class_dropped": (
             "    candidate = c < K\n",
@@ -110,7 +110,7 @@ LABELS_KERNEL = planted_in(
 
 TILING = planted_in(
     "kernels/tiling.py",
-    ("tests/test_tiling.py",),
+    ("tests/kernels/test_upsample_tiles.py",),
     {
         "not_cut_where_windows_end": (
             "np.concatenate([[0], changes, [window]])",
@@ -156,8 +156,8 @@ TILING = planted_in(
 )
 
 LABELS = planted_in(
-    "segmenter/labels.py",
-    ("tests/test_labels.py",),
+    "segmenter/inference/pruned_argmax.py",
+    ("tests/inference/test_pruned_argmax.py",),
     {
         "equal_candidates_go_to_the_highest": (
             "torch.where(values > best[..., :n]",
@@ -245,8 +245,8 @@ LABELS = planted_in(
 )
 
 STRIDES = planted_in(
-    "segmenter/labels.py",
-    ("tests/test_strides.py",),
+    "segmenter/inference/pruned_argmax.py",
+    ("tests/kernels/test_strides.py",),
     {
         "candidates_whatever_the_overlap": (
             "(windows <= MAX_WINDOWS and ",
@@ -260,8 +260,8 @@ STRIDES = planted_in(
 )
 
 CAPTURED = planted_in(
-    "segmenter/captured.py",
-    ("tests/test_captured.py",),
+    "segmenter/inference/cuda_graphs.py",
+    ("tests/inference/test_cuda_graphs.py",),
     {
         "weights_not_followed": (
             "if self._weights is not None and self._weights.unchanged():",

@@ -44,8 +44,8 @@ DURABILITY = [
 ]
 
 SCHEDULE = planted_in(
-    "segmenter/schedule.py",
-    ("tests/test_schedule.py",),
+    "segmenter/training/schedule.py",
+    ("tests/training/test_schedule.py",),
     {
         "iter_max_not_truncated": (
             "self.iter_max = int(iter_max)",

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from segmenter import inference as ours
 from segmenter import layers
 from segmenter.fusable import why_not_bypass
+from segmenter.inference import windows as ours
 from segmenter.layers import init_weights
 from segmenter.model import Segmenter
 
@@ -111,8 +111,9 @@ def inference(
 ) -> torch.Tensor:
     """Class probabilities (n_cls, *ori_shape) of one picture from one or more views of it, on the model's device.
 
-    A `Segmenter` goes the way of `segmenter.inference.inference`, in little memory. Any other model with `n_cls`, or
-    one whose forward is not the class's own, is called with windows (b, 3, window_size, window_size) for their logits.
+    A `Segmenter` goes the way of `segmenter.inference.windows.inference`, in little memory. Any other model with
+    `n_cls`, or one whose forward is not the class's own, is called with windows (b, 3, window_size, window_size) for
+    their logits.
 
     Args:
         ims: views (1, 3, h, w), normalised. ims_metas: of each, "flip": whether it is mirrored.

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from segmenter.schedule import PolynomialLR
+from segmenter.training.schedule import PolynomialLR
 
 
 def create_scheduler(opt_args: Any, optimizer: torch.optim.Optimizer) -> Any:

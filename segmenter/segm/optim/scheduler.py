@@ -1,5 +1,5 @@
 """The schedule."""
 
-from segmenter.schedule import PolynomialLR
+from segmenter.training.schedule import PolynomialLR
 
 __all__ = ["PolynomialLR"]

@@ -1,0 +1,304 @@
+"""Recognises transformer blocks, attention layers and mask decoders of other projects by what they are made of.
+
+No class or module name of any project occurs here. What looks right is then tried out on random numbers
+(`segmenter.dropin.verify`), since two classes of the same parts may compute different things.
+
+    packed:  block(norm1, attn(qkv, proj, ...), norm2, mlp(fc1, act, fc2, ...))       published Segmenter, timm
+    wrapped: block(norm1, attn(attn = nn.MultiheadAttention), norm2, ffn(layers))     mmsegmentation
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from segmenter.dropin.calls import optional
+from segmenter.dropin.guard import Contract, Layer, Path, Unlike, contract, find, record, record_linear, record_norm
+from segmenter.fusable import qualified
+from segmenter.kernels.configs import MAX_HEAD_DIM
+
+Layers = tuple[Layer, ...]
+
+_NORMS_OF_ATTENTION = ("q_norm", "k_norm", "norm")
+
+
+class AttentionPlan(NamedTuple):
+    """How to compute an attention layer.
+
+    Attributes:
+        style: "packed" or "wrapped". heads: how many.
+        core: what has to hold for softmax(q k^T) v to be ours while its projections are called as layers.
+        fused: what has to hold for its projections to be read; None, with `reason`, if they cannot be.
+        returns_tuple: the layer returns (tokens, attention map).
+    """
+
+    style: str
+    heads: int
+    core: Contract
+    fused: Contract | None
+    reason: str | None
+    returns_tuple: bool = False
+
+
+class BlockPlan(NamedTuple):
+    """How to compute a pre-norm block.
+
+    Attributes:
+        style: "packed" or "wrapped". heads: how many.
+        names: children by role: norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2; "" if there is none.
+        attention, mlp: what has to hold for each half to be fused; None if it cannot be. core: as in AttentionPlan,
+            for blocks whose attention layer returns a tuple.
+        reasons: why a half is not fused.
+        passed: arguments besides the tokens that the block only hands on to its attention layer, and which therefore
+            do not keep the MLP from being fused; in the order of the block's own forward.
+    """
+
+    style: str
+    heads: int
+    names: dict[str, str]
+    attention: Contract | None
+    core: Contract | None
+    mlp: Contract | None
+    reasons: tuple[str, ...]
+    passed: tuple[str, ...] = ()
+
+
+class DecoderPlan(NamedTuple):
+    """How to compute a mask transformer.
+
+    Attributes:
+        style: "packed" or "wrapped". n_cls: classes. contract: what has to hold for the mask head to be fused.
+    """
+
+    style: str
+    n_cls: int
+    contract: Contract
+
+
+Plan = AttentionPlan | BlockPlan | DecoderPlan
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """ "block", "attention", "decoder" or None, by a glance at the names; `plan` then looks closely."""
+    children = module._modules
+    if "mask_norm" in children and "cls_emb" in module._parameters:
+        return "decoder"
+    if "attn" in children and ("mlp" in children or "ffn" in children):
+        return "block"
+    if "qkv" in children and "proj" in children:
+        return "attention"
+    return "attention" if "attn" in children and isinstance(children["attn"], nn.MultiheadAttention) else None
+
+
+def plan(module: nn.Module, kind: str) -> Plan:
+    """Looks closely at a module of this kind.
+
+    Raises:
+        Unlike: nothing in it can be computed by the fast operators; the message says why.
+    """
+    return {"attention": plan_attention, "block": plan_block, "decoder": plan_decoder}[kind](module)
+
+
+def plan_attention(module: nn.Module) -> AttentionPlan:
+    """Raises Unlike."""
+    parts = _attention(module, ())
+    fused = None if parts.fused is None else contract(module, parts.fused)
+    return AttentionPlan(parts.style, parts.heads, contract(module, parts.core), fused, parts.reason)
+
+
+class _Parts(NamedTuple):
+    """An AttentionPlan in the making."""
+
+    style: str
+    heads: int
+    core: Layers | None
+    fused: Layers | None
+    reason: str | None
+
+
+def _attention(root: nn.Module, at: Path) -> _Parts:
+    attention = find(root, at)
+    if "qkv" not in attention._modules:
+        core = _wrapped_core(root, at)
+        return _Parts("wrapped", _heads(attention), core, core, None)
+    core = _packed_core(root, at)
+    try:
+        return _Parts("packed", _heads(attention), core, core + _packed_projections(root, at), None)
+    except Unlike as reason:
+        return _Parts("packed", _heads(attention), core, None, str(reason))
+
+
+def _packed_core(root: nn.Module, at: Path) -> Layers:
+    attention = find(root, at)
+    present = {name for name, child in attention._modules.items() if child is not None}
+    parts = {"qkv", "proj", "attn_drop", "proj_drop", *_NORMS_OF_ATTENTION}
+    layers = [record(root, at, children=tuple(parts))]
+    for name in ("q_norm", "k_norm"):
+        if name in present:
+            layers.append(_record_identity(root, (*at, name)))
+    if "attn_drop" in present:
+        layers.append(record(root, (*at, "attn_drop")))
+    weight = getattr(attention.qkv, "weight", None)  # adapters have the weight of what they wrap
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:  # quantised layers have a method of that name
+        raise Unlike(f"{'.'.join((*at, 'qkv'))} ({qualified(type(attention.qkv))}) has no weight matrix")
+    _check_head_dim(weight.shape[0], 3 * _heads(attention))
+    return tuple(layers)
+
+
+def _packed_projections(root: nn.Module, at: Path) -> Layers:
+    attention = find(root, at)
+    layers = [record_linear(root, (*at, "qkv")), record_linear(root, (*at, "proj"))]
+    if attention._modules.get("norm") is not None:
+        layers.append(_record_identity(root, (*at, "norm")))
+    if attention._modules.get("proj_drop") is not None:
+        layers.append(record(root, (*at, "proj_drop")))
+    return tuple(layers)
+
+
+def _wrapped_core(root: nn.Module, at: Path) -> Layers:
+    wrapper = find(root, at)
+    if wrapper.__dict__.get("batch_first") is not True:
+        raise Unlike("its tokens do not come batch first")
+    inner = wrapper._modules["attn"]
+    if not isinstance(inner, nn.MultiheadAttention):
+        raise Unlike(f"{'.'.join((*at, 'attn'))} is {qualified(type(inner))}, not {qualified(nn.MultiheadAttention)}")
+    if inner.in_proj_weight is None or inner.bias_k is not None or inner.add_zero_attn:
+        raise Unlike("its MultiheadAttention has separate projections or extra keys")
+    _check_head_dim(inner.embed_dim, inner.num_heads)
+    return (
+        record(root, at, children=("attn", "proj_drop", "dropout_layer")),
+        record(root, (*at, "attn"), ("in_proj_weight", "in_proj_bias"), ("out_proj",)),
+        record_linear(root, (*at, "attn", "out_proj")),
+        record(root, (*at, "proj_drop")),  # the original drops in another memory order, so from other random numbers
+        record(root, (*at, "dropout_layer")),
+    )
+
+
+def plan_block(block: nn.Module) -> BlockPlan:
+    """Raises Unlike."""
+    wrapped = "ffn" in block._modules
+    names = _roles(block, wrapped)
+    own = record(block, (), children=tuple(n for n in names.values() if n))
+    try:
+        attn = _attention(block, (names["attn"],))
+    except Unlike as reason:
+        attn = _Parts("wrapped" if wrapped else "packed", 0, None, None, str(reason))
+    reasons, halves = [], {}
+    for half, number in (("attention", "1"), ("mlp", "2")):
+        try:
+            if half == "attention" and attn.fused is None:
+                raise Unlike(attn.reason)
+            inner = attn.fused if half == "attention" else _mlp(block, names["mlp"], wrapped)
+            around = [record_norm(block, (names[f"norm{number}"],))]
+            if names[f"ls{number}"]:
+                around.append(_record_identity(block, (names[f"ls{number}"],)))
+            if names[f"drop_path{number}"]:
+                around.append(record(block, (names[f"drop_path{number}"],)))
+            halves[half] = contract(block, (own, *around, *inner))
+        except Unlike as reason:
+            halves[half] = None
+            reasons.append(f"{'MLP' if half == 'mlp' else half}: {reason}")
+    if halves["attention"] is halves["mlp"] is attn.core is None:
+        raise Unlike("; ".join(reasons))
+    core = None if attn.core is None else contract(block, (own, *attn.core))
+    halves = halves["attention"], core, halves["mlp"]
+    return BlockPlan(attn.style, attn.heads, names, *halves, tuple(reasons), optional(block))
+
+
+def _roles(block: nn.Module, wrapped: bool) -> dict[str, str]:
+    """Names of children by role. Raises Unlike if one is missing or there is one without a role."""
+    children = {name: child for name, child in block._modules.items() if child is not None}
+    names = {"attn": "attn", "mlp": "ffn" if wrapped else "mlp"}
+    for norm in ("norm1", "norm2"):  # a child, or a property that gives one
+        layer = getattr(block, norm, None)
+        names[norm] = next((name for name, child in children.items() if child is layer), "")
+        if not names[norm]:
+            raise Unlike(f"it has no {norm}")
+    for number in ("1", "2"):
+        names[f"ls{number}"] = f"ls{number}" if f"ls{number}" in children else ""
+        drops = [name for name in (f"drop_path{number}", "drop_path") if name in children]
+        names[f"drop_path{number}"] = drops[0] if drops else ""
+    if extra := sorted(set(children) - set(names.values())):
+        raise Unlike(f"it has a layer {', '.join(extra)}")
+    return names
+
+
+def _mlp(block: nn.Module, name: str, wrapped: bool) -> Layers:
+    if wrapped:
+        return _wrapped_mlp(block, name)
+    mlp = block._modules[name]
+    drops = [n for n in ("drop", "drop1", "drop2") if mlp._modules.get(n) is not None]
+    layers = [
+        record(block, (name,), children=("fc1", "act", "norm", "fc2", "drop", "drop1", "drop2")),
+        record_linear(block, (name, "fc1"), bias=True),
+        record(block, (name, "act")),
+        record_linear(block, (name, "fc2"), bias=True),
+        *(record(block, (name, n)) for n in drops),
+    ]
+    if mlp._modules.get("norm") is not None:
+        layers.append(_record_identity(block, (name, "norm")))
+    return tuple(layers)
+
+
+def _wrapped_mlp(block: nn.Module, name: str) -> Layers:
+    first, extra = (name, "layers", "0"), tuple(n for n in ("gamma2",) if n in block._modules[name]._modules)
+    if block._modules[name].__dict__.get("add_identity") is not True:
+        raise Unlike(f"{name} adds no residual")
+    return (
+        record(block, (name,), children=("layers", "dropout_layer", *extra)),
+        record(block, (name, "layers"), children=("0", "1", "2")),
+        record(block, first, children=("0", "1", "2")),
+        record_linear(block, (*first, "0"), bias=True),
+        record(block, (*first, "1")),
+        record(block, (*first, "2")),
+        record_linear(block, (name, "layers", "1"), bias=True),
+        record(block, (name, "layers", "2")),
+        record(block, (name, "dropout_layer")),
+        *(_record_identity(block, (name, n)) for n in extra),
+    )
+
+
+def plan_decoder(decoder: nn.Module) -> DecoderPlan:
+    """Raises Unlike."""
+    packed = "proj_patch" in decoder._parameters
+    needed = ("proj_dec", "blocks") if packed else ("dec_proj", "layers", "patch_proj", "classes_proj")
+    if absent := [n for n in (*needed, "decoder_norm") if decoder._modules.get(n) is None]:
+        raise Unlike(f"it has no {', '.join(absent)}")
+    layers = [record_norm(decoder, ("mask_norm",))]
+    if packed:
+        if "proj_classes" not in decoder._parameters or not isinstance(getattr(decoder, "patch_size", None), int):
+            raise Unlike("it has no proj_classes or patch_size")
+        width = decoder.proj_patch.shape[0]
+    else:
+        if not callable(getattr(decoder, "_transform_inputs", None)):
+            raise Unlike("it does not choose its inputs by _transform_inputs")
+        for name in ("patch_proj", "classes_proj"):
+            layers.append(record_linear(decoder, (name,)))
+            if decoder._modules[name].bias is not None:
+                raise Unlike(f"{name} has a bias")
+        width = decoder.patch_proj.in_features
+    if width % 16:
+        raise Unlike(f"its width {width} is no multiple of 16")
+    return DecoderPlan("packed" if packed else "wrapped", decoder.cls_emb.shape[1], contract(decoder, tuple(layers)))
+
+
+def _record_identity(root: nn.Module, path: Path) -> Layer:
+    layer = find(root, path)
+    if type(layer) is not nn.Identity:
+        raise Unlike(f"{'.'.join(path)} is {qualified(type(layer))}, not {qualified(nn.Identity)}")
+    return record(root, path)
+
+
+def _heads(attention: nn.Module) -> int:
+    state = attention.__dict__
+    heads = state.get("num_heads", state.get("heads"))
+    if not isinstance(heads, int) or heads < 1:
+        raise Unlike("its number of heads is unknown")
+    return heads
+
+
+def _check_head_dim(width: int, heads: int) -> None:
+    head_dim, rest = divmod(width, heads)
+    if rest or head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        dim = width / heads
+        raise Unlike(f"its head_dim is {dim:g}, the kernel takes multiples of 8 up to {MAX_HEAD_DIM}")

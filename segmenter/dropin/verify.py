@@ -1,0 +1,244 @@
+"""Tries out on random numbers whether a module computes what its structure says.
+
+Attributes alone do not tell a pre-norm block from a post-norm one, the exact GELU from an approximation, or a subclass
+of nn.Linear that only has another name from one that rounds its weights. So a copy of the module with random weights,
+in float64 on the CPU, runs its original forward, and the formulas that would replace it have to give the same.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from segmenter.dropin import modules
+from segmenter.dropin.calls import given
+from segmenter.dropin.guard import RATES, Unlike, original_class, record_linear
+from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan
+from segmenter.errors import cause
+from segmenter.ops import EAGER
+
+TOLERANCE = 1e-6  # relative; the tanh form of GELU is off by 1e-4, LayerNorm in float32 by 1e-7
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def confirmed(module: nn.Module, plan: Plan) -> Plan:
+    """The plan, without the parts that turned out to be something else.
+
+    Raises:
+        Unlike: nothing of it is left, or the original forward cannot be run on random numbers.
+    """
+    check = {AttentionPlan: _attention, BlockPlan: _block, DecoderPlan: _decoder}[type(plan)]
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        torch.manual_seed(0)
+        copies = [random_copy(module, training) for training in (False, True)]
+        try:
+            return check(copies, plan)
+        except Unlike:
+            raise
+        except Exception as error:  # whatever somebody else's forward raises
+            raise Unlike(f"it could not be tried out ({type(error).__name__}: {cause(error, 120)})") from error
+
+
+def random_copy(module: nn.Module, training: bool) -> nn.Module:
+    """A copy without hooks, with random float64 weights and nothing dropped. Nothing is shared but plain objects."""
+    cls = original_class(type(module))
+    copy = cls.__new__(cls)
+    state = {name: value for name, value in module.__dict__.items() if name != "_segmenter"}
+    state |= {name: OrderedDict() for name in _HOOKS if name in state}
+    state |= {name: 0.0 for name in RATES if isinstance(state.get(name), float)}
+    state |= {"training": training, "_compiled_call_impl": None}
+    state["_parameters"] = {n: _random(n, p) for n, p in module._parameters.items()}
+    state["_buffers"] = {n: _random(n, b) for n, b in module._buffers.items()}
+    state["_modules"] = {n: _child_copy(m, training) for n, m in module._modules.items()}
+    copy.__dict__.update(state)
+    return copy
+
+
+def _child_copy(module: nn.Module | None, training: bool) -> nn.Module | None:
+    if module is None:
+        return None
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or _is_linear(module):
+        return random_copy(module, training)
+    return StandIn(weight.shape)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    try:
+        record_linear(module, ())
+        return True
+    except Unlike:
+        return False
+
+
+class StandIn(nn.Module):
+    """In place of an adapted or quantised linear layer, which may not run in float64 on the CPU.
+
+    Such a layer has to be called, never read: what there is to read is NaN.
+    """
+
+    def __init__(self, shape: torch.Size):
+        super().__init__()
+        self.matrix = _randn(*shape) * shape[1] ** -0.5
+        self.weight = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
+        self.bias = self.weight[:, 0]
+        self.out_features, self.in_features = shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.matrix.T
+
+
+def _random(name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    if not tensor.is_floating_point():
+        raise Unlike(f"{name} is {str(tensor.dtype).removeprefix('torch.')}")
+    random = _randn(*tensor.shape)
+    if tensor.ndim > 1:
+        random *= tensor.shape[-1] ** -0.5
+    else:
+        random = 0.5 * random + (name == "weight")
+    return nn.Parameter(random) if isinstance(tensor, nn.Parameter) else random
+
+
+def _randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, device="cpu")
+
+
+def _same(copies: list[nn.Module], ours: Callable, theirs: Callable) -> bool:
+    for copy in copies:
+        got, want = ours(copy), theirs(copy)
+        if got.shape != want.shape or not (got - want).abs().max() <= TOLERANCE * want.abs().max():
+            return False
+    return True
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _attention(copies: list[nn.Module], plan: AttentionPlan) -> AttentionPlan:
+    x = _randn(2, 7, _width(copies[0], plan.style))
+    if plan.style == "wrapped":
+        y = _randn(*x.shape)
+        same = _same(copies, lambda m: modules.wrapped_core(m, plan, x, y, EAGER), lambda m: m(x, identity=y))
+        returns_tuple = False
+    else:
+        returns_tuple = isinstance(copies[0](x), tuple)
+        same = _same(copies, lambda m: modules.attention_core(m, plan, x, EAGER), lambda m: _first(m(x)))
+    if not same:
+        raise Unlike("it computes something else than softmax(q k^T / sqrt(d)) v")
+    return plan._replace(returns_tuple=returns_tuple)
+
+
+def _width(attention: nn.Module, style: str) -> int:
+    return attention.attn.embed_dim if style == "wrapped" else attention.qkv.weight.shape[1]
+
+
+def _block(copies: list[nn.Module], plan: BlockPlan) -> BlockPlan:
+    x = _randn(2, 7, next(copies[0]._modules[plan.names["norm1"]].parameters()).shape[0])
+
+    def first(block: nn.Module) -> torch.Tensor:
+        return modules.by_layers(block, plan, x, "1")
+
+    def second(block: nn.Module) -> torch.Tensor:
+        return modules.by_layers(block, plan, x, "2")
+
+    if not _same(copies, lambda m: modules.by_layers(m, plan, first(m), "2"), lambda m: m(x)):
+        raise Unlike("its forward is not that of a pre-norm block")
+    reasons, core = list(plan.reasons), None
+    attention, mlp = plan.attention, plan.mlp
+    if attention and not _same(copies, lambda m: modules.attention_fused(m, plan, x, EAGER), first):
+        attention = None
+        reasons.append("attention: it computes something else than its parts say")
+    if mlp and not _same(copies, lambda m: modules.mlp_fused(m, plan, x, EAGER), second):
+        mlp = None
+        reasons.append("MLP: it computes something else than its parts say")
+    inner = copies[0]._modules[plan.names["attn"]]
+    passed = plan.passed if plan.style == "packed" and _only_passed(copies[0], plan, x) else ()
+    returns_tuple = plan.core and plan.style == "packed" and isinstance(inner(x), tuple)
+    if returns_tuple and _same(copies, lambda m: modules.by_layers(m, plan, x, "1", EAGER), first):
+        core = plan.core  # its own forward cannot be replaced
+    if attention is mlp is core is None:
+        raise Unlike("; ".join(reasons))
+    return plan._replace(attention=attention, mlp=mlp, core=core, reasons=tuple(reasons), passed=passed)
+
+
+class _Listener(nn.Module):
+    """In place of an attention layer: notes what else it is called with, and calls it with tokens alone."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention, self.calls = attention, []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(given(self.attention, args, kwargs))
+        wrapped = {"identity": kwargs["identity"]} if "identity" in kwargs else {}
+        return self.attention(args[0], **wrapped)
+
+
+def _listened(parent: nn.Module, name: str, x: torch.Tensor, **arguments: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """(output, what the child `name` got besides tokens in each call) of a call of its parent."""
+    listener = _Listener(parent._modules[name])
+    parent._modules[name] = listener
+    try:
+        return parent(x, **arguments), listener.calls
+    finally:
+        parent._modules[name] = listener.attention
+
+
+def _only_passed(block: nn.Module, plan: BlockPlan, x: torch.Tensor) -> bool:
+    """Whether the block does nothing with its optional arguments but hand them on to its attention layer, by name."""
+    want = block(x)
+    try:
+        for name in plan.passed:
+            argument = object()  # nothing can be computed with it
+            got, calls = _listened(block, plan.names["attn"], x, **{name: argument})
+            if calls != [{name: argument}] or not torch.equal(got, want):
+                return False
+    except Exception:  # whatever somebody else's forward raises
+        return False
+    return bool(plan.passed)
+
+
+def received(parent: nn.Module, name: str) -> tuple[str, ...] | None:
+    """What the attention layer `name` of a module gets besides tokens when the module is called with tokens alone; None
+    if that cannot be found out."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            copy = random_copy(parent, training=False)
+            attention = copy._modules[name]
+            style = "packed" if "qkv" in attention._modules else "wrapped"
+            _, calls = _listened(copy, name, _randn(2, 7, _width(attention, style)))
+    except Exception:  # whatever somebody else's forward raises
+        return None
+    return tuple(dict.fromkeys(n for call in calls for n in call)) if calls else None
+
+
+def _decoder(copies: list[nn.Module], plan: DecoderPlan) -> DecoderPlan:
+    decoder = copies[0]
+    first = decoder._modules["proj_dec" if plan.style == "packed" else "dec_proj"]
+    tokens = _randn(2, 6, first.weight.shape[1])
+    if plan.style == "packed":
+        size = (2 * decoder.patch_size, 3 * decoder.patch_size)
+
+        def theirs(module: nn.Module) -> torch.Tensor:
+            return module(tokens, size)
+    else:
+        maps = tokens.transpose(1, 2).unflatten(2, (2, 3))
+        index = decoder.in_index if isinstance(decoder.in_index, int) else max(decoder.in_index)
+
+        def theirs(module: nn.Module) -> torch.Tensor:
+            return module([maps] * (index + 1 or 1))
+
+    def ours(module: nn.Module) -> torch.Tensor:
+        return modules.decode(module, plan, tokens, EAGER).transpose(1, 2).unflatten(2, (2, 3))
+
+    if not _same(copies, ours, theirs):
+        raise Unlike("its forward is not that of a mask transformer")
+    return plan

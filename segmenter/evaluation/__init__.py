@@ -1,0 +1,1 @@
+"""Scores on data sets, charts of them, and models beside each other."""

@@ -1,0 +1,331 @@
+"""Evaluation on a data set: the published test pipeline picture by picture, and integer counts that are summed.
+
+What is kept of a picture is how often each label met each prediction, and the same for boundaries. These are integers,
+so scores come out the same in whatever order, and by however many processes, the pictures are done.
+"""
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from segmenter.data.augment import resized
+from segmenter.data.datasets import PUBLISHED, DataError, Dataset, Sample
+from segmenter.evaluation.boundary import BoundaryCounts
+from segmenter.evaluation.metrics import ConfusionMatrix
+from segmenter.inference.images import normalize
+from segmenter.inference.segment import compute_dtype, labels_of_views, segment_image, usual_batch_size, window_of
+from segmenter.inference.windows import (
+    Windows,
+    check_finite,
+    check_sizes,
+    predict_masks,
+    resize,
+    window_anchors,
+    windows_of,
+)
+
+OVERLAP = 32  # pixels; of the published evaluation's windows
+MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # the published scales; they go with flip=True
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a picture is brought to the model.
+
+    Attributes:
+        im_size: the short side in pixels that the picture is resized to, or None: its own size, nothing is resized.
+        max_ratio: the long side gets at most max_ratio * im_size pixels; then the short side is below im_size.
+        window_size, window_stride: sliding windows in pixels; None: see `of_model`.
+        scales: sizes to average over, relative to im_size. flip: each also mirrored left to right.
+        batch_size: windows a forward call; None: 1 on a CPU, else 8.
+        dtype: compute type, as of `segment_image`; None: the model's own.
+    Raises:
+        ValueError: numbers that make no sense.
+    """
+
+    im_size: int | None = None
+    max_ratio: float = 4.0
+    window_size: int | None = None
+    window_stride: int | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    batch_size: int | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.im_size is not None and (self.im_size < 1 or self.max_ratio < 1):
+            raise ValueError(f"need im_size and max_ratio of at least 1, got {self.im_size} and {self.max_ratio}")
+        if not self.scales or not all(scale > 0 for scale in self.scales):
+            raise ValueError(f"scales must be positive and at least one, got {self.scales!r}")
+
+    def of_model(self, model: torch.nn.Module, key: str | None = None) -> "Protocol":
+        """With windows and a batch size where they are not given.
+
+        The window is the model's. On the data sets of PUBLISHED windows overlap by OVERLAP pixels, as in the published
+        eval/miou.py, whatever stride the checkpoint's variant.yml names (which is that of evaluation during training);
+        on others the stride is the model's, as of `segmenter.inference.segment.window_of`.
+
+        Args:
+            key: of the data set; None: with `im_size` the one that the model's classes are of, else none.
+        Raises:
+            ValueError: the windows leave pixels out, or the model cannot run in dtype.
+        """
+        window_size, window_stride = window_of(model, self.window_size, self.window_stride)
+        key = model.info.classes if key is None and self.im_size is not None else key
+        if self.window_stride is None and key in PUBLISHED and window_size > OVERLAP:
+            window_stride = window_size - OVERLAP
+        usual = usual_batch_size(next(model.parameters()).device)
+        batch_size = usual if self.batch_size is None else self.batch_size
+        check_sizes(window_size, batch_size)
+        window_anchors(window_size, window_size, window_stride)
+        compute_dtype(model, self.dtype)
+        return replace(self, window_size=window_size, window_stride=window_stride, batch_size=batch_size)
+
+    def resized(self, h: int, w: int, scale: float) -> tuple[int, int]:
+        """Size of a picture (h, w) at one of the scales: the largest with its proportions inside the two limits."""
+        return resized((h, w), scale * self.im_size, scale * (self.max_ratio * self.im_size))
+
+
+def predict_labels(model: torch.nn.Module, pixels: np.ndarray, protocol: Protocol) -> np.ndarray:
+    """Labels of one picture at its own size, by the published evaluation (mmsegmentation's MultiScaleFlipAug).
+
+    The picture is resized as bytes (bilinear, no antialiasing) to `protocol.resized`, normalised with the rounded
+    statistics, mirrored if asked for, enlarged to the window if it is smaller, and cut into windows. Windows are
+    averaged as logits at that size, resized to the picture's, and several views averaged as probabilities.
+
+    Resizing differs from OpenCV's, with which the published figures were made, by at most one grey level: ours rounds
+    once, from floats. Without `im_size` the result is that of `model.segment`, which normalises with exact statistics;
+    the difference lies below 0.02 grey levels.
+
+    Args:
+        model: a `Segmenter` in evaluation mode. pixels: (H, W, 3) uint8 RGB.
+    Returns:
+        (H, W) uint8 (int16 above 256 classes, int32 above 32,768), on the CPU.
+    Raises:
+        RuntimeError: training mode. ValueError: a picture that would grow too large, or scores that are not finite.
+    """
+    protocol = protocol.of_model(model)
+    if protocol.im_size is None:
+        return segment_image(
+            model,
+            pixels,
+            scales=protocol.scales,
+            flip=protocol.flip,
+            window_size=protocol.window_size,
+            window_stride=protocol.window_stride,
+            batch_size=protocol.batch_size,
+            dtype=protocol.dtype,
+        ).numpy()
+    if model.training:
+        raise RuntimeError("the model is in training mode: dropout would make the labels random; call model.eval()")
+    shape = pixels.shape[:2]
+    with compute_dtype(model, protocol.dtype), torch.inference_mode():
+        views = []
+        for scale in protocol.scales:
+            im = normalize(_resize_bytes(pixels, protocol.resized(*shape, scale)), model.info.normalization, True)
+            for mirrored in (False, True) if protocol.flip else (False,):
+                masks, windows = _predict_masks(model, im.flip(2) if mirrored else im, protocol)
+                views.append((masks, windows, mirrored))
+        return labels_of_views(model, views, shape)[0].cpu().numpy()
+
+
+def _predict_masks(model: torch.nn.Module, im: torch.Tensor, protocol: Protocol) -> tuple[torch.Tensor, Windows]:
+    """Masks (1, windows, gh, gw, n_cls) of a normalised picture (3, h, w), and its windows."""
+    parameter = next(model.parameters())
+    im = resize(im[None].to(parameter.device), protocol.window_size).to(parameter.dtype)
+    windows = windows_of(tuple(im.shape[-2:]), protocol.window_size, protocol.window_stride, model.patch_size)
+    masks = predict_masks(model.masks, im, windows, protocol.batch_size)
+    check_finite(masks)
+    return masks, windows
+
+
+def _resize_bytes(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Bilinear resize of bytes (H, W, 3), rounded to bytes; on the CPU, so that every device gets the same ones."""
+    if shape == pixels.shape[:2]:
+        return pixels
+    im = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
+    im = F.interpolate(im, shape, mode="bilinear", align_corners=False)  # of bytes its result depends on the processor
+    return im.add_(0.5).byte()[0].permute(1, 2, 0).numpy()
+
+
+class Counts:
+    """What is summed over pictures: the confusion matrix, and the boundary counts if `boundary`."""
+
+    def __init__(self, n_cls: int, ignore_index: int = 255, boundary: bool = True):
+        self.pictures = 0
+        self.matrix = ConfusionMatrix(n_cls, ignore_index)
+        self.boundary = BoundaryCounts(n_cls, ignore_index) if boundary else None
+
+    def update(self, prediction: np.ndarray, label: np.ndarray) -> None:
+        """Adds one picture: two (H, W) integer arrays."""
+        self.pictures += 1
+        for part in self._parts.values():
+            part.update(prediction, label)
+
+    def merge(self, other: "Counts") -> None:
+        """Adds the counts of other pictures."""
+        self.pictures += other.pictures
+        for part, theirs in zip(self._parts.values(), other._parts.values(), strict=True):
+            part.merge(theirs)
+
+    def scores(self) -> dict[str, Any]:
+        """As fractions: `ConfusionMatrix.scores`, `BoundaryCounts.scores`, and "pictures", their number."""
+        return {name: value for part in self._parts.values() for name, value in part.scores().items()} | {
+            "pictures": self.pictures
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts other than zero, as [places, values] of each part."""
+        parts = {}
+        for name, part in self._parts.items():
+            flat = part.counts.ravel()
+            places = np.flatnonzero(flat)
+            parts[name] = [places.tolist(), flat[places].tolist()]
+        return {"pictures": self.pictures, **parts}
+
+    def add_json(self, data: dict[str, Any]) -> None:
+        """Adds what `to_json` of counts with the same arguments gave.
+
+        Raises:
+            ValueError, KeyError, TypeError, IndexError: it is something else.
+        """
+        self.pictures += data["pictures"]
+        for name, part in self._parts.items():
+            counts = np.zeros(part.counts.shape, np.int64)
+            places, values = data[name]
+            counts.ravel()[places] = values
+            part.add_counts(counts)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {"confusion": self.matrix} | ({} if self.boundary is None else {"boundary": self.boundary})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one sample: either `error`, or all the others.
+
+    Attributes:
+        pixels: (H, W, 3) uint8. label, prediction: (H, W). counts: of this picture alone.
+    """
+
+    sample: Sample
+    pixels: np.ndarray | None = None
+    label: np.ndarray | None = None
+    prediction: np.ndarray | None = None
+    counts: Counts | None = None
+    error: DataError | None = None
+
+
+def evaluate(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    protocol: Protocol | None = None,
+    *,
+    boundary: bool = True,
+    workers: int | None = None,
+    progress: bool | None = False,
+) -> dict[str, Any]:
+    """Scores of a model on a data set; nothing but the sums is kept in memory.
+
+    Args:
+        model: a `Segmenter` in evaluation mode, with the data set's number of classes.
+        protocol: by default, single scale at the pictures' own size, with the windows of `Protocol.of_model`.
+        boundary: also the boundary scores. workers: threads that read and count; by default one a processor, at most 4.
+        progress: a progress bar on stderr; None: if that is a terminal.
+    Returns:
+        fractions: "aAcc", "mAcc", "mIoU"; "Acc", "IoU" (n_cls,); with `boundary` those of `BoundaryCounts.scores`;
+        and "pictures", their number.
+    Raises:
+        DataError: a sample that cannot be used. ValueError: numbers of classes that differ, or see `predict_labels`.
+        RuntimeError: training mode.
+    """
+    total = Counts(dataset.n_cls, dataset.ignore_index, boundary)
+    stream = outcomes(model, dataset, protocol or Protocol(), boundary=boundary, workers=workers)
+    bar = tqdm(total=len(dataset), unit="picture", disable=None if progress is None else not progress)
+    with contextlib.closing(stream), bar:
+        for outcome in stream:
+            if outcome.error is not None:
+                raise outcome.error
+            total.merge(outcome.counts)
+            bar.set_postfix_str(f"mIoU {100 * total.matrix.scores()['mIoU']:.2f}", refresh=False)
+            bar.update()
+    return total.scores()
+
+
+def outcomes(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    protocol: Protocol,
+    samples: Iterable[Sample] | None = None,
+    *,
+    boundary: bool = True,
+    workers: int | None = None,
+) -> Iterator[Outcome]:
+    """What became of each sample, in order; by default of all. Arguments as of `evaluate`.
+
+    While the model runs, threads read the samples that come next and count those before; 2 * workers pictures wait to
+    be run and `workers` to be given out. Close the generator, or exhaust it, to end the threads.
+    """
+    if model.n_cls != dataset.n_cls:
+        raise ValueError(f"the model has {model.n_cls} classes and the data set {dataset.key} {dataset.n_cls}")
+    protocol = protocol.of_model(model, dataset.key)
+    workers = min(4, os.cpu_count() or 1) if workers is None else workers
+    samples = dataset.samples if samples is None else samples
+    return _outcomes(model, dataset, protocol, samples, boundary, workers)
+
+
+def _outcomes(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    protocol: Protocol,
+    samples: Iterable[Sample],
+    boundary: bool,
+    workers: int,
+) -> Iterator[Outcome]:
+    def count(prediction: np.ndarray, label: np.ndarray) -> Counts:
+        counts = Counts(dataset.n_cls, dataset.ignore_index, boundary)
+        counts.update(prediction, label)
+        return counts
+
+    def predicted(sample: Sample, read: Future) -> tuple[Outcome, Future | None]:
+        try:
+            pixels, label = read.result()
+        except DataError as error:
+            return Outcome(sample, error=error), None
+        try:
+            prediction = predict_labels(model, pixels, protocol)
+        except ValueError as error:
+            raise ValueError(f"{sample.image}: {error}") from error
+        return Outcome(sample, pixels, label, prediction), pool.submit(count, prediction, label)
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="segmenter-evaluate")
+    try:
+        reading = _behind(((sample, pool.submit(dataset.read, sample)) for sample in samples), 2 * workers)
+        counting = _behind((predicted(sample, read) for sample, read in reading), workers)
+        for outcome, counts in counting:
+            yield outcome if counts is None else replace(outcome, counts=counts.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _behind(items: Iterable[T], n: int) -> Iterator[T]:
+    """The items in their order, each given out once `n` after it have been taken."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > n:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()

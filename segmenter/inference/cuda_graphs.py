@@ -1,0 +1,398 @@
+"""The whole way from bytes to labels as one CUDA graph a shape: `model.compile_inference(batch, height, width)`.
+
+A forward pass of a small model is some hundred kernels of a few microseconds; launching them one by one takes longer
+than running them. A graph launches all of them at once.
+"""
+
+import collections
+import contextlib
+import copy
+import itertools
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+
+from segmenter.cache import Remembered, keeping, optimiser_steps
+from segmenter.inference import segment
+from segmenter.inference.windows import check_finite, check_sizes
+
+# Whose parameters autocast converts, as it does `proj_patch` and `proj_classes`. Not the patch embedding: the kernels
+# fold the normalisation into its float32 weights, which rounds once, and remember that.
+MATRICES = (nn.Linear,)
+
+
+def half_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a float32 model whose matrices are in `dtype`; everything else is the model's own memory.
+
+    Under autocast to `dtype` it computes what the model does, without converting its weights in every call.
+    """
+    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    shared |= {id(b): b for b in model.buffers()}
+    for module in model.modules():
+        names = dict(module.named_parameters(recurse=False))
+        for name, parameter in names.items():
+            if isinstance(module, MATRICES) or name in ("proj_patch", "proj_classes"):
+                shared[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+    return copy.deepcopy(model, shared)
+
+
+class Shape(NamedTuple):
+    """Pictures (batch, height, width, 3)."""
+
+    batch: int
+    height: int
+    width: int
+
+
+class Place(NamedTuple):
+    """Where graphs of one model are captured: blocks that one leaves free are there for the next on the same stream."""
+
+    pool: Any
+    stream: Any
+
+    @staticmethod
+    def on(device: torch.device) -> "Place":
+        """A new one."""
+        return Place(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+
+
+_capturing = threading.Lock()  # PyTorch allows one capture at a time in a process
+
+
+class Graph:
+    """A function of one tensor, captured with a static input and static outputs.
+
+    Attributes:
+        input, outputs: the static tensors. nbytes: what they and capturing took on the device.
+    """
+
+    def __init__(
+        self, function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], example: torch.Tensor, place: Place
+    ):
+        self.input = example.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        with _capturing, keeping() as self.kept:
+            place.stream.wait_stream(torch.cuda.current_stream(example.device))
+            with torch.cuda.stream(place.stream):
+                for _ in range(2):  # compiles kernels, makes tables, and lets libraries allocate their workspaces
+                    function(self.input)
+                torch.cuda.synchronize(example.device)
+                torch.cuda.empty_cache()  # as capturing does itself: else it would hide what capturing takes
+                before = torch.cuda.memory_reserved(example.device)
+                with torch.cuda.graph(self.graph, place.pool, place.stream, capture_error_mode="thread_local"):
+                    self.outputs = function(self.input)
+            torch.cuda.current_stream(example.device).wait_stream(place.stream)
+            self.nbytes = self.input.nbytes + max(0, torch.cuda.memory_reserved(example.device) - before)
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The outputs for x, which the next call overwrites."""
+        with torch.inference_mode():  # outside, a tensor that was made inside could not be written to
+            self.input.copy_(x, non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+
+class Direct:
+    """What stands for a `Graph` on a device that has none: the function itself."""
+
+    nbytes = 0
+
+    def __init__(self, function: Callable, example: torch.Tensor, place: Place | None):
+        self.function, self.device = function, example.device
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.function(x.to(self.device))
+
+
+class Watched:
+    """The parameters and buffers of a model as they are, to tell later, in microseconds, whether any has changed.
+
+    Changed means written to, moved or replaced. Not seen are modules that are added or taken away, and writes that
+    PyTorch does not count; `optimiser_steps` stands for those of fused optimisers.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.steps = optimiser_steps()
+        self.tensors = []  # (the module's dictionary, name, tensor, address, version)
+        self.memory = []  # kept, so that no later tensor can come to lie at the same address
+        for module in model.modules():
+            for owner in (module._parameters, module._buffers):
+                for name, tensor in owner.items():
+                    if tensor is not None:
+                        self.tensors.append((owner, name, tensor, tensor.data_ptr(), _version(tensor)))
+                        self.memory.append(tensor.detach())
+
+    def unchanged(self) -> bool:
+        return self.steps == optimiser_steps() and all(
+            owner.get(name) is tensor and tensor.data_ptr() == address and _version(tensor) == version
+            for owner, name, tensor, address, version in self.tensors
+        )
+
+
+class CompiledInference:
+    """Labels of batches of pictures, each shape captured once; see `Segmenter.compile_inference`.
+
+    Calls may come from several threads; they run one after the other. Weights may be changed in place
+    (`load_state_dict`, a step of any optimiser in the process), replaced or moved: the next call sees it, converts
+    them again where `dtype` asks for that, and captures anew what comes twice. Call `refresh` after changes that
+    PyTorch does not count (`p.data.mul_(2)`), and after others than of weights (`model.info`, `accelerate`).
+
+    A shape that cannot be captured runs without a graph, which is warned of once.
+
+    Attributes:
+        graphs: whether shapes are captured; False on a CPU, where calls run one by one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: str | torch.dtype | None = None,
+        window_size: int | None = None,
+        window_stride: int | None = None,
+        window_batch_size: int = 8,
+        max_shapes: int = 8,
+    ):
+        if model.training:
+            raise RuntimeError("the model is in training mode; call model.eval() before compile_inference")
+        if max_shapes < 1:
+            raise ValueError(f"max_shapes must be at least 1, got {max_shapes}")
+        self.model, self.dtype, self.max_shapes = model, dtype, max_shapes
+        self._windows = (*segment.window_of(model, window_size, window_stride), window_batch_size)
+        check_sizes(self._windows[0], window_batch_size)
+        segment.compute_dtype(model, dtype)  # raises for one that this model cannot run in
+        self._lock = threading.RLock()
+        self._shapes: collections.OrderedDict[Shape, Graph | Direct] = collections.OrderedDict()
+        self._met: collections.OrderedDict[Shape, None] = collections.OrderedDict()  # shapes run once, not captured
+        self._weights: Watched | None = None
+        self._network: nn.Module = model
+        self._place: Place | None = None
+        self._last: torch.cuda.Event | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def graphs(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The shapes that are captured, the one not used for longest first."""
+        return list(self._shapes)
+
+    def capture(self, batch: int, height: int, width: int) -> None:
+        """Captures a shape now, rather than at its second call."""
+        shape = Shape(batch, height, width)
+        if min(shape) < 1:
+            raise ValueError(f"batch, height and width must be at least 1, got {tuple(shape)}")
+        with self._lock, self._on_device():
+            self._follow_weights()
+            self._captured(shape, torch.zeros(*shape, 3, dtype=torch.uint8, device=self.device))
+
+    def memory(self) -> dict[Shape, int]:
+        """Bytes on the device that each captured shape holds (input, labels, what lies between); 0 without graphs.
+
+        All shapes take from one pool: a shape that fits into what others left free adds nothing.
+        """
+        return {shape: graph.nbytes for shape, graph in list(self._shapes.items())}  # other threads may change it
+
+    def refresh(self) -> None:
+        """Reads the weights again and forgets what was captured."""
+        with self._lock:
+            self._weights = None
+            for module in self.model.modules():
+                if isinstance(getattr(module, "remembered", None), Remembered):
+                    module.remembered.clear()
+            self._follow_weights()
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Labels of pictures.
+
+        Args:
+            pixels: (B, H, W, 3) uint8, on the CPU or on the model's device. A shape that is not captured runs without a
+                graph the first time and is captured the second; up to half fewer pictures than a captured batch of
+                their size are filled up.
+        Returns:
+            labels (B, H, W), new memory, on the device of pixels.
+        Raises:
+            ValueError: another shape or type, or scores that are not finite (which waits for the device to tell).
+        """
+        _check_pixels(pixels)
+        with self._lock, self._on_device():
+            labels, finite = self._run(pixels)
+            labels = labels.to(pixels.device) if labels.device != pixels.device else labels.clone()
+            check_finite(finite)
+        return labels
+
+    def map(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Labels (on the CPU) of batches (on the CPU), in order; copies to and from the device overlap computing.
+
+        Two batches are under way at a time, through pinned memory: one is taken from `batches` before the labels of the
+        one before are given. If taking or running one raises, those before it are given first.
+        """
+        if not self.graphs:
+            yield from map(self, batches)
+            return
+        waiting: collections.deque[_Transfer] = collections.deque()
+        transfers = [_Transfer(self.device), _Transfer(self.device)]
+        iterator, failure = iter(batches), None
+        for i in itertools.count():
+            transfer = transfers[i % 2]  # its labels were fetched in the turn before last
+            try:
+                pixels = next(iterator)
+                _check_pixels(pixels)
+                with self._lock, self._on_device():
+                    transfer.send(pixels, self._run)
+            except StopIteration:
+                break
+            except Exception as error:
+                failure = error
+                break
+            waiting.append(transfer)
+            if len(waiting) == 2:
+                yield waiting.popleft().fetch()
+        while waiting:
+            yield waiting.popleft().fetch()
+        if failure is not None:
+            raise failure
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """On the model's device, after what an earlier call started there: graphs share memory, and the callers'
+        streams may differ."""
+        if not self.graphs:
+            yield
+            return
+        with torch.cuda.device(self.device):
+            if self._last is not None:
+                self._last.wait()
+            try:
+                yield
+            finally:
+                self._last = torch.cuda.current_stream().record_event()
+
+    def _run(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(labels, largest score), of which the next call may overwrite both."""
+        self._follow_weights()
+        shape = Shape(*pixels.shape[:3])
+        # a graph for a few pictures more is faster than no graph
+        larger = [s for s in self._shapes if s[1:] == shape[1:] and shape.batch < s.batch <= 2 * shape.batch]
+        if self.graphs and shape not in self._shapes and larger:
+            rest = min(larger).batch - shape.batch
+            labels, finite = self._run(torch.cat([pixels, pixels[-1:].expand(rest, -1, -1, -1)]))
+            return labels[: shape.batch], finite
+        if shape in self._shapes or shape in self._met:
+            return self._captured(shape, pixels)(pixels)
+        self._met[shape] = None
+        if len(self._met) > 64:
+            self._met.popitem(last=False)
+        return self._labels(pixels.to(self.device, non_blocking=True))
+
+    def _captured(self, shape: Shape, pixels: torch.Tensor) -> Graph | Direct:
+        graph = self._shapes.get(shape)
+        if graph is None:
+            graph = self._shapes[shape] = self._capture(shape, pixels.to(self.device))
+            while len(self._shapes) > self.max_shapes:
+                self._shapes.popitem(last=False)
+        self._shapes.move_to_end(shape)
+        return graph
+
+    def _capture(self, shape: Shape, pixels: torch.Tensor) -> Graph | Direct:
+        if not self.graphs:
+            return Direct(self._labels, pixels, None)
+        try:
+            return Graph(self._labels, pixels, self._place)
+        except torch.OutOfMemoryError:
+            if not self._shapes:
+                raise
+            self._shapes.clear()
+        except RuntimeError as error:
+            cause = str(error.__context__ or error).strip().splitlines()[0]
+            warnings.warn(f"pictures {tuple(shape)} cannot be captured and run without a graph: {cause}", stacklevel=5)
+            return Direct(self._labels, pixels, None)
+        self._place = Place.on(self.device)  # what the graphs before held goes back with their pool
+        return Graph(self._labels, pixels, self._place)
+
+    def _labels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels (B, H, W), and a number that is finite if all scores are. What is captured."""
+        parameter = next(self.model.parameters())
+        dtype = segment.resolve_dtype(self.dtype, parameter.device, parameter.dtype)
+        half = dtype != parameter.dtype
+        # said in full, so that what the caller has on is not captured; and weights are converted already
+        autocast = torch.autocast(parameter.device.type, dtype if half else None, enabled=half, cache_enabled=False)
+        with autocast, torch.inference_mode():
+            masks, windows = segment.predict(self._network, pixels, *self._windows)
+            labels = segment.labels_of_views(self._network, [(masks, windows, False)], tuple(pixels.shape[1:3]))
+            return labels, masks.abs().max().float()
+
+    def _follow_weights(self) -> None:
+        if self.model.training:
+            raise RuntimeError("the model is in training mode; call model.eval() before segmenting")
+        if self._weights is not None and self._weights.unchanged():
+            return
+        self._weights = Watched(self.model)
+        self._shapes.clear()
+        self._met.clear()
+        self._place = Place.on(self.device) if self.graphs else None
+        parameter = next(self.model.parameters())
+        dtype = segment.resolve_dtype(self.dtype, parameter.device, parameter.dtype)
+        self._network = self.model if dtype == parameter.dtype else half_weights(self.model, dtype)
+
+    def __repr__(self) -> str:
+        kind = "captured" if self.graphs else "run one by one"
+        shapes = ", ".join(f"{s.batch}x{s.height}x{s.width} ({n / 2**20:.0f} MiB)" for s, n in self.memory().items())
+        return f"CompiledInference({kind}: {shapes or 'nothing yet'})"
+
+
+class _Transfer:
+    """One of the batches under way: pinned memory on the host, and staging on the device so that the graph is free."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.copies = torch.cuda.Stream(device)
+        self.pixels: torch.Tensor | None = None  # pinned
+        self.done = torch.cuda.Event()
+        self.results: tuple[torch.Tensor, torch.Tensor] | None = None  # pinned
+
+    def send(self, pixels: torch.Tensor, run: Callable) -> None:
+        compute = torch.cuda.current_stream(self.device)
+        if self.pixels is None or self.pixels.shape != pixels.shape:
+            self.pixels = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+        self.pixels.copy_(pixels)
+        with torch.cuda.stream(self.copies):
+            staged = self.pixels.to(self.device, non_blocking=True)
+        compute.wait_stream(self.copies)
+        staged.record_stream(compute)
+        labels, finite = (x.clone() for x in run(staged))  # the next batch overwrites what a graph gives
+        self.copies.wait_stream(compute)
+        with torch.cuda.stream(self.copies):
+            self.results = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in (labels, finite))
+            for host, x in zip(self.results, (labels, finite), strict=True):
+                host.copy_(x, non_blocking=True)
+                x.record_stream(self.copies)
+            self.done.record()
+
+    def fetch(self) -> torch.Tensor:
+        """The labels, once they are there: pageable memory of their own."""
+        self.done.synchronize()
+        labels, finite = self.results
+        check_finite(finite)
+        return labels.clone()
+
+
+def _check_pixels(pixels: Any) -> None:
+    if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8:
+        what = pixels.dtype if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+        raise ValueError(f"expected a uint8 tensor (B, H, W, 3), got {what}")
+    if pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
+        raise ValueError(f"expected pictures (B, H, W, 3), got {tuple(pixels.shape)}")
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often it was written to. Tensors made under inference_mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,249 @@
+"""Pictures to labels, for people: any picture in, labels at the picture's own size out."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from segmenter.inference import pruned_argmax
+from segmenter.inference.images import NORMALIZATION, read_image
+from segmenter.inference.merge import View, bands
+from segmenter.inference.windows import (
+    Windows,
+    check_finite,
+    check_sizes,
+    predict_masks,
+    resize,
+    resize_to,
+    resized_shape,
+    windows_of,
+)
+from segmenter.kernels.reference import label_dtype, normalized
+from segmenter.kernels.tiling import windows_fit
+from segmenter.ops import EAGER, Automatic
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def segment_image(
+    model: torch.nn.Module,
+    image: Any,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window_size: int | None = None,
+    window_stride: int | None = None,
+    batch_size: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    return_probabilities: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Labels of a picture.
+
+    Args:
+        model: a `Segmenter` in evaluation mode.
+        image: a path, a PIL image, a uint8 array or a tensor; see `segmenter.inference.images.read_image`.
+        scales: sizes to run at, relative to the picture; probabilities are averaged over them.
+        flip: also run mirrored left to right.
+        window_size, window_stride: sliding windows in pixels; by default those of the checkpoint, a stride that is
+            not given in the same proportion to window_size.
+        batch_size: windows a forward call; by default 1 on a CPU, 8 elsewhere.
+        dtype: compute type of the network: None for the model's own, "float32", "bfloat16", "float16", or "auto":
+            half precision where the processor gains from it. Scores are merged in float32 always.
+        return_probabilities: also return the probabilities, which are large: 4 * n_cls * H * W bytes.
+    Returns:
+        labels (H, W) on the CPU, uint8 (int16 above 256 classes, int32 above 32,768); with `return_probabilities`
+        a pair (labels, probabilities (n_cls, H, W) float32).
+    Raises:
+        ImageError: the picture cannot be read. RuntimeError: training mode. ValueError: arguments that make no sense,
+            a scale that makes the picture too large, or scores that are not finite.
+
+    Memory: the (n_cls, H, W) scores are never held whole unless asked for. Beyond the weights and one batch of
+    windows, the peak is about 7 bytes a pixel of the picture (for each at another size 24 bytes a pixel of that size),
+    4 * n_cls / P**2 bytes a pixel of all windows of all views (the masks), and a few bands of 8 MB (256 MB on a GPU).
+    """
+    pixels = torch.from_numpy(read_image(image))[None]
+    options = (scales, flip, window_size, window_stride, batch_size, dtype, return_probabilities)
+    result = segment_pixels(model, pixels, *options)
+    return (result[0][0], result[1][0]) if return_probabilities else result[0]
+
+
+def segment_pixels(
+    model: torch.nn.Module,
+    pixels: torch.Tensor,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window_size: int | None = None,
+    window_stride: int | None = None,
+    batch_size: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    return_probabilities: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Labels of a batch of pictures of one size; see `segment_image` for the options.
+
+    Args:
+        pixels: (B, H, W, 3) uint8, on any device.
+    Returns:
+        labels (B, H, W) on the CPU; with `return_probabilities` also (B, n_cls, H, W) float32.
+    """
+    if model.training:
+        raise RuntimeError("the model is in training mode: dropout would make the labels random; call model.eval()")
+    if not scales or not all(scale > 0 for scale in scales):
+        raise ValueError(f"scales must be positive and at least one, got {scales!r}")
+    if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != torch.uint8 or 0 in pixels.shape:
+        raise ValueError(f"expected pictures (B, H, W, 3) uint8, got {pixels.dtype} {tuple(pixels.shape)}")
+    device = next(model.parameters()).device
+    window_size, window_stride = window_of(model, window_size, window_stride)
+    batch_size = usual_batch_size(device) if batch_size is None else batch_size
+    check_sizes(window_size, batch_size)
+
+    pixels = pixels.to(device)
+    views = []
+    with compute_dtype(model, dtype), torch.inference_mode():
+        for scale in scales:
+            for mirrored in (False, True) if flip else (False,):
+                x = pixels.flip(2) if mirrored else pixels
+                masks, windows = predict(model, x, window_size, window_stride, batch_size, scale)
+                check_finite(masks)
+                views.append((masks, windows, mirrored))
+        shape = tuple(pixels.shape[1:3])
+        if not return_probabilities:
+            return labels_of_views(model, views, shape).cpu()
+        return _with_probabilities(views, shape)
+
+
+def usual_batch_size(device: torch.device) -> int:
+    """Windows a forward call, or pictures a batch, unless said otherwise: a CPU gains nothing from batches."""
+    return 1 if device.type == "cpu" else 8
+
+
+def window_of(model: torch.nn.Module, window_size: int | None, window_stride: int | None) -> tuple[int, int]:
+    """(window_size, window_stride) in pixels, where they are not given those of the checkpoint or in proportion."""
+    info = model.info
+    window_size = info.window_size if window_size is None else window_size
+    if window_stride is None:
+        window_stride = max(1, round(info.window_stride * window_size / info.window_size))
+    return window_size, window_stride
+
+
+def predict(
+    model: torch.nn.Module,
+    pixels: torch.Tensor,
+    window_size: int,
+    window_stride: int,
+    batch_size: int,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, Windows]:
+    """Masks (B, windows, gh, gw, n_cls) of pictures (B, H, W, 3) at one scale, and how windows cut them."""
+    size = tuple(pixels.shape[1:3])
+    scaled = _scaled_shape(size, scale)
+    if size == scaled == resized_shape(*scaled, window_size):
+        # no float picture is made but of one batch of windows, and of that none by the kernels
+        windows = windows_of(size, window_size, window_stride, model.patch_size)
+        masks = predict_masks(model.masks_of_pixels, pixels, windows, batch_size)
+    else:
+        mean, std = NORMALIZATION[model.info.normalization]
+        masks = []
+        for picture in pixels.split(1):  # one by one: a float picture is four times as large as its bytes
+            im = normalized(picture, mean, std, torch.float32)
+            im = resize_to(im, scaled, f"by the scale {scale}; use a smaller one")
+            im = resize(im, window_size).to(next(model.parameters()).dtype)
+            windows = windows_of(tuple(im.shape[-2:]), window_size, window_stride, model.patch_size)
+            masks.append(predict_masks(model.masks, im, windows, batch_size))
+        masks = torch.cat(masks)
+    return masks, windows
+
+
+Views = Sequence[tuple[torch.Tensor, Windows, bool]]  # masks (B, windows, gh, gw, n_cls), windows, mirrored
+
+
+def labels_of_views(model: torch.nn.Module, views: Views, shape: tuple[int, int]) -> torch.Tensor:
+    """Labels (B, *shape), on the device of the masks."""
+    masks, windows, mirrored = views[0]
+    if len(views) == 1 and windows.shape == shape and not mirrored:
+        return labels_of_windows(model, masks, windows)
+    labels = torch.empty(len(masks), *shape, dtype=label_dtype(masks.shape[-1]), device=masks.device)
+    for b, picture in enumerate(labels):
+        for top, scores in bands(_views_of(views, b), shape, probabilities=False):
+            picture[top : top + len(scores)] = scores.argmax(-1)
+    return labels
+
+
+def _with_probabilities(views: Views, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels (B, *shape), probabilities (B, n_cls, *shape)), both on the CPU, where there is more memory."""
+    B, n_cls = len(views[0][0]), views[0][0].shape[-1]
+    labels, probabilities = torch.empty(B, *shape, dtype=label_dtype(n_cls)), torch.empty(B, n_cls, *shape)
+    for b in range(B):
+        for top, scores in bands(_views_of(views, b), shape, probabilities=True):
+            labels[b, top : top + len(scores)] = scores.argmax(-1)
+            probabilities[b, :, top : top + len(scores)] = scores.permute(2, 0, 1)
+    return labels, probabilities
+
+
+def _views_of(views: Views, b: int) -> list[View]:
+    return [View(masks[b].float(), *windows.geometry, mirrored) for masks, windows, mirrored in views]
+
+
+def labels_of_windows(model: torch.nn.Module, masks: torch.Tensor, windows: Windows) -> torch.Tensor:
+    """Labels (B, H, W) on the masks' device, by the kernel or in plain PyTorch, as the model's `impl` says.
+
+    The kernel has limits (`segmenter.kernels.upsample_argmax`: 1,024 classes, 64 windows over one pixel); beyond them
+    `impl="auto"` takes plain PyTorch, `impl="triton"` raises.
+    """
+    ops = model.ops.on(masks)
+    automatic = isinstance(model.ops, Automatic)
+    if automatic and ops.name == "triton" and not windows_fit(masks.shape[-1], *windows.geometry):
+        ops = EAGER
+    return pruned_argmax.operator(ops)(masks, *windows.geometry)
+
+
+def compute_dtype(model: torch.nn.Module, dtype: str | torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Autocast for the `dtype` argument of `segment_image`; nothing where the model already has that type.
+
+    Raises:
+        ValueError: an unknown name, or another type than that of a model that is not float32.
+    """
+    parameter = next(model.parameters())
+    dtype = resolve_dtype(dtype, parameter.device, parameter.dtype)
+    if dtype == parameter.dtype:
+        return contextlib.nullcontext()
+    if parameter.dtype != torch.float32:
+        raise ValueError(
+            f"the model holds {parameter.dtype} weights and cannot run in {dtype}; call model.float() first"
+        )
+    return torch.autocast(parameter.device.type, dtype=dtype)
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, default: torch.dtype) -> torch.dtype:
+    """The compute type that a `dtype` argument means on `device`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if dtype is None:
+        return default
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":  # a model that was converted stays what it is
+        return (_fastest_dtype(device) if default == torch.float32 else None) or default
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 (AVX512-BF16 or AMX)."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so absence counts as no
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def _fastest_dtype(device: torch.device) -> torch.dtype | None:
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else None
+
+
+def _scaled_shape(shape: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Sides rounded half up, as the published multi-scale pipeline does."""
+    h, w = (max(1, int(side * scale + 0.5)) for side in shape)
+    return h, w

@@ -1,0 +1,248 @@
+"""The one switch between eager PyTorch and the Triton kernels.
+
+It is an argument (`impl`), decided when a module is constructed and visible as `model.impl`; no environment variable.
+"auto" looks at the tensors of each call instead: kernels on a capable GPU, eager PyTorch elsewhere.
+"""
+
+import functools
+from collections.abc import Callable
+from importlib import metadata
+from typing import NamedTuple
+
+import torch
+
+from segmenter.config import IMPLEMENTATIONS
+from segmenter.fusable import altered
+from segmenter.kernels import reference
+from segmenter.kernels.configs import FLOATS
+from segmenter.kernels.tiling import MAX_CLASSES
+
+MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
+MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
+
+
+class Operators(NamedTuple):
+    """The operations that have more than one implementation; signatures as in `segmenter.kernels.reference`."""
+
+    name: str
+    attention: Callable
+    layernorm_linear: Callable
+    linear: Callable
+    layernorm_mlp: Callable
+    mask_head: Callable
+    pixels_to_tokens: Callable
+    windows_argmax: Callable
+
+    def on(self, x: torch.Tensor) -> "Operators":
+        """The operators for this input: these, whatever it is."""
+        return self
+
+
+class ImplementationError(RuntimeError):
+    """The implementation asked for cannot run here."""
+
+
+EAGER = Operators(
+    "eager",
+    reference.attention,
+    reference.layernorm_linear,
+    reference.linear,
+    reference.layernorm_mlp,
+    reference.mask_head,
+    reference.pixels_to_tokens,
+    reference.windows_argmax,  # labels are made by its equal without full-resolution logits: `inference.pruned_argmax`
+)
+
+
+class Automatic:
+    """Chooses the operators of a call by its input: kernels where they can run, eager PyTorch elsewhere.
+
+    Args:
+        name: for people.
+        on_cpu: whether tensors on the CPU get the kernels when Triton's interpreter is on, which is slow.
+    """
+
+    def __init__(self, name: str, on_cpu: bool):
+        self.name, self.on_cpu = name, on_cpu
+
+    def on(self, x: torch.Tensor) -> Operators:
+        """The operators for this input."""
+        if (x.device.type == "cpu" and not self.on_cpu) or why_not_tensor(x) is not None:
+            return EAGER
+        return KERNELS[0]
+
+
+AUTO = Automatic("auto", on_cpu=False)
+KERNELS: list[Operators] = []  # the kernels, once loaded: a plain look-up, because torch.compile traces it
+
+
+def load_kernels() -> Operators:
+    """The kernels. Imports them, and Triton, the first time."""
+    if not KERNELS:
+        from segmenter.kernels.attention import attention
+        from segmenter.kernels.layernorm_mlp import layernorm_mlp
+        from segmenter.kernels.linear import layernorm_linear, linear
+        from segmenter.kernels.mask_head import mask_head
+        from segmenter.kernels.pixels_to_tokens import normalized_pixels_to_tokens
+        from segmenter.kernels.upsample_argmax import windows_argmax
+
+        KERNELS.append(
+            Operators(
+                "triton",
+                attention,
+                layernorm_linear,
+                linear,
+                layernorm_mlp,
+                mask_head,
+                normalized_pixels_to_tokens,
+                windows_argmax,
+            )
+        )
+    return KERNELS[0]
+
+
+def select(impl: str = "auto") -> Operators | Automatic:
+    """What `impl` stands for: an object whose `on(x)` gives the operators for an input.
+
+    Args:
+        impl: "eager" (plain PyTorch, any device), "triton" (our GPU kernels), or "auto" (Triton where it can run).
+    Raises:
+        ValueError: an unknown name.
+        ImplementationError: "triton" was asked for and cannot run; the message says why and what to do.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "triton":
+        reason = why_no_triton() or (None if torch.cuda.is_available() or _interpreting() else "no CUDA device")
+        if reason:
+            raise ImplementationError(f'impl="triton": {reason}; use impl="eager" or impl="auto"')
+        return load_kernels()
+    return EAGER if impl == "eager" else AUTO
+
+
+@functools.cache
+def why_not_triton(device: int = 0) -> str | None:
+    """Why the kernels cannot run on this CUDA device, or None if they can."""
+    reason = why_no_triton()
+    if reason:
+        return reason
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if not torch.version.hip and capability < MIN_CAPABILITY:
+        needed = ".".join(map(str, MIN_CAPABILITY))
+        return f"the GPU has compute capability {'.'.join(map(str, capability))}, the kernels need {needed}"
+    return None
+
+
+def explain(impl: str = "auto") -> tuple[str, str]:
+    """(name of what would run for `impl` on this machine's GPU, or without one, the reason), for `segmenter info`."""
+    if impl == "auto":
+        reason = why_not_triton()
+        return ("eager", reason) if reason else ("triton", "for tensors on the GPU, eager on the CPU")
+    try:
+        return select(impl).name, "asked for"
+    except ImplementationError as error:
+        return "none", str(error)
+
+
+def parts(model: torch.nn.Module) -> dict[str, str]:
+    """Which implementation each part of a model uses, for people: {"attention": "triton", ...}.
+
+    A block whose layers hold something that fused operators would bypass (hooks, adapters, quantised weights) calls
+    them one by one instead; it is counted with the reason.
+    """
+    parameter = next(model.parameters())
+    names = ("pixels_to_tokens", "attention", "layernorm_linear", "layernorm_mlp", "mask_head", "windows_argmax")
+    counts: dict[str, dict[str, int]] = {name: {} for name in names}
+
+    def count(part: str, what: str) -> None:
+        counts[part][what] = counts[part].get(what, 0) + 1
+
+    for module in model.modules():
+        if not hasattr(module, "ops"):
+            continue
+        name = module.ops.on(parameter).name
+        if hasattr(module, "why_not_fused"):  # a Block
+            count("attention", name)
+            for part, half in (("layernorm_linear", "attention"), ("layernorm_mlp", "mlp")):
+                reason = module.why_not_fused(half)
+                count(part, name if reason is None else f"layer by layer ({reason})")
+        elif hasattr(module, "mask_norm"):
+            count("mask_head", name)
+        elif hasattr(module, "why_not_bytes"):  # an encoder
+            reason = module.why_not_bytes()
+            count("pixels_to_tokens", name if reason is None else f"layer by layer ({reason})")
+        elif hasattr(module, "masks_of_pixels"):  # the whole model
+            too_many = name == "triton" and module.n_cls > MAX_CLASSES and isinstance(module.ops, Automatic)
+            count("windows_argmax", f"eager ({module.n_cls} classes)" if too_many else name)
+    described = {}
+    for part, found in counts.items():
+        total = sum(found.values())
+        texts = [what if n == total else f"{what} ({n} of {total})" for what, n in found.items()]
+        if texts:
+            described[part] = ", ".join(texts)
+    return described
+
+
+def why_not_tensor(x: torch.Tensor) -> str | None:
+    """Why the kernels cannot take a tensor of this type and device now, or None if they can and are loaded."""
+    if x.dtype not in FLOATS:
+        return f"{str(x.dtype).removeprefix('torch.')} input"
+    if torch.autograd.forward_ad._current_level >= 0:  # within dual_level and jvp, where tangents would be lost
+        return "forward-mode differentiation"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a transform of torch.func"
+    reason = altered() or why_not_on(x.device.type, x.device.index)
+    if reason is None and x.device.type == "cpu":  # the interpreter
+        cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if torch.bfloat16 in (x.dtype, cast):
+            return _why_not_interpreted_bfloat16()
+    return reason
+
+
+def why_not_on(device: str, index: int | None) -> str | None:
+    """Why kernels cannot run on tensors of this device, or None if they can and are loaded."""
+    if device == "cuda":
+        reason = why_not_triton(index or 0)
+    elif device == "cpu":
+        reason = why_no_triton() or (None if _interpreting() else "tensors on the CPU")
+    else:
+        reason = f"tensors on {device}"
+    if reason is None:
+        load_kernels()
+    return reason
+
+
+def _why_not_interpreted_bfloat16() -> str | None:
+    from segmenter.kernels.interpreted import why_not_bfloat16
+
+    return why_not_bfloat16()
+
+
+# torch.compile takes the answers as constants: it cannot trace the look-ups, and the machine stays what it is. This is
+# what `torch.compiler.assume_constant_result` sets; calling that would import torch._dynamo, two seconds, here.
+why_not_on._dynamo_marked_constant = True
+_why_not_interpreted_bfloat16._dynamo_marked_constant = True
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """What is wrong with the installed Triton, or None if the kernels can be imported. Imports it."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TRITON:
+        return f"triton {version} is too old, the kernels need {'.'.join(map(str, MIN_TRITON))} (PyTorch 2.10)"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # whatever a broken installation raises
+        return f"triton cannot be imported ({str(error).strip().splitlines()[0]})"
+    return None
+
+
+def _interpreting() -> bool:
+    from segmenter.kernels.launch import INTERPRETED
+
+    return INTERPRETED

@@ -1,0 +1,148 @@
+"""Live models of timm, transformers and others: what only they tell, and whether the conversion does what they do."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from segmenter.config import ModelConfig
+from segmenter.encoder import VisionTransformer
+from segmenter.errors import cause
+from segmenter.weights.names import State, feature, hugging_face_fields, normalization_of
+from segmenter.weights.read import CheckpointError
+
+TOLERANCE = 1e-4  # of the norm of all tokens; rounding stays below 1e-5, the approximate GELU alone makes more
+_PLAIN_CONFIG = ("backbone", "n_heads", "normalization", "dropout", "drop_path_rate", "norm_eps")
+_WRAPPERS = (["module"], ["_orig_mod"])  # DataParallel, AveragedModel; torch.compile
+_FEATURES = {  # attributes of a model, or of an attention, that no weight need tell of
+    "rope": "rotary positions",
+    "rel_pos_bias": "relative positions",
+    "shared_rel_pos": "relative positions",
+    "rel_pos": "relative positions",
+    "gate": "gated attention",
+    "lambda_init": "differential attention",
+}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what trainers put around it."""
+    while list(model._modules) in _WRAPPERS:
+        model = next(iter(model._modules.values()))
+    return model
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What only the live model tells: fields of ModelConfig, and `grid`, (rows, columns) of its positions.
+
+    Raises:
+        CheckpointError: it is no plain ViT.
+    """
+    config = getattr(model, "config", None)
+    if isinstance(config, ModelConfig):  # a Segmenter
+        kept = {name: getattr(config, name) for name in (*_PLAIN_CONFIG, "pos_embed_mode", "pos_embed_check")}
+        return {**kept, "grid": tuple(side // config.patch_size for side in config.image_size)}
+    if what := feature(model.state_dict()):
+        raise CheckpointError(f"{type(model).__name__} has {what}, which the Segmenter encoder has not")
+    if hasattr(model, "blocks"):
+        return _timm(model)
+    return hugging_face_fields(config.to_dict()) if hasattr(config, "to_dict") else {}
+
+
+def compare(model: nn.Module, kind: str, state: State, encoder: dict[str, Any]) -> float | None:
+    """How far the tokens of the converted encoder are from the live model's own, as a share of their norm.
+
+    Both run once in float32 on the CPU, on noise of the encoder's own image size; the model is copied for it.
+
+    Args:
+        kind: of the live model. state: its weights under our names. encoder: arguments of `VisionTransformer`.
+    Returns:
+        None for a model that says nowhere how to get its tokens, or has none that are finite.
+    Raises:
+        CheckpointError: the tokens differ beyond rounding, or the model cannot run.
+    """
+    from segmenter.weights.build import load_state  # it imports convert, which imports this
+
+    if type(model).forward is nn.Module.forward or kind == "mmseg":
+        return None
+    with torch.device("meta"):
+        ours = VisionTransformer(**encoder, dropout=0.0, impl="eager").eval()
+    weights = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
+    load_state(ours, weights, type(model).__name__)
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randn(1, 3, *encoder["image_size"], generator=generator, device="cpu")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        try:
+            theirs = _tokens(copy.deepcopy(model).to("cpu", torch.float32).eval(), picture)
+        except Exception as error:  # any code may run here
+            raise CheckpointError(
+                f"{type(model).__name__} does not run on a picture of {encoder['image_size']}, so that the conversion "
+                f"cannot be compared with it ({cause(error)})"
+            ) from error
+        found = ours(picture, return_features=True)
+    if theirs.shape != found.shape:
+        raise CheckpointError(
+            f"{type(model).__name__} is no plain ViT: it gives tokens of shape {tuple(theirs.shape)}, a plain one with "
+            f"its weights {tuple(found.shape)}"
+        )
+    if not bool(torch.isfinite(theirs).all()):
+        return None
+    difference = ((found - theirs).norm() / theirs.norm().clamp(min=1e-30)).item()
+    if not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"{type(model).__name__} is no plain ViT: its tokens are {difference:.0e} of their norm away from those of "
+            "a plain one with its weights"
+        )
+    return difference
+
+
+def _timm(model: nn.Module) -> dict[str, Any]:
+    try:
+        block, eps = model.blocks[0], getattr(model.norm, "eps", None)  # no norm: its absence is told by the names
+        heads, acts = block.attn.num_heads, [b.mlp.act for b in model.blocks]
+    except (AttributeError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{type(model).__name__} is no plain VisionTransformer of timm ({error})") from error
+    for name, what in _FEATURES.items():
+        if any(getattr(part, name, None) is not None for part in (model, block, block.attn)):
+            raise CheckpointError(f"{type(model).__name__} has {what}, which the Segmenter encoder has not")
+    if not all(isinstance(act, nn.GELU) and act.approximate == "none" for act in acts):
+        raise CheckpointError(f"the MLP uses {type(acts[0]).__name__}; the Segmenter encoder needs the exact GELU")
+    fields = {"n_heads": heads, "norm_eps": eps, "grid": _grid(getattr(model, "patch_embed", None))}
+    mean = (getattr(model, "pretrained_cfg", None) or {}).get("mean")
+    if mean is not None:
+        fields["normalization"] = normalization_of(mean)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _grid(patch_embed: nn.Module | None) -> tuple[int, int] | None:
+    """As timm says it; as the code of DINO, DINOv2 and MAE does; None if it does not say."""
+    names = ("grid_size", "patches_resolution")
+    grid = next((value for name in names if (value := getattr(patch_embed, name, None)) is not None), None)
+    if grid is None and getattr(patch_embed, "img_size", None) is not None:
+        size, patch = (
+            value if isinstance(value, tuple | list) else (value, value)
+            for value in (patch_embed.img_size, patch_embed.patch_size)
+        )
+        grid = (size[0] // patch[0], size[1] // patch[1])
+    return None if grid is None else tuple(grid)
+
+
+def _tokens(model: nn.Module, picture: torch.Tensor) -> torch.Tensor:
+    """All tokens after the last norm, (1, tokens, d)."""
+    if hasattr(model, "forward_features"):
+        tokens = model.forward_features(picture)
+        if isinstance(tokens, dict):  # facebookresearch/dinov2
+            tokens = torch.cat([tokens["x_norm_clstoken"][:, None], tokens["x_norm_patchtokens"]], dim=1)
+        return tokens
+    if hasattr(model, "get_intermediate_layers"):  # facebookresearch/dino
+        return model.get_intermediate_layers(picture, 1)[0]
+    if hasattr(model, "encoder") and hasattr(model, "decoder"):  # the published Segmenter
+        return model.encoder(picture, return_features=True)
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")  # flash attention runs on no CPU
+    more: dict[str, Any] = {}
+    if getattr(getattr(model, "config", None), "model_type", None) == "vit_mae":  # leaves patches out, turns the order
+        model.config.mask_ratio = 0.0
+        n_patches = model.base_model.embeddings.patch_embeddings.num_patches
+        more["noise"] = torch.arange(n_patches, dtype=torch.float32, device="cpu")[None]
+    return getattr(model, "base_model", model)(pixel_values=picture, **more).last_hidden_state

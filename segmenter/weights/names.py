@@ -1,0 +1,365 @@
+"""Names of other projects -> ours; the only place that knows them. `weights.convert` has the conversion."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from segmenter.errors import cause
+from segmenter.model import ENCODER_HEAD_CLASSES
+from segmenter.weights.read import CheckpointError, listing
+
+State = dict[str, torch.Tensor]
+KINDS = ("segmenter", "mmseg", "timm", "npz", "hf")
+# How each project builds its encoder: LayerNorm epsilon, and the resampling of the position embedding.
+DEFAULTS = {
+    "segmenter": {"norm_eps": 1e-5, "pos_embed_mode": "bilinear"},
+    "mmseg": {"norm_eps": 1e-6, "pos_embed_mode": "bicubic"},
+    "timm": {"norm_eps": 1e-6, "pos_embed_mode": "bilinear"},
+    "npz": {"norm_eps": 1e-6, "pos_embed_mode": "bilinear"},
+    "hf": {"norm_eps": 1e-12, "pos_embed_mode": "bicubic"},
+}
+_MARKS = {  # a name that only this kind has
+    "segmenter": r"encoder\.patch_embed\.proj\.weight$",
+    "mmseg": r"(backbone\.)?patch_embed\.projection\.weight$",
+    "hf": r"((vit|deit)\.)?embeddings\.patch_embeddings\.projection\.weight$",
+    "npz": r"(opt/target/)?embedding/kernel$",
+    "timm": r"patch_embed\.proj\.weight$",
+}
+_BLOCK = r"blocks\.\d{1,4}\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+_OURS = re.compile(
+    rf"(encoder|decoder)\.{_BLOCK}$|encoder\.(cls_token|dist_token|pos_embed)$"
+    r"|encoder\.(patch_embed\.proj|norm|head|head_dist)\.(weight|bias)$"
+    r"|decoder\.(cls_emb|proj_patch|proj_classes)$|decoder\.(head|proj_dec|decoder_norm|mask_norm)\.(weight|bias)$"
+)
+_DIMENSIONS = (  # of our tensors; the first that matches
+    (r"(cls_token|dist_token|pos_embed|cls_emb)$", 3),
+    (r"patch_embed\.proj\.weight$", 4),
+    (r"(bias|norm\w*\.weight)$", 1),
+    (r"(\.weight|\.proj_patch|\.proj_classes)$", 2),
+)
+_SOURCE_DIMENSIONS = {  # of theirs, where the layout differs
+    "mmseg": ((r"decode_head\.(patch|classes)_proj\.weight$", 2), (r"decode_head\.conv_seg\.weight$", 4)),
+    "timm": ((r"(ls[12]\.gamma|gamma_[12])$", 1),),
+    "npz": (
+        (r"/(query|key|value|out)/kernel$", 3),
+        (r"/(query|key|value)/bias$", 2),
+        (r"embedding/kernel$", 4),
+        (r"/kernel$", 2),
+        (r"/(bias|scale)$", 1),
+    ),
+    "hf": (),
+}
+_LAYER_SCALE = r"(blocks\.\d{1,4}\.)(ls[12]\.gamma|gamma_[12])"
+_REQUIRED = {  # what every plain ViT has -> what is missing without it
+    "encoder.pos_embed": " (absolute positions)",
+    "encoder.patch_embed.proj.weight": "",
+    "encoder.cls_token": " (a class token)",
+}
+_UNSUPPORTED = (  # what the Segmenter encoder has not, by a part of the name
+    (r"(^|[._])rope|rotary|freqs_cis|inv_freq", "rotary positions"),
+    (r"rel_pos_[hw]$", "decomposed relative positions (SAM, ViTDet)"),
+    (r"relative_position|rel_pos|attention_bias|cpb_mlp", "relative positions (BEiT, Swin)"),
+    (r"reg_token|register_token|storage_token|detection_token", "register tokens"),
+    (r"\.proj_[lw]\.", "talking heads (CaiT)"),
+    (r"gating_param|pos_proj\.", "gated positional attention (ConViT)"),
+    (r"attn\.temperature$", "cross-covariance attention (XCiT)"),
+    (r"conv_root/|patch_embed(dings)?\.(backbone|conv|proj\.\d)", "a convolutional or ResNet stem (hybrid)"),
+    (r"attn_mask$|(layers|stages)\.\d+\.blocks\.|logit_scale", "windows or stages (Swin)"),
+    (r"\.(q|k|query|key)_(layer)?norm\.|\.norm_[qk]\.|\.(q|k)_ln\.", "qk-norm (norms of queries and keys)"),
+    (r"\.lambda_[qk]\d$|\.lambda_a$|attn\.sub_norm", "differential attention"),
+    (r"attn\.gate\.", "gated attention"),
+    (r"mlp\.(w12|w[0-3]|fc1_[gx]|gate_proj|weights_in)\.", "a gated MLP (SwiGLU)"),
+    (r"attn\.(inner_attn_ln|ffn_ln|norm)\.|mlp\.(ffn_ln|norm)\.", "norms inside attention or MLP (BEiT-3, EVA-02)"),
+    (r"\.in_proj\.|\.in_norm\.|(attns|ffns)\.\d", "parallel attention and MLP"),
+    (r"attn\.[qv]_bias$", "biases of queries and values alone (BEiT, EVA)"),
+    (r"layer_scale|\.lambda_?[12]$|gamma[123]$", "a layer scale of another layout (BEiT, XCiT, DINOv2)"),
+    (r"(^|\.)fc_norm\.", "a norm after pooling (fc_norm) in place of the final norm"),
+    (r"norm_pre\.|ln_pre\.|pre_?layrnorm\.", "a norm before the blocks (CLIP)"),
+    (r"patch_embed\.norm\.|patch_embed\.ln", "a norm in the patch embedding"),
+    (r"attn_pool\.", "attention pooling"),
+    (r"decoder_(embed|blocks|pos_embed)", "a decoder that restores masked pictures (MAE)"),
+)
+# Width -> size of the heads in published encoders of it (so400m, ViT-Huge, -giant, -gigantic); no shape tells.
+UNCERTAIN_WIDTHS = {1152: 72, 1280: 80, 1408: 88, 1664: 104}
+_HF_TYPES = ("vit", "deit", "vit_msn", "vit_mae")  # model types that are plain ViTs with these names
+
+
+def recognise(names: Iterable[str]) -> str | None:
+    """The kind (one of KINDS) that weights with these names are, or None."""
+    names = [str(name) for name in names]
+    return next((kind for kind, mark in _MARKS.items() if any(re.match(mark, name) for name in names)), None)
+
+
+def feature(names: Iterable[str]) -> str | None:
+    """What weights with these names have and the Segmenter encoder has not, by name; None if they look plain."""
+    names = list(names)
+    return next((what for part, what in _UNSUPPORTED if any(re.search(part, name) for name in names)), None)
+
+
+def check_plain(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises CheckpointError: something that is no tensor with values that can be computed with."""
+    for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{name} is a {type(tensor).__name__}, no tensor")
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device, it has no values; load the weights first")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+            raise CheckpointError(f"{name} is no plain tensor (sparse, nested or quantised)")
+
+
+def check_dimensions(weights: Mapping[str, torch.Tensor], dimensions: Iterable[tuple[str, int]] = _DIMENSIONS) -> None:
+    """Raises CheckpointError: a tensor with another number of dimensions than its name implies, or without elements.
+
+    Args:
+        dimensions: (regular expression, number) pairs; the first that matches a name counts. By default for our names.
+    """
+    for name, tensor in weights.items():
+        wanted = next((n for pattern, n in dimensions if re.search(pattern, name)), tensor.ndim)
+        if tensor.ndim != wanted or 0 in tensor.shape:
+            raise CheckpointError(f"{name} must have {wanted} dimensions and elements, found {tuple(tensor.shape)}")
+
+
+def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict[str, Any], list[str]]:
+    """Renames, transposes, folds and completes the weights of a `kind` of project.
+
+    Returns:
+        (state dict with the names of the published Segmenter, new tensors in float32; ModelConfig fields that only
+        the foreign layout tells; notes for people). Weights of kind "segmenter" come back as they are.
+    Raises:
+        CheckpointError: a feature that the Segmenter encoder has not, names that do not belong to the kind, or
+            tensors of other dimensions than their names imply.
+    """
+    if what := feature(weights):
+        raise CheckpointError(f"these {kind} weights have {what}, which the Segmenter encoder has not")
+    if kind == "segmenter":
+        return dict(weights), {}, []
+    notes: list[str] = []
+    fields: dict[str, Any] = {}
+    ours = {k: v.to(torch.float32, copy=True) if v.is_floating_point() else v for k, v in weights.items()}
+    check_dimensions(ours, _SOURCE_DIMENSIONS[kind])
+    try:
+        if kind == "mmseg":
+            ours = _mmseg(ours, notes)
+        elif kind == "timm":
+            ours = _timm(ours, notes)
+        elif kind == "npz":
+            ours = _npz(ours, fields)
+        else:
+            ours = _hf(ours)
+        for name, meaning in _REQUIRED.items():
+            if name not in ours:
+                raise KeyError(name.removeprefix("encoder.") + meaning)
+        odd = [name for name in ours if not _OURS.match(name)]
+        if odd:
+            raise CheckpointError(f"these {kind} weights have parts that a Segmenter has not: {listing(odd)}")
+        check_dimensions(ours)
+        norms = [name for name in ours if re.search(r"norm\w*\.weight$", name)]
+        if norms and not any(name.removesuffix("weight") + "bias" in ours for name in norms):
+            raise CheckpointError(f"these {kind} weights have norms without bias (RMSNorm), which a Segmenter has not")
+        _complete(ours, notes)
+    except KeyError as error:
+        raise CheckpointError(f"these {kind} weights lack {error.args[0]}") from error
+    except (RuntimeError, TypeError) as error:  # tensors that cannot be joined, a dtype that cannot be computed with
+        raise CheckpointError(f"these {kind} weights do not fit together ({cause(error)})") from error
+    return ours, fields, notes
+
+
+def hugging_face_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configuration of a Hugging Face ViT tells beyond its weights: ModelConfig fields, and `source_size`.
+
+    Raises:
+        CheckpointError: it is no plain ViT, or its MLP does not use the exact GELU.
+    """
+    model_type, act = config.get("model_type") or "vit", config.get("hidden_act", "gelu")
+    if model_type not in _HF_TYPES:
+        raise CheckpointError(
+            f"model_type {model_type!r} is none of the plain ViTs known here ({', '.join(_HF_TYPES)})"
+        )
+    if act != "gelu":
+        raise CheckpointError(f"hidden_act is {act!r}; the Segmenter encoder needs the exact gelu")
+    names = {"layer_norm_eps": "norm_eps", "num_attention_heads": "n_heads", "image_size": "source_size"}
+    return {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+
+
+def timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config.json that timm puts beside weights tells beyond them, as `hugging_face_fields`.
+
+    Raises:
+        CheckpointError: an architecture that is no plain ViT although its weights have the names of one.
+    """
+    name, arguments, trained = (config.get(part) for part in ("architecture", "model_args", "pretrained_cfg"))
+    arguments, trained = (part if isinstance(part, dict) else {} for part in (arguments, trained))
+    for part, what in (("rope", "rotary positions"), ("quickgelu", "the quick GELU")):
+        if part in str(name):
+            raise CheckpointError(f"{name} has {what}, which the Segmenter encoder has not")
+    act = arguments.get("act_layer") or "gelu"
+    if act != "gelu":
+        raise CheckpointError(f"act_layer is {act!r}; the Segmenter encoder needs the exact gelu")
+    size = trained.get("input_size")
+    size = arguments.get("img_size") or (size[1:] if isinstance(size, list) else None)
+    fields = {"source_size": size, "n_heads": arguments.get("num_heads")}
+    if trained.get("mean") is not None:
+        fields["normalization"] = normalization_of(trained["mean"])
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def normalization_of(mean: Any) -> str:
+    """ "vit" or "deit" by the mean of the three channels."""
+    return "vit" if isinstance(mean, list | tuple) and tuple(mean) == (0.5, 0.5, 0.5) else "deit"
+
+
+def _rename(weights: State, rules: list[tuple[str, str]]) -> State:
+    """Applies every regular-expression rule in turn to every name; what becomes empty is dropped."""
+    renamed = {}
+    for name, tensor in weights.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        if name:
+            renamed[name] = tensor
+    return renamed
+
+
+def _mmseg(weights: State, notes: list[str]) -> State:
+    if not any(name.startswith(("backbone.", "decode_head.")) for name in weights):  # a file for pretraining
+        weights = {f"backbone.{name}": tensor for name, tensor in weights.items()}
+    is_mask = "decode_head.cls_emb" in weights
+    if is_mask and any(name.startswith("decode_head.conv_seg.") for name in weights):
+        notes.append("decode_head.conv_seg dropped, the mask transformer does not use it")
+    for name in ("decode_head.patch_proj.weight", "decode_head.classes_proj.weight"):
+        if is_mask:
+            weights[name] = weights[name].T.contiguous()  # a Linear there, a matrix on the right here
+    if not is_mask and "decode_head.conv_seg.weight" in weights:
+        weights["decode_head.conv_seg.weight"] = weights["decode_head.conv_seg.weight"].flatten(1)
+    return _rename(
+        weights,
+        [
+            (
+                r"^decode_head\.conv_seg\..*" if is_mask else r"^decode_head\.conv_seg\.",
+                "" if is_mask else "decoder.head.",
+            ),
+            (r"^backbone\.head\..*", ""),
+            (r"\.layers\.(\d+)\.ln", r".blocks.\1.norm"),
+            (r"\.attn\.attn\.in_proj_", ".attn.qkv."),
+            (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
+            (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+            (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+            (r"\.layers\.(\d+)\.", r".blocks.\1."),
+            (r"^backbone\.ln1\.", "encoder.norm."),
+            (r"^backbone\.patch_embed\.projection\.", "encoder.patch_embed.proj."),
+            (r"^decode_head\.dec_proj\.", "decoder.proj_dec."),
+            (r"^decode_head\.(patch|classes)_proj\.weight$", r"decoder.proj_\1"),
+            (r"^backbone\.", "encoder."),
+            (r"^decode_head\.", "decoder."),
+        ],
+    )
+
+
+def _timm(weights: State, notes: list[str]) -> State:
+    scales = [match for name in weights if (match := re.fullmatch(_LAYER_SCALE, name))]
+    for match in scales:
+        gamma = weights.pop(match[0])
+        layer = match[1] + ("attn.proj." if "1" in match[0].removeprefix(match[1]) else "mlp.fc2.")
+        weights[layer + "weight"] *= gamma[:, None]
+        weights[layer + "bias"] *= gamma
+    if scales:
+        notes.append("LayerScale folded into attn.proj and mlp.fc2")
+    return _rename(weights, [(r"^(mask_token|pre_logits\..*)$", ""), (r"^(?=.)", "encoder.")])
+
+
+def _npz(weights: State, fields: dict[str, Any]) -> State:
+    weights = {name.removeprefix("opt/target/"): array for name, array in weights.items()}
+    ours: State = {}
+    for name, array in weights.items():
+        if name.endswith("/query/kernel"):
+            fields["n_heads"] = array.shape[1]
+        if re.search(r"/(query|key|value)/kernel$", name):
+            array = array.flatten(1).T  # (d, heads, 64)
+        elif name.endswith("/out/kernel"):
+            array = array.flatten(0, 1).T  # (heads, 64, d)
+        elif name == "embedding/kernel":
+            array = array.permute(3, 2, 0, 1)
+        elif name.endswith("/kernel"):
+            array = array.T
+        elif re.search(r"/(query|key|value)/bias$", name):
+            array = array.flatten()
+        ours[name] = array.contiguous()
+    ours = _rename(
+        ours,
+        [
+            (r"^pre_logits/.*", ""),
+            (r"/(kernel|scale)$", ".weight"),
+            (r"/bias$", ".bias"),
+            (r"^embedding\.", "patch_embed.proj."),
+            (r"^cls$", "cls_token"),
+            (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
+            (r"^Transformer/encoder_norm\.", "norm."),
+            (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."),
+            (r"LayerNorm_0\.", "norm1."),
+            (r"LayerNorm_2\.", "norm2."),
+            (r"MultiHeadDotProductAttention_1/out\.", "attn.proj."),
+            (r"MultiHeadDotProductAttention_1/([qkv])\w+\.", r"attn.\1."),
+            (r"MlpBlock_3/Dense_0\.", "mlp.fc1."),
+            (r"MlpBlock_3/Dense_1\.", "mlp.fc2."),
+            (r"^(?=.)", "encoder."),
+        ],
+    )
+    return _join_qkv(ours)
+
+
+def _hf(weights: State) -> State:
+    ours = _rename(
+        weights,
+        [
+            (r"^(vit|deit)\.", ""),
+            (r"^pooler\..*|^embeddings\.(mask_token|position_ids)$", ""),
+            (r"^embeddings\.distillation_token$", "dist_token"),
+            (r"^embeddings\.position_embeddings$", "pos_embed"),
+            (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+            (r"^embeddings\.", ""),
+            (r"^(encoder\.layer|layers)\.", "blocks."),
+            (r"\.layernorm_before\.", ".norm1."),
+            (r"\.layernorm_after\.", ".norm2."),
+            (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+            (r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\2."),
+            (r"\.intermediate\.dense\.", ".mlp.fc1."),
+            (r"\.output\.dense\.", ".mlp.fc2."),
+            (r"^layernorm\.", "norm."),
+            (r"^(cls_)?classifier\.", "head."),
+            (r"^distillation_classifier\.", "head_dist."),
+            (r"^(?=.)", "encoder."),
+        ],
+    )
+    return _join_qkv(ours)
+
+
+def _join_qkv(state: State) -> State:
+    """attn.q, attn.k, attn.v -> attn.qkv, rows in this order."""
+    for name in [n for n in state if ".attn.q." in n]:
+        parts = [state.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+        state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    return state
+
+
+def _complete(state: State, notes: list[str]) -> None:
+    """Adds what every published checkpoint holds and other projects leave out; zeros keep the result exact."""
+    d_model = state["encoder.patch_embed.proj.weight"].shape[0]
+    n_extra = 2 if "encoder.dist_token" in state else 1
+    wanted = {"encoder.patch_embed.proj.bias": (d_model,)}
+    for name in state:
+        if name.endswith(".attn.qkv.weight"):
+            wanted[name.replace("weight", "bias")] = (3 * d_model,)
+    for head in ("head", "head_dist")[:n_extra]:
+        wanted[f"encoder.{head}.weight"] = (ENCODER_HEAD_CLASSES, d_model)
+        wanted[f"encoder.{head}.bias"] = (ENCODER_HEAD_CLASSES,)
+    absent = [name for name in wanted if name not in state]
+    other = [name for name in wanted if ".head" in name and name in state and state[name].shape != wanted[name]]
+    state.update({name: torch.zeros(wanted[name]) for name in absent + other})
+    if absent:
+        notes.append(f"not in the file, zeros: {listing(absent)}")
+    if other:
+        notes.append(f"replaced by zeros, an ImageNet head that segmentation does not use: {listing(other)}")
+    if n_extra == 1:
+        for name in [n for n in state if n.startswith("encoder.head_dist.")]:
+            del state[name]

@@ -1,0 +1,101 @@
+"""The profile on a card, by its command: what the CPU cannot show of it. Not among tests/gpu, which gate benchmarks.
+
+pytest -m gpu tests/bench/test_profile_on_gpu.py       two minutes, most of them torch.compile's
+"""
+
+import csv
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import shapes, traces
+from bench.shapes import Shape
+
+ROOT = Path(__file__).parents[2]
+SHAPE = Shape("T", 8, 256)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def profile(out, *more):
+    """Each in a process of its own: Proton and torch.profiler cannot share one."""
+    command = [sys.executable, "-m", "bench.profile_long", "--device", "cuda", "--dtype", "bf16", "--out", str(out)]
+    command += ["--model", SHAPE.model, "--patch", str(SHAPE.patch), "--size", str(SHAPE.size), *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return out
+
+
+def rows(path):
+    return list(csv.DictReader(path.open()))
+
+
+def total(path, column="ms"):
+    return sum(float(row[column] or 0) for row in rows(path))
+
+
+@pytest.fixture(scope="module")
+def by_torch(tmp_path_factory):
+    out = tmp_path_factory.mktemp("torch")
+    more = ("--tokens", "257", "1025", "--minutes", "6", "--providers", "eager", "sdpa-flash", "compile", "triton")
+    return profile(out, *more)
+
+
+@pytest.mark.parametrize("provider", ["eager", "sdpa-flash", "triton"])
+def test_every_kernel_has_an_operator_and_a_region(by_torch, provider):
+    operators = rows(by_torch / f"kernels_{provider}.csv")
+    lost = [row for row in operators if row["region"] == "(elsewhere)"]
+    assert sum(float(row["share_percent"]) for row in lost) < 5, lost
+    kernels = by_torch / f"device_kernels_{provider}.csv"
+    assert total(by_torch / f"kernels_{provider}.csv") == pytest.approx(total(kernels), rel=1e-3)
+    assert total(by_torch / f"kernels_{provider}.csv", "launches") == pytest.approx(total(kernels, "launches"))
+    assert total(by_torch / f"regions_{provider}.csv", "gflop") == pytest.approx(
+        shapes.forward_flops(SHAPE) / 1e9, rel=1e-4
+    )
+    assert all(float(row["percent_flops"] or 0) < 130 for row in operators)
+
+
+def test_our_kernels_are_in_their_regions(by_torch):
+    found = {(row["region"], row["operator"]): row for row in rows(by_torch / "kernels_triton.csv")}
+    attention = found["encoder.blocks.*.attn", "segmenter::attention"]
+    assert float(attention["launches"]) == SHAPE.n_layers
+    assert ("encoder.blocks.*.norm2+mlp", "segmenter::layernorm_mlp") in found
+    assert ("decoder.mask_head", "segmenter::mask_head") in found
+    ours = [row for row in rows(by_torch / "device_kernels_triton.csv") if "attention" in row["kernel"]]
+    assert ours and all(int(row["registers"]) > 0 for row in ours)
+
+
+def test_a_compiled_program_is_listed_by_its_kernels(by_torch):
+    operators = rows(by_torch / "kernels_compile.csv")
+    assert {row["region"] for row in operators} == {"compiled program"}
+    assert any("triton" in row["operator"] for row in operators)
+    assert all(not row["gflop"] for row in operators)
+
+
+def test_memory_and_traces(by_torch):
+    for provider in ("eager", "sdpa-flash", "compile", "triton"):
+        assert (by_torch / f"memory_{provider}.pickle").stat().st_size > 1000
+        assert "MemoryViz" in (by_torch / f"memory_{provider}.html").read_text()
+        trace = json.loads(gzip.decompress((by_torch / f"trace_{provider}.json.gz").read_bytes()))
+        memory = traces.read_chrome(trace, set(), set(), "cuda").memory
+        assert max(held for _, held in memory) > 1 << 20
+    assert (by_torch / "memory.png").exists()
+    points = rows(by_torch / "scaling.csv")
+    assert all(float(p["ms"]) > 0 and float(p["peak_mib"]) > 0 for p in points if p["provider"] != "compile"), points
+
+
+def test_proton_agrees_with_torchs_profiler(by_torch, tmp_path):
+    providers = ("eager", "triton")
+    out = profile(tmp_path, "--profiler", "proton", "--tokens", "--providers", *providers)
+    for provider in providers:
+        assert (out / f"proton_{provider}.hatchet").exists()
+        assert total(out / f"kernels_{provider}.csv") == pytest.approx(
+            total(by_torch / f"kernels_{provider}.csv"), rel=0.25
+        )
+        regions = {row["region"] for row in rows(out / f"regions_{provider}.csv")}
+        assert {"encoder.blocks.*.attn", "encoder.blocks.*.norm2+mlp", "decoder.mask_head"} <= regions

@@ -1,0 +1,214 @@
+"""What the report writes beside its page: the README's tables, the waterfall's image; numbers; the command line."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+import xml.dom.minidom
+from pathlib import Path
+
+import pytest
+
+from bench import report, report_rows
+from bench.report_markdown import MarkerError, replaced
+from bench.report_rows import read
+from tests.support.report_results import results, saver
+
+ROOT = Path(__file__).parents[2]
+README = "before\n<!-- bench:headline:start -->\nold\n<!-- bench:headline:end -->\nafter\n"
+
+
+@pytest.fixture
+def save(tmp_path):
+    return saver(tmp_path)
+
+
+def test_readme_blocks_are_replaced_and_nothing_else(save, tmp_path):
+    path, readme = save(results()), tmp_path / "README.md"
+    text = README + "".join(f"<!-- bench:{name}:start --><!-- bench:{name}:end -->\n" for name in ("models", "peers"))
+    readme.write_text(text)
+    assert report.main([str(path), "--readme", str(readme)]) == 0
+    made = readme.read_text(encoding="utf-8")
+    assert made.startswith("before\n<!-- bench:headline:start -->\n**GPU X**, torch 2.9, triton 3.6, commit abc")
+    assert "after\n<!-- bench:models:start -->\n" in made
+    assert "old" not in made
+    assert "| graph | 160 | **1.60x, slower than the step before** | 3.00 MiB | 100.00 % | 58.30 |" in made
+    assert "| compile | not measured: compiler error |" in made
+    assert "| 100 | 400 (flash) | – | 800 (triton) | 8.00x | 2.00x | – | 3.00 MiB → 3.00 MiB |" in made
+    assert "mIoU: the shipped model on 12 pictures of CamVid's test set." in made
+    assert "| EoMT-L | 80.0 | 92.0 (H100) | 58.40 | – | 512x512, batch 4 |" in made
+    assert "[gpu.json](gpu.json)" in made
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "gpu.json"]
+    assert report.main([str(path), "--readme", str(readme)]) == 0
+    assert readme.read_text(encoding="utf-8") == made
+
+
+def test_check_is_red_when_a_figure_is_edited(save, tmp_path, capsys):
+    path, readme = save(results()), tmp_path / "README.md"
+    readme.write_text(README)
+    arguments = [str(path), "--readme", str(readme)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert readme.read_text() == README
+    assert report.main(arguments) == 0
+    assert report.main([*arguments, "--check"]) == 0
+    made = readme.read_text(encoding="utf-8")
+    readme.write_text(made.replace("| 160 |", "| 161 |"), encoding="utf-8")
+    capsys.readouterr()
+    assert report.main([*arguments, "--check"]) == 1
+    assert "block headline: not what the result files give" in capsys.readouterr().err
+    readme.write_text("more prose\n" + made, encoding="utf-8")
+    assert report.main([*arguments, "--check"]) == 0
+
+
+def test_a_failed_write_leaves_the_old_readme(save, tmp_path, monkeypatch, capsys):
+    path, readme = save(results()), tmp_path / "README.md"
+    readme.write_text(README)
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert report.main([str(path), "--readme", str(readme)]) == 2
+    assert "disk full" in capsys.readouterr().err
+    assert readme.read_text() == README
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing", "no marker"),
+        ("<!-- bench:speed:start --><!-- bench:speed:end -->", "bench:speed is unknown"),
+        ("<!-- bench:models:start -->", "needs one bench:NAME:end"),
+        ("<!-- bench:models:end --><!-- bench:models:start -->", "needs one bench:NAME:end"),
+        ("<!-- bench:models:start --><!-- bench:peers:start --><!-- bench:peers:end -->", "needs one bench:NAME:end"),
+        (2 * "<!-- bench:models:start --><!-- bench:models:end -->", "occurs once"),
+    ],
+)
+def test_wrong_markers_are_refused(save, tmp_path, text, message, capsys):
+    path = save(results())
+    with pytest.raises(MarkerError, match=message):
+        replaced(text, [read(path)], tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    assert report.main([str(path), "--readme", str(readme)]) == 2
+    assert "README.md" in capsys.readouterr().err
+    assert readme.read_text() == text
+
+
+def test_readme_says_what_is_not_measured(save, tmp_path):
+    content = results("cpu")
+    content["benchmarks"] = [entry for entry in content["benchmarks"] if entry["extra_info"]["kind"] != "waterfall"]
+    content["unavailable"] = []
+    made = replaced(README, [read(save(content, "cpu.json"))], tmp_path)
+    assert "Not measured (the waterfall): `cpu.json`." in made
+    assert "No GPU figure has been measured yet." in made
+    made = replaced(README, [read(save(results())), read(save(results("cpu"), "cpu.json"))], tmp_path)
+    assert "No GPU figure" not in made
+    assert made.index("**GPU X**") < made.index("**CPU: CPU Y, 2 threads**")
+
+
+def test_the_readme_is_what_the_committed_results_give():
+    """The files that a README's blocks name give those blocks."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = "".join(
+        match[2] for match in re.finditer(r"<!-- bench:([\w-]+):start -->(.*?)<!-- bench:\1:end -->", text, re.DOTALL)
+    )
+    if not blocks:
+        pytest.skip("README.md has no generated block")
+    files = list(dict.fromkeys(re.findall(r"\]\((bench/results/[^)]+\.json)\)", blocks)))
+    assert files, "the README's blocks name no result file"
+    assert report.main([*(str(ROOT / file) for file in files), "--readme", str(ROOT / "README.md"), "--check"]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images, numbers, command line
+
+
+def test_waterfall_image_stands_alone(save, tmp_path):
+    path, image = save(results()), tmp_path / "waterfall.svg"
+    arguments = [str(path), "--waterfall-svg", str(image)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0
+    text = image.read_text(encoding="utf-8")
+    root = xml.dom.minidom.parseString(text.encode()).documentElement
+    assert root.tagName == "svg"
+    assert float(root.getAttribute("width")) > 0
+    assert "var(" not in text
+    assert "not measured: compiler error" in text
+    widths = [float(bar.getAttribute("width")) for bar in root.getElementsByTagName("rect")[1:]]
+    assert [round(w / widths[0], 1) for w in widths] == [1.0, 2.0, 1.6]
+    assert report.main([*arguments, "--check"]) == 0
+    image.write_text(text.replace("160", "161"), encoding="utf-8")
+    assert report.main([*arguments, "--check"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "expected"),
+    [
+        ("duration", 1.2345e-5, "12.3 µs"),
+        ("duration", 0.00099999, "1.00 ms"),
+        ("duration", 4.5e-8, "45.0 ns"),
+        ("duration", 75.0, "75.0 s"),
+        ("memory", 3 << 29, "1.50 GiB"),
+        ("memory", 100, "100 B"),
+        ("significant", 1234.0, "1,230"),
+        ("significant", 9.999, "10.0"),
+        ("significant", 0.0, "0"),
+        ("significant", None, "–"),
+        ("times", 0.804, "0.80x"),
+        ("times", 12.34, "12.3x"),
+        ("share", 0.999999, "99.99 %"),
+        ("share", 1.0, "100.00 %"),
+        ("points", 58.3, "58.30"),
+        ("percent", 99.96, "100 %"),
+        ("percent", 4.04, "4.0 %"),
+        ("percent", 0.0256, "0.026 %"),
+    ],
+)
+def test_numbers_for_people(form, value, expected):
+    assert getattr(report_rows, form)(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(2, 2.0), (0.0, 0.0), (True, None), ("2", None), (None, None), (math.inf, None), (-1, None)]
+)
+def test_only_measurable_numbers_count(value, expected):
+    assert report_rows.number(value) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--check"], ["--text"], ["--out", "SAME"], ["--check", "--out", "x.html"]], ids=" ".join
+)
+def test_what_makes_no_sense_is_refused(save, arguments, capsys):
+    path = save(results())
+    before = path.read_text()
+    with pytest.raises(SystemExit) as error:
+        report.main([str(path), *(str(path) if a == "SAME" else a for a in arguments)])
+    assert error.value.code == 2
+    assert path.read_text() == before
+
+
+def test_a_file_that_holds_no_results_is_refused(save, tmp_path, capsys):
+    for path in (save({"a": 1}), tmp_path / "none.json"):
+        assert report.main([str(path), "--out", str(tmp_path / "x.html")]) == 2
+        assert path.name in capsys.readouterr().err
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_links_tell_no_folder_of_the_machine(tmp_path):
+    for folder in ("repo/bench", "repo/docs", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    results_file = tmp_path / "repo" / "bench" / "x.json"
+    assert report.link_to(results_file, tmp_path / "repo" / "bench" / "r.html") == "x.json"
+    assert report.link_to(results_file, tmp_path / "repo" / "r.html") == "bench/x.json"
+    assert report.link_to(results_file, tmp_path / "repo" / "docs" / "r.html") is None
+    (tmp_path / "repo" / "pyproject.toml").touch()
+    assert report.link_to(results_file, tmp_path / "repo" / "docs" / "r.html") == "../bench/x.json"
+    assert report.link_to(results_file, tmp_path / "elsewhere" / "r.html") is None
+
+
+def test_importing_is_cheap():
+    code = "import sys, bench.report; print({'torch', 'numpy', 'matplotlib', 'triton'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "set()\n", result.stderr

@@ -1,0 +1,90 @@
+"""The cutting of a picture into tiles between mask cells."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segmenter.kernels.tiling import MAX_CLASSES, MAX_INTERVAL, axis, source_cells, windows_fit
+from tests.support.upsampling import weights
+
+
+@given(st.integers(1, 40), st.integers(1, 700))
+def test_cells_and_weights(n_in, n_out):
+    low, high, weight = source_cells(n_in, n_out)
+    want_low, want_high, want_weight = weights(n_in, n_out)
+    assert np.array_equal(low, want_low)
+    assert weight.dtype == np.float32 and np.array_equal(weight, want_weight)
+    assert np.array_equal(high[weight > 0], want_high[weight > 0])  # at weight 0 any cell will do
+    assert ((high >= low) & (high < n_in)).all()
+
+
+@st.composite
+def cuts(draw):
+    n_in = draw(st.integers(1, 9))
+    n_out = draw(st.integers(1, 90))
+    window = draw(st.integers(1, n_out))
+    anchors = [0]
+    for step in draw(st.lists(st.integers(1, window), max_size=5)):
+        anchors.append(anchors[-1] + step)
+    return tuple(anchors), window, n_in, n_out, anchors[-1] + window
+
+
+@given(cuts())
+def test_every_pixel_of_an_interval_lies_between_the_same_cells(cut):
+    anchors, window, n_in, n_out, length = cut
+    a = axis(*cut)
+    assert a.length == length and a.starts[0] == 0
+    assert (np.diff(a.starts) > 0).all() and a.longest <= MAX_INTERVAL
+    low, high, weight = source_cells(n_in, n_out)
+    for i, (start, stop) in enumerate(zip(a.starts, a.starts[1:], strict=False)):
+        for pixel in range(start, stop):
+            covering = [w for w, anchor in enumerate(anchors) if anchor <= pixel < anchor + window]
+            assert covering == list(range(a.first[i], a.first[i] + a.count[i]))
+            for slot, w in enumerate(covering):
+                t = pixel - anchors[w]
+                assert (a.low[slot, i], a.high[slot, i]) == (low[t], high[t])
+                assert a.weight[slot, pixel] == weight[t]
+
+
+def test_one_window_at_patch_16_is_cut_half_way_between_cells():
+    assert axis((0,), 64, 4, 64, 64).starts.tolist() == [0, 8, 24, 40, 56, 64]
+
+
+@pytest.mark.parametrize("n_in", [1, 3, 37])
+def test_weights_make_interpolate(n_in):
+    """Against PyTorch itself: one column of mask cells, upsampled."""
+    cells = torch.arange(n_in).float() ** 2
+    want = F.interpolate(cells[None, None, :, None], (n_in * 14 + 3, 200), mode="bilinear")[0, 0, :, 0]
+    low, high, weight = source_cells(n_in, n_in * 14 + 3)
+    got = cells[low] * (1 - torch.from_numpy(weight)) + cells[high] * torch.from_numpy(weight)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((0,), 8, 0, 8, 8), "sizes do not fit: 0 cells to 8 pixels"),
+        (((0,), 9, 1, 8, 9), "sizes do not fit"),
+        (((), 8, 1, 8, 8), "do not go from 0 to 8"),
+        (((1,), 8, 1, 8, 9), "do not go from 0 to 9"),
+        (((0, 4), 8, 1, 8, 13), "do not go from 0 to 13"),
+        (((0, 4, 4), 8, 1, 8, 12), "in order"),
+        (((0, 9), 8, 1, 8, 17), "leave pixels out"),
+    ],
+)
+def test_bad_cuts(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        axis(*arguments)
+
+
+def test_what_fits_the_kernel():
+    """64 windows over a pixel in all, and 1,024 classes."""
+    eight, nine = tuple(range(8)), tuple(range(9))
+    square = {"size": (16, 16), "window": (16, 16)}
+    assert windows_fit(MAX_CLASSES, eight, eight, shape=(23, 23), **square)
+    assert not windows_fit(MAX_CLASSES + 1, eight, eight, shape=(23, 23), **square)
+    assert not windows_fit(5, nine, eight, shape=(24, 23), **square)
+    assert not windows_fit(5, eight, nine, shape=(23, 24), **square)

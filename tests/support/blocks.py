@@ -1,0 +1,92 @@
+"""Transformer blocks of the three structures that `accelerate` knows, for tests: of width 32 with two heads."""
+
+import copy
+
+import torch
+import torch.nn as nn
+
+from segmenter.dropin.accelerate import accelerate, restore
+from tests.support import mmseg_like, official
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TIGHT = {"atol": 1e-4, "rtol": 1e-4}
+WIDTH = 32
+ATTENTION, MLP = ["layernorm_linear", "attention", "linear"], ["layernorm_mlp"]
+
+
+class PlainAttention(nn.Module):
+    """As timm's: returns the tokens alone, takes a mask."""
+
+    def __init__(self, dim=WIDTH, num_heads=2, attn_drop=0.0, proj_drop=0.0):
+        super().__init__()
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.attn_drop, self.proj_drop = nn.Dropout(attn_drop), nn.Dropout(proj_drop)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        scores = q * self.scale @ k.transpose(-2, -1)
+        if is_causal:
+            attn_mask = torch.full((N, N), -torch.inf, device=x.device, dtype=x.dtype).triu(1)
+        scores = scores if attn_mask is None else scores + attn_mask
+        x = self.attn_drop(scores.softmax(-1)) @ v
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, C)))
+
+
+class PlainBlock(official.Block):
+    """As timm's: masks reach the attention."""
+
+    def __init__(self, dropout=0.0, drop_path=0.0):
+        super().__init__(WIDTH, 2, 2 * WIDTH, dropout, drop_path)
+        self.attn = PlainAttention(attn_drop=dropout, proj_drop=dropout)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        x = x + self.drop_path(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+KINDS = {  # the three structures: (block, where its layers are)
+    "packed": (PlainBlock, {}),
+    "tuple": (lambda **kw: official.Block(WIDTH, 2, 2 * WIDTH, kw.get("dropout", 0.0), kw.get("drop_path", 0.0)), {}),
+    "wrapped": (
+        lambda **kw: mmseg_like.TransformerEncoderLayer(WIDTH, 2, kw.get("dropout", 0.0), kw.get("drop_path", 0.0)),
+        {
+            "norm1": "ln1", "norm2": "ln2", "attn.proj": "attn.attn.out_proj", "attn.proj_drop": "attn.proj_drop",
+            "mlp": "ffn", "mlp.fc1": "ffn.layers.0.0", "mlp.act": "ffn.layers.0.1", "mlp.fc2": "ffn.layers.1",
+            "mlp.drop": "ffn.layers.2",
+        },
+    ),
+}  # fmt: skip
+
+
+def block(kind="packed", accelerated=True, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    made = KINDS[kind][0](**kwargs).to(DEVICE).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    if accelerated:
+        assert accelerate(made).swapped
+    return made
+
+
+def tokens(seed=1, batch=1, **kwargs):
+    return torch.randn(batch, 5, WIDTH, generator=torch.Generator().manual_seed(seed)).to(DEVICE, **kwargs)
+
+
+def original(module):
+    """A copy with the original classes."""
+    twin = copy.deepcopy(module)
+    restore(twin)
+    return twin
+
+
+def replace(module, path, make):
+    parent, _, name = path.rpartition(".")
+    parent = module.get_submodule(parent)
+    setattr(parent, name, make(getattr(parent, name)))
+
+
+def where(kind, path):
+    return KINDS[kind][1].get(path, path)

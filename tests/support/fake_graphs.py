@@ -1,0 +1,49 @@
+"""Stand-ins for CUDA graphs on the CPU, with static inputs and outputs that every replay overwrites."""
+
+import contextlib
+
+import torch
+
+from segmenter.inference import cuda_graphs
+from segmenter.inference.cuda_graphs import CompiledInference
+
+
+def install(monkeypatch):
+    """Has `CompiledInference` capture on the CPU; a list of the graphs made."""
+    made = []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph(cuda_graphs.Graph):
+        def __init__(self, function, example, place):
+            self.calls, self.place = [], place  # shapes of the calls that capturing makes
+            super().__init__(lambda x: self.calls.append(tuple(x.shape)) or function(x), example, place)
+            self.replays = 0
+            self.graph.replay = lambda: self.replay(function)
+            made.append(self)
+
+        @torch.inference_mode()
+        def replay(self, function):
+            self.replays += 1
+            for static, new in zip(self.outputs, function(self.input), strict=True):
+                static.copy_(new)
+
+    pools = iter(range(100))
+    for name, stand_in in {
+        "Stream": lambda device: Stream(),
+        "current_stream": lambda device: Stream(),
+        "CUDAGraph": type("CUDAGraph", (), {}),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "graph": lambda graph, pool, stream, **options: contextlib.nullcontext(),
+        "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda device: 1000 * len(made) ** 2,
+        "graph_pool_handle": lambda: next(pools),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(cuda_graphs, "Graph", Graph)
+    monkeypatch.setattr(CompiledInference, "graphs", True)
+    monkeypatch.setattr(CompiledInference, "_on_device", lambda self: contextlib.nullcontext())
+    return made

@@ -1,22 +1,35 @@
 """Tables for HTML, Markdown and a terminal, and the page of a report, which needs nothing else.
 
-    page("Title", [Section("times", "Times", [table, "A paragraph.", Plots([to_svg(figure)])])])
+    page("Title", [Section("times", "Times", [table, "A paragraph.", html.plots([to_svg(figure)])])])
 
-bench/page.html.jinja has the markup. It escapes every text; what is markup already is a `Markup`.
+`html` holds the macros of bench/report_blocks.jinja. They escape every text; what is markup already is a `Markup`.
 """
 
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from bench import report_plots
 
 NO_VALUE = "–"  # an en dash: nothing known, nothing measured
 TEXT_LOOKS = ("text", "who", "check")  # of cells that are read and not compared: set to the left
+
+templates = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+templates.globals.update(style=report_plots, look=report_plots.look)
+templates.filters["variable"] = lambda colour: f"--c{colour[1:]}"  # CSS variable of a colour of report_plots.DARK
+html: Any = templates.get_template("report_blocks.jinja").module
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A table for every form that a report takes. Columns without a value are left out.
+    """A table for every form that a report takes; it may be a block of a section. Columns without a value are left out.
 
     Attributes:
         caption: what it is, for screen readers and the filter.
@@ -61,7 +74,6 @@ class Table:
     caption: str
     columns: Sequence[Column]
     lines: Sequence[Line]
-    form: ClassVar = "table"
 
     @classmethod
     def of(cls, caption: str, columns: Sequence[Column], items: Iterable[Any], look=lambda item: "") -> "Table":
@@ -85,6 +97,9 @@ class Table:
         looks = (line.cells[i].look.partition(" ")[0] for line in self.lines)
         return next((look for look in looks if look in TEXT_LOOKS), "")
 
+    def __html__(self) -> Markup:
+        return html.table(self)
+
     def markdown(self) -> str:
         """For a README. Bold is what is slower, and the name of what is ours."""
         kept = self.kept
@@ -104,17 +119,22 @@ class Table:
 
 
 def _markdown(cell: Cell, bold: bool) -> str:
-    text = re.sub(r"([|*])", r"\\\1", " ".join(str(cell.text).split())).replace("<", "&lt;")
+    text = markdown_text(cell.text)
     return f"**{text}**" if bold or "slow" in cell.look else text
+
+
+def markdown_text(value: Any) -> str:
+    """One line of Markdown that shows `value` as it is."""
+    return re.sub(r"([|*])", r"\\\1", " ".join(str(value).split())).replace("<", "&lt;")
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with a heading that can be linked.
+    """A part of the page with a heading that can be linked. It may be a block of another one.
 
     Attributes:
-        blocks: strings are paragraphs; None is left out. contents: its name in the list of contents, "" for none.
-        group: sections of one group share a line of the list of contents.
+        blocks: strings are paragraphs, other markup stands as it is; None is left out.
+        contents: its name in the list of contents, "" for none. group: those of one share a line of that list.
     """
 
     id: str
@@ -123,103 +143,28 @@ class Section:
     contents: str = ""
     group: int = 0
     level: int = 2
-    form: ClassVar = "section"
 
-
-@dataclass(frozen=True)
-class Plots:
-    """SVG plots beside each other where there is room, below each other on a phone; a wide one has a line for itself.
-
-    Attributes:
-        legend: providers, for what looks as in report_plots.LOOKS. more: further words of the legend.
-    """
-
-    svgs: Sequence[str]
-    caption: str = ""
-    legend: Iterable[str] = ()
-    more: Sequence[str] = ()
-    wide: bool = False
-    form: ClassVar = "plots"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Names and values, below each other."""
-
-    pairs: Sequence[tuple[str, Any]]
-    form: ClassVar = "facts"
-
-
-@dataclass(frozen=True)
-class Note:
-    """A paragraph that has to be seen."""
-
-    text: str
-    form: ClassVar = "note"
-
-
-@dataclass(frozen=True)
-class Items:
-    """A list."""
-
-    texts: Sequence[str]
-    form: ClassVar = "items"
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Blocks that are shown when asked for."""
-
-    summary: str
-    blocks: Sequence[Any] = field(default_factory=list)
-    shown: bool = False
-    form: ClassVar = "fold"
+    def __html__(self) -> Markup:
+        return html.section(self)
 
 
 def page(title: str, sections: Sequence[Section]) -> str:
     """The whole document."""
+    listed = itertools.groupby((one for one in sections if one.contents), key=lambda one: one.group)
+    contents = [list(group) for _, group in listed]
+    text = templates.get_template("report_page.jinja").render(title=title, sections=sections, contents=contents)
     numbers = itertools.count()
-    listed = [section for section in sections if section.contents]
-    return _template().render(
-        title=title,
-        sections=sections,
-        contents=[list(group) for _, group in itertools.groupby(listed, key=lambda section: section.group)],
-        plots=report_plots,
-        NO_VALUE=NO_VALUE,
-        inline=lambda svg: _inline(svg, f"plot{next(numbers)}-"),
-    )
+    return re.sub(r"<svg .*?</svg>", lambda svg: _inline(svg[0], f"plot{next(numbers)}-"), text, flags=re.DOTALL)
 
 
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["variable"] = variable
-    return environment.get_template("page.html.jinja")
-
-
-def variable(colour: str) -> str:
-    """The CSS variable of a colour of report_plots.DARK."""
-    return f"--c{colour[1:]}"
-
-
-def _inline(svg: str, prefix: str) -> Any:
+def _inline(svg: str, prefix: str) -> str:
     """An SVG plot as a part of a page: names that occur once in it, colours that follow the page's."""
-    from markupsafe import Markup
 
     def colour(found: re.Match) -> str:
-        return f"var({variable(found[0])})" if found[0] in report_plots.DARK else found[0]
+        return f"var(--c{found[1]})" if found[0] in report_plots.DARK else found[0]
 
     def changed(tag: re.Match) -> str:
         text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", tag[0]).replace("xlink:href=", "href=")
-        text = re.sub(r'( id="| href="#|url\(#)', rf"\g<1>{prefix}", text)
-        return re.sub(r"#[0-9a-f]{6}\b", colour, text)
+        return re.sub(r"#([0-9a-f]{6})\b", colour, re.sub(r'( id="| href="#|url\(#)', rf"\g<1>{prefix}", text))
 
-    return Markup(re.sub(r"<[^>]+>", changed, svg))
+    return re.sub(r"<[^>]+>", changed, svg)

@@ -9,32 +9,23 @@ Anything else is "no difference"; a row without quartiles gives "spread unknown"
 two rows exchanges "faster" and "slower". 3 % is for what changes between two sessions and no single one can see.
 """
 
+import functools
 import math
-import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.report_page import NO_VALUE
 from bench.results import load
 from bench.shapes import Shape
 
 LEAST_DIFFERENCE = 0.03  # relative
 FASTER, SLOWER, SAME, UNKNOWN = "faster", "slower", "no difference", "spread unknown"
+NOTHING_SAID = {"kind": "other", "provider": "unknown", "name": "", "reason": "no reason recorded"}
 OURS = ("triton", "pruned", "bands")
-OPERATIONS = (
-    "attention",
-    "attention-backward",
-    "layernorm-mlp",
-    "mask-head",
-    "masks-to-labels",
-    "noise-to-labels",
-    "loss",
-    "train-step",
-)
 USUAL_CLASSES = 150  # not worth saying in a label
-NO_VALUE = "–"  # an en dash
 
 
 def number(value: Any) -> float | None:
@@ -82,6 +73,14 @@ class Row:
     @property
     def ours(self) -> bool:
         return self.provider in OURS or self.info.get("ours") is True
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self.get("images_per_second")
+
+    @property
+    def peak_bytes(self) -> float | None:
+        return self.get("peak_bytes")
 
 
 @dataclass
@@ -139,7 +138,7 @@ def read(path: Path) -> Results:
     benchmarks = content["benchmarks"] if isinstance(content["benchmarks"], list) else []
     rows = [row for bench in benchmarks if (row := _row(bench)) is not None]
     unavailable = [
-        {"kind": "other", "provider": "unknown", "name": "", "reason": "no reason recorded", **_filled(entry)}
+        {**NOTHING_SAID, **{key: value for key, value in entry.items() if value is not None}}
         for entry in content.get("unavailable") or []
         if isinstance(entry, dict)
     ]
@@ -156,10 +155,6 @@ def read(path: Path) -> Results:
 
 def _dictionary(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _filled(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if value is not None}
 
 
 def _row(bench: Any) -> Row | None:
@@ -252,6 +247,11 @@ class Group:
         self.best = fastest(self.by_provider.values())
 
 
+def speed(base: Row | None, row: Row | None) -> float | None:
+    """How many times faster `row` is than `base`."""
+    return None if base is None or row is None else base.median / row.median
+
+
 def grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str], Group]:
     """Groups in the order in which their first row was measured, which is the most telling first."""
     lists: dict[tuple[str, str, str], list[Row]] = {}
@@ -289,7 +289,7 @@ class Comparison:
         """(fact, before, after) for what differs between the machines, stacks and commits."""
         a, b = ({**result.machine, "cpu": cpu_name(result.machine)} for result in (self.before, self.after))
         keys = [key for key in {**a, **b} if not isinstance(a.get(key, b.get(key)), dict | list)]
-        return [(key, _said(a, key), _said(b, key)) for key in keys if a.get(key) != b.get(key)]
+        return [(key, str(a.get(key, NO_VALUE)), str(b.get(key, NO_VALUE))) for key in keys if a.get(key) != b.get(key)]
 
     def ceiling_ratios(self) -> list[tuple[str, float]]:
         """(ceiling, after over before): how much of a change is the machine's own."""
@@ -323,10 +323,6 @@ class Comparison:
         return found
 
 
-def _said(machine: dict[str, Any], key: str) -> str:
-    return str(machine[key]) if key in machine else NO_VALUE
-
-
 def compare(before: Results, after: Results) -> Comparison:
     """Matches the rows of two files; of rows that a file has twice the last counts."""
 
@@ -345,10 +341,19 @@ def compare(before: Results, after: Results) -> Comparison:
 # Numbers for people
 
 
-def significant(value: float | None, digits: int = 3) -> str:
+def or_dash(form: Callable[[float], str]) -> Callable[[float | None], str]:
+    """`form`, and a dash for None."""
+
+    @functools.wraps(form)
+    def run(value: float | None) -> str:
+        return NO_VALUE if value is None else form(value)
+
+    return run
+
+
+@or_dash
+def significant(value: float, digits: int = 3) -> str:
     """ "1.23", "12.3", "1,230": three significant digits, no exponent unless tiny."""
-    if value is None:
-        return NO_VALUE
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(value)))
@@ -359,62 +364,57 @@ def significant(value: float | None, digits: int = 3) -> str:
     return f"{rounded:,.{max(0, digits - 1 - exponent)}f}"
 
 
-def duration(seconds: float | None) -> str:
+def _in_units(value: float, units: Sequence[tuple[str, float]]) -> str:
+    """In the first unit of which there is one, or in the last."""
+    unit, size = next((unit for unit in units if abs(value) >= 0.9995 * unit[1]), units[-1])
+    return f"{significant(value / size)} {unit}"
+
+
+@or_dash
+def duration(seconds: float) -> str:
     """ "12.3 µs", "1.23 ms", "4.56 s"."""
-    if seconds is None:
-        return NO_VALUE
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if abs(seconds) >= 0.9995 * size:
-            return f"{significant(seconds / size)} {unit}"
-    return f"{significant(seconds / 1e-9)} ns"
+    return _in_units(seconds, (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)))
 
 
-def memory(count: float | None) -> str:
+@or_dash
+def memory(count: float) -> str:
     """Bytes as "12.3 MiB" or "1.23 GiB"."""
-    if count is None:
-        return NO_VALUE
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(count) >= 0.9995 * size:
-            return f"{significant(count / size)} {unit}"
-    return f"{count:.0f} B"
+    return _in_units(count, (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1)))
 
 
-def times(ratio: float | None) -> str:
+@or_dash
+def times(ratio: float) -> str:
     """ "1.23x"."""
-    return NO_VALUE if ratio is None else f"{ratio:.2f}x" if ratio < 10 else f"{significant(ratio)}x"
+    return f"{ratio:.2f}x" if ratio < 10 else f"{significant(ratio)}x"
 
 
-def percent(value: float | None) -> str:
+@or_dash
+def percent(value: float) -> str:
     """ "12.3 %", "101 %", "0.026 %"."""
-    if value is None:
-        return NO_VALUE
-    digits = f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 1 else significant(value, 2)
-    return f"{digits} %"
+    return f"{value:.0f} %" if value >= 99.95 else f"{value:.1f} %" if value >= 1 else f"{value:.2g} %"
+
+
+@or_dash
+def share(value: float) -> str:
+    """A share of 1 as a percentage with two decimals, rounded down: "100.00 %" is never said of less."""
+    return f"{math.floor(value * 1e4 + 1e-6) / 100:.2f} %"
+
+
+@or_dash
+def points(value: float) -> str:
+    """mIoU, given in percent, with two decimals."""
+    return f"{value:.2f}"
+
+
+@or_dash
+def whole(value: float) -> str:
+    """ "16,385"."""
+    return f"{value:,.0f}"
 
 
 def counted(count: int, what: str) -> str:
     """ "1 row", "2 rows"."""
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def share(value: float | None) -> str:
-    """A share of 1 as a percentage with two decimals, rounded down: "100.00 %" is never said of less."""
-    return NO_VALUE if value is None else f"{math.floor(value * 1e4 + 1e-6) / 100:.2f} %"
-
-
-def points(value: float | None) -> str:
-    """mIoU, given in percent, with two decimals."""
-    return NO_VALUE if value is None else f"{value:.2f}"
-
-
-def spread(row: Row) -> str:
-    """Half the interquartile range, relative: "±1.2 %"."""
-    return NO_VALUE if row.iqr is None else f"±{50 * row.iqr:.1f} %"
-
-
-def speed(base: Row | None, row: Row) -> float | None:
-    """How many times faster `row` is than `base`."""
-    return None if base is None else base.median / row.median
 
 
 def span(values: list[float]) -> str:
@@ -423,8 +423,3 @@ def span(values: list[float]) -> str:
         return NO_VALUE
     middle, low, high = (times(value) for value in (statistics.median(values), min(values), max(values)))
     return middle if low == high else f"{middle} ({low} to {high})"
-
-
-def slug(text: str) -> str:
-    """For an anchor."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"

@@ -67,14 +67,15 @@ def _against_tokens(ax: Any, points: Sequence[Point], value: Callable[[Point], f
             guide = [y * (count / x) ** power for count in tokens]
             ax.plot(tokens, guide, color=SOFT, ls=(0, dashes), lw=1, zorder=1, label=name)
         ax.set_ylim(bottom, max(top, y * (3.0 if gone else 1.3)))
-    skipped = [p for p in points if p.reason and p.reason != OUT_OF_MEMORY]
+    drawn = {p.provider for p in points if p.seconds}
+    skipped = [p for p in points if p.reason and p.reason != OUT_OF_MEMORY and p.provider in drawn]
     notes = [(p.tokens, 0.97 - 0.07 * i, f"{p.provider}: out of memory x", "right") for i, p in enumerate(gone)]
     for count in sorted({p.tokens for p in skipped}):
         names = "\n".join(p.provider for p in skipped if p.tokens == count)
         notes.append((count, 0.02, f"not run:\n{names}", "center"))
     for count, height, text, side in notes:
         ax.text(count, height, text, fontsize=7.5, color=SOFT, ha=side, va="bottom" if height < 0.1 else "top",
-                transform=ax.get_xaxis_transform(), bbox={"facecolor": "#ffffff", "lw": 0, "pad": 1})  # fmt: skip
+                transform=ax.get_xaxis_transform())  # fmt: skip
     bottom, top = ax.get_ylim()
     _numbers(ax.yaxis, dense=top / bottom < 1e3)
 

@@ -161,7 +161,9 @@ def scaling_tables(points: Sequence[Point]) -> list[Table]:
     }
     lines = scaling_lines(points)
     found = []
-    for key, caption in captions.items() if points else ():
+    for key, caption in captions.items():
+        if all(line[key] is None and not line["reason"] for line in lines):  # of a compiled program alone
+            continue
         by_provider: dict[str, Line] = {}
         for line in sorted(lines, key=lambda line: line["tokens"]):
             cells = by_provider.setdefault(line["provider"], {"provider": line["provider"]})

@@ -37,7 +37,8 @@ class Point(NamedTuple):
         tokens: of the encoder, CLS included. size: side of the square image in pixels.
         seconds: median of a call. spread: half the distance of its quartiles, relative to the median; None if there
             were too few rounds. peak_bytes: beyond the loaded model and the image; None where it cannot be seen.
-        attention: share of the time between qkv and its output, of all layers; None for a compiled program.
+        attention: share of the time between qkv and its output, of all layers; None for a compiled
+            program, and where peak memory cannot be seen.
         reason: "" if measured, else why not: OUT_OF_MEMORY, "not run: ...", "failed: ...".
     """
 
@@ -128,7 +129,8 @@ def _measure(shape: Shape, provider: str, device: torch.device, dtype: torch.dty
         seconds = [timing.wall_seconds(lambda: run(im), device)]
         with regions.of(model) if regions else contextlib.nullcontext():
             peak = timing.peak_bytes(lambda: seconds.append(timing.wall_seconds(lambda: run(im), device)), device)
-        share = watch.seconds(".attn") / seconds[1] if regions else None
+        seen = regions and len(seconds) > 1  # no call where peak memory cannot be seen
+        share = watch.seconds(".attn") / seconds[1] if seen else None
         setup = time.perf_counter() - start - 2 * min(seconds)
         times = wall_times(lambda: run(im), device, seconds[-1])
     median, spread = statistics.median(times), timing.spread(times)

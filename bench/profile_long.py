@@ -304,7 +304,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def command(argv: list[str]) -> str:
-    """The command line without the folder, which is of this results."""
+    """The command line without the directory, which is of this machine."""
     words = list(argv)
     for i, word in enumerate(words):
         if word == "--out":

@@ -153,17 +153,17 @@ def examples() -> Iterator[np.ndarray]:
         yield np.asarray(Image.open(path).convert("RGB"))
 
 
-def camvid_test(folder: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def camvid_test(camvid: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(image, class ids) of CamVid's test set, every so many of them: images/test and annotations/test.
 
     Raises:
-        FileNotFoundError: the folder has no such images.
+        FileNotFoundError: it has no such images.
     """
-    paths = sorted((folder / "images" / "test").iterdir())[::every] if (folder / "images" / "test").is_dir() else []
+    paths = sorted((camvid / "images" / "test").iterdir())[::every] if (camvid / "images" / "test").is_dir() else []
     if not paths:
-        raise FileNotFoundError(f"{folder} has no pictures in images/test")
+        raise FileNotFoundError(f"{camvid} has no pictures in images/test")
     for path in paths:
-        label = folder / "annotations" / "test" / f"{path.stem}.png"
+        label = camvid / "annotations" / "test" / f"{path.stem}.png"
         yield np.asarray(Image.open(path).convert("RGB")), np.asarray(Image.open(label))
 
 

@@ -191,7 +191,7 @@ def full_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
 
 
 def band_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
-    """The same without ever holding the logits of a whole picture: `segmenter.inference.merge`."""
+    """The same without ever holding the logits of a whole image: `segmenter.inference.merge`."""
     class_last = masks.float().permute(0, 2, 3, 1).contiguous()
     H, W = masks.shape[2] * patch, masks.shape[3] * patch
     labels = torch.empty(len(masks), H, W, dtype=torch.uint8, device=masks.device)

@@ -1,8 +1,8 @@
 """The models that ours are compared with: their published figures, and how to build each with random weights.
 
 `PEERS` is bench/peers.yml with a function beside every row that can be built. `peer.build(n_cls, image_size)` gives a
-network in evaluation mode that takes normalised pictures (B, 3, image_size, image_size) and returns class scores
-(B, n_cls, h, w) at its own resolution; resizing them to the picture and the argmax are the same for every model and not
+network in evaluation mode that takes normalised images (B, 3, image_size, image_size) and returns class scores
+(B, n_cls, h, w) at its own resolution; resizing them to the image and the argmax are the same for every model and not
 part of it. Rows of ours (`peer.ours`) give a Segmenter, which has its own ways to labels (bench/models.py).
 
 Nothing is downloaded. timm, transformers and segmentation-models-pytorch are imported when a model is built; a missing
@@ -124,7 +124,7 @@ class DeepLabHead(nn.Module):
 
 def object_regions(pixels: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Mean feature of each class, weighted by where it scores high: (B, C, h, w), (B, K, h, w) -> (B, C, K, 1)."""
-    weights = scores.flatten(2).softmax(-1)  # (B, K, N): over the picture, not over the classes
+    weights = scores.flatten(2).softmax(-1)  # (B, K, N): over the image, not over the classes
     return (pixels.flatten(2) @ weights.transpose(1, 2)).unsqueeze(-1)
 
 
@@ -232,7 +232,7 @@ def _logits(model: nn.Module, im: torch.Tensor) -> torch.Tensor:
 
 
 def _head_logits(model: nn.Module, im: torch.Tensor) -> torch.Tensor:
-    # Not the model's forward, which resizes all scores to the picture.
+    # Not the model's forward, which resizes all scores to the image.
     return model.decode_head(model.backbone(im).feature_maps)
 
 
@@ -290,7 +290,7 @@ def _timm(name: str, **kwargs: Any) -> nn.Module:
 
 
 def _deeplabv3plus(trunk: str, n_cls: int, image_size: int) -> nn.Module:
-    """As mmsegmentation publishes it: the last two stages dilated, so that features stay at an eighth of the picture.
+    """As mmsegmentation publishes it: the last two stages dilated, so that features stay at an eighth of the image.
 
     Its ResNet is "v1c", with three 3x3 convolutions in the stem, and its ResNeSt has 128 stem channels.
     """

@@ -1,4 +1,4 @@
-"""The published way from a picture to labels, in plain PyTorch: what ours is compared with, in tests and benchmarks.
+"""The published way from an image to labels, in plain PyTorch: what ours is compared with, in tests and benchmarks.
 
 Score matrices are written out in attention, every window is upsampled to full resolution, all windows are kept, and the
 (n_cls, H, W) map is merged, resized and put through a softmax before the argmax. Written from the description of
@@ -24,7 +24,7 @@ def published_inference(
     batch_size: int,
     ops: Operators = PUBLISHED,
 ) -> torch.Tensor:
-    """Class probabilities (n_cls, H0, W0) of one picture given at several scales; arguments as `inference`.
+    """Class probabilities (n_cls, H0, W0) of one image given at several scales; arguments as `inference`.
 
     `ops` are explicit score matrices unless something else is to be compared.
     """

@@ -1,13 +1,13 @@
-"""Result files as one page, as the README's tables, and compared with each other.
+"""Result files as one page, as the READMEs' tables, and compared with each other.
 
 python -m bench.report RESULTS.json --out report.html          one page that needs nothing else, also on a phone
 python -m bench.report A.json B.json --out report.html         B is compared with A, then both in full
 python -m bench.report A.json B.json --text                    the comparison only, in the terminal
-python -m bench.report GPU.json CPU.json --readme README.md    writes the tables between the README's markers
-python -m bench.report GPU.json CPU.json --readme README.md --check      exit 1 if they are not what the files give
+python -m bench.report GPU.json CPU.json --readme              writes the tables between the markers of README.md and
+                                                               bench/results/README.md, or of the files that are named
+python -m bench.report GPU.json CPU.json --readme --check      exit 1 if they are not what the files give
 
-A difference between two files counts only beyond their spread: see bench/report_rows.py for the rule. Needs nothing but
-Python's own library.
+A difference between two files counts only beyond their spread: see bench/report_rows.py for the rule.
 """
 
 import argparse
@@ -15,20 +15,17 @@ import os
 import sys
 from pathlib import Path
 
-from bench import report_markdown
-from bench.report_figures import waterfall_svg, waterfalls
-from bench.report_page import report
-from bench.report_rows import Results, compare, read
-from bench.report_svg import standalone
-from bench.results_file import ResultsError
+from bench import report_readme
+from bench import report_rows as rr
+from bench import report_sections as sections
+from bench import report_tables as tables
+from bench.report_readme import MarkerError
+from bench.report_rows import Comparison, Results
+from bench.results import ResultsError
+from segmenter.files import write_text
 
-
-def write(path: Path, text: str) -> None:
-    """Writes a temporary file beside `path` and renames it: nobody sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+ROOT = Path(__file__).parent.parent
+READMES = [ROOT / "README.md", ROOT / "bench" / "results" / "README.md"]
 
 
 def link_to(target: Path, page: Path) -> str | None:
@@ -50,9 +47,28 @@ def waterfall(results: list[Results]) -> str:
         ResultsError: no file has one.
     """
     for result in results:
-        for title, steps in waterfalls(result).items():
-            return standalone(waterfall_svg(f"{title} · {result.device}", steps))
+        for title, steps in tables.waterfalls(result).items():
+            return sections.waterfall_svg(f"{title} · {result.device}", steps)
     raise ResultsError("no waterfall in these files")
+
+
+def comparison(found: Comparison) -> str:
+    """Two files compared, for a terminal."""
+    a, b = found.before, found.after
+    lines = [f"{x}  {one.path.name}: {one.device}, {one.stack}" for x, one in (("A", a), ("B", b))]
+    lines += ["", *(f"{fact}: {x} -> {y}" for fact, x, y in found.differences())]
+    lines += [f"Note: {note}" for note in found.notes()]
+    lines += ["", tables.pairs(found).plain()] if found.pairs else []
+    lines.append("")
+    for kind, counts in found.counts().items():
+        lines.append(f"{kind}: " + ", ".join(f"{count} {said}" for said, count in counts.items() if count))
+    lines += [
+        f"timed differently, not compared: {x.kind}, {x.label}, {x.provider}: {x.timing} and {y.timing}"
+        for x, y in found.timed_differently
+    ]
+    only = (("A", found.only_before), ("B", found.only_after))
+    lines += [f"{rr.counted(len(rows), 'row')} only in {which}" for which, rows in only if rows]
+    return "\n".join([*lines, rr.RULE])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -61,13 +77,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS.json")
     parser.add_argument("--out", type=Path, metavar="report.html", help="the page")
-    parser.add_argument("--readme", type=Path, metavar="README.md", help="file whose marked blocks are generated")
+    parser.add_argument("--readme", type=Path, nargs="*", metavar="README.md", help="files with generated blocks")
     parser.add_argument("--waterfall-svg", type=Path, metavar="PATH", help="the waterfall as an image for the README")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if --readme or the image is not as given"
     )
     parser.add_argument("--text", action="store_true", help="print the comparison of two files")
     args = parser.parse_args(argv)
+    args.readme = READMES if args.readme == [] else args.readme or []
     if not (args.out or args.readme or args.waterfall_svg or args.text):
         parser.error("say what to make: --out, --readme, --waterfall-svg or --text")
     if args.text and len(args.results) != 2:
@@ -75,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.check and not (args.readme or args.waterfall_svg):
         parser.error("--check needs --readme or --waterfall-svg")
     inputs = {path.resolve() for path in args.results}
-    if inputs & {path.resolve() for path in (args.out, args.readme, args.waterfall_svg) if path}:
+    if inputs & {path.resolve() for path in (args.out, *args.readme, args.waterfall_svg) if path}:
         parser.error("a results file would be written over")
     return args
 
@@ -86,31 +103,32 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ResultsError, MarkerError, OSError: something cannot be used; the message says what.
     """
-    results, stale = [read(path) for path in args.results], []
+    results, stale = [rr.read(path) for path in args.results], []
     made: list[tuple[Path, str]] = []
-    if args.readme:
-        old = args.readme.read_text(encoding="utf-8")
+    for path in args.readme:
+        old = path.read_text(encoding="utf-8")
         try:
-            new = report_markdown.replaced(old, results, args.readme.parent)
-        except report_markdown.MarkerError as error:
-            raise report_markdown.MarkerError(f"{args.readme}: {error}") from None
-        stale += [f"{args.readme}, block {name}" for name in report_markdown.differing(old, new)]
-        made.append((args.readme, new))
+            new = report_readme.replaced(old, results, path.parent)
+        except MarkerError as error:
+            raise MarkerError(f"{path}: {error}") from None
+        stale += [f"{path}, block {name}" for name in report_readme.differing(old, new)]
+        made.append((path, new))
     if args.waterfall_svg:
         image = waterfall(results)
         if not args.waterfall_svg.exists() or args.waterfall_svg.read_text(encoding="utf-8") != image:
             stale.append(str(args.waterfall_svg))
         made.append((args.waterfall_svg, image))
     if args.text:
-        print(report_markdown.comparison(compare(*results)))
+        print(comparison(rr.compare(*results)))
     if args.check:
         for what in stale:
             print(f"{what}: not what the result files give; generate it with python -m bench.report", file=sys.stderr)
         return int(bool(stale))
     if args.out:
-        made.append((args.out, report(results, [link_to(path, args.out) for path in args.results])))
+        made.append((args.out, sections.report(results, [link_to(path, args.out) for path in args.results])))
     for path, text in made:
-        write(path, text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
         print(f"wrote {path}", file=sys.stderr)
     return 0
 
@@ -119,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         return run(args)
-    except (ResultsError, report_markdown.MarkerError, OSError) as error:
+    except (ResultsError, MarkerError, OSError) as error:
         print(f"python -m bench.report: {error}", file=sys.stderr)
         return 2
 

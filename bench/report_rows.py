@@ -1,4 +1,4 @@
-"""What the report knows about result files: rows of any age or completeness, groups, speed-ups, and the verdict.
+"""What the report knows about result files: rows of any age or completeness, groups, and the verdict.
 
 The rule of every verdict, also of "slower" inside one file: two medians differ only if
 
@@ -9,32 +9,28 @@ Anything else is "no difference"; a row without quartiles gives "spread unknown"
 two rows exchanges "faster" and "slower". 3 % is for what changes between two sessions and no single one can see.
 """
 
+import functools
 import math
-import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.results_file import load
+from bench.report_page import NO_VALUE
+from bench.results import load
 from bench.shapes import Shape
 
 LEAST_DIFFERENCE = 0.03  # relative
 FASTER, SLOWER, SAME, UNKNOWN = "faster", "slower", "no difference", "spread unknown"
-OURS = ("triton", "pruned", "bands")
-OPERATIONS = (
-    "attention",
-    "attention-backward",
-    "layernorm-mlp",
-    "mask-head",
-    "masks-to-labels",
-    "noise-to-labels",
-    "loss",
-    "train-step",
+RULE = (
+    "Rule: faster or slower only if the quartile boxes do not overlap and the ratio of medians is beyond 3 % and "
+    "beyond both relative interquartile ranges together (root of the sum of squares)."
 )
+MACHINES = "The ratios compare the machines as much as the code."
+OURS = ("triton", "pruned", "bands")
 USUAL_CLASSES = 150  # not worth saying in a label
-NO_VALUE = "–"  # an en dash
+NOTHING_SAID = {"kind": "other", "provider": "unknown", "name": "", "reason": "no reason recorded"}
 
 
 def number(value: Any) -> float | None:
@@ -44,12 +40,17 @@ def number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) and value >= 0 else None
 
 
+def dictionary(value: Any) -> dict[str, Any]:
+    """`value` if it is a dictionary, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 @dataclass(frozen=True)
 class Row:
     """A measured row. Times are seconds a call; None where the file does not say.
 
     Attributes:
-        label: model, picture and batch, for people. info: `extra_info` as it stands in the file.
+        label: model, image and batch, for people. info: `extra_info` as it stands in the file.
     """
 
     kind: str
@@ -62,12 +63,15 @@ class Row:
     q1: float | None
     q3: float | None
     rounds: float | None
-    shape: dict[str, Any] = field(hash=False)
     info: dict[str, Any] = field(hash=False)
 
     def get(self, name: str) -> float | None:
         """A number of `extra_info`, or None."""
         return number(self.info.get(name))
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        return dictionary(self.info.get("shape"))
 
     @property
     def iqr(self) -> float | None:
@@ -86,15 +90,15 @@ class Row:
 
 @dataclass
 class Results:
-    """One result file, read for the report."""
+    """One result file, read for the report. `left_out`: how many rows have no usable median."""
 
     path: Path
+    content: dict[str, Any]
     machine: dict[str, Any]
     ceilings: dict[str, Any]
     rows: list[Row]
     unavailable: list[dict[str, Any]]
-    content: dict[str, Any]
-    left_out: int  # rows without a usable median
+    left_out: int
 
     @property
     def device(self) -> str:
@@ -109,8 +113,7 @@ class Results:
     @property
     def stack(self) -> str:
         """Versions and commit in one line."""
-        parts = [f"{key} {self.machine[key]}" for key in ("torch", "triton", "commit") if self.machine.get(key)]
-        return ", ".join(parts) or "versions not recorded"
+        return said(self.machine, "torch", "triton", "commit") or "versions not recorded"
 
     def of(self, kind: str) -> list[Row]:
         """Rows of one kind, in the order of the file."""
@@ -121,12 +124,15 @@ class Results:
         return [row for row in self.unavailable if row["kind"] == kind]
 
 
+def said(facts: dict[str, Any], *keys: str) -> str:
+    """ "torch 2.9, commit abc": those that are there."""
+    return ", ".join(f"{key} {facts[key]}" for key in keys if facts.get(key))
+
+
 def cpu_name(machine: dict[str, Any]) -> str:
     """The processor; pytest-benchmark's own files hold a dictionary."""
     cpu = machine.get("cpu")
-    if isinstance(cpu, dict):
-        cpu = cpu.get("brand_raw")
-    return str(cpu or "unknown")
+    return str((cpu.get("brand_raw") if isinstance(cpu, dict) else cpu) or "unknown")
 
 
 def read(path: Path) -> Results:
@@ -137,67 +143,37 @@ def read(path: Path) -> Results:
     """
     content = load(path)
     benchmarks = content["benchmarks"] if isinstance(content["benchmarks"], list) else []
-    rows = [row for bench in benchmarks if (row := _row(bench)) is not None]
+    rows = [row for bench in benchmarks if (row := _row(dictionary(bench))) is not None]
     unavailable = [
-        {"kind": "other", "provider": "unknown", "name": "", "reason": "no reason recorded", **_filled(entry)}
+        {**NOTHING_SAID, **{key: value for key, value in entry.items() if value is not None}}
         for entry in content.get("unavailable") or []
         if isinstance(entry, dict)
     ]
-    return Results(
-        path=path,
-        machine=_dictionary(content["machine_info"]),
-        ceilings=_dictionary(content.get("ceilings")),
-        rows=rows,
-        unavailable=unavailable,
-        content=content,
-        left_out=len(benchmarks) - len(rows),
-    )
+    machine, ceilings = dictionary(content["machine_info"]), dictionary(content.get("ceilings"))
+    return Results(path, content, machine, ceilings, rows, unavailable, len(benchmarks) - len(rows))
 
 
-def _dictionary(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _filled(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if value is not None}
-
-
-def _row(bench: Any) -> Row | None:
-    bench = _dictionary(bench)
-    info, stats = _dictionary(bench.get("extra_info")), _dictionary(bench.get("stats"))
-    median = number(stats.get("median"))
-    if median is None or median <= 0:
+def _row(bench: dict[str, Any]) -> Row | None:
+    info, stats = dictionary(bench.get("extra_info")), dictionary(bench.get("stats"))
+    median, q1, q3, iqr, rounds = (number(stats.get(key)) for key in ("median", "q1", "q3", "iqr", "rounds"))
+    if not median:
         return None
-    shape = _dictionary(info.get("shape"))
-    kind = info.get("kind") or ("model" if "agreement" in info else "other")
+    if None in (q1, q3) and iqr is not None:
+        q1, q3 = max(0.0, median - iqr / 2), median + iqr / 2
+    kind = str(info.get("kind") or ("model" if "agreement" in info else "other"))
     tokens = number(info.get("tokens"))
-    label = shape_label(shape, info)
+    label = shape_label(info.get("shape"), info)
     if not label:
         label = f"{tokens:,.0f} tokens" if tokens and kind == "long" else str(bench.get("name") or "unnamed")
-    quartiles = number(stats.get("q1")), number(stats.get("q3"))
-    width = number(stats.get("iqr"))
-    if None in quartiles and width is not None:
-        quartiles = max(0.0, median - width / 2), median + width / 2
-    return Row(
-        kind=str(kind),
-        provider=str(info.get("provider") or bench.get("name") or "unknown"),
-        label=label,
-        dtype=str(info.get("dtype") or "unknown type"),
-        timing=str(info.get("timing") or "unknown"),
-        tokens=tokens,
-        median=median,
-        q1=quartiles[0],
-        q3=quartiles[1],
-        rounds=number(stats.get("rounds")),
-        shape=shape,
-        info=info,
-    )
+    provider = str(info.get("provider") or bench.get("name") or "unknown")
+    dtype, timing = str(info.get("dtype") or "unknown type"), str(info.get("timing") or "unknown")
+    return Row(kind, provider, label, dtype, timing, tokens, median, q1, q3, rounds, info)
 
 
 def known_shape(shape: Any) -> Shape | None:
     """The sweep's Shape for its dictionary; None if that is incomplete."""
     try:
-        return Shape(**{key: value for key, value in _dictionary(shape).items() if key in Shape._fields})
+        return Shape(**{key: value for key, value in dictionary(shape).items() if key in Shape._fields})
     except TypeError:
         return None
 
@@ -236,6 +212,11 @@ def verdict(base: Row, row: Row) -> str:
     return FASTER if change > 0 else SLOWER
 
 
+def speed(base: Row | None, row: Row | None) -> float | None:
+    """How many times faster `row` is than `base`."""
+    return None if base is None or row is None else base.median / row.median
+
+
 def fastest(rows: Iterable[Row]) -> Row | None:
     """The row of the smallest median."""
     return min(rows, key=lambda row: row.median, default=None)
@@ -260,13 +241,11 @@ def grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str], Group]:
     return {key: Group(found) for key, found in lists.items()}
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A row of both files. `speed`: how many times faster the second is."""
+class Pair(NamedTuple):
+    """A row of both files. `verdict`: what the second is."""
 
     before: Row
     after: Row
-    speed: float
     verdict: str
 
 
@@ -281,35 +260,24 @@ class Comparison:
     only_before: list[Row]
     only_after: list[Row]
 
-    @property
-    def same_machine(self) -> bool:
-        return self.before.device == self.after.device
-
     def differences(self) -> list[tuple[str, str, str]]:
         """(fact, before, after) for what differs between the machines, stacks and commits."""
         a, b = ({**result.machine, "cpu": cpu_name(result.machine)} for result in (self.before, self.after))
         keys = [key for key in {**a, **b} if not isinstance(a.get(key, b.get(key)), dict | list)]
-        return [(key, _said(a, key), _said(b, key)) for key in keys if a.get(key) != b.get(key)]
-
-    def ceiling_ratios(self) -> list[tuple[str, float]]:
-        """(ceiling, after over before): how much of a change is the machine's own."""
-        names = {"matrix products": "flops_per_second", "copies": "bytes_per_second"}
-        pairs = {k: (number(self.before.ceilings.get(v)), number(self.after.ceilings.get(v))) for k, v in names.items()}
-        return [(name, b / a) for name, (a, b) in pairs.items() if a and b]
+        return [(key, str(a.get(key, NO_VALUE)), str(b.get(key, NO_VALUE))) for key in keys if a.get(key) != b.get(key)]
 
     def notes(self) -> list[str]:
         """What a reader has to know before believing a verdict."""
-        found = []
-        if not self.same_machine:
-            found.append(
-                f"Different machines: {self.before.device} against {self.after.device}. The ratios compare the "
-                "machines as much as the code."
-            )
-        for name, ratio in self.ceiling_ratios():
-            if self.same_machine and abs(math.log(ratio)) > math.log1p(LEAST_DIFFERENCE):
-                found.append(
-                    f"The machine itself was not the same: its {name} ran at {times(ratio)} of the first file's rate."
-                )
+        a, b, found = self.before, self.after, []
+        if a.device != b.device:
+            found.append(f"Different machines: {a.device} against {b.device}. {MACHINES}")
+        for what, key in (("matrix products", "flops_per_second"), ("copies", "bytes_per_second")):
+            rates = number(a.ceilings.get(key)), number(b.ceilings.get(key))
+            if a.device == b.device and all(rates):
+                ratio = rates[1] / rates[0]
+                if abs(math.log(ratio)) > math.log1p(LEAST_DIFFERENCE):
+                    slower = f"its {what} ran at {times(ratio)} of the first file's rate"
+                    found.append(f"The machine itself was not the same: {slower}.")
         if not self.pairs:
             found.append("No row is in both files (kind, model and shape, provider, type, timing).")
         return found
@@ -323,98 +291,84 @@ class Comparison:
         return found
 
 
-def _said(machine: dict[str, Any], key: str) -> str:
-    return str(machine[key]) if key in machine else NO_VALUE
-
-
 def compare(before: Results, after: Results) -> Comparison:
     """Matches the rows of two files; of rows that a file has twice the last counts."""
-
-    def keyed(rows: list[Row]) -> dict[tuple, Row]:
-        return {(row.kind, row.label, row.tokens, row.provider, row.dtype): row for row in rows}
-
-    a, b = keyed(before.rows), keyed(after.rows)
+    a, b = (
+        {(row.kind, row.label, row.tokens, row.provider, row.dtype): row for row in result.rows}
+        for result in (before, after)
+    )
     common = [(a[key], b[key]) for key in a if key in b]
-    pairs = [Pair(x, y, x.median / y.median, verdict(x, y)) for x, y in common if x.timing == y.timing]
+    pairs = [Pair(x, y, verdict(x, y)) for x, y in common if x.timing == y.timing]
     differently = [(x, y) for x, y in common if x.timing != y.timing]
-    only_before = [row for key, row in a.items() if key not in b]
-    return Comparison(before, after, pairs, differently, only_before, [row for key, row in b.items() if key not in a])
+    only_before, only_after = ([x[key] for key in x if key not in y] for x, y in ((a, b), (b, a)))
+    return Comparison(before, after, pairs, differently, only_before, only_after)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers for people
 
 
-def significant(value: float | None, digits: int = 3) -> str:
+def or_dash(form: Callable[[float], str]) -> Callable[[float | None], str]:
+    """`form`, but a dash for None."""
+    return functools.wraps(form)(lambda value: NO_VALUE if value is None else form(value))
+
+
+@or_dash
+def significant(value: float) -> str:
     """ "1.23", "12.3", "1,230": three significant digits, no exponent unless tiny."""
-    if value is None:
-        return NO_VALUE
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(value)))
     if exponent < -4:
-        return f"{value:.{digits - 1}e}"
-    rounded = round(value, digits - 1 - exponent)
+        return f"{value:.2e}"
+    rounded = round(value, 2 - exponent)
     exponent = math.floor(math.log10(abs(rounded)))  # 9.999 is 10.0, not 10.00
-    return f"{rounded:,.{max(0, digits - 1 - exponent)}f}"
+    return f"{rounded:,.{max(0, 2 - exponent)}f}"
 
 
-def duration(seconds: float | None) -> str:
+def _in_units(value: float, units: dict[str, float]) -> str:
+    """In the first unit of which there is one, or in the last."""
+    name = next((name for name, size in units.items() if abs(value) >= 0.9995 * size), list(units)[-1])
+    return f"{significant(value / units[name])} {name}"
+
+
+@or_dash
+def duration(seconds: float) -> str:
     """ "12.3 µs", "1.23 ms", "4.56 s"."""
-    if seconds is None:
-        return NO_VALUE
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if abs(seconds) >= 0.9995 * size:
-            return f"{significant(seconds / size)} {unit}"
-    return f"{significant(seconds / 1e-9)} ns"
+    return _in_units(seconds, {"s": 1, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9})
 
 
-def memory(count: float | None) -> str:
+@or_dash
+def memory(count: float) -> str:
     """Bytes as "12.3 MiB" or "1.23 GiB"."""
-    if count is None:
-        return NO_VALUE
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(count) >= 0.9995 * size:
-            return f"{significant(count / size)} {unit}"
-    return f"{count:.0f} B"
+    return _in_units(count, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1})
 
 
-def times(ratio: float | None) -> str:
+@or_dash
+def times(ratio: float) -> str:
     """ "1.23x"."""
-    return NO_VALUE if ratio is None else f"{ratio:.2f}x" if ratio < 10 else f"{significant(ratio)}x"
+    return f"{ratio:.2f}x" if ratio < 10 else f"{significant(ratio)}x"
 
 
-def percent(value: float | None) -> str:
+@or_dash
+def percent(value: float) -> str:
     """ "12.3 %", "101 %", "0.026 %"."""
-    if value is None:
-        return NO_VALUE
-    digits = f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 1 else significant(value, 2)
-    return f"{digits} %"
+    return f"{value:.0f} %" if value >= 99.95 else f"{value:.1f} %" if value >= 1 else f"{value:.2g} %"
+
+
+@or_dash
+def share(value: float) -> str:
+    """A share of 1 as a percentage with two decimals, rounded down: "100.00 %" is never said of less."""
+    return f"{math.floor(value * 1e4 + 1e-6) / 100:.2f} %"
+
+
+points = or_dash("{:.2f}".format)  # mIoU, given in percent
+whole = or_dash("{:,.0f}".format)
 
 
 def counted(count: int, what: str) -> str:
     """ "1 row", "2 rows"."""
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def share(value: float | None) -> str:
-    """A share of 1 as a percentage with two decimals, rounded down: "100.00 %" is never said of less."""
-    return NO_VALUE if value is None else f"{math.floor(value * 1e4 + 1e-6) / 100:.2f} %"
-
-
-def points(value: float | None) -> str:
-    """mIoU, given in percent, with two decimals."""
-    return NO_VALUE if value is None else f"{value:.2f}"
-
-
-def spread(row: Row) -> str:
-    """Half the interquartile range, relative: "±1.2 %"."""
-    return NO_VALUE if row.iqr is None else f"±{50 * row.iqr:.1f} %"
-
-
-def speed(base: Row | None, row: Row) -> float | None:
-    """How many times faster `row` is than `base`."""
-    return None if base is None else base.median / row.median
 
 
 def span(values: list[float]) -> str:
@@ -423,8 +377,3 @@ def span(values: list[float]) -> str:
         return NO_VALUE
     middle, low, high = (times(value) for value in (statistics.median(values), min(values), max(values)))
     return middle if low == high else f"{middle} ({low} to {high})"
-
-
-def slug(text: str) -> str:
-    """For an anchor."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"

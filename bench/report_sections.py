@@ -1,20 +1,22 @@
-"""The parts of the report about one result file: header, where ours stands, operations, what is missing.
+"""The parts of the page: two files compared, then each file's parts, then how everything was measured.
 
 Whatever a file does not have is said to be missing; nothing raises because of it.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
+from bench import report_plots as plots
 from bench import report_rows as rr
-from bench import report_svg as svg
-from bench.report_html import Cell, Head, Html, Line, facts, figures, section, table, tag
-from bench.report_rows import NO_VALUE, Results, Row
+from bench import report_tables as tables
+from bench.report_page import NO_VALUE, Cell, Column, Line, Section, Table, html, page
+from bench.report_rows import Comparison, Group, Results, Row
 
 SHOWN = 12  # shapes whose bars are drawn without being asked for
-
-TITLES = {
+OPERATIONS = {
     "attention": ("Attention, one encoder layer", "Packed qkv to output: softmax(q k^T / 8) v, heads of 64."),
     "attention-backward": ("Attention with its gradient", "Forward and backward in one call, as training does."),
     "layernorm-mlp": ("LayerNorm and MLP, one encoder layer", "x + fc2(gelu(fc1(layer_norm(x))))."),
@@ -26,82 +28,90 @@ TITLES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Header
-
-
-def state_badge(result: Results) -> Html:
-    """Whether the run was completed."""
-    complete = result.content.get("complete")
-    said = {True: "complete", False: "cut short"}.get(complete, "not recorded whether complete")
-    return tag("span", said, class_="badge" if complete is True else "badge bad")
-
-
-def header(result: Results, link: str | None, gpu_known: bool) -> list[Any]:
-    """Machine, stack, command, ceilings.
+def report(results: Sequence[Results], links: Sequence[str | None]) -> str:
+    """The document. Every file after the first is compared with the first.
 
     Args:
-        link: where the result file is. gpu_known: the page has a file of a GPU.
+        links: where each result file is, as seen from the page; None for no link.
     """
-    m, ceilings = result.machine, result.ceilings
-    rates = [
-        (
-            rr.number(ceilings.get("flops_per_second")),
-            "TFLOP/s of matrix products",
-            rr.number(ceilings.get("flops_spread")),
+    several, sections = len(results) > 1, []
+    for i, other in enumerate(results[1:], 1):
+        name = f"Comparison{f' {i}' if len(results) > 2 else ''}"
+        sections.append(comparison(rr.compare(results[0], other), f"comparison-{i}", name))
+    gpu_known = any(result.on_gpu for result in results)
+    for i, result in enumerate(results):
+        prefix = f"f{i}-" if several else ""
+        parts = file_sections(result, links[i], gpu_known, prefix)
+        sections += [Section(prefix + id_, title, blocks, name, i + 1) for id_, name, title, blocks in parts if blocks]
+    sections.append(Section("method", "How measured", METHOD, "How measured", len(results) + 1))
+    names = " and ".join(dict.fromkeys(result.device for result in results))
+    return page(f"segmenter: benchmark on {names}", sections)
+
+
+def file_sections(
+    result: Results, link: str | None, gpu_known: bool, prefix: str
+) -> Iterable[tuple[str, str, str, list[Any]]]:
+    """(anchor, name in the contents, title, blocks) of the parts of one file; no blocks, no part.
+
+    Args:
+        link: where the file is. gpu_known: the page has a file of a GPU.
+        prefix: of the file's anchors, if there are several files.
+    """
+    title = f"File: {result.path.name}" if prefix else "Machine and run"
+    yield "run", result.path.name if prefix else "Machine", title, header(result, link, gpu_known)
+    yield "summary", "Where we stand", "Where our code stands", summary(result)
+    yield "waterfall", "Waterfall", "Waterfall: what each technique brings", waterfall(result)
+    yield "model", "Whole models", "Whole models: images to labels", models(result)
+    known = ("model", "peers", "waterfall", "long")
+    kinds = dict.fromkeys((*OPERATIONS, *(row.kind for row in result.rows if row.kind not in known)))
+    parts = [part for kind in kinds for part in operation(result, kind, prefix)]
+    yield "operations", "Operations", "Single operations", parts or ["This file has no single operations."]
+    peers = tables.peers(result)
+    yield "peers", "Peers", "Peers", [PEERS, peers] if peers.lines else ["This file has no peers."]
+    yield "long", "Long sequences", "Long sequences", long_sequences(result)
+    yield "missing", "Not measured", "Not measured", unavailable(result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparison
+
+
+def comparison(found: Comparison, id_: str, name: str) -> Section:
+    """Two files side by side."""
+    a, b = found.before, found.after
+    said = (rr.FASTER, rr.SAME, rr.SLOWER, rr.UNKNOWN)
+    counts = [
+        Line([Cell(kind), *(Cell(of[what], of[what], tables.CHANGES.get(what, "") * (of[what] > 0)) for what in said)])
+        for kind, of in found.counts().items()
+    ]
+    apart = {
+        "in both, but timed differently, so not compared": [x for x, _ in found.timed_differently],
+        "only in A": found.only_before,
+        "only in B": found.only_after,
+    }
+    facts = [Line([Cell(fact), Cell(x, look="text"), Cell(y, look="text")]) for fact, x, y in found.differences()]
+    blocks = [
+        *(f"{x}: {one.path.name}: {one.device}, {one.stack}" for x, one in (("A", a), ("B", b))),
+        *(html.paragraph(note, "note") for note in found.notes()),
+        rr.RULE,
+        Table("Verdicts by kind", [Column("what"), *(Column(f"B {what}") for what in said)], counts),
+        tables.pairs(found),
+        *(
+            html.fold(
+                f"{rr.counted(len(rows), 'row')} {text}",
+                [html.items([f"{row.kind}, {row.label}, {row.provider}, {row.dtype}" for row in rows])],
+            )
+            for text, rows in apart.items()
+            if rows
         ),
-        (rr.number(ceilings.get("bytes_per_second")), "of copies", rr.number(ceilings.get("bytes_spread"))),
+        Table("What differs between the two", [Column("what differs"), Column("A"), Column("B")], facts),
     ]
-    said = []
-    for (rate, what, noise), scale in zip(rates, (1e12, 1e9), strict=True):
-        if rate:
-            unit = "" if scale == 1e12 else "GB/s "
-            around = f" (±{100 * noise:.1f} %)" if noise is not None else ""
-            said.append(f"{rr.significant(rate / scale)} {unit}{what}{around}")
-    gpu = [f"{key} {m[key]}" for key in ("capability", "multiprocessors", "driver_version") if m.get(key)]
-    gpu += [
-        f"{text} {m[key]}"
-        for key, text in (
-            ("power.limit", "power limit"),
-            ("clocks.max.sm", "at most"),
-            ("clocks.max.mem", "memory at most"),
-        )
-        if m.get(key)
-    ]
-    pairs = [
-        ("Machine", result.device),
-        ("GPU" if result.on_gpu else "Processor", ", ".join(gpu) if result.on_gpu else _processor(m)),
-        ("Memory", rr.memory(rr.number(m.get("memory_bytes")))),
-        ("Host", _processor(m) if result.on_gpu else NO_VALUE),
-        (
-            "Stack",
-            ", ".join(f"{k} {m[k]}" for k in ("torch", "triton", "numpy", "python", "cuda", "cudnn") if m.get(k)),
-        ),
-        ("Commit", m.get("commit")),
-        ("Date", result.content.get("datetime")),
-        ("Command", m.get("command") and tag("code", m["command"])),
-        ("float32 products", m.get("float32_matmul_precision")),
-        (f"Ceilings, measured in {ceilings.get('dtype', 'the same run')}", "; ".join(said) or "not measured"),
-        ("While measuring", _states(result.rows)),
-        ("File", tag("a", result.path.name, href=link) if link else result.path.name),
-    ]
-    parts: list[Any] = [
-        tag("p", tag("span", result.device if result.on_gpu else "CPU", class_="badge"), state_badge(result)),
-        facts((name, value) for name, value in pairs if value and value != NO_VALUE),
-    ]
-    if not result.on_gpu:
-        more = "" if gpu_known else " GPU figures are not measured yet, and none is claimed."
-        parts.append(tag("p", f"Measured on a CPU: this file says nothing about GPUs.{more}", class_="note"))
-    if result.left_out:
-        parts.append(tag("p", f"{rr.counted(result.left_out, 'row')} without a usable time left out.", class_="note"))
-    return [*parts, _steps(result)]
+    blocks = [block for block in blocks if not isinstance(block, Table) or block.lines]
+    return Section(id_, f"Comparison: {a.path.name} (A) and {b.path.name} (B)", blocks, name)
 
 
-def _processor(machine: dict[str, Any]) -> str:
-    parts = [rr.cpu_name(machine)]
-    parts += [f"{machine[key]} {key}" for key in ("cores", "threads") if machine.get(key)]
-    return ", ".join([*parts, *([str(machine["cpu_capability"])] if machine.get("cpu_capability") else [])])
-
+# ---------------------------------------------------------------------------------------------------------------------
+# Header
 
 CLOCK_REASONS = {  # bits of nvidia-smi's clocks_event_reasons.active
     0x1: "idle",
@@ -116,163 +126,96 @@ CLOCK_REASONS = {  # bits of nvidia-smi's clocks_event_reasons.active
 }
 
 
+def header(result: Results, link: str | None, gpu_known: bool) -> list[Any]:
+    """Machine, stack, command, ceilings."""
+    m, complete = result.machine, result.content.get("complete")
+    processor = [rr.cpu_name(m), *(f"{m[key]} {key}" for key in ("cores", "threads") if m.get(key))]
+    processor = ", ".join([*processor, *filter(None, [m.get("cpu_capability")])])
+    gpu = rr.said(
+        m, "capability", "multiprocessors", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem"
+    )
+    ceilings = [
+        _ceiling(result, "flops", 1e12, "TFLOP/s of matrix products"),
+        _ceiling(result, "bytes", 1e9, "GB/s of copies"),
+    ]
+    facts = {
+        "Machine": result.device,
+        "GPU": gpu if result.on_gpu else None,
+        "Host" if result.on_gpu else "Processor": processor,
+        "Memory": rr.memory(rr.number(m.get("memory_bytes"))),
+        "Stack": rr.said(m, "torch", "triton", "numpy", "python", "cuda", "cudnn"),
+        "Commit": m.get("commit"),
+        "Date": result.content.get("datetime"),
+        "Command": m.get("command"),
+        "float32 products": m.get("float32_matmul_precision"),
+        f"Ceilings, measured in {result.ceilings.get('dtype', 'the same run')}": "; ".join(filter(None, ceilings))
+        or "not measured",
+        "While measuring": _states(result.rows),
+        "File": html.link(result.path.name, link) if link else result.path.name,
+    }
+    state = {True: "complete", False: "cut short"}.get(complete, "not recorded whether complete")
+    badges = [html.span(result.device if result.on_gpu else "CPU", "badge")]
+    badges.append(html.span(state, "badge" if complete is True else "badge bad"))
+    blocks = [
+        html.paragraph(Markup(" ").join(badges)),
+        html.facts([(name, value) for name, value in facts.items() if value and value != NO_VALUE]),
+    ]
+    if not result.on_gpu:
+        more = "" if gpu_known else " GPU figures are not measured yet, and none is claimed."
+        blocks.append(html.paragraph(f"Measured on a CPU: this file says nothing about GPUs.{more}", "note"))
+    if result.left_out:
+        left_out = f"{rr.counted(result.left_out, 'row')} without a usable time left out."
+        blocks.append(html.paragraph(left_out, "note"))
+    steps = [step for step in result.content.get("steps") or [] if isinstance(step, dict)]
+    if steps:
+        columns = (
+            Column("step", None, lambda step: tables.text(step.get("name"))),
+            Column("state", None, lambda step: tables.text(step.get("state"), "text")),
+            Column("time", None, lambda step: tables.cell(rr.duration, rr.number(step.get("seconds")))),
+        )
+        done = sum(step.get("state") == "done" for step in steps)
+        look = {"done": ""}
+        table = Table.of("Steps of the run", columns, steps, lambda step: look.get(str(step.get("state")), "gone"))
+        blocks.append(html.fold(f"{done} of {len(steps)} steps done", [table]))
+    return blocks
+
+
+def _ceiling(result: Results, name: str, unit: float, what: str) -> str:
+    rate, noise = (rr.number(result.ceilings.get(f"{name}_{end}")) for end in ("per_second", "spread"))
+    around = "" if noise is None else f" (±{100 * noise:.1f} %)"
+    return f"{rr.significant(rate / unit)} {what}{around}" if rate else ""
+
+
 def _states(rows: Iterable[Row]) -> str:
     """Range of what `state` holds over all rows: clocks, power, load; and how often what held the clocks back."""
     seen: dict[str, list[str]] = {}
     for row in rows:
-        state = row.info.get("state")
-        for key, value in (state if isinstance(state, dict) else {}).items():
+        for key, value in rr.dictionary(row.info.get("state")).items():
             seen.setdefault(str(key), []).append(str(value))
     said = []
     for key, values in seen.items():
         masks = [int(value, 16) for value in values if re.fullmatch(r"0x[0-9a-fA-F]+", value)]
-        numbers = [n for n in (_leading(value) for value in values) if n is not None]
+        numbers = [float(found[1]) for value in values if (found := re.match(r"(-?\d+\.?\d*)( |$)", value))]
         if masks:
             held = {text: sum(bool(mask & bit) for mask in masks) for bit, text in CLOCK_REASONS.items()}
             counts = [f"{text} in {count} of {len(masks)} rows" for text, count in held.items() if count]
             said.append(f"clocks held by: {', '.join(counts) or 'nothing'}")
         elif len(numbers) == len(values):
-            unit = values[0].partition(" ")[2]
             ends = dict.fromkeys((f"{min(numbers):g}", f"{max(numbers):g}"))
-            said.append(f"{key} {' to '.join(ends)} {unit}".strip())
+            said.append(f"{key} {' to '.join(ends)} {values[0].partition(' ')[2]}".strip())
         else:
             said.append(f"{key} {', '.join(sorted(set(values)))}")
     return "; ".join(said)
-
-
-def _leading(value: str) -> float | None:
-    try:
-        return float(value.split(" ")[0])
-    except ValueError:
-        return None
-
-
-def _steps(result: Results) -> Html | None:
-    steps = [step for step in result.content.get("steps") or [] if isinstance(step, dict)]
-    if not steps:
-        return None
-    lines = [
-        Line(
-            [
-                Cell(step.get("name", NO_VALUE)),
-                Cell(step.get("state", NO_VALUE), class_="text"),
-                Cell(rr.duration(seconds := rr.number(step.get("seconds"))), seconds),
-            ],
-            None if step.get("state") == "done" else "gone",
-        )
-        for step in steps
-    ]
-    done = sum(step.get("state") == "done" for step in steps)
-    inner = table([Head("step"), Head("state"), Head("time")], lines, "Steps of the run")
-    return tag("details", tag("summary", f"{done} of {len(steps)} steps done"), inner)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cells that several tables have
-
-
-def ratio_cell(base: Row | None, row: Row) -> Cell:
-    """Speed against another row. Slower than it, beyond the spread, is said in words if the row is ours."""
-    ratio = rr.speed(base, row)
-    if base is None or ratio is None:
-        return Cell(NO_VALUE)
-    found = rr.verdict(base, row)
-    star = "" if base.timing == row.timing else "*"
-    title = f"against {base.provider}: {found}" + (f"; timed by {row.timing}, not {base.timing}" if star else "")
-    text = rr.times(ratio) + star
-    if base is row:
-        return Cell(text, ratio, "soft", "this row itself")
-    if row.ours and found == rr.SLOWER:
-        return Cell(f"{text} slower", ratio, "slow", title)
-    return Cell(text, ratio, "best" if found == rr.FASTER and row.ours else None, title)
-
-
-def spread_cell(row: Row) -> Cell:
-    quartiles = f"quartiles {rr.duration(row.q1)} to {rr.duration(row.q3)}, {rr.significant(row.rounds)} rounds"
-    return Cell(rr.spread(row), row.iqr, title=quartiles)
-
-
-def floor_cell(row: Row) -> Cell:
-    value = row.get("percent_of_floor")
-    if value is not None and value > 105:
-        return Cell(f"{rr.percent(value)} ?", value, "slow", "above the ceiling: the formula or the ceiling is off")
-    return Cell(rr.percent(value), value)
-
-
-def cell(form: Callable[[float | None], str], value: float | None) -> Cell:
-    return Cell(form(value), value)
-
-
-OP_HEADS = (
-    Head("model and picture", "the shape is that of this model's layer"),
-    Head("tokens", "of one picture in the encoder"),
-    Head("provider"),
-    Head("median", "time of a call, a whole batch"),
-    Head("spread", "half the interquartile range, relative to the median"),
-    Head("images/s"),
-    Head("vs eager", "how many times faster than eager"),
-    Head("vs best sdpa", "how many times faster than the fastest backend of scaled_dot_product_attention"),
-    Head("TFLOP/s", "of matrix products"),
-    Head("of ceiling", "of the measured rate of matrix products"),
-    Head("GB/s", "of the fewest bytes that have to move"),
-    Head("of ceiling", "of the measured rate of copies"),
-    Head("of floor", "100 % is the time that no implementation can beat on this machine"),
-    Head("peak memory", "what one call needs beyond what was there"),
-    Head("labels as fp32", "share of pixels labelled as the published way labels them in float32"),
-    Head("compile", "time of compiling, not in the median"),
-    Head("type"),
-    Head("timed by", "graph: events around a CUDA graph; events: around plain calls; wall: the wall clock"),
-    Head("check before timing"),
-)
-
-
-def measured_table(rows: Sequence[Row], caption: str) -> Html:
-    """The table of any kind of row: every shape by every provider."""
-    lines, before = [], None
-    for group in rr.grouped(rows).values():
-        for row in group.by_provider.values():
-            best = "best" if row is group.best else None
-            classes = [row.ours and "ours", before is not None and row.group != before and "next"]
-            before = row.group
-            cells = [
-                Cell(row.label),
-                cell(lambda v: NO_VALUE if v is None else f"{v:,.0f}", row.tokens),
-                Cell(row.provider, class_="who"),
-                Cell(rr.duration(row.median), row.median, best),
-                spread_cell(row),
-                cell(rr.significant, row.get("images_per_second")),
-                ratio_cell(group.eager, row),
-                ratio_cell(group.sdpa, row),
-                cell(rr.significant, row.get("tflops")),
-                cell(rr.percent, row.get("percent_flops")),
-                cell(rr.significant, row.get("gbps")),
-                cell(rr.percent, row.get("percent_bytes")),
-                floor_cell(row),
-                cell(rr.memory, row.get("peak_bytes")),
-                cell(rr.share, row.get("agreement")),
-                cell(rr.duration, row.get("compile_seconds")),
-                Cell(row.dtype),
-                Cell(row.timing),
-                Cell(row.info.get("gate") or NO_VALUE, class_="check soft"),
-            ]
-            lines.append(Line(cells, " ".join(filter(None, classes)) or None))
-    return table(OP_HEADS, lines, caption)
-
-
-def legend(names: Iterable[str], *more: str) -> Html:
-    """Which line is which provider; `more` are explanations without a picture."""
-    keys = [tag("span", Html(svg.key(name)), name) for name in dict.fromkeys(names)]
-    return tag("div", keys, [tag("span", text) for text in more], class_="legend")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where ours stands
 
 
-def summary(result: Results, prefix: str) -> Html | None:
+def summary(result: Results) -> list[Any]:
     """For each kind: our rows against eager, the best sdpa and the fastest other provider; the slower ones listed."""
     lines, slower = [], []
-    for kind in ("model", *rr.OPERATIONS, "long"):
+    for kind in ("model", *OPERATIONS, "long"):
         groups = rr.grouped(result.of(kind)).values()
         for provider in rr.OURS:
             ours = [(group, group.by_provider[provider]) for group in groups if provider in group.by_provider]
@@ -282,32 +225,22 @@ def summary(result: Results, prefix: str) -> Html | None:
             found = [_judged(*pair) for pair in against]
             slower += [pair for pair, said in zip(against, found, strict=True) if said == rr.SLOWER]
             spans = [
-                rr.span([r for group, row in ours if (r := rr.speed(pick(group), row)) is not None])
-                for pick in (lambda g: g.eager, lambda g: g.sdpa, lambda g: g.other)
+                rr.span([speed for group, row in ours if (speed := rr.speed(getattr(group, base), row)) is not None])
+                for base in ("eager", "sdpa", "other")
             ]
             counts = [found.count(said) for said in (rr.FASTER, rr.SAME, rr.SLOWER)]
-            cells = [Cell(kind), Cell(provider, class_="who"), Cell(len(ours), len(ours)), *map(Cell, spans)]
-            cells += [Cell(n, n, "slow" if i == 2 and n else None) for i, n in enumerate(counts)]
+            cells = [Cell(kind), Cell(provider, look="who"), Cell(len(ours), len(ours)), *map(Cell, spans)]
+            cells += [Cell(n, n, "slow" if i == 2 and n else "") for i, n in enumerate(counts)]
             lines.append(Line([*cells, Cell(len(found) - sum(counts) or NO_VALUE)]))
     if not lines:
-        return None
-    texts = (
-        "what",
-        "ours",
-        "shapes",
-        "vs eager",
-        "vs best sdpa",
-        "vs fastest other",
-        "faster",
-        "no difference",
-        "slower",
-    )
-    heads = [*map(Head, texts), Head("undecided", "faster but timed in another way, or of unknown spread")]
-    text = (
-        "Times faster, median over shapes and range. The counts are against the fastest other provider of each shape."
-    )
-    title = "Where our code stands"
-    return section(f"{prefix}summary", title, tag("p", text), table(heads, lines, title), _slower(slower))
+        return []
+    names = ("what", "ours", "shapes", "vs eager", "vs best sdpa", "vs fastest other", "faster", rr.SAME, "slower")
+    undecided = Column("undecided", "faster but timed in another way, or of unknown spread")
+    return [
+        "Times faster, median over shapes and range. The counts are against the fastest other provider of each shape.",
+        Table("Where our code stands", [*map(Column, names), undecided], lines),
+        _slower(slower),
+    ]
 
 
 def _judged(base: Row, row: Row) -> str:
@@ -316,120 +249,263 @@ def _judged(base: Row, row: Row) -> str:
     return rr.UNKNOWN if found == rr.FASTER and base.timing != row.timing else found
 
 
-def _slower(pairs: Sequence[tuple[Row, Row]]) -> Html:
+def _slower(pairs: Sequence[tuple[Row, Row]]) -> Any:
     """(fastest other, ours) where ours is slower."""
     if not pairs:
-        return tag("p", "None of our rows is slower than the fastest other provider, beyond the spread.")
+        return "None of our rows is slower than the fastest other provider, beyond the spread."
     items = [
-        tag(
-            "li",
-            f"{row.kind}, {row.label}: {row.provider} ",
-            tag("span", rr.times(rr.speed(base, row)), class_="slow"),
-            f" of {base.provider}'s speed ({rr.duration(row.median)} against {rr.duration(base.median)})",
+        Markup("{}, {}: {} {} of {}'s speed ({} against {})").format(
+            *(row.kind, row.label, row.provider, html.span(rr.times(rr.speed(base, row)), "slow")),
+            *(base.provider, rr.duration(row.median), rr.duration(base.median)),
         )
-        for base, row in sorted(pairs, key=lambda pair: rr.speed(*pair) or 0)
+        for base, row in sorted(pairs, key=lambda pair: rr.speed(*pair))
     ]
-    title = tag(
-        "span", f"Slower than the fastest other provider: {rr.counted(len(pairs), 'row')}, slowest first", class_="slow"
-    )
-    return tag("details", tag("summary", title), tag("ul", items), open="" if len(pairs) <= SHOWN else None)
+    title = f"Slower than the fastest other provider: {rr.counted(len(pairs), 'row')}, slowest first"
+    return html.fold(html.span(title, "slow"), [html.items(items)], open=len(pairs) <= SHOWN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Waterfall and whole models
+
+
+def waterfall_svg(title: str, steps: Sequence[tables.Step]) -> str:
+    """Bars of images a second, one technique more on each: the first grey, the fastest orange, the others blue."""
+    rows = [step.row for step in steps if step.row]
+    items = []
+    for step in steps:
+        row = step.row
+        if row is None:
+            items.append(plots.Bar(step.name, step.name, None, note=f"not measured: {step.reason}"))
+            continue
+        miou = row.get("miou")
+        notes = [rr.times(rr.speed(step.first, row)), tables.peak_memory(row).text]
+        notes += [f"mIoU {rr.points(miou)}"] * (miou is not None) + ["slower than the step before"] * step.slower
+        look = "eager" if row is rows[0] else "triton" if row is rr.fastest(rows) else "sdpa-flash"
+        items.append(_bar(step.name, look, row, [note for note in notes if note != NO_VALUE], step.slower))
+    return plots.bars(title, items, 8.6, "images/s")
+
+
+def _bar(label: str, look: str, row: Row, notes: Sequence[str], slower: bool) -> plots.Bar:
+    pace = row.get("images_per_second")
+    pace = 1 / row.median if pace is None else pace
+    return plots.Bar(label, look, pace, rr.significant(pace), " · ".join(notes), slower)
+
+
+def waterfall(result: Results) -> list[Any]:
+    """Figure and table of every waterfall of the file."""
+    blocks = ["One technique more on each line; what each costs in accuracy and memory beside it."]
+    found = tables.waterfalls(result)
+    for title, steps in found.items():
+        blocks += [html.plots([waterfall_svg(title, steps)], wide=True), tables.waterfall(title, steps)]
+    return blocks if found else ["This file has no waterfall."]
+
+
+def model_bars(key: tuple[str, str, str], group: Group, missing: Iterable[dict[str, Any]]) -> str:
+    """Images a second of one shape, a bar for each provider."""
+    items = []
+    for row in group.by_provider.values():
+        bases = [base for base in (group.eager, group.sdpa) if row.ours and base is not None]
+        notes = [tables.ratio(base, row).text for base in bases]
+        slower = any(rr.verdict(base, row) == rr.SLOWER for base in bases)
+        items.append(_bar(row.provider, row.provider, row, notes, slower))
+    for entry in missing:
+        items.append(plots.Bar(str(entry["provider"]), str(entry["provider"]), None, note=str(entry["reason"])))
+    return plots.bars(f"{key[1]}, {key[2]}", items, 4.5, "images/s")
+
+
+def models(result: Results) -> list[Any]:
+    """Bars for each shape and the tables of all."""
+    rows = result.of("model")
+    if not rows:
+        return ["This file has no whole models."]
+    missing: dict[str, list[dict[str, Any]]] = {}
+    for entry in result.missing("model"):
+        missing.setdefault(rr.shape_label(entry.get("shape"), {}), []).append(entry)
+    svgs = [model_bars(key, group, missing.get(key[1], ())) for key, group in rr.grouped(rows).items()]
+    more, rest = f"{rr.counted(len(svgs) - SHOWN, 'more shape')}", svgs[SHOWN:]
+    return [
+        "uint8 images on the device in, labels out, a whole batch, by the wall clock until the device is done.",
+        html.plots(svgs[:SHOWN], "Behind our bars: how many times faster than eager · than the best sdpa backend."),
+        html.fold(more, [html.plots(rest)]) if rest else None,
+        tables.models(result),
+        tables.measured(rows, "Whole models"),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Operations
 
 
-def _plot_of(kind: str) -> tuple[Callable[[Row], str], Callable[[Row], float | None], str]:
-    """(panel of a row, its x, name of x): models of one width share a panel, but the tail of inference has no width."""
-    if kind in ("masks-to-labels", "noise-to-labels", "loss"):
-        return (
-            (lambda r: f"Patches of {r.shape.get('patch', '?')}"),
-            (lambda r: rr.number(r.shape.get("size"))),
-            "pixels a side",
-        )
-    return (lambda r: f"Seg-{r.shape.get('model', '?')}"), (lambda r: r.tokens), "tokens"
+def _panel_of(row: Row) -> tuple[str, float | None, str]:
+    """(panel, x, name of x): models of one width share a panel, but the tail of inference has no width."""
+    if row.kind in ("masks-to-labels", "noise-to-labels", "loss"):
+        return f"Patches of {row.shape.get('patch', '?')}", rr.number(row.shape.get("size")), "pixels a side"
+    return f"Seg-{row.shape.get('model', '?')}", row.tokens, "tokens"
 
 
-def _panel_order(item: tuple[str, Any]) -> tuple[int, str]:
+def _panel_order(name: str) -> tuple[int, str]:
     """By width of the model or size of the patches."""
-    last = re.split(r"[ -]", item[0])[-1]
-    return (int(last) if last.isdigit() else "TSBL".find(last), item[0])
+    last = re.split(r"[ -]", name)[-1]
+    return (int(last) if last.isdigit() else "TSBL".find(last), name)
 
 
-def panels(rows: Sequence[Row], kind: str, relative: bool = False) -> list[str]:
-    """Time of one picture by its size, a plot for each width of model; full marks are the largest batch of each x.
+def panels(rows: Sequence[Row], relative: bool = False) -> list[str]:
+    """Time of one image by its size, a plot for each width of model; full marks are the largest batch of each x.
 
     Args:
         relative: how many times the floor instead of the time.
     """
-    panel_of, x_of, x_name = _plot_of(kind)
     found: dict[str, list[tuple[float, float, Row]]] = {}
     for row in rows:
-        x, batch = x_of(row), rr.number(row.shape.get("batch")) or 1
+        name, x, _ = _panel_of(row)
         if x and row.shape:
-            found.setdefault(panel_of(row), []).append((x, batch, row))
-    plots = []
-    for name, points in sorted(found.items(), key=_panel_order):
+            found.setdefault(name, []).append((x, rr.number(row.shape.get("batch")) or 1, row))
+    svgs = []
+    for name in sorted(found, key=_panel_order):
         largest: dict[float, float] = {}
-        for x, batch, _ in points:
+        for x, batch, _ in found[name]:
             largest[x] = max(batch, largest.get(x, 0))
-        series: dict[str, svg.Series] = {}
+        series: dict[str, plots.Series] = {}
         floor: dict[float, float] = {}
-        for x, batch, row in points:
-            unit = row.get("floor_seconds") if relative else batch
-            if not unit:
-                continue
-            one = series.setdefault(row.provider, svg.Series(row.provider))
-            (one.points if batch == largest[x] else one.loose).append((x, row.median / unit))
-            if row.get("floor_seconds") and batch == largest[x]:
-                floor[x] = row.get("floor_seconds") / unit
-        form = rr.times if relative else rr.duration
-        plots += [svg.panel(name, list(series.values()), x_name, form, sorted(floor.items()))] if series else []
-    return plots
+        for x, batch, row in found[name]:
+            least = row.get("floor_seconds")
+            unit = least if relative else batch
+            if unit:
+                one = series.setdefault(row.provider, plots.Series(row.provider, [], [], []))
+                (one.points if batch == largest[x] else one.loose).append((x, row.median / unit))
+                if least and batch == largest[x]:
+                    floor[x] = least / unit
+        if series:
+            form = rr.times if relative else rr.duration
+            svgs.append(plots.lines(name, list(series.values()), _panel_of(row)[2], form, sorted(floor.items())))
+    return svgs
 
 
-def operation(result: Results, kind: str, prefix: str) -> Html | None:
-    """Plots and table of one kind of operation."""
+def operation(result: Results, kind: str, prefix: str) -> list[Section]:
+    """Plots and table of one kind of operation; nothing if the file has none."""
     rows = result.of(kind)
-    title, text = TITLES.get(kind, (kind, ""))
-    if not rows and not result.missing(kind):
-        return None
+    title, text = OPERATIONS.get(kind, (kind, ""))
     if not rows:
-        return section(f"{prefix}{kind}", title, tag("p", "Nothing measured; reasons below."), level=3)
-    plots, relative = panels(rows, kind), panels(rows, kind, relative=True)
-    marks = "Full marks: the largest batch; hollow: smaller batches. Dotted: the floor."
-    parts = [
-        tag("p", text),
-        legend([row.provider for row in rows], "┄ floor") if plots else None,
-        figures(plots, f"Time of one picture. {marks}"),
-        tag("details", tag("summary", "The same in times of the floor"), figures(relative)) if relative else None,
-        measured_table(rows, title),
+        missing = [Section(prefix + kind, title, ["Nothing measured; reasons below."], level=3)]
+        return missing if result.missing(kind) else []
+    svgs, relative = panels(rows), panels(rows, relative=True)
+    caption = "Time of one image. Full marks: the largest batch; hollow: smaller batches. Dotted: the floor."
+    providers = dict.fromkeys(row.provider for row in rows)
+    blocks = [
+        text or None,
+        html.plots(svgs, caption, providers, ["┄ floor"]) if svgs else None,
+        html.fold("The same in times of the floor", [html.plots(relative)]) if relative else None,
+        tables.measured(rows, title),
     ]
-    return section(f"{prefix}{kind}", title, *parts, level=3)
+    return [Section(prefix + kind, title, blocks, level=3)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is missing
+# Long sequences
 
 
-def unavailable(result: Results, prefix: str) -> Html:
+def long_sequences(result: Results) -> list[Any]:
+    """Time and memory by tokens, with what grows with the square of them, and where memory ran out."""
+    rows, missing = result.of("long"), result.missing("long")
+    if not rows and not missing:
+        return []
+    svgs = []
+    for model in dict.fromkeys(str(row.info.get("model") or "") for row in rows):
+        mine = [row for row in rows if str(row.info.get("model") or "") == model and row.tokens]
+        failed = [(tokens, entry) for entry in missing if (tokens := _failed_at(entry, model))]
+        floor = sorted({(row.tokens, row.get("floor_seconds")) for row in mine if row.get("floor_seconds")})
+        for what, value, form, least in (
+            ("time of a call", lambda row: row.median, rr.duration, floor),
+            ("peak memory", lambda row: row.get("peak_bytes"), rr.memory, ()),
+        ):
+            names = dict.fromkeys([row.provider for row in mine] + [str(entry["provider"]) for _, entry in failed])
+            series = [
+                plots.Series(
+                    name,
+                    [(row.tokens, value(row)) for row in mine if row.provider == name and value(row)],
+                    [],
+                    [(tokens, str(entry["reason"])) for tokens, entry in failed if entry["provider"] == name],
+                )
+                for name in names
+            ]
+            points = [point for one in series for point in one.points]
+            if points:
+                guide = max((p for p in points if p[0] == min(points)[0]), key=lambda p: p[1])
+                title = f"{model}: {what}" if model else what.capitalize()
+                svgs.append(plots.lines(title, series, "tokens", form, least, guide, form is rr.memory))
+    names = dict.fromkeys([row.provider for row in rows] + [str(entry["provider"]) for entry in missing])
+    items = []
+    for entry in missing:
+        shape = rr.known_shape(entry.get("shape"))
+        items.append(
+            f"{entry['provider']} at {f'{shape.tokens:,} tokens' if shape else entry['name']}: {entry['reason']}"
+        )
+    return [
+        html.plots(svgs, "", names, ["╌ grows with the square", "┄ floor", "× out of memory"]) if svgs else None,
+        html.fold(f"{rr.counted(len(items), 'point')} without a result", [html.items(items)]) if items else None,
+        tables.measured(rows, "Long sequences"),
+    ]
+
+
+def _failed_at(entry: dict[str, Any], model: str) -> float | None:
+    """Tokens at which memory ran out; None for any other reason or model."""
+    shape = rr.known_shape(entry.get("shape"))
+    if not str(entry["reason"]).startswith("out of memory") or (shape and shape.name != model):
+        return None
+    tokens = rr.number(rr.dictionary(entry.get("shape")).get("tokens")) or rr.number(entry.get("tokens"))
+    return float(shape.tokens) if shape else tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is missing, and how the rest came about
+
+
+def unavailable(result: Results) -> list[Any]:
     """Everything that could not be measured, by reason."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for entry in result.unavailable:
         key = (str(entry["kind"]), str(entry["provider"]), str(entry["reason"]))
         reasons.setdefault(key, []).append(rr.shape_label(entry.get("shape"), {}) or str(entry["name"]))
     if not reasons:
-        return section(
-            f"{prefix}missing", "Not measured", tag("p", "The file lists nothing that could not be measured.")
-        )
+        return ["The file lists nothing that could not be measured."]
     lines = []
     for (kind, provider, reason), names in reasons.items():
-        shown = (
-            names[0] if len(names) == 1 else tag("details", tag("summary", f"{len(names)} shapes"), "; ".join(names))
-        )
-        lines.append(
-            Line([Cell(kind), Cell(provider, class_="who"), Cell(reason, class_="text"), Cell(shown, class_="text")])
-        )
-    heads = [Head("what"), Head("provider"), Head("reason"), Head("where")]
-    text = f"{rr.counted(len(result.unavailable), 'row')} could not be measured, for these reasons."
-    return section(f"{prefix}missing", "Not measured", tag("p", text), table(heads, lines, "Not measured"))
+        where = names[0] if len(names) == 1 else html.fold(f"{len(names)} shapes", ["; ".join(names)])
+        cells = [Cell(kind), Cell(provider, look="who"), Cell(reason, look="text"), Cell(where, look="text")]
+        lines.append(Line(cells))
+    table = Table("Not measured", [*map(Column, ("what", "provider", "reason", "where"))], lines)
+    return [f"{rr.counted(len(result.unavailable), 'row')} could not be measured, for these reasons.", table]
+
+
+PEERS = (
+    "“images/s here” is measured: random weights, images on the device to labels; ours as impl=auto runs here. "
+    "Columns called published are other people's figures on other machines, not measured here."
+)
+PROVIDERS = {  # as bench/providers.py and bench/models.py define them
+    "eager": "the published code's order of work in plain PyTorch: explicit score matrices, full-resolution logits",
+    "sdpa-…": "the same with scaled_dot_product_attention held to one backend; whole models without the softmax",
+    "compile": "torch.compile (max-autotune) of the scaled_dot_product_attention form",
+    "bands": "labels in bands of rows: the full-resolution logits are never held whole",
+    "pruned": "ours without kernels: only classes that can win somewhere are upsampled",
+    "triton": "ours: the kernels",
+}
+METHOD = (
+    html.items([Markup("<b>{}</b>: {}").format(name, text) for name, text in PROVIDERS.items()]),
+    "Nothing wrong is timed: before a row is timed its result is compared with an exact one, and has to be as near as "
+    "eager PyTorch of the same precision is, within a factor of two in the worst element. What that gave stands in the "
+    "column “check before timing”.",
+    "Times are medians; the spread is half the interquartile range, relative to the median. All providers get the same "
+    "inputs. Compiling and warming up are not in them.",
+    "On a GPU an operation is timed by events around a CUDA graph (“graph”) that calls it once on each of several "
+    "input sets, as many as exceed twice the last cache (at most 16), so that neither launches nor a warm cache are in "
+    "the figure; where that cannot be captured, events stand around plain calls (“events”). Whole models, and "
+    "everything on a CPU, are timed by the wall clock up to the end of the device's work (“wall”).",
+    "Operations (TFLOP/s) count matrix products only, two a multiply-add; bytes (GB/s) are the fewest that have to "
+    "move. The ceilings are a large matrix product and a large copy, measured in the same run. The floor is the "
+    "larger of both times at those ceilings; “of floor” is floor over median.",
+    "Peak memory is what one call needs beyond what was there before it: what torch allocates on a GPU, resident "
+    "memory on a CPU.",
+    "A speed of ours below 1x is called slower only beyond the spread, by the same rule as in comparisons; * marks a "
+    "speed-up between rows that were timed in different ways.",
+    rr.RULE,
+)

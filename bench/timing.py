@@ -1,11 +1,14 @@
-"""How anything is timed here: the clock, the rotation of inputs, graph replays, peak memory.
+"""How anything is timed here: the clock, the rotation of inputs, graph replays, peak memory, measured ceilings.
 
 On a GPU, kernels are timed by events around a CUDA graph that calls the function once on each of several input sets, so
 that launch costs are not in the figure, nor is a warm L2 unless MAX_SETS of them fit in it; where a call cannot be
 captured, events stand around the plain calls and the result says so. Whole models are timed by the wall clock up to the
 end of the device's work, as a user would see it. On a CPU everything is wall clock.
+
+python -m bench.timing [--dtype bf16] prints the two ceilings of this machine.
 """
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -14,13 +17,19 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+
+from bench.results import DTYPES, device_name
 
 MAX_SETS = 64
 SLOW = 0.5  # seconds: fewer rounds, because they vary less and there is no time
 SHORT, LONG = 2e-3, 0.1  # seconds: a round of shorter calls has several; for longer ones the cache says nothing
+# Of the ceilings, filling the device: side of the square matrices, and bytes of the copied buffer.
+SIDE, COPY = {"cuda": 8192, "cpu": 2048}, {"cuda": 2 << 30, "cpu": 256 << 20}
+SMALL_SIDE, SMALL_COPY = 128, 1 << 20  # for smoke tests
 Call = Callable[..., Any]
 
 
@@ -124,6 +133,15 @@ def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
+def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, up to the end of the device's work."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 def rounds_for(seconds: float, budget: float) -> int:
     """Rounds of `seconds` each that take about `budget` seconds: 5 to 100, of slow ones 3."""
     return max(3 if seconds > SLOW else 5, min(100, int(budget / max(seconds, 1e-6))))
@@ -182,3 +200,87 @@ def status_bytes(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two ceilings of a machine, measured in the same run as what they judge
+
+
+class Ceilings(NamedTuple):
+    """What this machine reached: operations and bytes (read and written) a second, and how far the runs spread."""
+
+    dtype: str
+    flops_per_second: float
+    bytes_per_second: float
+    flops_spread: float
+    bytes_spread: float
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, small: bool = False) -> Ceilings:
+    """Of a large matrix product and a large copy: medians of ten runs, of random data (zeros run faster).
+
+    float32 products are as `torch.set_float32_matmul_precision` says.
+    """
+    side = SMALL_SIDE if small else _side(device, dtype)
+    products = _seconds(_product(side, device, dtype), device)
+    source = torch.empty((SMALL_COPY if small else COPY[device.type]) // 4, device=device).uniform_()
+    target = torch.empty_like(source)
+    copies = _seconds(lambda: target.copy_(source), device)
+    moved = 2 * source.numel() * source.element_size()
+    name = str(dtype).removeprefix("torch.")
+    rates = (2 * side**3 / statistics.median(products), moved / statistics.median(copies))
+    return Ceilings(name, *rates, spread(products), spread(copies))
+
+
+def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """x W^T, the form of every linear layer, which libraries do at least as fast as any other."""
+    x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return lambda: F.linear(x, weight)
+
+
+def _side(device: torch.device, dtype: torch.dtype) -> int:
+    """The full side, or a smaller one where that would take seconds: CPUs without instructions for a half type."""
+    if device.type == "cuda":
+        return SIDE["cuda"]
+    side = 256
+    while side < SIDE["cpu"] and statistics.median(_seconds(_product(side, device, dtype), device, 2)) < 0.05:
+        side *= 2
+    return side
+
+
+def _seconds(run: Callable[[], torch.Tensor], device: torch.device, rounds: int = 10) -> list[float]:
+    """Seconds of a call, `rounds` times: on a GPU by events around ten calls, once its clocks have risen."""
+    if device.type != "cuda":
+        return [wall_seconds(run, device) for _ in range(rounds + 2)][2:]
+    start = time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        run()
+        torch.cuda.synchronize(device)
+    times = []
+    for _ in range(rounds):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        for _ in range(10):
+            run()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after) / 1e3 / 10)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=measure_ceilings.__doc__)
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    found = measure_ceilings(device, DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")])
+    print(
+        f"{device_name(device)}: {found.flops_per_second / 1e12:.2f} TFLOP/s of {found.dtype} matrix products "
+        f"(+-{100 * found.flops_spread:.0f} %), {found.bytes_per_second / 1e9:.1f} GB/s of copies "
+        f"(+-{100 * found.bytes_spread:.0f} %)"
+    )
+
+
+if __name__ == "__main__":
+    main()

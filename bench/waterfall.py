@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from bench import timing
-from bench.models import ROOT, pixels_to_labels, set_operators
+from bench.models import pixels_to_labels, set_operators
 from bench.providers import PUBLISHED, Unavailable
 from bench.published import published_inference
+from bench.results import ROOT
 from bench.shapes import Shape
 from segmenter.evaluation.metrics import ConfusionMatrix
 from segmenter.inference.images import normalize
@@ -25,7 +26,7 @@ from segmenter.model import Segmenter
 from segmenter.ops import EAGER, Operators, load_kernels, why_not_on
 
 GPU_SHAPE, CPU_SHAPE = Shape("L", 16, 640, 8), Shape("S", 16, 512, 1)
-EVERY = {"cuda": 5, "cpu": 20}  # every so many-th test picture of CamVid counts for mIoU
+EVERY = {"cuda": 5, "cpu": 20}  # every so many-th test image of CamVid counts for mIoU
 
 
 class Step(NamedTuple):
@@ -37,9 +38,7 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step(
-        "fp32 eager", "", "the published order of work: score matrices and full-resolution logits in float32, no TF32"
-    ),
+    Step("fp32 eager", "", "the published order of work: score matrices, full-resolution logits, float32 without TF32"),
     Step("bf16", "half", "weights and activations in bfloat16"),
     Step("SDPA", "sdpa", "torch's scaled_dot_product_attention, no softmax on the logits"),
     Step("torch.compile", "compile", "max-autotune of all of it; the steps below do without"),
@@ -47,7 +46,7 @@ STEPS = (
     Step("LayerNorm-MLP", "mlp", "our kernels for LayerNorm with products, GELU and residuals"),
     Step("mask head", "mask_head", "our kernel from decoded tokens to class masks"),
     Step("labels without logits", "labels", "only classes that can win are upsampled; no full-resolution logits"),
-    Step("bytes to tokens", "pixels", "our kernel from the picture's bytes to tokens; no normalised picture"),
+    Step("bytes to tokens", "pixels", "our kernel from uint8 pixels to tokens; no normalised image"),
     Step("CUDA graph", "graph", "one launch for the whole model; labels as the step before"),
 )
 KERNELS = {
@@ -131,7 +130,7 @@ class _Graphed:
 
 
 def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
-    """The step's way from one picture of any size (H, W, 3) to its labels (H, W), sliding windows included."""
+    """The step's way from one image of any size (H, W, 3) to its labels (H, W), sliding windows included."""
     model, dtype, ops, info = copy.deepcopy(model).to(device, dtype_of(on)), dtype_of(on), operators(on), model.info
     set_operators(model, ops)
     if "compile" in on:
@@ -149,22 +148,22 @@ def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> 
 
 
 def examples() -> Iterator[np.ndarray]:
-    """The photographs in examples/."""
+    """The photographs in examples/, (H, W, 3) uint8."""
     for path in sorted((ROOT / "examples").glob("*.jpg")):
         yield np.asarray(Image.open(path).convert("RGB"))
 
 
-def camvid_test(folder: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(picture, class ids) of CamVid's test set, every so many of them: images/test and annotations/test.
+def camvid_test(camvid: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(image, class ids) of CamVid's test set, every so many of them: images/test and annotations/test.
 
     Raises:
-        FileNotFoundError: the folder has no such pictures.
+        FileNotFoundError: it has no such images.
     """
-    paths = sorted((folder / "images" / "test").iterdir())[::every] if (folder / "images" / "test").is_dir() else []
+    paths = sorted((camvid / "images" / "test").iterdir())[::every] if (camvid / "images" / "test").is_dir() else []
     if not paths:
-        raise FileNotFoundError(f"{folder} has no pictures in images/test")
+        raise FileNotFoundError(f"{camvid} has no pictures in images/test")
     for path in paths:
-        label = folder / "annotations" / "test" / f"{path.stem}.png"
+        label = camvid / "annotations" / "test" / f"{path.stem}.png"
         yield np.asarray(Image.open(path).convert("RGB")), np.asarray(Image.open(label))
 
 

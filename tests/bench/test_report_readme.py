@@ -1,5 +1,6 @@
 """What the report writes beside its page: the README's tables, the waterfall's image; numbers; the command line."""
 
+import copy
 import math
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import report, report_rows
-from bench.report_markdown import MarkerError, replaced
+from bench.report_readme import BLOCKS, MarkerError, block, replaced
 from bench.report_rows import read
 from tests.support.report_results import results, saver
 
@@ -33,11 +34,12 @@ def test_readme_blocks_are_replaced_and_nothing_else(save, tmp_path):
     assert made.startswith("before\n<!-- bench:headline:start -->\n**GPU X**, torch 2.9, triton 3.6, commit abc")
     assert "after\n<!-- bench:models:start -->\n" in made
     assert "old" not in made
-    assert "| graph | 160 | **1.60x, slower than the step before** | 3.00 MiB | 100.00 % | 58.30 |" in made
+    assert "| graph | 160 | 1.60x | **0.80x, slower than the step before** | 3.00 MiB | 100.00 % | 58.30 |" in made
     assert "| compile | not measured: compiler error |" in made
-    assert "| 100 | 400 (flash) | – | 800 (triton) | 8.00x | 2.00x | – | 3.00 MiB → 3.00 MiB |" in made
-    assert "mIoU: the shipped model on 12 pictures of CamVid's test set." in made
+    assert "| 100 | 400 (flash) | 800 (triton) | 8.00x | 2.00x | 3.00 MiB → 3.00 MiB |" in made
+    assert "mIoU: the shipped model on 12 images of CamVid's test set." in made
     assert "| EoMT-L | 80.0 | 92.0 (H100) | 58.40 | – | 512x512, batch 4 |" in made
+    assert "| ACNet | – | – | – | 45.90 | – |" in made
     assert "[gpu.json](gpu.json)" in made
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "gpu.json"]
     assert report.main([str(path), "--readme", str(readme)]) == 0
@@ -108,17 +110,35 @@ def test_readme_says_what_is_not_measured(save, tmp_path):
     assert made.index("**GPU X**") < made.index("**CPU: CPU Y, 2 threads**")
 
 
-def test_the_readme_is_what_the_committed_results_give():
-    """The files that a README's blocks name give those blocks."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = "".join(
-        match[2] for match in re.finditer(r"<!-- bench:([\w-]+):start -->(.*?)<!-- bench:\1:end -->", text, re.DOTALL)
-    )
-    if not blocks:
-        pytest.skip("README.md has no generated block")
-    files = list(dict.fromkeys(re.findall(r"\]\((bench/results/[^)]+\.json)\)", blocks)))
-    assert files, "the README's blocks name no result file"
-    assert report.main([*(str(ROOT / file) for file in files), "--readme", str(ROOT / "README.md"), "--check"]) == 0
+def test_the_readmes_are_what_the_committed_results_give(capsys):
+    """The files that the blocks of bench/results/README.md name give these and README.md's."""
+    long, short = ((ROOT / path).read_text(encoding="utf-8") for path in ("bench/results/README.md", "README.md"))
+    names = [re.findall(r"bench:([\w-]+):start", text) for text in (long, short)]
+    assert names == [["waterfalls", "all-models", "peers"], ["headline", "models"]]
+    files = list(dict.fromkeys(re.findall(r"\]\((\S+\.json)\)", long)))
+    assert files, "no results file is named"
+    paths = [str(ROOT / "bench" / "results" / file) for file in files]
+    assert report.main([*paths, "--readme", "--check"]) == 0, capsys.readouterr().err
+    assert all(f"](bench/results/{file})" in short for file in files)
+
+
+def test_short_tables_are_short(save, tmp_path):
+    content = results()
+    steps = [entry for entry in content["benchmarks"] if entry["extra_info"]["kind"] == "waterfall"]
+    shapes = [entry for entry in content["benchmarks"] if entry["extra_info"]["kind"] == "model"]
+    for i in range(4, 15):
+        content["benchmarks"].append(copy.deepcopy(steps[-1]))
+        content["benchmarks"][-1]["extra_info"] |= {"provider": f"step {i}", "step": i}
+    for i in range(7):
+        content["benchmarks"].append(copy.deepcopy(shapes[0]))
+        content["benchmarks"][-1]["extra_info"]["model"] = f"model {i}"
+    found = read(save(content))
+    blocks = {name: block(name, [found], tmp_path) for name in BLOCKS}
+    lines = {name: sum(line.startswith("|") for line in text.splitlines()) - 2 for name, text in blocks.items()}
+    assert lines == {"headline": 10, "waterfalls": 15, "models": 5, "all-models": 8, "peers": 2}
+    assert "5 more steps in bench/results/README.md." in blocks["headline"]
+    assert "3 more shapes in bench/results/README.md." in blocks["models"]
+    assert "more" not in blocks["waterfalls"] + blocks["all-models"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,10 +153,11 @@ def test_waterfall_image_stands_alone(save, tmp_path):
     text = image.read_text(encoding="utf-8")
     root = xml.dom.minidom.parseString(text.encode()).documentElement
     assert root.tagName == "svg"
-    assert float(root.getAttribute("width")) > 0
+    assert float(root.getAttribute("width").removesuffix("pt")) > 0
     assert "var(" not in text
     assert "not measured: compiler error" in text
-    widths = [float(bar.getAttribute("width")) for bar in root.getElementsByTagName("rect")[1:]]
+    bars = re.findall(r'<title>[^<]+x[^<]+</title>\s*<path d="M ([\d.]+) [\d.]+\s+L ([\d.]+)', text)
+    widths = [float(right) - float(left) for left, right in bars]
     assert [round(w / widths[0], 1) for w in widths] == [1.0, 2.0, 1.6]
     assert report.main([*arguments, "--check"]) == 0
     image.write_text(text.replace("160", "161"), encoding="utf-8")

@@ -29,7 +29,7 @@ def test_forward_operations_and_parameters(shape):
         assert counted(lambda: model.masks(im)) == shapes.forward_flops(shape) == shapes.model(shape, 4).flops
     read = {name: p for name, p in model.named_parameters() if not name.startswith("encoder.head.")}
     assert sum(p.numel() for p in read.values()) == shapes.parameters(shape)
-    pixels = models.pictures(shape, CPU)
+    pixels = models.images(shape, CPU)
     labels = pixels.numel() // 3
     assert shapes.model(shape, 2).bytes == 2 * shapes.parameters(shape) + pixels.numel() + labels
 

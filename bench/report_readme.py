@@ -1,0 +1,132 @@
+"""The generated tables of README.md and bench/results/README.md, between their markers.
+
+    <!-- bench:headline:start --> ... <!-- bench:headline:end -->
+
+What stands between the markers is replaced, nothing else is touched. README.md has short tables: `headline`, at most
+ten steps of the first waterfall, and `models`, five whole models; `waterfalls`, `all-models` and `peers` are long.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bench import report_rows as rr
+from bench import report_tables as tables
+from bench.report_page import Table, markdown_text
+from bench.report_rows import Results
+
+MARKER = re.compile(r"<!-- bench:([\w-]+):(start|end) -->")
+MOST_STEPS, MOST_MODELS = 10, 5  # of the short tables
+
+
+class MarkerError(ValueError):
+    """A README's markers are missing or wrong; the message says how."""
+
+
+def _shortened(table: Table, most: int, what: str) -> list[str]:
+    """The table, or its first lines and how many more there are."""
+    more = len(table.lines) - most
+    said = [f"{rr.counted(more, f'more {what}')} in bench/results/README.md."] if more > 0 else []
+    return [Table(table.caption, table.columns, table.lines[:most]).markdown(), *said]
+
+
+def headline(result: Results) -> list[str]:
+    """The first waterfall."""
+    return waterfalls(result, short=True)
+
+
+def waterfalls(result: Results, short: bool = False) -> list[str]:
+    """One technique more on each line."""
+    parts, found = [], tables.waterfalls(result)
+    for title, steps in list(found.items())[: 1 if short else None]:
+        table = tables.waterfall(title, steps).only(
+            "step", "images/s", "vs first", "vs step before", "peak memory", "labels as fp32", "mIoU"
+        )
+        parts += [f"{markdown_text(title)}:", *_shortened(table, MOST_STEPS if short else len(steps), "step")]
+        images = max((step.row.get("miou_pictures") or 0 for step in steps if step.row), default=0)
+        if images:
+            parts.append(f"mIoU: the shipped model on {images:.0f} images of CamVid's test set.")
+    return parts
+
+
+def models(result: Results, most: int = MOST_MODELS) -> list[str]:
+    """Whole models, the most telling ones."""
+    table = tables.models(result)
+    said = "Images a second; ours: triton where it runs, else pruned."
+    return [said, *_shortened(table, most, "shape")] if table.lines else []
+
+
+def all_models(result: Results) -> list[str]:
+    """Whole models."""
+    return models(result, most=len(result.rows))
+
+
+def peers(result: Results) -> list[str]:
+    """Other models measured here, beside published figures."""
+    table = tables.peers(result).only(
+        "model", "images/s here", "published images/s", "published mIoU", "published, multi-scale", "input here"
+    )
+    return [table.markdown()] if table.lines else []
+
+
+BLOCKS: dict[str, tuple[Callable[[Results], list[str]], str]] = {
+    "headline": (headline, "the waterfall"),
+    "waterfalls": (waterfalls, "the waterfall"),
+    "models": (models, "whole models"),
+    "all-models": (all_models, "whole models"),
+    "peers": (peers, "peers"),
+}
+
+
+def _measured_on(result: Results, folder: Path) -> str:
+    """Machine, stack and file in a line: every figure of a README names them."""
+    path = os.path.relpath(result.path.resolve(), folder.resolve()).replace(os.sep, "/")
+    name = f"`{result.path.name}`" if path.startswith("..") else f"[{result.path.name}]({path})"
+    state = "" if result.content.get("complete", True) else ", cut short"
+    date = str(result.content.get("datetime") or "")[:10]
+    stack = ", ".join(filter(None, [markdown_text(result.stack), date]))
+    return f"**{markdown_text(result.device)}**, {stack}{state}: {name}"
+
+
+def block(name: str, results: Sequence[Results], folder: Path) -> str:
+    """One generated block for a README in `folder`."""
+    make, what = BLOCKS[name]
+    made = {result.path: make(result) for result in results}
+    parts = [
+        part for result in results if made[result.path] for part in (_measured_on(result, folder), *made[result.path])
+    ]
+    without = [f"`{path.name}`" for path, found in made.items() if not found]
+    if without:
+        parts.append(f"Not measured ({what}): {', '.join(without)}.")
+    if not any(result.on_gpu for result in results):
+        parts.append("No GPU figure has been measured yet.")
+    return "\n\n".join(parts)
+
+
+def replaced(text: str, results: Sequence[Results], folder: Path) -> str:
+    """`text` with every marked block generated anew.
+
+    Raises:
+        MarkerError: there is no marker, one has an unknown name, or one has no partner.
+    """
+    found = [(match[1], match[2]) for match in MARKER.finditer(text)]
+    if not found:
+        names = ", ".join(BLOCKS)
+        raise MarkerError(f"no marker <!-- bench:NAME:start --> ... <!-- bench:NAME:end -->, NAME one of {names}")
+    unknown = [name for name, _ in found if name not in BLOCKS]
+    if unknown:
+        raise MarkerError(f"the marker bench:{unknown[0]} is unknown; there are {', '.join(BLOCKS)}")
+    names = [name for name, _ in found[::2]]
+    if found != [(name, end) for name in names for end in ("start", "end")] or len(set(names)) < len(names):
+        raise MarkerError("every marker bench:NAME:start needs one bench:NAME:end after it, and each NAME occurs once")
+    return _BLOCK.sub(lambda old: f"{old[1]}\n{block(old[2], results, folder)}\n{old[4]}", text)
+
+
+_BLOCK = re.compile(r"(<!-- bench:([\w-]+):start -->)(.*?)(<!-- bench:\2:end -->)", re.DOTALL)
+
+
+def differing(old: str, new: str) -> list[str]:
+    """Names of the blocks in which two texts differ."""
+    a, b = ({found[2]: found[3] for found in _BLOCK.finditer(text)} for text in (old, new))
+    return [name for name in b if a.get(name) != b[name]]

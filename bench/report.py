@@ -54,21 +54,8 @@ def waterfall(results: list[Results]) -> str:
 
 def comparison(found: Comparison) -> str:
     """Two files compared, for a terminal."""
-    a, b = found.before, found.after
-    lines = [f"{x}  {one.path.name}: {one.device}, {one.stack}" for x, one in (("A", a), ("B", b))]
-    lines += ["", *(f"{fact}: {x} -> {y}" for fact, x, y in found.differences())]
-    lines += [f"Note: {note}" for note in found.notes()]
-    lines += ["", tables.pairs(found).plain()] if found.pairs else []
-    lines.append("")
-    for kind, counts in found.counts().items():
-        lines.append(f"{kind}: " + ", ".join(f"{count} {said}" for said, count in counts.items() if count))
-    lines += [
-        f"timed differently, not compared: {x.kind}, {x.label}, {x.provider}: {x.timing} and {y.timing}"
-        for x, y in found.timed_differently
-    ]
-    only = (("A", found.only_before), ("B", found.only_after))
-    lines += [f"{rr.counted(len(rows), 'row')} only in {which}" for which, rows in only if rows]
-    return "\n".join([*lines, rr.RULE])
+    notes = [f"Note: {note}" for note in found.notes()]
+    return "\n".join([*notes, tables.pairs(found).plain() + "\n" if found.pairs else "", *found.facts(), rr.RULE])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -103,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ResultsError, MarkerError, OSError: something cannot be used; the message says what.
     """
-    results, stale = [rr.read(path) for path in args.results], []
+    results, stale = [Results(path) for path in args.results], []
     made: list[tuple[Path, str]] = []
     for path in args.readme:
         old = path.read_text(encoding="utf-8")

@@ -187,35 +187,35 @@ def bars(title: str, items: Sequence[Bar], width: float, unit: str) -> str:
 # Lines
 
 
-class Series(NamedTuple):
-    """Points of one provider. `loose` ones are hollow and not joined; `failed` are (x, reason) without a result."""
+class Point(NamedTuple):
+    """Of a provider's line. Hollow ones are not joined. Without y, `reason` says why nothing is there."""
 
-    name: str
-    points: list[tuple[float, float]]
-    loose: list[tuple[float, float]]
-    failed: list[tuple[float, str]]
+    provider: str
+    x: float
+    y: float | None
+    hollow: bool = False
+    reason: str = ""
 
 
 def lines(
     title: str,
-    series: Sequence[Series],
+    points: Sequence[Point],
     x_name: str,
     form: Callable[[float], str],
     floor: Sequence[tuple[float, float]] = (),
-    guide: tuple[float, float] | None = None,
-    binary: bool = False,
+    square: bool = False,
 ) -> str:
-    """Lines on two logarithmic axes, as SVG. All values are positive.
+    """Lines on two logarithmic axes, as SVG; "" if no point has a value.
 
     Args:
-        form: a value for people. floor: points of a dotted line below which nothing can be.
-        guide: a point through which a dashed line of slope two goes: what grows with the square.
-        binary: y is in bytes.
+        form: a value for people, "... B" if in bytes. floor: points of a dotted line below which nothing can be.
+        square: a dashed line shows what grows with the square of x.
     """
-    failing = [one for one in series if one.failed]  # each has a line of its own for its marks, at the top
-    points = [point for one in series for point in (*one.points, *one.loose)]
-    xs = sorted({x for x, _ in points} | {x for one in failing for x, _ in one.failed})
-    ys = [y for _, y in (*points, *floor)]
+    shown = [point for point in points if point.y]
+    if not shown:
+        return ""
+    failing = list(dict.fromkeys(point.provider for point in points if point.y is None))
+    xs, ys = sorted({point.x for point in points}), [*(point.y for point in shown), *(y for _, y in floor)]
     spread = max(max(ys) / min(ys), 2)
     low, high = min(ys) / spread**0.07, max(ys) * spread ** (0.07 + 0.07 * len(failing))
     with style():
@@ -224,53 +224,50 @@ def lines(
         axes.set(xscale="log", yscale="log", xlabel=x_name, ylim=(low, high))
         axes.set_title(shortened(title, 3, 9.5))
         axes.minorticks_off()
-        ticks = _ticks(low, high, binary)
+        ticks = _ticks(low, high, binary=form(1).endswith("B"))
         axes.set_yticks(ticks, [re.sub(r"\.0+(?= |x|$)", "", form(tick)) for tick in ticks])
         axes.set_xticks(_apart(xs), [f"{x:,.0f}" for x in _apart(xs)])
         if len(xs) == 1:
             axes.set_xlim(xs[0] / 2, xs[0] * 2)
         axes.plot(*zip(*floor, strict=True), ":", color=INK, linewidth=1.2, marker="_" if len(floor) == 1 else "")
-        if guide:
-            end = min(xs[-1], guide[0] * math.sqrt(high / guide[1]))
-            axes.plot((guide[0], end), (guide[1], guide[1] * (end / guide[0]) ** 2), "--", color=SOFT, linewidth=1)
-        for one in series:
-            _draw(axes, one, lambda x, y, one=one: f"tip:{one.name}: {form(y)} at {x:,.0f} {x_name}")
-        for i, one in enumerate(failing):
-            for x, reason in one.failed:
-                tip, place = f"tip:{one.name} at {x:,.0f} {x_name}: {reason}", axes.get_xaxis_transform()
-                axes.plot(x, 0.96 - 0.07 * i, "x", color=look(one.name).light, transform=place, mew=2, gid=tip)
+        if square:
+            x, y = max((point.x, point.y) for point in shown if point.x == min(shown, key=lambda one: one.x).x)
+            end = min(xs[-1], x * math.sqrt(high / y))
+            axes.plot((x, end), (y, y * (end / x) ** 2), "--", color=SOFT, linewidth=1)
+        for provider in dict.fromkeys(point.provider for point in shown):
+            full = [(point.x, point.y) for point in shown if point.provider == provider and not point.hollow]
+            joined = {x: statistics.median_high(y for at, y in full if at == x) for x, _ in sorted(full)}
+            axes.plot(joined.keys(), joined.values(), color=look(provider).light)
+        for point in points:
+            _mark(axes, point, f"{point.x:,.0f} {x_name}", form, failing)
         return to_svg(figure)
 
 
-def _draw(axes: Any, one: Series, tip: Callable[[float, float], str]) -> None:
-    """A line through the median of each x, and every point with its mark."""
-    colour, _, marker, _ = look(one.name)
-    columns: dict[float, list[float]] = {}
-    for x, y in sorted(one.points):
-        columns.setdefault(x, []).append(y)
-    axes.plot(columns.keys(), [statistics.median_high(column) for column in columns.values()], color=colour)
-    for face, points in ((colour, one.points), (GROUND, one.loose)):
-        for x, y in points:
-            axes.plot(x, y, marker, color=colour, markerfacecolor=face, gid=tip(x, y))
+def _mark(axes: Any, point: Point, where: str, form: Callable[[float], str], failing: Sequence[str]) -> None:
+    """The provider's mark; a cross at the top, in a line of its own for each provider, for what failed."""
+    colour, _, marker, _ = look(point.provider)
+    if point.y is None:
+        y, place = 0.96 - 0.07 * failing.index(point.provider), axes.get_xaxis_transform()
+        tip = f"tip:{point.provider} at {where}: {point.reason}"
+        axes.plot(point.x, y, "x", color=colour, transform=place, markeredgewidth=2, gid=tip)
+    else:
+        tip, face = f"tip:{point.provider}: {form(point.y)} at {where}", GROUND if point.hollow else colour
+        axes.plot(point.x, point.y, marker, color=colour, markerfacecolor=face, gid=tip)
 
 
-def _ticks(low: float, high: float, binary: bool, most: int = 6) -> list[float]:
-    """Round values: powers of ten, with 2 and 5 where there is room; of two for what is counted in KiB and MiB."""
-    if binary:
-        found = [2.0**e for e in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
-        return found[:: math.ceil(len(found) / most) or 1]
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1, 2, 5), (1, 3), (1,)):
-        found = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
-        if len(found) <= most:
-            return found
-    return found[:: math.ceil(len(found) / most)]
+def _ticks(low: float, high: float, binary: bool) -> list[float]:
+    """At most six round values: powers of ten, with 2 and 5 where there is room; of two for what is in bytes."""
+    base, every = (2.0, [(1,)]) if binary else (10.0, [(1, 2, 5), (1, 3), (1,)])
+    powers = [base**e for e in range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)]
+    choices = [[n * power for power in powers for n in steps if low <= n * power <= high] for steps in every]
+    found = next((choice for choice in choices if len(choice) <= 6), choices[-1])
+    return found[:: math.ceil(len(found) / 6) or 1]
 
 
 def _apart(xs: Sequence[float]) -> list[float]:
     """Those of `xs` that have room for a label on a logarithmic axis."""
-    room, kept = math.log(xs[-1] / xs[0]) / 6, []
+    kept = [xs[0]]
     for x in xs:
-        if not kept or math.log(x / kept[-1]) >= room:
+        if math.log(x / kept[-1]) > math.log(xs[-1] / xs[0]) / 6:
             kept.append(x)
     return kept

@@ -9,6 +9,7 @@ ten steps of the first waterfall, and `models`, five whole models; `waterfalls`,
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from bench import report_rows as rr
@@ -17,49 +18,35 @@ from bench.report_page import Table, markdown_text
 from bench.report_rows import Results
 
 MARKER = re.compile(r"<!-- bench:([\w-]+):(start|end) -->")
-MOST_STEPS, MOST_MODELS = 10, 5  # of the short tables
 
 
 class MarkerError(ValueError):
     """A README's markers are missing or wrong; the message says how."""
 
 
-def _shortened(table: Table, most: int, what: str) -> list[str]:
+def _shortened(table: Table, most: int | None, what: str) -> list[str]:
     """The table, or its first lines and how many more there are."""
-    more = len(table.lines) - most
-    said = [f"{rr.counted(more, f'more {what}')} in bench/results/README.md."] if more > 0 else []
+    more = len(table.lines[most:]) if most else 0
+    said = [f"{rr.counted(more, f'more {what}')} in bench/results/README.md."] if more else []
     return [Table(table.caption, table.columns, table.lines[:most]).markdown(), *said]
 
 
-def headline(result: Results) -> list[str]:
-    """The first waterfall."""
-    return waterfalls(result, short=True)
-
-
-def waterfalls(result: Results, short: bool = False) -> list[str]:
-    """One technique more on each line."""
-    parts, found = [], tables.waterfalls(result)
-    for title, steps in list(found.items())[: 1 if short else None]:
-        table = tables.waterfall(title, steps).only(
-            "step", "images/s", "vs first", "vs step before", "peak memory", "labels as fp32", "mIoU"
-        )
-        parts += [f"{markdown_text(title)}:", *_shortened(table, MOST_STEPS if short else len(steps), "step")]
+def waterfalls(result: Results, count: int | None = None, most: int | None = None) -> list[str]:
+    """One technique more on each line: so many waterfalls of so many steps, or all."""
+    parts, columns = [], ("step", "images/s", "vs first", "vs step before", "peak memory", "labels as fp32", "mIoU")
+    for title, steps in list(tables.waterfalls(result).items())[:count]:
+        table = tables.waterfall(title, steps).only(*columns)
+        parts += [f"{markdown_text(title)}:", *_shortened(table, most, "step")]
         images = max((step.row.get("miou_pictures") or 0 for step in steps if step.row), default=0)
-        if images:
-            parts.append(f"mIoU: the shipped model on {images:.0f} images of CamVid's test set.")
+        parts += [f"mIoU: the shipped model on {images:.0f} images of CamVid's test set."] if images else []
     return parts
 
 
-def models(result: Results, most: int = MOST_MODELS) -> list[str]:
-    """Whole models, the most telling ones."""
+def models(result: Results, most: int | None = None) -> list[str]:
+    """Whole models, the most telling ones first."""
     table = tables.models(result)
     said = "Images a second; ours: triton where it runs, else pruned."
     return [said, *_shortened(table, most, "shape")] if table.lines else []
-
-
-def all_models(result: Results) -> list[str]:
-    """Whole models."""
-    return models(result, most=len(result.rows))
 
 
 def peers(result: Results) -> list[str]:
@@ -71,10 +58,10 @@ def peers(result: Results) -> list[str]:
 
 
 BLOCKS: dict[str, tuple[Callable[[Results], list[str]], str]] = {
-    "headline": (headline, "the waterfall"),
+    "headline": (partial(waterfalls, count=1, most=10), "the waterfall"),
     "waterfalls": (waterfalls, "the waterfall"),
-    "models": (models, "whole models"),
-    "all-models": (all_models, "whole models"),
+    "models": (partial(models, most=5), "whole models"),
+    "all-models": (models, "whole models"),
     "peers": (peers, "peers"),
 }
 

@@ -84,21 +84,37 @@ class Row:
         return self.kind, self.label, self.dtype
 
     @property
+    def key(self) -> tuple[str, ...]:
+        """What a row of another file has in common that is compared with this one."""
+        return self.kind, self.label, self.provider, self.dtype
+
+    @property
     def ours(self) -> bool:
         return self.provider in OURS or self.info.get("ours") is True
 
 
-@dataclass
 class Results:
-    """One result file, read for the report. `left_out`: how many rows have no usable median."""
+    """One result file, read for the report, with whatever is missing left out.
 
-    path: Path
-    content: dict[str, Any]
-    machine: dict[str, Any]
-    ceilings: dict[str, Any]
-    rows: list[Row]
-    unavailable: list[dict[str, Any]]
-    left_out: int
+    Attributes:
+        left_out: how many rows have no usable median.
+
+    Raises:
+        ResultsError: it is none.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.content = path, load(path)
+        self.machine = dictionary(self.content["machine_info"])
+        self.ceilings = dictionary(self.content.get("ceilings"))
+        found = self.content["benchmarks"] if isinstance(self.content["benchmarks"], list) else []
+        self.rows = [row for bench in found if (row := _row(dictionary(bench))) is not None]
+        self.left_out = len(found) - len(self.rows)
+        self.unavailable = [
+            {**NOTHING_SAID, **{key: value for key, value in entry.items() if value is not None}}
+            for entry in self.content.get("unavailable") or []
+            if isinstance(entry, dict)
+        ]
 
     @property
     def device(self) -> str:
@@ -133,24 +149,6 @@ def cpu_name(machine: dict[str, Any]) -> str:
     """The processor; pytest-benchmark's own files hold a dictionary."""
     cpu = machine.get("cpu")
     return str((cpu.get("brand_raw") if isinstance(cpu, dict) else cpu) or "unknown")
-
-
-def read(path: Path) -> Results:
-    """A result file with whatever is missing left out.
-
-    Raises:
-        ResultsError: it is none.
-    """
-    content = load(path)
-    benchmarks = content["benchmarks"] if isinstance(content["benchmarks"], list) else []
-    rows = [row for bench in benchmarks if (row := _row(dictionary(bench))) is not None]
-    unavailable = [
-        {**NOTHING_SAID, **{key: value for key, value in entry.items() if value is not None}}
-        for entry in content.get("unavailable") or []
-        if isinstance(entry, dict)
-    ]
-    machine, ceilings = dictionary(content["machine_info"]), dictionary(content.get("ceilings"))
-    return Results(path, content, machine, ceilings, rows, unavailable, len(benchmarks) - len(rows))
 
 
 def _row(bench: dict[str, Any]) -> Row | None:
@@ -260,12 +258,6 @@ class Comparison:
     only_before: list[Row]
     only_after: list[Row]
 
-    def differences(self) -> list[tuple[str, str, str]]:
-        """(fact, before, after) for what differs between the machines, stacks and commits."""
-        a, b = ({**result.machine, "cpu": cpu_name(result.machine)} for result in (self.before, self.after))
-        keys = [key for key in {**a, **b} if not isinstance(a.get(key, b.get(key)), dict | list)]
-        return [(key, str(a.get(key, NO_VALUE)), str(b.get(key, NO_VALUE))) for key in keys if a.get(key) != b.get(key)]
-
     def notes(self) -> list[str]:
         """What a reader has to know before believing a verdict."""
         a, b, found = self.before, self.after, []
@@ -282,21 +274,30 @@ class Comparison:
             found.append("No row is in both files (kind, model and shape, provider, type, timing).")
         return found
 
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Kind -> verdict -> number of rows."""
-        found: dict[str, dict[str, int]] = {}
-        for pair in self.pairs:
-            kinds = found.setdefault(pair.after.kind, dict.fromkeys((FASTER, SAME, SLOWER, UNKNOWN), 0))
-            kinds[pair.verdict] += 1
-        return found
+    def facts(self) -> list[str]:
+        """The files, what differs between machines, stacks and commits, verdicts by kind, and what has no verdict."""
+        files = {"A": self.before, "B": self.after}
+        found = [f"{x}  {one.path.name}: {one.device}, {one.stack}" for x, one in files.items()]
+        a, b = ({**one.machine, "cpu": cpu_name(one.machine)} for one in files.values())
+        keys = [key for key in {**a, **b} if not isinstance(a.get(key, b.get(key)), dict | list)]
+        found += [
+            f"{key}: {a.get(key, NO_VALUE)} -> {b.get(key, NO_VALUE)}" for key in keys if a.get(key) != b.get(key)
+        ]
+        for kind in dict.fromkeys(pair.after.kind for pair in self.pairs):
+            verdicts = [pair.verdict for pair in self.pairs if pair.after.kind == kind]
+            counts = [f"{verdicts.count(said)} {said}" for said in (FASTER, SAME, SLOWER, UNKNOWN) if said in verdicts]
+            found.append(f"{kind}: {', '.join(counts)}")
+        found += [
+            f"timed differently, not compared: {x.kind}, {x.label}, {x.provider}: {x.timing} and {y.timing}"
+            for x, y in self.timed_differently
+        ]
+        only = {"A": self.only_before, "B": self.only_after}
+        return found + [f"{counted(len(rows), 'row')} only in {which}" for which, rows in only.items() if rows]
 
 
 def compare(before: Results, after: Results) -> Comparison:
     """Matches the rows of two files; of rows that a file has twice the last counts."""
-    a, b = (
-        {(row.kind, row.label, row.tokens, row.provider, row.dtype): row for row in result.rows}
-        for result in (before, after)
-    )
+    a, b = ({(*row.key, row.tokens): row for row in result.rows} for result in (before, after))
     common = [(a[key], b[key]) for key in a if key in b]
     pairs = [Pair(x, y, verdict(x, y)) for x, y in common if x.timing == y.timing]
     differently = [(x, y) for x, y in common if x.timing != y.timing]
@@ -332,38 +333,15 @@ def _in_units(value: float, units: dict[str, float]) -> str:
     return f"{significant(value / units[name])} {name}"
 
 
-@or_dash
-def duration(seconds: float) -> str:
-    """ "12.3 µs", "1.23 ms", "4.56 s"."""
-    return _in_units(seconds, {"s": 1, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9})
-
-
-@or_dash
-def memory(count: float) -> str:
-    """Bytes as "12.3 MiB" or "1.23 GiB"."""
-    return _in_units(count, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1})
-
-
-@or_dash
-def times(ratio: float) -> str:
-    """ "1.23x"."""
-    return f"{ratio:.2f}x" if ratio < 10 else f"{significant(ratio)}x"
-
-
-@or_dash
-def percent(value: float) -> str:
-    """ "12.3 %", "101 %", "0.026 %"."""
-    return f"{value:.0f} %" if value >= 99.95 else f"{value:.1f} %" if value >= 1 else f"{value:.2g} %"
-
-
-@or_dash
-def share(value: float) -> str:
-    """A share of 1 as a percentage with two decimals, rounded down: "100.00 %" is never said of less."""
-    return f"{math.floor(value * 1e4 + 1e-6) / 100:.2f} %"
-
-
+duration = or_dash(lambda seconds: _in_units(seconds, {"s": 1, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}))  # "1.23 ms"
+memory = or_dash(lambda count: _in_units(count, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}))  # "12.3 MiB"
+times = or_dash(lambda ratio: f"{ratio:.2f}x" if ratio < 10 else f"{significant(ratio)}x")  # "1.23x"
+percent = or_dash(
+    lambda n: f"{n:.0f} %" if n >= 99.95 else f"{n:.1f} %" if n >= 1 else f"{n:.2g} %"
+)  # "101 %", "4.0 %"
+share = or_dash(lambda n: f"{math.floor(n * 1e4 + 1e-6) / 100:.2f} %")  # rounded down: never "100.00 %" of less than 1
 points = or_dash("{:.2f}".format)  # mIoU, given in percent
-whole = or_dash("{:,.0f}".format)
+whole = or_dash("{:,.0f}".format)  # "16,385"
 
 
 def counted(count: int, what: str) -> str:

@@ -3,6 +3,7 @@
 Whatever a file does not have is said to be missing; nothing raises because of it.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -78,52 +79,28 @@ def file_sections(
 
 def comparison(found: Comparison, id_: str, name: str) -> Section:
     """Two files side by side."""
-    a, b = found.before, found.after
-    said = (rr.FASTER, rr.SAME, rr.SLOWER, rr.UNKNOWN)
-    counts = [
-        Line([Cell(kind), *(Cell(of[what], of[what], tables.CHANGES.get(what, "") * (of[what] > 0)) for what in said)])
-        for kind, of in found.counts().items()
-    ]
-    apart = {
-        "in both, but timed differently, so not compared": [x for x, _ in found.timed_differently],
-        "only in A": found.only_before,
-        "only in B": found.only_after,
-    }
-    facts = [Line([Cell(fact), Cell(x, look="text"), Cell(y, look="text")]) for fact, x, y in found.differences()]
+    only = (("A", found.only_before), ("B", found.only_after))
+    apart = {f"{rr.counted(len(rows), 'row')} only in {x}": [", ".join(row.key) for row in rows] for x, rows in only}
     blocks = [
-        *(f"{x}: {one.path.name}: {one.device}, {one.stack}" for x, one in (("A", a), ("B", b))),
         *(html.paragraph(note, "note") for note in found.notes()),
         rr.RULE,
-        Table("Verdicts by kind", [Column("what"), *(Column(f"B {what}") for what in said)], counts),
-        tables.pairs(found),
-        *(
-            html.fold(
-                f"{rr.counted(len(rows), 'row')} {text}",
-                [html.items([f"{row.kind}, {row.label}, {row.provider}, {row.dtype}" for row in rows])],
-            )
-            for text, rows in apart.items()
-            if rows
-        ),
-        Table("What differs between the two", [Column("what differs"), Column("A"), Column("B")], facts),
+        html.items(found.facts()),
+        tables.pairs(found) if found.pairs else None,
+        *(html.fold(text, [html.items(rows)]) for text, rows in apart.items() if rows),
     ]
-    blocks = [block for block in blocks if not isinstance(block, Table) or block.lines]
-    return Section(id_, f"Comparison: {a.path.name} (A) and {b.path.name} (B)", blocks, name)
+    return Section(id_, f"Comparison: {found.before.path.name} (A) and {found.after.path.name} (B)", blocks, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Header
 
-CLOCK_REASONS = {  # bits of nvidia-smi's clocks_event_reasons.active
-    0x1: "idle",
-    0x2: "application clocks",
-    0x4: "software power cap",
-    0x8: "hardware slowdown",
-    0x10: "sync boost",
-    0x20: "software thermal slowdown",
-    0x40: "hardware thermal slowdown",
-    0x80: "power brake",
-    0x100: "display clocks",
-}
+# Bits of nvidia-smi's clocks_event_reasons.active.
+CLOCK_REASONS = (
+    *("idle", "application clocks", "software power cap", "hardware slowdown", "sync boost"),
+    *("software thermal slowdown", "hardware thermal slowdown", "power brake", "display clocks"),
+)
+
+GPU_FACTS = ("capability", "multiprocessors", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem")
 
 
 def header(result: Results, link: str | None, gpu_known: bool) -> list[Any]:
@@ -131,13 +108,10 @@ def header(result: Results, link: str | None, gpu_known: bool) -> list[Any]:
     m, complete = result.machine, result.content.get("complete")
     processor = [rr.cpu_name(m), *(f"{m[key]} {key}" for key in ("cores", "threads") if m.get(key))]
     processor = ", ".join([*processor, *filter(None, [m.get("cpu_capability")])])
-    gpu = rr.said(
-        m, "capability", "multiprocessors", "driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem"
-    )
-    ceilings = [
-        _ceiling(result, "flops", 1e12, "TFLOP/s of matrix products"),
-        _ceiling(result, "bytes", 1e9, "GB/s of copies"),
-    ]
+    gpu = rr.said(m, *GPU_FACTS)
+    products = _ceiling(result, "flops", 1e12, "TFLOP/s of matrix products")
+    copies = _ceiling(result, "bytes", 1e9, "GB/s of copies")
+    measured_in = result.ceilings.get("dtype", "the same run")
     facts = {
         "Machine": result.device,
         "GPU": gpu if result.on_gpu else None,
@@ -148,8 +122,7 @@ def header(result: Results, link: str | None, gpu_known: bool) -> list[Any]:
         "Date": result.content.get("datetime"),
         "Command": m.get("command"),
         "float32 products": m.get("float32_matmul_precision"),
-        f"Ceilings, measured in {result.ceilings.get('dtype', 'the same run')}": "; ".join(filter(None, ceilings))
-        or "not measured",
+        f"Ceilings, measured in {measured_in}": "; ".join(filter(None, [products, copies])) or "not measured",
         "While measuring": _states(result.rows),
         "File": html.link(result.path.name, link) if link else result.path.name,
     }
@@ -168,15 +141,9 @@ def header(result: Results, link: str | None, gpu_known: bool) -> list[Any]:
         blocks.append(html.paragraph(left_out, "note"))
     steps = [step for step in result.content.get("steps") or [] if isinstance(step, dict)]
     if steps:
-        columns = (
-            Column("step", None, lambda step: tables.text(step.get("name"))),
-            Column("state", None, lambda step: tables.text(step.get("state"), "text")),
-            Column("time", None, lambda step: tables.cell(rr.duration, rr.number(step.get("seconds")))),
-        )
+        said = [f"{s.get('name')}: {s.get('state')}, {rr.duration(rr.number(s.get('seconds')))}" for s in steps]
         done = sum(step.get("state") == "done" for step in steps)
-        look = {"done": ""}
-        table = Table.of("Steps of the run", columns, steps, lambda step: look.get(str(step.get("state")), "gone"))
-        blocks.append(html.fold(f"{done} of {len(steps)} steps done", [table]))
+        blocks.append(html.fold(f"{done} of {len(steps)} steps done", [html.items(said)]))
     return blocks
 
 
@@ -197,8 +164,8 @@ def _states(rows: Iterable[Row]) -> str:
         masks = [int(value, 16) for value in values if re.fullmatch(r"0x[0-9a-fA-F]+", value)]
         numbers = [float(found[1]) for value in values if (found := re.match(r"(-?\d+\.?\d*)( |$)", value))]
         if masks:
-            held = {text: sum(bool(mask & bit) for mask in masks) for bit, text in CLOCK_REASONS.items()}
-            counts = [f"{text} in {count} of {len(masks)} rows" for text, count in held.items() if count]
+            held = [(text, sum(mask >> bit & 1 for mask in masks)) for bit, text in enumerate(CLOCK_REASONS)]
+            counts = [f"{text} in {count} of {len(masks)} rows" for text, count in held if count]
             said.append(f"clocks held by: {', '.join(counts) or 'nothing'}")
         elif len(numbers) == len(values):
             ends = dict.fromkeys((f"{min(numbers):g}", f"{max(numbers):g}"))
@@ -215,32 +182,28 @@ def _states(rows: Iterable[Row]) -> str:
 def summary(result: Results) -> list[Any]:
     """For each kind: our rows against eager, the best sdpa and the fastest other provider; the slower ones listed."""
     lines, slower = [], []
-    for kind in ("model", *OPERATIONS, "long"):
+    for kind, name in itertools.product(("model", *OPERATIONS, "long"), rr.OURS):
         groups = rr.grouped(result.of(kind)).values()
-        for provider in rr.OURS:
-            ours = [(group, group.by_provider[provider]) for group in groups if provider in group.by_provider]
-            if not ours:
-                continue
-            against = [(group.other, row) for group, row in ours if group.other is not None]
-            found = [_judged(*pair) for pair in against]
-            slower += [pair for pair, said in zip(against, found, strict=True) if said == rr.SLOWER]
-            spans = [
-                rr.span([speed for group, row in ours if (speed := rr.speed(getattr(group, base), row)) is not None])
-                for base in ("eager", "sdpa", "other")
-            ]
-            counts = [found.count(said) for said in (rr.FASTER, rr.SAME, rr.SLOWER)]
-            cells = [Cell(kind), Cell(provider, look="who"), Cell(len(ours), len(ours)), *map(Cell, spans)]
-            cells += [Cell(n, n, "slow" if i == 2 and n else "") for i, n in enumerate(counts)]
-            lines.append(Line([*cells, Cell(len(found) - sum(counts) or NO_VALUE)]))
-    if not lines:
-        return []
-    names = ("what", "ours", "shapes", "vs eager", "vs best sdpa", "vs fastest other", "faster", rr.SAME, "slower")
-    undecided = Column("undecided", "faster but timed in another way, or of unknown spread")
-    return [
-        "Times faster, median over shapes and range. The counts are against the fastest other provider of each shape.",
-        Table("Where our code stands", [*map(Column, names), undecided], lines),
-        _slower(slower),
-    ]
+        ours = [(group, group.by_provider[name]) for group in groups if name in group.by_provider]
+        against = [(group.other, row, _judged(group.other, row)) for group, row in ours if group.other]
+        slower += [(base, row) for base, row, said in against if said == rr.SLOWER]
+        spans = [
+            rr.span([speed for group, row in ours if (speed := rr.speed(getattr(group, base), row))])
+            for base in ("eager", "sdpa", "other")
+        ]
+        counts = [sum(said == found for *_, found in against) for said in (rr.FASTER, rr.SAME, rr.SLOWER, rr.UNKNOWN)]
+        cells = [Cell(n, n, "slow" if i == 2 and n else "") for i, n in enumerate(counts)]
+        if ours:
+            lines.append(Line([Cell(kind), Cell(name, look="who"), Cell(len(ours)), *map(Cell, spans), *cells]))
+    said = "Times faster: median over shapes, and range. Counts are against the fastest other provider of each shape."
+    return [said, Table("Where our code stands", STANDINGS, lines), _slower(slower)] if lines else []
+
+
+STANDINGS = (
+    *map(Column, ("what", "ours", "shapes", "vs eager", "vs best sdpa", "vs fastest other")),
+    *map(Column, ("faster", rr.SAME, "slower")),
+    Column("undecided", "faster but timed in another way, or of unknown spread"),
+)
 
 
 def _judged(base: Row, row: Row) -> str:
@@ -362,23 +325,18 @@ def panels(rows: Sequence[Row], relative: bool = False) -> list[str]:
             found.setdefault(name, []).append((x, rr.number(row.shape.get("batch")) or 1, row))
     svgs = []
     for name in sorted(found, key=_panel_order):
-        largest: dict[float, float] = {}
-        for x, batch, _ in found[name]:
-            largest[x] = max(batch, largest.get(x, 0))
-        series: dict[str, plots.Series] = {}
-        floor: dict[float, float] = {}
+        largest = {x: max(batch for at, batch, _ in found[name] if at == x) for x, _, _ in found[name]}
+        points, floor = [], {}
         for x, batch, row in found[name]:
-            least = row.get("floor_seconds")
+            least, hollow = row.get("floor_seconds"), batch < largest[x]
             unit = least if relative else batch
             if unit:
-                one = series.setdefault(row.provider, plots.Series(row.provider, [], [], []))
-                (one.points if batch == largest[x] else one.loose).append((x, row.median / unit))
-                if least and batch == largest[x]:
-                    floor[x] = least / unit
-        if series:
-            form = rr.times if relative else rr.duration
-            svgs.append(plots.lines(name, list(series.values()), _panel_of(row)[2], form, sorted(floor.items())))
-    return svgs
+                points.append(plots.Point(row.provider, x, row.median / unit, hollow))
+            if unit and least and not hollow:
+                floor[x] = least / unit
+        form, x_name = rr.times if relative else rr.duration, _panel_of(found[name][0][2])[2]
+        svgs.append(plots.lines(name, points, x_name, form, sorted(floor.items())))
+    return [svg for svg in svgs if svg]
 
 
 def operation(result: Results, kind: str, prefix: str) -> list[Section]:
@@ -412,37 +370,20 @@ def long_sequences(result: Results) -> list[Any]:
     svgs = []
     for model in dict.fromkeys(str(row.info.get("model") or "") for row in rows):
         mine = [row for row in rows if str(row.info.get("model") or "") == model and row.tokens]
-        failed = [(tokens, entry) for entry in missing if (tokens := _failed_at(entry, model))]
-        floor = sorted({(row.tokens, row.get("floor_seconds")) for row in mine if row.get("floor_seconds")})
-        for what, value, form, least in (
-            ("time of a call", lambda row: row.median, rr.duration, floor),
-            ("peak memory", lambda row: row.get("peak_bytes"), rr.memory, ()),
-        ):
-            names = dict.fromkeys([row.provider for row in mine] + [str(entry["provider"]) for _, entry in failed])
-            series = [
-                plots.Series(
-                    name,
-                    [(row.tokens, value(row)) for row in mine if row.provider == name and value(row)],
-                    [],
-                    [(tokens, str(entry["reason"])) for tokens, entry in failed if entry["provider"] == name],
-                )
-                for name in names
-            ]
-            points = [point for one in series for point in one.points]
-            if points:
-                guide = max((p for p in points if p[0] == min(points)[0]), key=lambda p: p[1])
-                title = f"{model}: {what}" if model else what.capitalize()
-                svgs.append(plots.lines(title, series, "tokens", form, least, guide, form is rr.memory))
+        failed = [
+            plots.Point(str(entry["provider"]), tokens, None, reason=str(entry["reason"]))
+            for entry in missing
+            if (tokens := _failed_at(entry, model))
+        ]
+        times = [plots.Point(row.provider, row.tokens, row.median) for row in mine]
+        peaks = [plots.Point(row.provider, row.tokens, peak) for row in mine if (peak := row.get("peak_bytes"))]
+        floor = sorted({(row.tokens, least) for row in mine if (least := row.get("floor_seconds"))})
+        svgs.append(plots.lines(f"{model} time of a call", times + failed, "tokens", rr.duration, floor, square=True))
+        svgs.append(plots.lines(f"{model} peak memory", peaks + failed, "tokens", rr.memory, square=True))
+    svgs = [svg for svg in svgs if svg]
     names = dict.fromkeys([row.provider for row in rows] + [str(entry["provider"]) for entry in missing])
-    items = []
-    for entry in missing:
-        shape = rr.known_shape(entry.get("shape"))
-        items.append(
-            f"{entry['provider']} at {f'{shape.tokens:,} tokens' if shape else entry['name']}: {entry['reason']}"
-        )
     return [
         html.plots(svgs, "", names, ["╌ grows with the square", "┄ floor", "× out of memory"]) if svgs else None,
-        html.fold(f"{rr.counted(len(items), 'point')} without a result", [html.items(items)]) if items else None,
         tables.measured(rows, "Long sequences"),
     ]
 
@@ -468,13 +409,14 @@ def unavailable(result: Results) -> list[Any]:
         reasons.setdefault(key, []).append(rr.shape_label(entry.get("shape"), {}) or str(entry["name"]))
     if not reasons:
         return ["The file lists nothing that could not be measured."]
-    lines = []
-    for (kind, provider, reason), names in reasons.items():
-        where = names[0] if len(names) == 1 else html.fold(f"{len(names)} shapes", ["; ".join(names)])
-        cells = [Cell(kind), Cell(provider, look="who"), Cell(reason, look="text"), Cell(where, look="text")]
-        lines.append(Line(cells))
-    table = Table("Not measured", [*map(Column, ("what", "provider", "reason", "where"))], lines)
-    return [f"{rr.counted(len(result.unavailable), 'row')} could not be measured, for these reasons.", table]
+    columns = (
+        Column("what", None, lambda item: Cell(item[0][0])),
+        Column("provider", None, lambda item: Cell(item[0][1], look="who")),
+        Column("reason", None, lambda item: Cell(item[0][2], look="text")),
+        Column("where", None, lambda item: Cell("; ".join(item[1]), look="text")),
+    )
+    said = f"{rr.counted(len(result.unavailable), 'row')} could not be measured, for these reasons."
+    return [said, Table.of("Not measured", columns, reasons.items())]
 
 
 PEERS = (

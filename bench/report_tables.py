@@ -224,7 +224,7 @@ def models(result: Results) -> Table:
 # ---------------------------------------------------------------------------------------------------------------------
 # Peers
 
-GROUPS = ("poster", "today", "variant")  # of bench/peers.yml, in this order
+GROUPS = {"poster": 0, "today": 1, "variant": 2}  # of bench/peers.yml, in this order
 
 
 class Peer(NamedTuple):
@@ -235,27 +235,16 @@ class Peer(NamedTuple):
     row: Row | None
     reason: str = ""
 
+    def said(self, key: str) -> Any:
+        """What was published: im_s, ss and ms (mIoU in percent), params_m, crop, source, gpu."""
+        return rr.dictionary(self.info.get("published")).get(key)
+
     def published(self, key: str) -> float | None:
-        """A published number: im_s, ss and ms (mIoU in percent), params_m, crop."""
-        return rr.number(self.said.get(key))
-
-    @property
-    def place(self) -> int:
-        group = self.info.get("group")
-        return GROUPS.index(group) if group in GROUPS else len(GROUPS)
-
-    @property
-    def look(self) -> str:
-        return "gone" if self.row is None else "ours" if self.info.get("ours") is True else ""
-
-    @property
-    def said(self) -> dict[str, Any]:
-        """All that was published, also `source` and `gpu`."""
-        return rr.dictionary(self.info.get("published"))
+        return rr.number(self.said(key))
 
 
 def _published_pace(peer: Peer) -> Cell:
-    value, gpu = peer.published("im_s"), peer.said.get("gpu")
+    value, gpu = peer.published("im_s"), peer.said("gpu")
     return cell(rr.significant, value) if value is None or not gpu else Cell(f"{rr.significant(value)} ({gpu})", value)
 
 
@@ -264,7 +253,7 @@ def _million(count: float | None) -> Cell:
 
 
 def _source(peer: Peer) -> Cell:
-    source = str(peer.said.get("source") or NO_VALUE)
+    source = str(peer.said("source") or NO_VALUE)
     return Cell(html.link(source, source) if source.startswith("https://") else source, look="text")
 
 
@@ -294,8 +283,8 @@ def peers(result: Results) -> Table:
     """Other models, measured here and those of which there are published figures only, by group."""
     found = [Peer(row.provider, row.info, row) for row in result.of("peers")]
     found += [Peer(str(e["provider"]), e, None, str(e["reason"])) for e in result.missing("peers")]
-    found.sort(key=lambda peer: peer.place)
-    return Table.of("Peers", PEERS, found, lambda peer: peer.look)
+    found.sort(key=lambda peer: GROUPS.get(str(peer.info.get("group")), len(GROUPS)))
+    return Table.of("Peers", PEERS, found, lambda p: "gone" if p.row is None else "ours" * (p.info.get("ours") is True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 
 from bench import report, report_rows
 from bench.report_readme import BLOCKS, MarkerError, block, replaced
-from bench.report_rows import read
+from bench.report_rows import Results
 from tests.support.report_results import results, saver
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def test_a_failed_write_leaves_the_old_readme(save, tmp_path, monkeypatch, capsy
 def test_wrong_markers_are_refused(save, tmp_path, text, message, capsys):
     path = save(results())
     with pytest.raises(MarkerError, match=message):
-        replaced(text, [read(path)], tmp_path)
+        replaced(text, [Results(path)], tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text(text)
     assert report.main([str(path), "--readme", str(readme)]) == 2
@@ -102,10 +102,10 @@ def test_readme_says_what_is_not_measured(save, tmp_path):
     content = results("cpu")
     content["benchmarks"] = [entry for entry in content["benchmarks"] if entry["extra_info"]["kind"] != "waterfall"]
     content["unavailable"] = []
-    made = replaced(README, [read(save(content, "cpu.json"))], tmp_path)
+    made = replaced(README, [Results(save(content, "cpu.json"))], tmp_path)
     assert "Not measured (the waterfall): `cpu.json`." in made
     assert "No GPU figure has been measured yet." in made
-    made = replaced(README, [read(save(results())), read(save(results("cpu"), "cpu.json"))], tmp_path)
+    made = replaced(README, [Results(save(results())), Results(save(results("cpu"), "cpu.json"))], tmp_path)
     assert "No GPU figure" not in made
     assert made.index("**GPU X**") < made.index("**CPU: CPU Y, 2 threads**")
 
@@ -132,7 +132,7 @@ def test_short_tables_are_short(save, tmp_path):
     for i in range(7):
         content["benchmarks"].append(copy.deepcopy(shapes[0]))
         content["benchmarks"][-1]["extra_info"]["model"] = f"model {i}"
-    found = read(save(content))
+    found = Results(save(content))
     blocks = {name: block(name, [found], tmp_path) for name in BLOCKS}
     lines = {name: sum(line.startswith("|") for line in text.splitlines()) - 2 for name, text in blocks.items()}
     assert lines == {"headline": 10, "waterfalls": 15, "models": 5, "all-models": 8, "peers": 2}

@@ -78,7 +78,7 @@ def draw(points: dict[str, list[tuple]], split: dict[str, dict[str, float]], pat
             axis.loglog([row[0] for row in found], [row[column] for row in found], "o-", label=way)
         axis.set(xlabel="tokens", title=title)
         axis.set_xticks([row[0] for row in found], [f"{row[0]:,}" for row in found])
-        axis.minorticks_off()
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axis.grid(alpha=0.3)
         axis.legend()
     for i, (way, percent) in enumerate(split.items()):

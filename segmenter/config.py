@@ -168,20 +168,11 @@ def backbone_config(
     decoder_kwargs = {"name": decoder, **DECODERS[decoder]}
     if "n_decoder_layers" in overrides:
         decoder_kwargs["n_layers"] = overrides.pop("n_decoder_layers")
-    preset = dataclasses.asdict(BACKBONES[backbone])
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     for name in overrides:
         _one_of("argument", name, tuple(sorted(known - {"backbone", "decoder", "n_cls", "image_size"})))
-    return ModelConfig.from_dict(
-        {
-            "backbone": backbone,
-            **preset,
-            "n_cls": n_cls,
-            "decoder": decoder_kwargs,
-            "image_size": image_size,
-            **overrides,
-        }
-    )
+    named = {"backbone": backbone, "decoder": decoder_kwargs, "n_cls": n_cls, "image_size": image_size}
+    return ModelConfig.from_dict({**dataclasses.asdict(BACKBONES[backbone]), **named, **overrides})
 
 
 _SIZES = {"T": "tiny", "S": "small", "B": "base", "L": "large"}

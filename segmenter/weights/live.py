@@ -9,8 +9,10 @@ import torch.nn as nn
 from segmenter.config import ModelConfig
 from segmenter.encoder import VisionTransformer
 from segmenter.errors import cause
-from segmenter.weights.names import State, feature, hugging_face_fields, normalization_of
+from segmenter.weights.build import encoder_state, load_state
 from segmenter.weights.read import CheckpointError
+from segmenter.weights.recognise import State
+from segmenter.weights.settings import hugging_face_fields, normalization_of
 
 TOLERANCE = 1e-4  # of the norm of all tokens; rounding stays below 1e-5, the approximate GELU alone makes more
 _PLAIN_CONFIG = ("backbone", "n_heads", "normalization", "dropout", "drop_path_rate", "norm_eps")
@@ -32,9 +34,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: nn.Module, odd: str | None) -> dict[str, Any]:
     """What only the live model tells: fields of ModelConfig, and `grid`, (rows, columns) of its positions.
 
+    Args:
+        odd: what `recognise.feature` found in the names of its weights.
     Raises:
         CheckpointError: it is no plain ViT.
     """
@@ -42,8 +46,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
     if isinstance(config, ModelConfig):  # a Segmenter
         kept = {name: getattr(config, name) for name in (*_PLAIN_CONFIG, "pos_embed_mode", "pos_embed_check")}
         return {**kept, "grid": tuple(side // config.patch_size for side in config.image_size)}
-    if what := feature(model.state_dict()):
-        raise CheckpointError(f"{type(model).__name__} has {what}, which the Segmenter encoder has not")
+    if odd:
+        raise CheckpointError(f"{type(model).__name__} has {odd}, which the Segmenter encoder has not")
     if hasattr(model, "blocks"):
         return _timm(model)
     return hugging_face_fields(config.to_dict()) if hasattr(config, "to_dict") else {}
@@ -61,14 +65,11 @@ def compare(model: nn.Module, kind: str, state: State, encoder: dict[str, Any]) 
     Raises:
         CheckpointError: the tokens differ beyond rounding, or the model cannot run.
     """
-    from segmenter.weights.build import load_state  # it imports convert, which imports this
-
     if type(model).forward is nn.Module.forward or kind == "mmseg":
         return None
     with torch.device("meta"):
         ours = VisionTransformer(**encoder, dropout=0.0, impl="eager").eval()
-    weights = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
-    load_state(ours, weights, type(model).__name__)
+    load_state(ours, encoder_state(state), type(model).__name__)
     generator = torch.Generator().manual_seed(0)
     picture = torch.randn(1, 3, *encoder["image_size"], generator=generator, device="cpu")
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):

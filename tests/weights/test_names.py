@@ -228,7 +228,7 @@ def test_mmseg_gives_the_same_logits(decoder):
     assert (config.n_cls, config.decoder["name"]) == (5, decoder["name"])
     assert config.decoder.get("n_layers") == decoder.get("n_layers")
     assert (config.norm_eps, config.pos_embed_mode) == (1e-6, "bicubic")
-    loaded = build(config, converted.state, "eager", "x")
+    loaded = build(converted, "eager", "x")
     with torch.no_grad():
         for side in (64, 90):  # 90: position embedding resized
             assert torch.equal(loaded(picture(side)), model(picture(side)))

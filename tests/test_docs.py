@@ -8,6 +8,7 @@ import argparse
 import functools
 import importlib
 import importlib.util
+import inspect
 import re
 import runpy
 import shutil
@@ -21,6 +22,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+import segmenter
 from segmenter.cli import main
 from segmenter.cli.arguments import build_parser
 from segmenter.weights.load import variant_of
@@ -73,7 +75,10 @@ def place(tmp_path_factory):
 
 @functools.cache
 def extras() -> set[str]:
-    return set(re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE))
+    """What `pip install -e ".[NAME]"` takes, by setup.py or pyproject.toml."""
+    text = "".join((ROOT / name).read_text() for name in ("setup.py", "pyproject.toml"))
+    optional = re.split(r"optional-dependencies]|extras_require=", text)[1].split("\n[")[0]
+    return set(re.findall(r"^ *\"?(\w+)\"?(?: =|:) \[", optional, re.MULTILINE))
 
 
 class Parsed(Exception):
@@ -223,7 +228,7 @@ def python_of(page: Path) -> list[pages.Block]:
     return [block for block in pages.blocks(text_of(page)) if block.language == "python"]
 
 
-@pytest.mark.parametrize("page", filter(python_of, PAGES), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*filter(python_of, PAGES)], ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, place, monkeypatch, tmp_path):
     monkeypatch.chdir(shutil.copytree(place, tmp_path / "place", symlinks=True))
     names = {}
@@ -330,6 +335,13 @@ def test_flags_exist(page):
 def test_readme_stays_short():
     text = re.sub(r"<!-- bench:.*?:end -->", "", text_of(README), flags=re.DOTALL)
     assert len(text.split()) < 1000
+
+
+def test_public_names_say_what_they_are():
+    """The API pages show it."""
+    for name in segmenter.__all__:
+        found = getattr(segmenter, name)
+        assert not callable(found) or inspect.getdoc(found), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

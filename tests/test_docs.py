@@ -60,8 +60,9 @@ def place(tmp_path_factory):
         model.save_pretrained(root / name)
     (root / "seg_tiny_mask").mkdir()
     torch.save({"model": model.state_dict()}, root / "seg_tiny_mask" / "checkpoint.pth")
-    variant = {**variant_of(model), "net_kwargs": {**variant_of(model)["net_kwargs"], "image_size": [64, 64]}}
-    (root / "seg_tiny_mask" / "variant.yml").write_text(yaml.safe_dump(variant))
+    settings = variant_of(model)
+    settings["net_kwargs"]["image_size"] = [64, 64]
+    (root / "seg_tiny_mask" / "variant.yml").write_text(yaml.safe_dump(settings))
     encoder = {name: tensor.contiguous() for name, tensor in tiny_model().encoder.state_dict().items()}
     save_file(encoder, root / "timm_vit.safetensors")
     make_data_set(root / "CAMVID", "camvid", n=1)
@@ -113,7 +114,7 @@ def pytest_parser() -> argparse.ArgumentParser:
         parser.add_argument(name)
     group = argparse.Namespace(addoption=parser.add_argument)
     conftest.pytest_addoption(argparse.Namespace(getgroup=lambda title: group))
-    parser.add_argument("folder", nargs="?", choices=["bench"])
+    parser.add_argument("tests", nargs="?", choices=["bench"])
     return parser
 
 
@@ -271,12 +272,12 @@ def test_links_lead_somewhere(page):
 @by_page
 def test_files_exist(page):
     """Paths from the root or from the page's folder; a bare name of a Python file is one that the project has."""
-    known = {path.name for folder in ("segmenter", "kernels", "bench", "tests", "examples") for path in
-             (ROOT / folder).rglob("*.py")} | {"setup.py"}  # fmt: skip
+    known = {path.name for directory in ("segmenter", "kernels", "bench", "tests", "examples") for path in
+             (ROOT / directory).rglob("*.py")} | {"setup.py"}  # fmt: skip
     missing = []
     for name in pages.quoted(text_of(page)):
         if re.fullmatch(r"(segmenter|kernels|bench|tests|docs|examples)/[\w./-]*", name):
-            exists = any((folder / name).exists() for folder in (ROOT, page.parent))
+            exists = any((directory / name).exists() for directory in (ROOT, page.parent))
             missing += [] if exists or "NAME" in name else [name]
         elif re.fullmatch(r"\w+\.py", name) and name not in known | NOT_OURS:
             missing.append(name)

@@ -49,3 +49,7 @@ bench:           ## the core sweep on this machine; see bench/conftest.py for th
 
 bench-smoke:     ## every kind of benchmark once on tiny inputs, checked and not timed; of torch.compile one row
 	python -m pytest bench --benchmark-disable -q -k "(not compile and not noise) or mlp"
+
+.PHONY: api
+api:             ## API pages from the docstrings, as HTML in out/api; needs pip install -e ".[docs]"
+	python docs/make_api.py out/api

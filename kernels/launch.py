@@ -19,7 +19,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from segmenter.kernels import configs, interpreted
 
-LOG2E = 1.4426950408889634
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton.jit saw the kernels
 FLOATS = configs.FLOATS
 MAX_GRID = 2**31 - 1  # of axis 0, the only one used: the others end at 65,535

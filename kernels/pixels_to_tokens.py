@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference
+from segmenter.kernels.blocks import block_of_program, load_tile
 from segmenter.kernels.operators import define, forbid_forward_mode
 from segmenter.kernels.reference import CENTRE
 
@@ -64,16 +65,10 @@ def _pixels_to_tokens_fwd_kernel(
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = 3 * P * P
-    N_BLOCKS_N: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     dtype: tl.constexpr = W.dtype if DESCRIPTORS else W.dtype.element_ty
-    # Rows are the patches of all images one after the other. As in `linear`: programs that run side by side share
-    # GROUP_M row blocks, and tiles that hang over the edge read the last row again.
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * N_BLOCKS_N)
-    within = pid % (GROUP_M * N_BLOCKS_N)
-    group_rows = tl.minimum(n_blocks_m - group * GROUP_M, GROUP_M)
-    m_0 = (group * GROUP_M + within % group_rows) * BLOCK_M
-    n_0 = (within // group_rows) * BLOCK_N
+    # Rows are the patches of all images one after the other; tiles that hang over the edge read the last row again.
+    block_m, block_n = block_of_program(n_blocks_m, tl.cdiv(D, BLOCK_N), GROUP_M)
+    m_0, n_0 = block_m * BLOCK_M, block_n * BLOCK_N
     offs_m = m_0 + tl.arange(0, BLOCK_M)
     offs_n = n_0 + tl.arange(0, BLOCK_N)
     n_patches = grid_h * grid_w
@@ -82,7 +77,7 @@ def _pixels_to_tokens_fwd_kernel(
     patch = rows % n_patches
     patch_y, patch_x = patch // grid_w, patch % grid_w
     corner = image * stride_pb + (patch_y * P).to(tl.int64) * stride_ph + patch_x * (3 * P)
-    w_rows = tl.minimum(offs_n, D - 1).to(tl.int64)
+    w_rows = tl.minimum(offs_n, D - 1).to(tl.int64) - n_0
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k_0 in tl.range(0, K, BLOCK_K):
@@ -90,11 +85,7 @@ def _pixels_to_tokens_fwd_kernel(
         offs_p = (offs_k // (3 * P)).to(tl.int64) * stride_ph + offs_k % (3 * P)
         pointers = Pixels + corner[:, None] + offs_p[None, :]
         x = tl.load(pointers) if K % BLOCK_K == 0 else tl.load(pointers, mask=offs_k[None, :] < K, other=128)
-        if DESCRIPTORS:
-            w = W.load([n_0, k_0])
-        else:
-            w_pointers = W + w_rows[:, None] * stride_w + offs_k[None, :]
-            w = tl.load(w_pointers) if K % BLOCK_K == 0 else tl.load(w_pointers, mask=offs_k[None, :] < K, other=0.0)
+        w = load_tile(W, (n_0, k_0), w_rows, stride_w, None, K, BLOCK_K, DESCRIPTORS)
         acc = tl.dot(w, _centred(x, dtype).T, acc, input_precision=PRECISION)
     acc = acc.T * (1.0 / 128.0)
 

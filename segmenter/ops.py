@@ -15,7 +15,7 @@ from segmenter.config import IMPLEMENTATIONS
 from segmenter.fusable import altered
 from segmenter.kernels import reference
 from segmenter.kernels.configs import FLOATS
-from segmenter.kernels.tiling import MAX_CLASSES
+from segmenter.kernels.upsample_tiles import MAX_CLASSES
 
 MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
 MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies

@@ -30,7 +30,7 @@ from segmenter.kernels import (
     reference,
     upsample_argmax,
 )
-from segmenter.kernels.numerics import fits_rows
+from segmenter.kernels.blocks import fits_rows
 from tests.support.layouts import LAYOUTS
 from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
 from tests.support.upsampling import MASKS, expected_labels

@@ -216,7 +216,7 @@ def test_definitions_and_tables_need_no_triton():
     assert {p.name for p in (ROOT / "kernels").glob("*.py") if not needs_triton(p)} == {
         "configs.py",
         "reference.py",
-        "tiling.py",
+        "upsample_tiles.py",
     }
 
 

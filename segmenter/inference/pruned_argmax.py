@@ -1,6 +1,6 @@
 """From low-resolution masks to labels in plain PyTorch, without full-resolution logits: what CPUs run.
 
-The idea is that of the kernel (`segmenter.kernels.upsample_argmax`): inside a tile (`segmenter.kernels.tiling`) only
+The idea is that of the kernel (`segmenter.kernels.upsample_argmax`): inside a tile (`kernels.upsample_tiles`) only
 classes that are somewhere above the mean of the classes that win at its corners can win, so only these are upsampled,
 with the arithmetic of F.interpolate. Most tiles need not even that: one class wins at all corners, and so everywhere.
 Where a strip of the picture has too many candidates for that to pay, or many windows cover a pixel, all classes are
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from segmenter.inference.merge import View, bands
-from segmenter.kernels import reference, tiling
+from segmenter.kernels import reference, upsample_tiles
 from segmenter.ops import Operators
 
 STRIP_BYTES = 8 << 20  # of the corners of the tiles that are looked at together
@@ -90,20 +90,20 @@ def _scores(logits: torch.Tensor, score: str) -> torch.Tensor:
 # Only the classes that can win
 
 
-def _axes(view: View) -> tuple[tiling.Axis, tiling.Axis]:
+def _axes(view: View) -> tuple[upsample_tiles.Axis, upsample_tiles.Axis]:
     return tuple(
-        tiling.axis(tuple(anchors), view.window[i], view.masks.shape[1 + i], view.size[i], view.shape[i])
+        upsample_tiles.axis(tuple(anchors), view.window[i], view.masks.shape[1 + i], view.size[i], view.shape[i])
         for i, anchors in enumerate((view.tops, view.lefts))
     )
 
 
-def _pruning_pays(rows: tiling.Axis, cols: tiling.Axis) -> bool:
+def _pruning_pays(rows: upsample_tiles.Axis, cols: upsample_tiles.Axis) -> bool:
     """Whether windows overlap so little that it is worth looking for the classes that can win."""
     windows, tiles = rows.n_slots * cols.n_slots, len(rows.first) * len(cols.first)
     return windows == 1 or (windows <= MAX_WINDOWS and rows.length * cols.length >= MIN_TILE * tiles)
 
 
-def _pruned(view: View, rows: tiling.Axis, cols: tiling.Axis, labels: torch.Tensor) -> None:
+def _pruned(view: View, rows: upsample_tiles.Axis, cols: upsample_tiles.Axis, labels: torch.Tensor) -> None:
     """Fills `labels` (H, W) of one picture."""
     n_cls, n_cols = view.masks.shape[-1], len(cols.first)
     best = view.masks.topk(min(2, n_cls), dim=-1)
@@ -111,7 +111,7 @@ def _pruned(view: View, rows: tiling.Axis, cols: tiling.Axis, labels: torch.Tens
     clear = torch.ones_like(winners, dtype=torch.bool)
     if n_cls > 1:  # whether the winner is above the second by more than rounding can hide
         first, second = best.values.flatten(0, -2).unbind(-1)
-        clear = first - second > (first.abs() + second.abs()) * tiling.ROUNDING + tiling.SUBNORMAL
+        clear = first - second > (first.abs() + second.abs()) * upsample_tiles.ROUNDING + upsample_tiles.SUBNORMAL
     slots = 4 * rows.n_slots * cols.n_slots
     step = max(1, STRIP_BYTES // (n_cols * n_cls * slots * 4))
     for start in range(0, len(rows.first), step):
@@ -131,8 +131,8 @@ def _dense(view: View, labels: torch.Tensor, top: int, bottom: int) -> None:
     """
     (grid_h, grid_w, n_cls), (height, width) = view.masks.shape[1:], view.window
     masks = view.masks.unflatten(0, (len(view.tops), len(view.lefts)))
-    low, high, h = (x[:height] for x in tiling.source_cells(grid_h, view.size[0]))
-    left, right, w = (torch.from_numpy(x)[:width] for x in tiling.source_cells(grid_w, view.size[1]))
+    low, high, h = (x[:height] for x in upsample_tiles.source_cells(grid_h, view.size[0]))
+    left, right, w = (torch.from_numpy(x)[:width] for x in upsample_tiles.source_cells(grid_w, view.size[1]))
     cuts = np.flatnonzero((np.diff(low) != 0) | (np.diff(high) != 0)) + 1  # rows of pixels at which mask rows change
     h, w = torch.from_numpy(h)[:, None, None], w[:, None]
     rest_h, rest_w = 1 - h, 1 - w
@@ -196,8 +196,8 @@ class _Strip:
     def __init__(
         self,
         view: View,
-        rows: tiling.Axis,
-        cols: tiling.Axis,
+        rows: upsample_tiles.Axis,
+        cols: upsample_tiles.Axis,
         start: int,
         stop: int,
         winners: torch.Tensor,
@@ -255,7 +255,7 @@ def _best(corners: "_Corners", candidates: torch.Tensor, dtype: torch.dtype) -> 
     return label
 
 
-def _places(axis: tiling.Axis, start: int, stop: int) -> torch.Tensor:
+def _places(axis: upsample_tiles.Axis, start: int, stop: int) -> torch.Tensor:
     """Where the pixels of intervals start..stop are when every interval is given the length of the longest."""
     lengths = np.diff(axis.starts[start : stop + 1])
     offsets = np.repeat(np.arange(stop - start) * axis.longest, lengths)
@@ -271,7 +271,7 @@ class _Corners:
         weights: of each window (height, T) of the lower and (width, T) of the right cells.
     """
 
-    def __init__(self, view: View, rows: tiling.Axis, cols: tiling.Axis, y: np.ndarray, x: np.ndarray):
+    def __init__(self, view: View, rows: upsample_tiles.Axis, cols: upsample_tiles.Axis, y: np.ndarray, x: np.ndarray):
         self.masks = view.masks
         _, grid_h, grid_w, _ = view.masks.shape
         cells, self.weights = [], []
@@ -306,8 +306,8 @@ class _Corners:
             for cells in window:
                 values = masks[cells]  # (T, n_cls)
                 given = values.gather(1, winners.T)
-                bar = given.mean(1) - given.abs().mean(1) * tiling.ROUNDING - tiling.SUBNORMAL
-                above = values + values.abs().mul_(tiling.ROUNDING) - bar[:, None]
+                bar = given.mean(1) - given.abs().mean(1) * upsample_tiles.ROUNDING - upsample_tiles.SUBNORMAL
+                above = values + values.abs().mul_(upsample_tiles.ROUNDING) - bar[:, None]
                 most = above if most is None else torch.maximum(most, above, out=most)
             excess = most + excess
         return ~(excess < 0)  # with NaN all classes are left, so that there is one
@@ -327,7 +327,7 @@ class _Corners:
         return total if len(self.weights) == 1 else total.div_(len(self.weights))
 
 
-def _weights(axis: tiling.Axis, slot: int, intervals: np.ndarray) -> torch.Tensor:
+def _weights(axis: upsample_tiles.Axis, slot: int, intervals: np.ndarray) -> torch.Tensor:
     """(longest, T) weights of the pixels of T intervals; beyond an interval's end those of some other pixel."""
     pixels = np.minimum(axis.starts[intervals] + np.arange(axis.longest)[:, None], axis.length - 1)
     return torch.from_numpy(axis.weight[slot][pixels])

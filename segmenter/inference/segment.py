@@ -20,7 +20,7 @@ from segmenter.inference.windows import (
     windows_of,
 )
 from segmenter.kernels.reference import label_dtype, normalized
-from segmenter.kernels.tiling import windows_fit
+from segmenter.kernels.upsample_tiles import windows_fit
 from segmenter.ops import EAGER, Automatic
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

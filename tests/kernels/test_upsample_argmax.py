@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segmenter.kernels import launch, reference, tiling
+from segmenter.kernels import launch, reference, upsample_tiles
 from segmenter.kernels.upsample_argmax import _run, upsample_argmax, windows_argmax
 from tests.support.parity import DEVICE
 from tests.support.upsampling import (
@@ -199,8 +199,8 @@ def test_bad_windows():
     many = torch.zeros(1, 65, 1, 1, 1, device=DEVICE)
     with pytest.raises(launch.KernelError, match="65 windows over one pixel, more than 64; use a larger window_stride"):
         windows_argmax(many, range(65), (0,), (80, 8), (80, 8), (144, 8))
-    assert not tiling.windows_fit(5, tuple(range(65)), (0,), (80, 8), (80, 8), (144, 8))
-    assert tiling.windows_fit(1024, tuple(range(64)), (0,), (80, 8), (80, 8), (143, 8))
+    assert not upsample_tiles.windows_fit(5, tuple(range(65)), (0,), (80, 8), (80, 8), (144, 8))
+    assert upsample_tiles.windows_fit(1024, tuple(range(64)), (0,), (80, 8), (80, 8), (143, 8))
 
 
 def test_rows_at_a_time_and_warps_do_not_matter():

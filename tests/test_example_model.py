@@ -14,6 +14,9 @@ from segmenter.weights.load import from_pretrained
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL = EXAMPLES / "camvid-seg-s-mask-16"
 NAMES = load_classes("camvid").names
+pytestmark = pytest.mark.skipif(
+    not (MODEL / "model.safetensors").exists(), reason="the source archive holds no weights; the repository does"
+)
 
 
 @pytest.fixture(scope="module")

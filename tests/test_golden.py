@@ -48,7 +48,7 @@ def assert_labels(labels, scores):
     np.testing.assert_array_equal(labels.numpy()[clear], scores.argmax(0)[clear])
 
 
-BOTH = ["eager", pytest.param("triton", marks=[] if torch.cuda.is_available() else pytest.mark.slow)]
+BOTH = ["eager", pytest.param("triton", marks=[] if torch.cuda.is_available() else pytest.mark.more)]
 
 
 @pytest.mark.parametrize("impl", BOTH)

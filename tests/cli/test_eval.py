@@ -391,7 +391,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torchrun")
 def test_torchrun_goes_on_after_a_process_that_was_killed_while_it_wrote(out, argv, tmp_path):
     assert main(argv) == 0

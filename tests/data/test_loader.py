@@ -118,7 +118,7 @@ def test_a_sample_that_cannot_be_read_counts_nowhere_and_says_why(tmp_path):
     assert (batch.labels[1 - batch.names.index(bad.name)] != 255).any()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_process_that_hangs_is_not_waited_for(dataset, monkeypatch):
     monkeypatch.setattr(loader, "WORKER_TIMEOUT", 1)
     monkeypatch.setattr(TrainingSamples, "__getitem__", lambda self, key: __import__("time").sleep(60))

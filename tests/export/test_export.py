@@ -58,7 +58,7 @@ def assert_same(run, model, output, sizes=SIZES):
 
 @pytest.mark.parametrize(
     ("options", "output"),
-    [pytest.param(MASK, "labels", marks=pytest.mark.slow), (LINEAR, "logits")],
+    [pytest.param(MASK, "labels", marks=pytest.mark.more), (LINEAR, "logits")],
     ids=["mask", "linear"],
 )
 def test_torch(options, output, tmp_path):
@@ -97,7 +97,7 @@ def assert_needs_no_segmenter(path, model):
 @onnx_needed
 @pytest.mark.parametrize(
     ("options", "output", "limit"),
-    [(MASK, "labels", None), pytest.param(LINEAR, "logits", 1000, marks=pytest.mark.slow)],
+    [(MASK, "labels", None), pytest.param(LINEAR, "logits", 1000, marks=pytest.mark.more)],
     ids=["mask", "linear"],
 )
 def test_onnx(options, output, limit, tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_onnx(options, output, limit, tmp_path, monkeypatch):
     assert_same(lambda x: torch.from_numpy(session.run(None, {"pixels": x.numpy()})[0]), model, output)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_aoti(tmp_path, monkeypatch):
     """One small model without vector code: most of its time is the compiler's, reading PyTorch's headers."""
@@ -141,7 +141,7 @@ def test_aoti(tmp_path, monkeypatch):
             run(wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_other_types(tmp_path):
     """More than 256 classes, and a network in half precision, which is judged by float32."""
     model, path = tiny_model(n_layers=1, n_cls=300), tmp_path / "model.pt2"

@@ -150,7 +150,7 @@ def test_a_sample_that_one_process_cannot_read_ends_both(runs):
     assert "another process" in runs.output
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_torchrun_starts_the_same(runs):
     output = runs.folder / "torchrun"
     train_it = [

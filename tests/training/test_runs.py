@@ -211,7 +211,7 @@ class TestLog:
         files.Log(tmp_path, 0, tensorboard=False).write(1, {"IoU": [0.5, math.nan], "grad_norm": math.inf})
         assert log_of(tmp_path) == [{"step": 1, "IoU": [0.5, None], "grad_norm": None}]
 
-    @pytest.mark.slow
+    @pytest.mark.more
     def test_tensorboard(self, tmp_path):
         pytest.importorskip("tensorboard")
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from segmenter import create_segmenter, ops
-from segmenter.cache import Remembered
+from segmenter.cache import Cache
 from segmenter.inference.images import NORMALIZATION, normalize
 from segmenter.kernels import launch, reference
 from segmenter.layers import pad_to_multiple
@@ -129,7 +129,7 @@ def test_gradients_reach_all_parameters_of_the_embedding():
         parameters = dict(m.encoder.named_parameters())
         result = out(m.encoder)
         grads.append(torch.autograd.grad(result.square().sum(), [parameters[name] for name in names]))
-        assert len(m.encoder.remembered) == 0
+        assert len(m.encoder.cache) == 0
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=1e-3, atol=1e-3 * a.abs().max().item())
 
@@ -197,7 +197,7 @@ def fused_optimizer(model):
 
 def cleared(model):
     model.encoder.pos_embed.data.mul_(2)  # which nobody can see
-    model.encoder.remembered.clear()
+    model.encoder.cache.clear()
 
 
 CHANGES = [changed_in_place, changed_under_inference, loaded, assigned, half_and_back, replaced_data, other_bias,
@@ -211,7 +211,7 @@ def test_nothing_stale_is_taken_from_memory(change):
     im = images(pixels).to(DEVICE)
     with torch.inference_mode():
         before = tokens(model, pixels), model.encoder.embed(im)
-        assert len(model.encoder.remembered) == 2
+        assert len(model.encoder.cache) == 2
         tokens(model, pixels)
     change(model)
     with torch.inference_mode():
@@ -245,7 +245,7 @@ def test_what_is_remembered_is_used(monkeypatch):
     model.encoder.train()
     with torch.no_grad():
         tokens(model, pixels)
-        assert len(made) == 5 and len(model.encoder.remembered) == 0
+        assert len(made) == 5 and len(model.encoder.cache) == 0
 
 
 def test_copies_and_files_hold_nothing_remembered():
@@ -253,9 +253,9 @@ def test_copies_and_files_hold_nothing_remembered():
     names = set(model.state_dict())
     with torch.inference_mode():
         want = tokens(model, pixels)
-        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model.encoder.remembered))):
-            memory = again if isinstance(again, Remembered) else again.encoder.remembered
-            assert len(memory) == 0 and memory.limit == 16 and memory is not model.encoder.remembered
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model.encoder.cache))):
+            memory = again if isinstance(again, Cache) else again.encoder.cache
+            assert len(memory) == 0 and memory.limit == 16 and memory is not model.encoder.cache
         twin = copy.deepcopy(model)
         twin.encoder.pos_embed.mul_(2)
         assert not torch.equal(tokens(twin, pixels), want)
@@ -264,7 +264,7 @@ def test_copies_and_files_hold_nothing_remembered():
 
 
 def test_least_recently_used_goes_first():
-    memory, weight, made = Remembered(limit=3), torch.nn.Parameter(torch.ones(2)), []
+    memory, weight, made = Cache(limit=3), torch.nn.Parameter(torch.ones(2)), []
     with torch.no_grad():
         for key in (1, 2, 3, 1, 4, 1, 2):
             memory(key, (weight,), lambda key=key: made.append(key) or weight * key)
@@ -272,7 +272,7 @@ def test_least_recently_used_goes_first():
 
 
 def test_old_weights_are_not_kept():
-    memory = Remembered()
+    memory = Cache()
     with torch.no_grad():
         weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
         for i in (0, 1):
@@ -288,7 +288,7 @@ def test_where_nothing_is_remembered():
     def value(memory, parameter):
         return memory("key", (parameter,), lambda: parameter * 2)
 
-    memory = Remembered()
+    memory = Cache()
     with torch.inference_mode():
         value(memory, torch.nn.Parameter(torch.ones(2)))  # made here: no version
     with torch.no_grad():
@@ -309,7 +309,7 @@ def test_where_nothing_is_remembered():
 
 
 def test_threads_may_ask_at_once():
-    memory, weights = Remembered(limit=2), [torch.nn.Parameter(torch.full((4,), float(i))) for i in range(4)]
+    memory, weights = Cache(limit=2), [torch.nn.Parameter(torch.full((4,), float(i))) for i in range(4)]
     wrong = []
 
     def ask():
@@ -332,7 +332,7 @@ def test_eager_models_remember_positions_only(monkeypatch):
     monkeypatch.setattr(launch.Plan, "run", lambda *args: pytest.fail("launched"))
     with torch.inference_mode():
         tokens(model, pictures())
-    assert len(model.encoder.remembered) == 1
+    assert len(model.encoder.cache) == 1
     assert create_segmenter(tiny_config(), impl="eager").encoder.ops.name == "eager"
 
 

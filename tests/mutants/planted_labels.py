@@ -324,7 +324,7 @@ CAPTURED = planted_in(
             "dtype if half else None, cache_enabled=False) if half else contextlib.nullcontext()",
         ),
         "refresh_leaves_what_is_remembered": (
-            "                    module.remembered.clear()\n",
+            "                    module.cache.clear()\n",
             "                    pass\n",
         ),
     },

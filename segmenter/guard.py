@@ -10,7 +10,6 @@ replaced on a class, functions replaced in torch.
 """
 
 import operator
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -55,13 +54,10 @@ class _Decision:
         modules: list[nn.Module | None] = [root]
         for module in modules:  # grows
             modules += () if module is None else module._modules.values()
-        self.below = [type(None) if module is None else weakref.ref(module) for module in modules[1:]]
         bases = dict.fromkeys(base for module in modules for base in type(module).__mro__)
         self.classes = [cls for cls in bases if issubclass(cls, nn.Module)]
-        self.names = [
-            [n for n in getattr(module, "__dict__", ()) if n not in _OF_EVERY_MODULE and n != DECISION]
-            for module in modules
-        ]
+        ours = {*_OF_EVERY_MODULE, DECISION}
+        self.names = [[name for name in getattr(module, "__dict__", ()) if name not in ours] for module in modules]
         self.state, self.values = self._look(root)
         if any(isinstance(value, torch.Tensor) for value in self.values):  # somebody's results: not to be kept
             self.state, self.values = [object()], []
@@ -93,22 +89,26 @@ class _Decision:
                 if children := held["_modules"]:
                     state += children
                     modules += children.values()
-                if parameters_here := held["_parameters"]:
-                    parameters += parameters_here.values()
+                if tensors := held["_parameters"]:
+                    parameters += tensors.values()
                 if names:
                     values += map(held.__getitem__, names)
         except KeyError:  # an attribute is gone, or a kind of module that has other ones
             return [object()], []
-        if modules[1:] != [ref() for ref in self.below]:
+        kinds = list(map(type, parameters))
+        if not _PLAIN_OR_NONE.issuperset(kinds):
             return [object()], []
-        for p in parameters:
-            state.append(p if p is None else (p.dtype, p.shape) if type(p) in PLAIN_TENSORS else object())
+        state += kinds
+        state += map(_TYPE_AND_SHAPE, parameters if _NONE not in kinds else [p for p in parameters if p is not None])
         return state, values
 
     def __reduce__(self) -> tuple:
-        return type(None), ()
+        return _NONE, ()
 
 
+_NONE = type(None)
+_PLAIN_OR_NONE = frozenset((*PLAIN_TENSORS, _NONE))
+_TYPE_AND_SHAPE = operator.attrgetter("dtype", "shape")
 _METHODS = operator.attrgetter("forward", "__call__", "_call_impl")
 
 

@@ -73,8 +73,9 @@ class _Decision:
 
         An object() in the first equals nothing, so that no answer holds.
         """
-        state, values, modules, parameters = list(map(_METHODS, self.classes)), [], [root], []
+        state, values, modules, parameters = [], [], [root], []
         try:
+            state += map(_METHODS, self.classes)
             for module, names in zip(modules, self.names, strict=False):  # `modules` grows
                 if module is None:
                     continue
@@ -93,7 +94,7 @@ class _Decision:
                     parameters += tensors.values()
                 if names:
                     values += map(held.__getitem__, names)
-        except KeyError:  # an attribute is gone, or a kind of module that has other ones
+        except (AttributeError, KeyError):  # an attribute is gone, or never was there, as in modules of torch.jit
             return [object()], []
         kinds = list(map(type, parameters))
         if not _PLAIN_OR_NONE.issuperset(kinds):

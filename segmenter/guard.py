@@ -46,11 +46,14 @@ def decision(module: nn.Module, x: torch.Tensor) -> Any:
 class _Decision:
     """An answer of `decide` with all that it may depend on, and nothing that would keep memory from being freed.
 
-    Copies and pickles of it are None.
+    Copies and pickles of it hold for nothing.
     """
 
+    answer: Any = None
+    state: list | None = None
+    classes = names = ()
+
     def __init__(self, root: nn.Module, x: torch.Tensor):
-        self.answer: Any = None
         modules: list[nn.Module | None] = [root]
         for module in modules:  # grows
             modules += () if module is None else module._modules.values()
@@ -103,8 +106,8 @@ class _Decision:
         state += map(_TYPE_AND_SHAPE, parameters if _NONE not in kinds else [p for p in parameters if p is not None])
         return state, values
 
-    def __reduce__(self) -> tuple:
-        return _NONE, ()
+    def __getstate__(self) -> dict:
+        return {}
 
 
 _NONE = type(None)

@@ -217,6 +217,7 @@ def test_copies_ask_for_themselves(made):
     block, x = MADE[made](), tokens()
     guard.decision(block, x)
     for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block)), copy.copy(block)):
+        assert guard.decision(twin, x) == twin.decide(x)
         twin.train()
         assert guard.decision(twin, x) == twin.decide(x)
         block.eval()

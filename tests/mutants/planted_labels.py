@@ -323,7 +323,7 @@ CAPTURED = planted_in(
             "dtype if half else None, enabled=half, cache_enabled=False)",
             "dtype if half else None, cache_enabled=False) if half else contextlib.nullcontext()",
         ),
-        "refresh_leaves_what_is_remembered": (
+        "refresh_leaves_what_is_cached": (
             "                    module.cache.clear()\n",
             "                    pass\n",
         ),

@@ -82,15 +82,6 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    @property
-    def rate(self) -> float:
-        """`drop_prob` under the name that it had here first."""
-        return self.drop_prob
-
-    @rate.setter
-    def rate(self, value: float) -> None:
-        self.drop_prob = value
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.drop_prob or not self.training:
             return x

@@ -1,4 +1,9 @@
-"""`Segmenter`: encoder, decoder, upsampling; and the factory that builds one from a configuration."""
+"""`Segmenter`: encoder, decoder, upsampling; and the factory that builds one from a configuration.
+
+Nothing here needs what reads weights or makes labels. The methods that are short cuts to it import it when called:
+`masks_of_pixels`, `segment`, `segment_stream`, `compile_inference` from `segmenter.inference`, `save_pretrained` and
+`from_pretrained` from `segmenter.weights`.
+"""
 
 import warnings
 from collections.abc import Iterator

@@ -171,6 +171,7 @@ def test_rates_types_and_scales_show_in_the_next_call(made):
         block.attn.scale *= 2
         assert guard.decision(block, x)[1] == "another scale of the scores"
         block.attn.scale /= 2
+        assert guard.decision(block, x)[1] is None
         block.attn.qkv.weight.data = block.attn.qkv.weight.data[:48]  # heads of another size
         assert guard.decision(block, x)[1] == "another scale of the scores"
     else:
@@ -178,8 +179,8 @@ def test_rates_types_and_scales_show_in_the_next_call(made):
         assert guard.decision(block, x).mlp == "mlp.fc1 is float64, the input float32"
         with torch.autocast("cpu", torch.bfloat16):
             assert guard.decision(block, x).mlp is None
-        assert guard.decision(block, x.double()).all == "float64 input"
-        assert guard.decision(block, x).all is None
+        assert guard.decision(block, x.double()).whole == "float64 input"
+        assert guard.decision(block, x).whole is None
 
 
 @pytest.mark.parametrize("made", MADE)
@@ -205,6 +206,7 @@ def test_what_is_outside_shows_in_the_next_call(made, monkeypatch):
     if made == "theirs":
         with torch.autograd.forward_ad.dual_level():
             assert differs()
+        assert not differs()
         torch.func.vmap(lambda _: torch.zeros(1) if differs() else 1 / 0)(torch.zeros(2))
         with monkeypatch.context() as patched:
             patched.setattr(type(block)._segmenter_original, "forward", lambda *args: None)
@@ -247,6 +249,15 @@ def test_layers_without_the_dictionaries_of_a_module_are_asked_each_time():
     for _ in range(2):
         assert guard.decision(block, x)[2].endswith("in place of segmenter.layers.Attention")
     assert block(x).shape == x.shape
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_parameters_without_a_shape_are_none_of_its_business(made):
+    block, x = MADE[made](), tokens()
+    block.mlp.fc1 = nn.LazyLinear(2 * blocks.WIDTH)
+    assert guard.decision(block, x) == block.decide(x)
+    assert block(x).shape == x.shape
+    assert guard.decision(block, x) == block.decide(x)
 
 
 def test_what_is_recorded_is_all_that_is_asked_about():

@@ -238,7 +238,7 @@ class Obstacles(NamedTuple):
     """Why a block, and its halves, are not for the kernels at the moment: each a reason or None. `core`: of the
     attention, where its projections are called as layers."""
 
-    all: str | None
+    whole: str | None
     attention: str | None = None
     core: str | None = None
     mlp: str | None = None
@@ -254,16 +254,16 @@ class FastBlock(Accelerated):
         if reason is None and self.__dict__.get("with_cp") and x.requires_grad:
             reason = "gradient checkpointing"
         found = Obstacles(reason) if reason else decision(self, x)
-        if found.all is not None:
-            _must_be_fast(self, found.all)
+        if found.whole is not None:
+            _must_be_fast(self, found.whole)
             return super().forward(x, *args, **kwargs)
         y = by_layers(self, plan, x, "1", passed=passed) if passed else self._attention(plan, x, found)
         if plan.mlp is not None:
             if y.dtype != x.dtype:  # by layers of another type
-                found = decision(self, y)
-            if (found.all or found.mlp) is None:
+                found = self.decide(y)
+            if (found.whole or found.mlp) is None:
                 return mlp_fused(self, plan, y, KERNELS[0])
-            _must_be_fast(self, f"MLP: {found.all or found.mlp}")
+            _must_be_fast(self, f"MLP: {found.whole or found.mlp}")
         return by_layers(self, plan, y, "2")
 
     def _attention(self, plan: BlockPlan, x: torch.Tensor, found: Obstacles) -> torch.Tensor:
@@ -285,7 +285,7 @@ class FastBlock(Accelerated):
     def why_not(self, x: torch.Tensor) -> list[str]:
         found = self.decide(x)
         halves = {"attention": found.attention, "MLP": found.mlp}
-        return [found.all] if found.all else [f"{name}: {reason}" for name, reason in halves.items() if reason]
+        return [found.whole] if found.whole else [f"{name}: {reason}" for name, reason in halves.items() if reason]
 
 
 class FastDecoder(Accelerated):

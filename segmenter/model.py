@@ -1,6 +1,12 @@
-"""`Segmenter`: encoder, decoder, upsampling; and the factory that builds one from a configuration."""
+"""`Segmenter`: encoder, decoder, upsampling; and the factory that builds one from a configuration.
+
+Nothing here needs what reads weights or makes labels. The methods that are short cuts to it import it when called:
+`masks_of_pixels`, `segment`, `segment_stream`, `compile_inference` from `segmenter.inference`, `save_pretrained` and
+`from_pretrained` from `segmenter.weights`.
+"""
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +17,11 @@ import torch.nn.functional as F
 from segmenter.config import DECODERS, ConfigError, ModelConfig
 from segmenter.decoder import DecoderLinear, MaskTransformer
 from segmenter.encoder import VisionTransformer
-from segmenter.fusable import why_not_bypass
+from segmenter.guard import why_not_bypass
 from segmenter.kernels import reference
+from segmenter.kernels.upsample_tiles import MAX_CLASSES
 from segmenter.layers import pad_to_multiple
-from segmenter.ops import select
+from segmenter.ops import Automatic, OperatorModule, select
 
 ENCODER_HEAD_CLASSES = 1000  # the ImageNet head that every published checkpoint holds
 
@@ -39,7 +46,7 @@ class ModelInfo:
     source: str = "random initialisation"
 
 
-class Segmenter(nn.Module):
+class Segmenter(OperatorModule):
     """Transformer for semantic segmentation (Strudel et al., ICCV 2021).
 
     Args:
@@ -68,8 +75,13 @@ class Segmenter(nn.Module):
         """
         parameter = next(self.parameters(), torch.empty(0))
         modules = (module for part in (self.encoder, self.decoder) for module in part.modules())
-        names = {module.ops.on(parameter).name for module in modules if hasattr(module, "ops")}
+        names = {module.ops.on(parameter).name for module in modules if isinstance(module, OperatorModule)}
         return " and ".join(sorted(names)) or "unknown"
+
+    def implementations(self, parameter: torch.Tensor) -> Iterator[tuple[str, str]]:
+        name = self.ops.on(parameter).name
+        too_many = name == "triton" and self.n_cls > MAX_CLASSES and isinstance(self.ops, Automatic)
+        yield "windows_argmax", f"eager ({self.n_cls} classes)" if too_many else name
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
-from segmenter.cache import Remembered, keeping, optimiser_steps
+from segmenter.cache import Cache, holding_results, optimiser_steps
 from segmenter.inference import segment
 from segmenter.inference.windows import check_finite, check_sizes
 
@@ -75,7 +75,7 @@ class Graph:
     ):
         self.input = example.clone()
         self.graph = torch.cuda.CUDAGraph()
-        with _capturing, keeping() as self.kept:
+        with _capturing, holding_results() as self.held:
             place.stream.wait_stream(torch.cuda.current_stream(example.device))
             with torch.cuda.stream(place.stream):
                 for _ in range(2):  # compiles kernels, makes tables, and lets libraries allocate their workspaces
@@ -206,8 +206,8 @@ class CompiledInference:
         with self._lock:
             self._weights = None
             for module in self.model.modules():
-                if isinstance(getattr(module, "remembered", None), Remembered):
-                    module.remembered.clear()
+                if isinstance(getattr(module, "cache", None), Cache):
+                    module.cache.clear()
             self._follow_weights()
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -251,7 +251,7 @@ def test_a_subclass_that_adds_nothing_keeps_no_weights(monkeypatch):
 
 def test_stochastic_depth_goes_by_drop_prob():
     block = Block(64, 1, 128, 0.0, 0.3)
-    assert block.drop_path.drop_prob == block.drop_path.rate == 0.3
+    assert block.drop_path.drop_prob == 0.3
     assert block.train().why_not_fused("mlp") == "stochastic depth"
     block.drop_path.drop_prob = 0.0
     assert block.why_not_fused("mlp") is None

@@ -106,11 +106,11 @@ def test_streams_do_not_share_what_they_remember(device):
     with torch.inference_mode():
         want = model.encoder.embed_pixels(pixels, *DEIT)
         torch.cuda.synchronize()
-        model.encoder.remembered.clear()
+        model.encoder.cache.clear()
         results = []
         for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
             with torch.cuda.stream(stream):
                 results.append(model.encoder.embed_pixels(pixels, *DEIT))
         torch.cuda.synchronize()
-        assert len(model.encoder.remembered) == 4  # positions and weights of either
+        assert len(model.encoder.cache) == 4  # positions and weights of either
         assert all(torch.equal(result, want) for result in results)

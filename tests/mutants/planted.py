@@ -1,6 +1,7 @@
 """The planted bugs: one text edit each, in a file of the kernels, and the tests that should find it."""
 
 from tests.mutants.mutant import Mutant, planted_in
+from tests.mutants.planted_guard import GUARD
 from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, STRIDES, UPSAMPLE_TILES
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
 
@@ -418,7 +419,7 @@ FOLDING = planted_in(
     },
 )
 
-MEMORY = planted_in(
+CACHE = planted_in(
     "segmenter/cache.py",
     ("tests/test_embed_pixels.py",),
     {
@@ -452,7 +453,8 @@ MUTANTS = [
     *MASK_HEAD,
     *PIXELS_TO_TOKENS,
     *FOLDING,
-    *MEMORY,
+    *CACHE,
+    *GUARD,
     *LABELS_KERNEL,
     *UPSAMPLE_TILES,
     *LABELS,

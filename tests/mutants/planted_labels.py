@@ -323,8 +323,8 @@ CAPTURED = planted_in(
             "dtype if half else None, enabled=half, cache_enabled=False)",
             "dtype if half else None, cache_enabled=False) if half else contextlib.nullcontext()",
         ),
-        "refresh_leaves_what_is_remembered": (
-            "                    module.remembered.clear()\n",
+        "refresh_leaves_what_is_cached": (
+            "                    module.cache.clear()\n",
             "                    pass\n",
         ),
     },

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from segmenter import layers
-from segmenter.fusable import why_not_bypass
+from segmenter.guard import why_not_bypass
 from segmenter.inference import windows as ours
 from segmenter.layers import init_weights
 from segmenter.model import Segmenter

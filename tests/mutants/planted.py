@@ -1,7 +1,7 @@
 """The planted bugs: one text edit each, in a file of the kernels, and the tests that should find it."""
 
 from tests.mutants.mutant import Mutant, planted_in
-from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, STRIDES, UPSAMPLE_TILES
+from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, READ_AHEAD, STRIDES, UPSAMPLE_TILES
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
 
 ATTENTION = planted_in(
@@ -457,6 +457,7 @@ MUTANTS = [
     *UPSAMPLE_TILES,
     *LABELS,
     *STRIDES,
+    *READ_AHEAD,
     *CAPTURED,
     *DURABILITY,
     *SCHEDULE,

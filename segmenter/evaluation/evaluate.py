@@ -21,13 +21,7 @@ from segmenter.evaluation.metrics import ConfusionMatrix
 from segmenter.inference.images import normalize
 from segmenter.inference.read_ahead import Call, ReadAhead, behind, usual_workers
 from segmenter.inference.segment import compute_dtype, labels_of_views, segment_image, usual_batch_size, window_of
-from segmenter.inference.windows import (
-    Windows,
-    check_finite,
-    check_sizes,
-    masks_of_images,
-    window_anchors,
-)
+from segmenter.inference.windows import check_finite, check_sizes, masks_of_images, window_anchors
 
 OVERLAP = 32  # pixels; of the published evaluation's windows
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # the published scales; they go with flip=True
@@ -123,23 +117,18 @@ def predict_labels(model: torch.nn.Module, pixels: np.ndarray, protocol: Protoco
         ).numpy()
     if model.training:
         raise RuntimeError("the model is in training mode: dropout would make the labels random; call model.eval()")
-    shape = pixels.shape[:2]
+    shape, device = pixels.shape[:2], next(model.parameters()).device
+    sizes = protocol.window_size, protocol.window_stride, protocol.batch_size
     with compute_dtype(model, protocol.dtype), torch.inference_mode():
         views = []
         for scale in protocol.scales:
             im = normalize(_resize_bytes(pixels, protocol.resized(*shape, scale)), model.info.normalization, True)
             for mirrored in (False, True) if protocol.flip else (False,):
-                masks, windows = _predict_masks(model, im.flip(2) if mirrored else im, protocol)
+                images = (im.flip(2) if mirrored else im)[None].to(device)
+                masks, windows = masks_of_images(model, images, *sizes)
+                check_finite(masks)
                 views.append((masks, windows, mirrored))
         return labels_of_views(model, views, shape)[0].cpu().numpy()
-
-
-def _predict_masks(model: torch.nn.Module, im: torch.Tensor, protocol: Protocol) -> tuple[torch.Tensor, Windows]:
-    """Masks (1, windows, gh, gw, n_cls) of a normalised picture (3, h, w), and its windows."""
-    images = im[None].to(next(model.parameters()).device)
-    masks, windows = masks_of_images(model, images, protocol.window_size, protocol.window_stride, protocol.batch_size)
-    check_finite(masks)
-    return masks, windows
 
 
 def _resize_bytes(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -141,38 +141,27 @@ def inference(
         ori_shape: (H0, W0) of the result. window_size, window_stride: pixels. batch_size: windows a forward call.
     Returns:
         (n_cls, H0, W0) float32: softmax per image, averaged over images.
+    Raises:
+        ValueError: sizes that make no sense, or scores that are not finite (float16 overflows with large weights).
     """
     if not ims or len(ims) != len(ims_metas):
         raise ValueError(
             f"need one ims_metas entry for each of at least one image, got {len(ims_metas)} and {len(ims)}"
         )
+    check_sizes(window_size, batch_size)
     ori_shape = (int(ori_shape[0]), int(ori_shape[1]))
     device = next(model.parameters()).device
-    views = [
-        predict_view(model, im.to(device), bool(meta["flip"]), window_size, window_stride, batch_size)
-        for im, meta in zip(ims, ims_metas, strict=True)
-    ]
+    views = []
+    for im, meta in zip(ims, ims_metas, strict=True):
+        if im.ndim != 4 or im.shape[0] != 1:
+            raise ValueError(f"expected one image (1, 3, h, w), got {tuple(im.shape)}")
+        masks, windows = masks_of_images(model, im.to(device), window_size, window_stride, batch_size)
+        check_finite(masks)
+        views.append(View(masks[0].float(), windows, bool(meta["flip"])))
     result = torch.empty(views[0].masks.shape[-1], *ori_shape, device=device)
     for top, scores in row_blocks(views, ori_shape, probabilities=True):
         result[:, top : top + len(scores)] = scores.permute(2, 0, 1)
     return result
-
-
-def predict_view(
-    model: torch.nn.Module, im: torch.Tensor, flip: bool, window_size: int, window_stride: int, batch_size: int
-) -> View:
-    """Runs the model over the windows of one image (1, 3, h, w); flip: it is mirrored left to right.
-
-    Raises:
-        ValueError: sizes that make no sense, or scores that are not finite (float16 overflows with large weights).
-    """
-    if im.ndim != 4 or im.shape[0] != 1:
-        raise ValueError(f"expected one image (1, 3, h, w), got {tuple(im.shape)}")
-    check_sizes(window_size, batch_size)
-    masks, windows = masks_of_images(model, im, window_size, window_stride, batch_size)
-    masks = masks[0].float()
-    check_finite(masks)
-    return View(masks, windows, flip)
 
 
 def _source_rows(

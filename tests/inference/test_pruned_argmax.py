@@ -48,6 +48,21 @@ def test_equals_the_definition(kind, patch, K):
         assert got.dtype == (torch.uint8 if K <= 256 else torch.int16)
 
 
+def test_windows_are_averaged_not_summed():
+    """Two classes whose sums over three windows differ in the last bit, which dividing by three rounds away."""
+    last = 1 + torch.arange(64) * 2.0**-22
+    sums = 2 + last
+    places = torch.nonzero((sums[1:] > sums[:-1]) & (sums[1:] / 3 == sums[:-1] / 3))[:, 0]
+    assert len(places)
+    for place in places:
+        masks = torch.ones(1, 3, 3, 1, 2)  # the middle row of pixels is the third of window 0 and the first of window 2
+        masks[0, 2, 0, 0] = last[place : place + 2]
+        geometry = (0, 1, 2), (0,), (3, 1), (3, 1), (5, 1)
+        got = pruned_argmax.windows_argmax(masks, *geometry)
+        assert got[0, 2, 0] == 0, "of equals the first"
+        assert torch.equal(got, expected_labels(masks, *geometry))
+
+
 @fused
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import segmenter.inference.merge as merge_module
 from bench.published import published_inference
-from segmenter.inference.merge import View, inference, predict_view, row_blocks
-from segmenter.inference.windows import Windows, resize, resized_shape, window_anchors
+from segmenter.inference.merge import View, inference, row_blocks
+from segmenter.inference.windows import Windows, masks_of_images, resize, resized_shape, window_anchors
 from segmenter.layers import pad_to_multiple
 from tests.support.tiny import tiny_model
 
@@ -156,10 +156,10 @@ def test_rows_of_one_window_are_interpolate(H, W, h0, w0):
 
 def test_windows_are_batched():
     model = Echo()
-    view = predict_view(model, image(20, 36), False, 16, 10, 3)
-    assert (view.windows.tops, view.windows.lefts) == ((0, 4), (0, 10, 20))
+    masks, windows = masks_of_images(model, image(20, 36), 16, 10, 3)
+    assert (windows.tops, windows.lefts) == ((0, 4), (0, 10, 20))
     assert model.calls == [3, 3]
-    assert view.masks.shape == (6, 4, 4, 3)
+    assert masks.shape == (1, 6, 4, 4, 3)
 
 
 def test_merging_averages_logits_not_probabilities():

@@ -2,7 +2,7 @@
 
 from tests.mutants.mutant import Mutant, planted_in
 from tests.mutants.planted_guard import GUARD
-from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, STRIDES, UPSAMPLE_TILES
+from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, READ_AHEAD, STRIDES, UPSAMPLE_TILES
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
 
 ATTENTION = planted_in(
@@ -459,6 +459,7 @@ MUTANTS = [
     *UPSAMPLE_TILES,
     *LABELS,
     *STRIDES,
+    *READ_AHEAD,
     *CAPTURED,
     *DURABILITY,
     *SCHEDULE,

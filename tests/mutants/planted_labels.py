@@ -259,6 +259,21 @@ STRIDES = planted_in(
     },
 )
 
+READ_AHEAD = planted_in(
+    "segmenter/inference/read_ahead.py",
+    ("tests/inference/test_read_ahead.py",),
+    {
+        "reading_without_limit": (
+            "return self._held > self.max_bytes",
+            "return False",
+        ),
+        "errors_of_reading_lost": (
+            "        if call.error is not None:\n            raise call.error\n",
+            "",
+        ),
+    },
+)
+
 CAPTURED = planted_in(
     "segmenter/inference/cuda_graphs.py",
     ("tests/inference/test_cuda_graphs.py",),

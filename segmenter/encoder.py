@@ -11,7 +11,7 @@ from segmenter.cache import Cache
 from segmenter.guard import why_not_bypass
 from segmenter.kernels import reference
 from segmenter.layers import Block, PatchEmbed, init_weights, resize_pos_embed, stochastic_depth
-from segmenter.ops import OperatorModule, what_computes, select
+from segmenter.ops import OperatorModule, select, what_computes
 
 
 class VisionTransformer(OperatorModule):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from segmenter.guard import decision, why_not_bypass
 from segmenter.kernels import reference
-from segmenter.ops import Automatic, OperatorModule, Operators, what_computes, select
+from segmenter.ops import Automatic, OperatorModule, Operators, select, what_computes
 
 
 def init_weights(m: nn.Module) -> None:

@@ -11,7 +11,7 @@ from segmenter.cache import Cache
 from segmenter.guard import why_not_bypass
 from segmenter.kernels import reference
 from segmenter.layers import Block, PatchEmbed, init_weights, resize_pos_embed, stochastic_depth
-from segmenter.ops import OperatorModule, by_layers, select
+from segmenter.ops import OperatorModule, select, what_computes
 
 
 class VisionTransformer(OperatorModule):
@@ -197,7 +197,7 @@ class VisionTransformer(OperatorModule):
         return None if plain == ((P, P), (P, P), (0, 0), (1, 1), 1, 3) else "another convolution"
 
     def implementations(self, parameter: torch.Tensor) -> Iterator[tuple[str, str]]:
-        yield "pixels_to_tokens", by_layers(self.ops.on(parameter).name, self.why_not_bytes())
+        yield "pixels_to_tokens", what_computes(self.ops.on(parameter).name, self.why_not_bytes())
 
     def forward(self, im: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         """Normalised image (B, C, H, W), H and W multiples of the patch size.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from segmenter.guard import decision, why_not_bypass
 from segmenter.kernels import reference
-from segmenter.ops import Automatic, OperatorModule, Operators, by_layers, select
+from segmenter.ops import Automatic, OperatorModule, Operators, select, what_computes
 
 
 def init_weights(m: nn.Module) -> None:
@@ -267,8 +267,8 @@ class Block(OperatorModule):
     def implementations(self, parameter: torch.Tensor) -> Iterator[tuple[str, str]]:
         name = self.ops.on(parameter).name
         yield "attention", name
-        yield "layernorm_linear", by_layers(name, self.why_not_fused("attention"))
-        yield "layernorm_mlp", by_layers(name, self.why_not_fused("mlp"))
+        yield "layernorm_linear", what_computes(name, self.why_not_fused("attention"))
+        yield "layernorm_mlp", what_computes(name, self.why_not_fused("mlp"))
 
     def obstacles(self) -> list[str]:
         return [reason for half in ("attention", "mlp") if (reason := self.why_not_fused(half))]

@@ -195,7 +195,7 @@ def parts(model: nn.Module) -> dict[str, str]:
     return described
 
 
-def by_layers(name: str, reason: str | None) -> str:
+def what_computes(name: str, reason: str | None) -> str:
     """What computes a part whose operators have this name, or whose layers are called for a reason."""
     return name if reason is None else f"layer by layer ({reason})"
 

@@ -302,6 +302,3 @@ def _reshaped(loaded: _Loaded, impl: str, request: Mapping[str, Any]) -> _Loaded
     reshaped = build(found, impl, "the weights")
     reshaped.info = dataclasses.replace(model.info, normalization=found.config.normalization)
     return _Loaded(reshaped, loaded.kind, loaded.notes + found.notes, loaded.published)
-
-
-variant_of = as_published  # the name that segmenter.training.loop imports

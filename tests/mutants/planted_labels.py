@@ -298,7 +298,7 @@ CAPTURED = planted_in(
             "else labels.clone()",
             "else labels",
         ),
-        "filled_up_pictures_returned": (
+        "filled_up_images_returned": (
             "return labels[: shape.batch], finite",
             "return labels, finite",
         ),

@@ -102,8 +102,8 @@ LABELS_KERNEL = planted_in(
             "(255.0 / total).to(tl.uint8)",
         ),
         "plan_of_another_geometry": (
-            "key = (launch.layout(masks), geometry, score, config)",
-            "key = (launch.layout(masks), score, config)",
+            "key = (launch.layout(masks), geometry, config)",
+            "key = (launch.layout(masks), config)",
         ),
     },
 )

@@ -71,12 +71,7 @@ def set_operators(model: torch.nn.Module, ops: Operators) -> None:
 
 
 def pixels_to_labels(
-    model: Segmenter,
-    ops: Operators,
-    dtype: torch.dtype,
-    tail: str,
-    compiled: bool = False,
-    from_bytes: bool = False,
+    model: Segmenter, ops: Operators, dtype: torch.dtype, tail: str, compiled: bool = False, from_bytes: bool = False
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A way from pixels (B, H, W, 3) uint8 to labels (B, H, W) uint8, with a copy of the model in `dtype`.
 

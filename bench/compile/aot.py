@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.knobs import NvidiaTool
 from triton.runtime.jit import native_specialize_impl
@@ -45,28 +44,18 @@ _SM = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What one kernel became.
-
-    Args:
-        registers: a thread; accumulation registers included on AMD.
-        spills: bytes of local memory a thread.
-        shared: bytes a program.
-        tensor_core: the instruction that multiplies matrices, "none" if there is none.
-        has_dot: whether the kernel asks for such a product.
-        binary: cubin or hsaco.
-        assembly: PTX or AMD GCN.
-    """
+    """What one kernel became."""
 
     kernel: str
     architecture: str
-    registers: int
-    spills: int
-    shared: int
+    registers: int  # a thread; accumulation registers included on AMD
+    spills: int  # bytes of local memory a thread
+    shared: int  # bytes a program
     num_warps: int
-    tensor_core: str
-    has_dot: bool
-    binary: bytes
-    assembly: str
+    tensor_core: str  # the instruction that multiplies matrices, "none" if there is none
+    has_dot: bool  # whether the kernel asks for such a product
+    binary: bytes  # cubin or hsaco
+    assembly: str  # PTX or AMD GCN
     options: Any  # what Triton's backend compiled it with
 
 
@@ -110,13 +99,8 @@ def source(recorded: Launch, architecture: str) -> tuple[ASTSource, dict[str, in
     for i, (parameter, value) in enumerate(zip(plan.kernel.params, arguments, strict=True)):
         kind, key = "constexpr", None
         if not parameter.is_constexpr:  # the very function that a launch specialises its arguments with
-            kind, key = native_specialize_impl(
-                backend,
-                value,
-                parameter.is_const,
-                not parameter.do_not_specialize,
-                not parameter.do_not_specialize_on_alignment,
-            )
+            specialised = not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
+            kind, key = native_specialize_impl(backend, value, parameter.is_const, *specialised)
         if kind == "constexpr":
             constants[parameter.name] = value
         elif isinstance(key, str) and key:
@@ -213,11 +197,6 @@ def assemble(compiled: Compiled, path: str) -> tuple[bytes, str]:
         os.environ["TRITON_PTXAS_PATH"], knobs.nvidia.dump_ptxas_log = path, True
         cubin = make_backend(machine).make_cubin(compiled.assembly, {}, compiled.options, machine.arch)
     return cubin, printed.getvalue()
-
-
-def assembler_version(architecture: str) -> str:
-    """Release of ptxas that Triton uses for this architecture, such as "12.8"."""
-    return "" if architecture.startswith("gfx") else get_ptxas(target(architecture).arch).version
 
 
 def _tool(path: str, suffix: str, content: bytes, *options: str) -> str:

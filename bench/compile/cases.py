@@ -91,7 +91,7 @@ def cases() -> tuple[Case, ...]:
 
 
 def _further_cases() -> list[Case]:
-    found = []
+    found: list[Case] = []
 
     def add(default: bool | tuple[str, ...], op: str, dtypes: str, **sizes: Any) -> None:
         """A call for each type; compiled by default on sm_90 or on the architectures named, else with --full."""

@@ -257,7 +257,8 @@ def compile_all(tasks: list[Task], jobs: int) -> list[Kernel]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Showing it
 
-HEADER = tuple("op, arch, type, what, config, regs, spill, instr., shared, matrix, ser., haz., per SM".split(", "))
+HEADER = ("op", "arch", "type", "what", "config", "regs", "spill", "instr.", "shared", "matrix", "ser.", "haz.",
+          "per SM")  # fmt: skip
 
 
 def table(rows: list[Kernel]) -> str:

@@ -25,8 +25,8 @@ from bench.timing import Ceilings
 
 OUT_OF_TIME = "stopped: out of time"
 GRACE = 45.0  # seconds that a step may run over its share: the row that was being measured, and writing
-# Steps after the gate: name, and the share of what is left of the time that it may use.
 LONG_MODEL, LONG_PATCH = {"cuda": "S", "cpu": "T"}, 8
+# Steps after the gate: name, and the share of what is left of the time that it may use.
 SHARES = {"gpu": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, "long": 1.0}}
 
 
@@ -48,17 +48,12 @@ def commands(out: Path, device: str, dtype: str, camvid: Path | None) -> dict[st
     return {"gate": gate, "core": [*timed, "--sweep", "core"], "long": long, "full": [*timed, "--sweep", "full"]}
 
 
-def limited(name: str, command: list[str], seconds: float) -> list[str]:
-    """The command with its own end: it finishes the row it is at and says what is missing."""
-    if name == "long":
-        return [*command, "--minutes", f"{seconds / 60:.2f}"]
-    return command if name == "gate" else [*command, "--deadline", f"{time.time() + seconds:.0f}"]
-
-
 def run(name: str, command: list[str], seconds: float, log: Path) -> dict[str, Any]:
     """Runs one step, its output in `log`. Returns its entry for the results file."""
     start = time.monotonic()
-    full = [sys.executable, "-m", *limited(name, command, seconds)]
+    # A step ends by itself: it finishes the row it is at and says what is missing.
+    limit = {"long": ["--minutes", f"{seconds / 60:.2f}"], "gate": []}
+    full = [sys.executable, "-m", *command, *limit.get(name, ["--deadline", f"{time.time() + seconds:.0f}"])]
     print(f"{name}: up to {seconds:.0f} s, output in {log}", flush=True)
     with log.open("w") as file:
         try:
@@ -102,12 +97,10 @@ def add_long_rows(file: ResultsFile, scaling: Path, device: str, dtype: str) -> 
 def summary(content: dict[str, Any]) -> str:
     """A line for each whole model, peer and step of the waterfall: what to look at first."""
     lines = []
-    for row in content["benchmarks"]:
-        info = row["extra_info"]
+    for info in (row["extra_info"] for row in content["benchmarks"]):
         if "images_per_second" in info:
             what = f"{info['kind']:10} {info.get('model', ''):18} {info['provider']:22}"
-            peak = info.get("peak_bytes")
-            memory = f"{peak / 2**20:8.0f} MiB" if peak is not None else ""
+            memory = "" if info.get("peak_bytes") is None else f"{info['peak_bytes'] / 2**20:8.0f} MiB"
             lines.append(f"{what} {info['images_per_second']:9.2f} images/s {memory}")
     lines.append(f"{len(content['benchmarks'])} rows, {len(content['unavailable'])} not to be had here or not reached")
     return "\n".join(lines)

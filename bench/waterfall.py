@@ -25,12 +25,13 @@ from segmenter.inference.segment import cpu_has_bfloat16
 from segmenter.model import Segmenter
 from segmenter.ops import EAGER, Operators, load_kernels, why_not_on
 
+Labels = Callable[[np.ndarray], torch.Tensor]  # of one image
 GPU_SHAPE, CPU_SHAPE = Shape("L", 16, 640, 8), Shape("S", 16, 512, 1)
 EVERY = {"cuda": 5, "cpu": 20}  # every so many-th test image of CamVid counts for mIoU
 
 
 class Step(NamedTuple):
-    """A technique: its name in results, and what it does."""
+    """A technique: its name in results, what it adds, and what that does."""
 
     name: str
     adds: str
@@ -102,8 +103,7 @@ def labels_of(model: Segmenter, on: frozenset[str]) -> Callable[[torch.Tensor], 
         Unavailable: it cannot be captured in a CUDA graph.
     """
     tail = "labels" if "labels" in on else "logits" if "sdpa" in on else "softmax"
-    compiled, from_bytes = "compile" in on, "pixels" in on
-    run = pixels_to_labels(model, operators(on), dtype_of(on), tail, compiled, from_bytes)
+    run = pixels_to_labels(model, operators(on), dtype_of(on), tail, "compile" in on, "pixels" in on)
     return _Graphed(run) if "graph" in on else run
 
 
@@ -129,7 +129,7 @@ class _Graphed:
 # What the steps do to a trained model's labels
 
 
-def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
+def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> Labels:
     """The step's way from one image of any size (H, W, 3) to its labels (H, W), sliding windows included."""
     model, dtype, ops, info = copy.deepcopy(model).to(device, dtype_of(on)), dtype_of(on), operators(on), model.info
     set_operators(model, ops)
@@ -167,12 +167,7 @@ def camvid_test(camvid: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarr
         yield np.asarray(Image.open(path).convert("RGB")), np.asarray(Image.open(label))
 
 
-def quality(
-    run: Callable[[np.ndarray], torch.Tensor],
-    exact: Callable[[np.ndarray], torch.Tensor],
-    camvid: Path | None,
-    every: int,
-) -> dict[str, float | int | None]:
+def quality(run: Labels, exact: Labels, camvid: Path | None, every: int) -> dict[str, float | int | None]:
     """How a step labels: the share of pixels labelled as by the first step, and mIoU in percent if CamVid is there."""
     same, total, matrix, n = 0, 0, ConfusionMatrix(11), 0
     for pixels in examples():

@@ -91,6 +91,10 @@ class Harness:
             pytest.skip(f"{row.name}: measured before")
         if time.time() > self.deadline:
             self._unavailable(row, OUT_OF_TIME)
+        # A row that raised leaves the clock half used and memory held; neither may reach this one.
+        timing.CLOCK.reset()
+        if not self.smoke:  # tiny inputs hold little, and a release takes 0.3 s
+            timing.release(self.device)
         torch._dynamo.reset()  # or the ninth shape of a function would run uncompiled
         try:
             if row.provider in providers.PROVIDERS:
@@ -103,13 +107,7 @@ class Harness:
                 raise
             self._unavailable(row, "out of memory")
         finally:
-            self.clear()
-
-    def clear(self) -> None:
-        """A row that raised leaves the clock half used and memory held; neither may reach the next one."""
-        timing.CLOCK.reset()
-        if not self.smoke and time.time() < self.deadline:  # tiny inputs hold little, and a release takes 0.3 s
-            timing.release(self.device)
+            timing.CLOCK.reset()
 
     def _unavailable(self, row: Row, reason: str) -> None:
         if self.results is not None:
@@ -194,21 +192,24 @@ class Harness:
             return run, len(sets), "events"
 
     def _facts(self, row: Row, call: Call) -> dict[str, Any]:
-        facts = {"kind": row.kind, "provider": row.provider, "row": row.name, "dtype": self.short}
-        facts |= {"flops": call.work.flops, "bytes": call.work.bytes}
-        if row.shape is not None:
-            facts |= {"model": row.shape.name, "shape": row.shape._asdict(), "tokens": row.shape.tokens}
-        return facts | row.extra
+        return row_facts(row.kind, row.provider, row.name, self.short, call.work, row.shape) | row.extra
+
+
+def row_facts(kind: str, provider: str, name: str, dtype: str, work: Work, shape: Shape | None) -> dict[str, Any]:
+    """What `extra_info` says of every row."""
+    facts = {"kind": kind, "provider": provider, "row": name, "dtype": dtype, "flops": work.flops, "bytes": work.bytes}
+    return facts | ({"model": shape.name, "shape": shape._asdict(), "tokens": shape.tokens} if shape else {})
 
 
 def rates(work: Work, images: int | None, seconds: float, roofs: timing.Ceilings) -> dict[str, Any]:
     """What was reached in `seconds` a call, absolutely and in percent of the measured ceilings and of the floor."""
     found: dict[str, Any] = {}
-    flops, moved = work.flops / seconds, work.bytes / seconds
     if work.flops:
-        found |= {"tflops": flops / 1e12, "percent_flops": 100 * flops / roofs.flops_per_second}
+        reached = work.flops / seconds
+        found |= {"tflops": reached / 1e12, "percent_flops": 100 * reached / roofs.flops_per_second}
     if work.bytes:
-        found |= {"gbps": moved / 1e9, "percent_bytes": 100 * moved / roofs.bytes_per_second}
+        reached = work.bytes / seconds
+        found |= {"gbps": reached / 1e9, "percent_bytes": 100 * reached / roofs.bytes_per_second}
     if found:
         floor = work.floor(roofs.flops_per_second, roofs.bytes_per_second)
         found |= {"floor_seconds": floor, "percent_of_floor": 100 * floor / seconds}

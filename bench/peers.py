@@ -25,7 +25,7 @@ import yaml
 from torch.optim.swa_utils import update_bn
 
 from segmenter.config import preset
-from segmenter.model import Segmenter, create_segmenter
+from segmenter.model import create_segmenter
 
 Build = Callable[[int, int], nn.Module]
 
@@ -61,9 +61,9 @@ class Peer(NamedTuple):
     miou_ms: Figure | None
     images_per_second: Figure | None
     parameters: Figure | None
-    multiply_adds: Figure | None
-    training_only: float
-    note: str
+    multiply_adds: Figure | None = None
+    training_only: float = 0.0
+    note: str = ""
 
     @property
     def id(self) -> str:
@@ -238,15 +238,13 @@ def library(name: str, package: str, *attributes: str) -> list[Any]:
     Raises:
         ImportError: it is not installed, or too old to have one of them; the message says what to install.
     """
+    wrong = f"this model needs {package}: pip install {package} ({{}})"
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"this model needs {package}: pip install {package} ({error})") from error
-    try:
+        wrong = f"this model needs a newer {package} than {getattr(module, '__version__', 'installed')}: {{}}"
         return [getattr(module, attribute) for attribute in attributes]
     except (AttributeError, ImportError) as error:
-        version = getattr(module, "__version__", "installed")
-        raise ImportError(f"this model needs a newer {package} than {version}: {error}") from error
+        raise ImportError(wrong.format(error)) from error
 
 
 def settled(network: nn.Module) -> nn.Module:
@@ -342,10 +340,6 @@ def _eomt(prefix: str, n_cls: int, image_size: int) -> nn.Module:
     return Scores(model, _query_scores)
 
 
-def _segmenter(name: str, n_cls: int, image_size: int) -> Segmenter:
-    return create_segmenter(preset(name, n_cls=n_cls, image_size=image_size), impl="eager")
-
-
 OURS = "segmenter"
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "deeplabv3plus_resnet101": functools.partial(_deeplabv3plus, "resnet101c"),
@@ -359,23 +353,19 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "mask2former_swin": _mask2former_swin,
     "eomt_dinov2": functools.partial(_eomt, "Eomt"),
     "eomt_dinov3": functools.partial(_eomt, "EomtDinov3"),
-    OURS: _segmenter,
+    OURS: lambda name, n_cls, size: create_segmenter(preset(name, n_cls=n_cls, image_size=size), impl="eager"),
 }
-
-
-def _evaluating(build: Build, n_cls: int, image_size: int) -> nn.Module:
-    return build(n_cls, image_size).eval()
 
 
 def _peer(row: dict[str, Any]) -> Peer:
     """A row of peers.yml. Misspelt keys and values without a source are errors."""
-    row = {"build": None, "crop": row["size"], "multiply_adds": None, "training_only": 0.0, "note": "", **row}
+    row = {"build": None, "crop": row["size"], "multiply_adds": None, **row}
     for key in ("miou_ss", "miou_ms", "images_per_second", "parameters", "multiply_adds"):
         row[key] = row[key] and Figure(**row[key])
     key = row["build"]
     if key is not None:
-        build = functools.partial(_segmenter, row["name"]) if key == OURS else BUILDERS[key]
-        row["build"] = functools.partial(_evaluating, build)
+        build = functools.partial(BUILDERS[key], row["name"]) if key == OURS else BUILDERS[key]
+        row["build"] = lambda n_cls, image_size: build(n_cls, image_size).eval()
     return Peer(ours=key == OURS, **row)
 
 

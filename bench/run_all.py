@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench import report, results
-from bench.harness import rates
+from bench.harness import rates, row_facts
 from bench.results import ROOT, ResultsError, ResultsFile
 from bench.shapes import Shape
 from bench.shapes import model as model_work
@@ -33,14 +33,12 @@ SHARES = {"gpu": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, 
 def commands(out: Path, device: str, dtype: str, camvid: Path | None) -> dict[str, list[str]]:
     """The command of each step, without its time limit."""
     at = ["--device", device, "--dtype", dtype]
-    bench = ["pytest", "bench", "-q", "--no-header", "-p", "no:cacheprovider", *at]
-    seconds = {"cuda": "0.3", "cpu": "0.5"}[device]
-    timed = [*bench, "--missing", "--row-seconds", seconds, "--results", str(out)]
+    uncached = ["-q", "-p", "no:cacheprovider"]
+    bench = ["pytest", "bench", "--no-header", *uncached, *at]
+    timed = [*bench, "--missing", "--row-seconds", {"cuda": "0.3", "cpu": "0.5"}[device], "--results", str(out)]
     timed += ["--camvid", str(camvid)] if camvid else []
-    if device == "cuda":
-        # Without what takes minutes by itself; every row has a gate of its own besides.
-        chosen = ["-m", "gpu", "-k", "not random and not golden"]
-        gate = ["pytest", "tests/gpu", *chosen, "-q", "-x", "-p", "no:cacheprovider"]
+    if device == "cuda":  # without what takes minutes by itself; every row has a gate of its own besides
+        gate = ["pytest", "tests/gpu", "-m", "gpu", "-k", "not random and not golden", "-x", *uncached]
     else:  # through Triton's interpreter, on tiny inputs
         gate = [*bench, "--benchmark-disable", "-k", "triton"]
     model = ["--model", LONG_MODEL[device], "--patch", str(LONG_PATCH)]
@@ -78,9 +76,8 @@ def add_long_rows(file: ResultsFile, scaling: Path, device: str, dtype: str) -> 
             continue
         median, spread = float(point["ms"]) / 1e3, point["spread_percent"]
         work = model_work(shape, results.DTYPES[dtype].itemsize)
-        info = {"kind": "long", "provider": provider, "row": name, "dtype": dtype, "timing": "wall"}
-        info |= {"model": shape.name, "shape": shape._asdict(), "tokens": shape.tokens}
-        info |= {"flops": work.flops, "bytes": work.bytes, "tflops": work.flops / median / 1e12}
+        info = row_facts("long", provider, name, dtype, work, shape)
+        info |= {"timing": "wall", "tflops": work.flops / median / 1e12}
         info["peak_bytes"] = int(float(point["peak_mib"]) * 2**20) if point["peak_mib"] else None
         if roofs:
             reached = rates(work, None, median, Ceilings(**roofs))

@@ -147,10 +147,13 @@ def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> 
     return run
 
 
+def _pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
 def examples() -> Iterator[np.ndarray]:
     """The photographs in examples/, (H, W, 3) uint8."""
-    for path in sorted((ROOT / "examples").glob("*.jpg")):
-        yield np.asarray(Image.open(path).convert("RGB"))
+    return map(_pixels, sorted((ROOT / "examples").glob("*.jpg")))
 
 
 def camvid_test(camvid: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -159,12 +162,11 @@ def camvid_test(camvid: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarr
     Raises:
         FileNotFoundError: it has no such images.
     """
-    paths = sorted((camvid / "images" / "test").iterdir())[::every] if (camvid / "images" / "test").is_dir() else []
+    paths = sorted((camvid / "images" / "test").glob("*"))[::every]
     if not paths:
         raise FileNotFoundError(f"{camvid} has no pictures in images/test")
     for path in paths:
-        label = camvid / "annotations" / "test" / f"{path.stem}.png"
-        yield np.asarray(Image.open(path).convert("RGB")), np.asarray(Image.open(label))
+        yield _pixels(path), np.asarray(Image.open(camvid / "annotations" / "test" / f"{path.stem}.png"))
 
 
 def quality(run: Labels, exact: Labels, camvid: Path | None, every: int) -> dict[str, float | int | None]:

@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ResultsError as error:
         print(error, file=sys.stderr)
         return 1
-    passed = [step for step in before if step["name"] == "gate" and step["state"] == "done"]
+    passed = [step for step in before if (step["name"], step["state"]) == ("gate", "done")]
     steps += passed or [run("gate", todo["gate"], 0.4 * (end - time.monotonic()), out / "gate.log")]
     content = note()
     if steps[-1]["state"] == OUT_OF_TIME:

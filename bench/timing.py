@@ -37,9 +37,7 @@ Call = Callable[..., Any]
 class Clock:
     """The timer of pytest-benchmark: called before and after each round; the difference is seconds a call.
 
-    Attributes:
-        mode: "wall" (after waiting for the device) or "events" (of CUDA).
-        calls: calls of the measured function in a round.
+    `mode` is "wall" (after waiting for the device) or "events" (of CUDA); a round has `calls` of what is measured.
     """
 
     def __init__(self, mode: str = "wall", calls: int = 1):

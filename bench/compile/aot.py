@@ -34,11 +34,8 @@ _REGISTERS = 65_536  # of an SM, 32 bits each, handed to warps in units of 8 a t
 _SM = {
     "sm_80": (167_936, 2048, 32),
     "sm_86": (102_400, 1536, 16),
-    "sm_89": (102_400, 1536, 24),
-    "sm_90": (233_472, 2048, 32),
-    "sm_100": (233_472, 2048, 32),
-    "sm_103": (233_472, 2048, 32),
-    "sm_120": (102_400, 1536, 24),
+    **dict.fromkeys(("sm_89", "sm_120"), (102_400, 1536, 24)),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103"), (233_472, 2048, 32)),
 }
 
 
@@ -121,17 +118,15 @@ def compile_launch(recorded: Launch, architecture: str) -> Compiled:
     compiled = triton.compile(src, target=target(architecture), options=dict(options))
     has_dot = "tt.dot" in compiled.asm["ttir"]
     if architecture.startswith("gfx"):
-        text, binary = compiled.asm["amdgcn"], compiled.asm["hsaco"]
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
-        spills = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1))
-        names = ("v_mfma",)
+        text, binary, names = compiled.asm["amdgcn"], compiled.asm["hsaco"], ("v_mfma",)
+        fields = (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
+        registers, spills = (int(re.search(field, text)[1]) for field in fields)
     else:
         text, binary = compiled.asm["ptx"], compiled.asm["cubin"]
         registers, spills = resource_usage(binary)
         names = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
     core = next((name for name in names if name in text), "none")
-    # num_warps from the metadata: warp specialisation adds some.
-    metadata = compiled.metadata
+    metadata = compiled.metadata  # whose num_warps counts those that warp specialisation adds
     return Compiled(compiled.name, architecture, registers, spills, metadata.shared, metadata.num_warps, core, has_dot,
                     binary, text, make_backend(target(architecture)).parse_options(dict(options)))  # fmt: skip
 
@@ -157,8 +152,8 @@ def programs_per_sm(compiled: Compiled) -> int:
 def resource_usage(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of local memory) a thread by cuobjdump."""
     output = _tool(str(_TOOLS / "cuobjdump"), ".cubin", cubin, "-res-usage")
-    found = re.search(r"REG:(\d+) STACK:(\d+)", output)
-    return int(found.group(1)), int(found.group(2))
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", output).groups()
+    return int(registers), int(stack)
 
 
 def disassemble(cubin: bytes) -> str:

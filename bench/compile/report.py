@@ -248,8 +248,7 @@ def compile_all(tasks: list[Task], jobs: int) -> list[Kernel]:
             if task not in rows:
                 compile_in_pool([task], 1)
             if task not in rows:
-                error = "does not compile: the compiler's process died"
-                rows[task] = row_of(task.case, task.architecture, error)
+                rows[task] = row_of(task.case, task.architecture, "does not compile: the compiler's process died")
                 progress.update()
     return [rows[task] for task in tasks]
 
@@ -319,9 +318,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows.sort(key=lambda row: (row.op, order[row.architecture], order[row.dtype], row.what))
     print(table(rows))
     failures = [f"{r.op} {r.architecture} {r.dtype} {r.what}: {text}" for r in rows for text in r.failures]
-    for row in rows:
-        if row.gelu_cost is not None:
-            print(f"GELU of {row.dtype} {row.what}: {row.gelu_cost} instructions an element")
+    for row in (row for row in rows if row.gelu_cost is not None):
+        print(f"GELU of {row.dtype} {row.what}: {row.gelu_cost} instructions an element")
     used = versions(args.arch)
     print(about_assemblers())
     print(f"{len(rows)} kernels, {len(failures)} failures, {time.perf_counter() - start:.0f} s; {used}")

@@ -11,6 +11,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import re
 
 import networkx
@@ -61,9 +62,8 @@ class Instruction:
         if self.is_wgmma or self.name.startswith(_NO_RESULT):
             return frozenset()
         for operand in self.operands[:2]:  # SHFL and some others name a predicate first
-            found = re.fullmatch(r"R(\d+)(\.reuse)?", operand)
-            if found:
-                return _span(int(found.group(1)), _result_width(self.name))
+            if found := re.fullmatch(r"R(\d+)(\.reuse)?", operand):
+                return _span(int(found[1]), _result_width(self.name))
             if not re.fullmatch(r"!?U?P[T0-9]+", operand):
                 break
         return frozenset()
@@ -129,11 +129,9 @@ class Program:
     def __init__(self, sass: str):
         self.instructions = _parse(sass)
         ends = len(self.instructions)
-        starts = {0}
+        starts = {0} | {instruction.target for instruction in self.instructions} - {None}
         for i, instruction in enumerate(self.instructions):
-            if instruction.target is not None:
-                starts |= {instruction.target, i + 1}
-            elif instruction.name.startswith(("EXIT", "RET", "BRX")):
+            if instruction.target is not None or instruction.name.startswith(("EXIT", "RET", "BRX")):
                 starts.add(i + 1)
         bounds = [*sorted(start for start in starts if start < ends), ends]
         self._flow = networkx.DiGraph()
@@ -175,8 +173,9 @@ class Program:
 
     def mix(self, loop: Loop | None = None) -> collections.Counter:
         """Number of instructions by name, without modifiers but those that tell a MUFU or a wgmma apart."""
-        indices = range(len(self.instructions)) if loop is None else loop.body
-        return collections.Counter(_short(self.instructions[i]) for i in indices)
+        chosen = self.instructions if loop is None else [self.instructions[i] for i in loop.body]
+        parts = [instruction.name.split(".") for instruction in chosen]
+        return collections.Counter(".".join(p[:2]) if p[0] in ("MUFU", *_WGMMA) else p[0] for p in parts)
 
     def serialised(self, log: str = "") -> list[int]:
         """Indices of the wgmma inside loops that are waited for one by one.
@@ -185,17 +184,13 @@ class Program:
             log: of ptxas. If it warns, every wgmma waited for at once counts. Without a warning only those that go on
                 adding to what the one before them, waited for as well, has added to: one product cut in pieces.
         """
-        warned = bool(_SERIALISED.search(log))
         inside = sorted({i for loop in self.loops for i in loop.body if self.instructions[i].is_wgmma})
         alone = [i for i in inside if self._is_alone(i)]
-        if warned:
+        if _SERIALISED.search(log):
             return alone
-        found = set()
-        for before, after in zip(inside, inside[1:], strict=False):
-            same = self.instructions[before].accumulator == self.instructions[after].accumulator
-            if same and before in alone and after in alone:
-                found |= {before, after}
-        return sorted(found)
+        accumulators = {i: self.instructions[i].accumulator for i in alone}
+        pairs = [pair for pair in itertools.pairwise(inside) if accumulators.keys() >= {*pair}]
+        return sorted({i for a, b in pairs if accumulators[a] == accumulators[b] for i in (a, b)})
 
     def _is_alone(self, index: int) -> bool:
         """Whether this wgmma is a group of its own, and the next thing that happens to it is a wait for all."""
@@ -271,20 +266,15 @@ def _parse(sass: str) -> list[Instruction]:
     lines, labels = [], {}
     for line in sass.splitlines():
         if label := _LABEL.match(line.strip()):
-            labels[label.group(1)] = len(lines)
+            labels[label[1]] = len(lines)
         elif found := _LINE.match(line):
-            lines.append(found.group(1))
+            lines.append(found[1])
     instructions = []
     for text in lines:
         bare = _GUARD.sub("", text)
         name, _, rest = bare.partition(" ")
         target = _TARGET.search(rest) if name.startswith(("BRA", "CALL", "WARPSYNC")) else None
         operands = tuple(part.strip() for part in rest.split(",")) if rest else ()
-        index = labels.get(target.group(1)) if target else None
+        index = labels.get(target[1]) if target else None
         instructions.append(Instruction(text, bare != text, name, operands, index))
     return instructions
-
-
-def _short(instruction: Instruction) -> str:
-    parts = instruction.name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "MUFU" or parts[0] in _WGMMA else parts[0]

@@ -19,18 +19,10 @@ from bench.harness import Harness
 
 # Most telling first: a run that is cut short has these.
 ORDER = (
-    "bench_model",
-    "bench_waterfall",
-    "bench_attention",
-    "bench_attention_backward",
-    "bench_layernorm_mlp",
-    "bench_mask_head",
-    "bench_masks_to_labels",
-    "bench_noise_to_labels",
-    "bench_peers",
-    "bench_loss",
+    "bench_model", "bench_waterfall", "bench_attention", "bench_attention_backward", "bench_layernorm_mlp",
+    "bench_mask_head", "bench_masks_to_labels", "bench_noise_to_labels", "bench_peers", "bench_loss",
     "bench_train_step",
-)
+)  # fmt: skip
 TRAINING = ("bench_loss", "bench_train_step")  # only of shapes that are worth it
 
 

@@ -116,17 +116,22 @@ class Harness:
         pytest.skip(f"{row.name}: {reason}")
 
     def _measure(self, benchmark: Any, row: Row, call: Call) -> None:
-        inputs = self._inputs(call, 0)
-        result, first = self._call(call, inputs)  # compiles and warms up
+        def inputs_of(i: int) -> tuple:
+            torch.manual_seed(i)
+            return call.inputs()
+
+        inputs = inputs_of(0)
+        result, first = timing.timed(lambda: call.fn(*inputs), self.device)  # compiles and warms up
         seconds = first
         # A GPU's first call compiles our kernels too, and the second of torch.compile records its graph.
         more = 2 if self.device.type == "cuda" else 1 if row.compiled or first < timing.SLOW else 0
         for _ in range(more):
-            result, seconds = self._call(call, inputs)
+            result, seconds = timing.timed(lambda: call.fn(*inputs), self.device)
         where = "CPU" if self.device.type == "cpu" else "GPU"  # a group is compared with each other
         benchmark.group = f"{row.kind} {row.shape.id if row.shape else 'all'} {self.short} {where}"
         verdict = self._verdict(call, result, inputs)
-        benchmark.extra_info.update(self._facts(row, call), gate=verdict)
+        facts = row_facts(row.kind, row.provider, row.name, self.short, call.work, row.shape)
+        benchmark.extra_info.update(facts | row.extra, gate=verdict)
         del result
         if row.compiled:
             benchmark.extra_info["compile_seconds"] = round(first - seconds, 2)
@@ -135,7 +140,7 @@ class Harness:
             return
         roofs = self.ceilings
         count = timing.n_sets(timing.tensor_bytes(inputs), results.cache_bytes(self.device), seconds)
-        sets = [inputs, *(self._inputs(call, i) for i in range(1, count))]
+        sets = [inputs, *(inputs_of(i) for i in range(1, count))]
         run, calls, mode = self._round(row, call.fn, sets, seconds)
         timing.CLOCK.reset("wall" if mode == "wall" else "events", calls, self.device)
         rounds = timing.rounds_for(seconds * calls, self.seconds)
@@ -162,16 +167,6 @@ class Harness:
                 raise
         raise providers.Unavailable("its exact result does not fit in memory, so it cannot be checked")
 
-    def _call(self, call: Call, inputs: tuple) -> tuple[Any, float]:
-        start = time.perf_counter()
-        result = call.fn(*inputs)
-        timing.synchronize(self.device)
-        return result, time.perf_counter() - start
-
-    def _inputs(self, call: Call, i: int) -> tuple:
-        torch.manual_seed(i)
-        return call.inputs()
-
     def _round(self, row: Row, fn: Callable, sets: Sequence[tuple], seconds: float) -> tuple[Callable, int, str]:
         """What a round runs, the number of calls in it, and how that is called in the results."""
         whole = row.images is not None
@@ -190,9 +185,6 @@ class Harness:
             except RuntimeError:
                 pytest.exit(f"{row.name}: a failed capture left torch unusable ({error}); run again with --missing", 3)
             return run, len(sets), "events"
-
-    def _facts(self, row: Row, call: Call) -> dict[str, Any]:
-        return row_facts(row.kind, row.provider, row.name, self.short, call.work, row.shape) | row.extra
 
 
 def row_facts(kind: str, provider: str, name: str, dtype: str, work: Work, shape: Shape | None) -> dict[str, Any]:

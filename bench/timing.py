@@ -121,13 +121,18 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, up to the end of the device's work."""
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """(result, seconds) of one call, up to the end of the device's work."""
     synchronize(device)
     start = time.perf_counter()
-    run()
+    result = run()
     synchronize(device)
-    return time.perf_counter() - start
+    return result, time.perf_counter() - start
+
+
+def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, up to the end of the device's work."""
+    return timed(run, device)[1]
 
 
 def rounds_for(seconds: float, budget: float) -> int:

@@ -65,9 +65,7 @@ def why_not(adds: str, device: torch.device) -> str | None:
         return "this processor has no bfloat16 instructions; what follows stays in float32"
     if adds in KERNELS and adds != "labels":  # which there is in plain PyTorch too
         return "our kernels need a GPU" if device.type == "cpu" else why_not_on(device.type, device.index)
-    if adds == "graph" and device.type != "cuda":
-        return "CUDA graphs need a GPU"
-    return None
+    return "CUDA graphs need a GPU" if adds == "graph" and device.type != "cuda" else None
 
 
 def features(index: int, device: torch.device) -> frozenset[str]:
@@ -171,13 +169,11 @@ def camvid_test(camvid: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarr
 
 def quality(run: Labels, exact: Labels, camvid: Path | None, every: int) -> dict[str, float | int | None]:
     """How a step labels: the share of pixels labelled as by the first step, and mIoU in percent if CamVid is there."""
-    same, total, matrix, n = 0, 0, ConfusionMatrix(11), 0
-    for pixels in examples():
-        agree = run(pixels) == exact(pixels)
-        same, total = same + int(agree.sum()), total + agree.numel()
-    if camvid is not None:
-        for pixels, label in camvid_test(camvid, every):
-            matrix.update(run(pixels).numpy(), np.where(label >= 11, 255, label))
-            n += 1
+    pairs = [(run(pixels), exact(pixels)) for pixels in examples()]
+    agreement = torch.cat([(found == expected).flatten() for found, expected in pairs]).double().mean().item()
+    matrix, n = ConfusionMatrix(11), 0
+    for pixels, label in camvid_test(camvid, every) if camvid is not None else ():
+        matrix.update(run(pixels).numpy(), np.where(label >= 11, 255, label))
+        n += 1
     miou = round(100 * float(matrix.scores()["mIoU"]), 2) if n else None
-    return {"agreement": same / total, "miou": miou, "miou_pictures": n}
+    return {"agreement": agreement, "miou": miou, "miou_pictures": n}

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -74,13 +75,9 @@ def rows_of(case: Case, architecture: str) -> list[Row]:
         found.append(look_up(*args, **sizes))
         return found[-1]
 
-    configs.look_up = noting
     configs.mlp.cache_clear()
-    try:
-        with aot.recording(architecture):
-            case.run()
-    finally:
-        configs.look_up = look_up
+    with aot.recording(architecture), mock.patch.object(configs, "look_up", noting):
+        case.run()
     return found
 
 

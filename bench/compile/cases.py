@@ -159,9 +159,6 @@ def _mask_cases(add: Callable[..., None]) -> None:
         for n_cls in CLASSES:
             add(patch == 16 or (n_cls == 150 and patch != 14), "upsample_argmax", "bf16", patch=patch, n_cls=n_cls)
             add(False, "upsample_argmax", "fp16 fp32", patch=patch, n_cls=n_cls)
-    for score in ("probability", "margin"):
-        add(True, "upsample_argmax", "bf16", n_cls=150, score=score)
-        add(False, "upsample_argmax", "fp16 fp32", n_cls=150, score=score)
     add(ARCHITECTURES, "windows_argmax", "bf16", n_cls=150)
     add(False, "windows_argmax", "fp16 fp32", n_cls=150)
 
@@ -211,8 +208,8 @@ def _mask_head(dtype: torch.dtype, n_cls: int, d: int = 768, batch: int = 2) -> 
     mask_head(tokens[:, :1024], tokens[:, 1024:], proj, proj, norm, norm)
 
 
-def _labels(dtype: torch.dtype, n_cls: int, patch: int = 16, score: str | None = None) -> None:
-    upsample_argmax(torch.empty(2, -(-640 // patch), -(-640 // patch), n_cls, dtype=dtype), (640, 640), None, score)
+def _labels(dtype: torch.dtype, n_cls: int, patch: int = 16) -> None:
+    upsample_argmax(torch.empty(2, -(-640 // patch), -(-640 // patch), n_cls, dtype=dtype), (640, 640))
 
 
 def _pixels(dtype: torch.dtype, batch: int = 32, side: int = 512, patch: int = 16, d: int = 768, stream="") -> None:

@@ -1,6 +1,6 @@
 """Other segmentation models beside ours, in one run: the rows of the paper's poster, and today's. Random weights.
 
-Every model runs in the session's type, channels last, as its library gives it; scores are resized to the picture and
+Every model runs in the session's type, channels last, as its library gives it; scores are resized to the image and
 the best class is taken, alike for all. Ours run as `impl="auto"` would run them here.
 """
 
@@ -8,13 +8,11 @@ import pytest
 import torch
 
 from bench import gate, models, peers, profiling, providers
-from bench.harness import Row
+from bench.harness import Call, Row
 from bench.shapes import Work
 
 N_CLS = 150
-GPU_BATCH, CPU_SHRINK = 8, 2  # a CPU gets one picture of half the side at a time
-
-
+GPU_BATCH, CPU_SHRINK = 8, 2  # a CPU gets one image of half the side at a time
 SMOKE_PEERS = ("DeepLabv3+ ResNet-101", "Seg-B†/16 DeiT-B/16")  # the others are built by tests/bench/test_peers.py
 
 
@@ -80,9 +78,9 @@ class Ours:
 def _published(peer):
     figures = {"ss": peer.miou_ss, "ms": peer.miou_ms, "im_s": peer.images_per_second, "params_m": peer.parameters}
     found = {key: figure and figure.value for key, figure in figures.items()}
-    speed = peer.images_per_second
-    sources = sorted({figure.source for figure in figures.values() if figure})  # keys of peers.SOURCES
-    return {**found, "gpu": speed.gpu if speed else None, "source": ", ".join(sources), "crop": peer.crop}
+    found["gpu"] = peer.images_per_second and peer.images_per_second.gpu
+    found["source"] = ", ".join(sorted({figure.source for figure in figures.values() if figure}))  # of peers.SOURCES
+    return found | {"crop": peer.crop}
 
 
 @pytest.fixture(autouse=True)
@@ -113,18 +111,6 @@ def bench_peers(benchmark, harness, row):
         model = (Ours if peer.ours else Theirs)(peer, size, harness.device, harness.dtype)
         extra["parameters"] = model.parameters
         work = Work(model.flops * batch, model.parameters * harness.dtype.itemsize + 4 * batch * size**2)
-        return Row(
-            "peers",
-            peer.id,
-            None,
-            model.labels,
-            inputs,
-            lambda labels, first: model.check(labels, *first),
-            work,
-            f"peers-{peer.id}",
-            pictures=batch,
-            whole=True,
-            extra=extra,
-        )
+        return Call(model.labels, inputs, lambda labels, first: model.check(labels, *first), work)
 
-    harness.run(benchmark, "peers", peer.id, None, f"peers-{peer.id}", build, extra)
+    harness.run(benchmark, Row("peers", peer.id, None, f"peers-{peer.id}", build, images=batch, extra=extra))

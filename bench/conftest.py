@@ -6,6 +6,7 @@ pytest bench --benchmark-disable               smoke test: every provider once o
 pytest bench --results DIR                     also keeps the rows in DIR/<device>_<torch>_<triton>_<dtype>.json
 """
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -13,28 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import machine, shapes, timing
+from bench import results, shapes, timing
 from bench.harness import Harness
-from bench.results_file import ResultsError, ResultsFile
 
 # Most telling first: a run that is cut short has these.
 ORDER = (
-    "bench_model",
-    "bench_waterfall",
-    "bench_attention",
-    "bench_layernorm_mlp",
-    "bench_mask_head",
-    "bench_labels",
-    "bench_peers",
-    "bench_loss",
+    "bench_model", "bench_waterfall", "bench_attention", "bench_attention_backward", "bench_layernorm_mlp",
+    "bench_mask_head", "bench_masks_to_labels", "bench_noise_to_labels", "bench_peers", "bench_loss",
     "bench_train_step",
-)
+)  # fmt: skip
+TRAINING = ("bench_loss", "bench_train_step")  # only of shapes that are worth it
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("segmenter's benchmark")
     group.addoption("--sweep", choices=shapes.SWEEPS, help="default: core; smoke with --benchmark-disable")
-    group.addoption("--dtype", choices=machine.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    group.addoption("--dtype", choices=results.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     group.addoption("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     group.addoption("--results", type=Path, metavar="DIR", help="folder of the results file")
     group.addoption("--missing", action="store_true", help="only rows that the results file does not hold yet")
@@ -53,7 +48,7 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels: there they can only be interpreted
     config.option.device = device
     config.option.sweep = config.option.sweep or ("smoke" if smoke else "core")
-    config.option.dtype = machine.DTYPES[config.option.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    config.option.dtype = results.DTYPES[config.option.dtype or ("bf16" if device.type == "cuda" else "fp32")]
 
 
 def pytest_generate_tests(metafunc):
@@ -61,7 +56,7 @@ def pytest_generate_tests(metafunc):
         return
     option = metafunc.config.option
     chosen = shapes.sweep(option.sweep, option.device.type == "cuda")
-    if getattr(metafunc.module, "TRAINING", False):
+    if metafunc.function.__name__ in TRAINING:
         chosen = [shape for shape in chosen if shapes.trainable(shape, option.device.type == "cuda")]
     metafunc.parametrize("shape", chosen, ids=[shape.id for shape in chosen])
 
@@ -72,10 +67,9 @@ def pytest_collection_modifyitems(config, items):
 
     def rank(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        module = item.module.__name__.rpartition(".")[2]
-        order = ORDER.index(module) if module in ORDER else len(ORDER)
+        order = ORDER.index(item.originalname) if item.originalname in ORDER else len(ORDER)
         compiled = params.get("provider") == "compile"
-        whole = module in ("bench_model", "bench_train_step")  # a minute to compile
+        whole = item.originalname in ("bench_model", "bench_train_step")  # a minute to compile
         return (params.get("shape", core[0]) not in core, compiled and whole, order, compiled)
 
     items[:] = sorted((item for item in items if item.path.parent.name == "bench"), key=rank)
@@ -87,36 +81,20 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def harness(request):
     option = request.config.option
-    results = None
-    if option.results is not None:
-        path = option.results / machine.results_name(option.device, option.dtype)
-        try:
-            results = ResultsFile(path, machine.facts(option.device))
-        except ResultsError as error:
-            pytest.exit(str(error), returncode=4)
-    smoke = option.benchmark_disable
-    known = results.names() if results is not None and option.missing else frozenset()
-    return Harness(option.device, option.dtype, smoke, results, option.row_seconds, option.deadline, known)
-
-
-@pytest.fixture(scope="session")
-def camvid(request):
-    return request.config.option.camvid
-
-
-@pytest.fixture(autouse=True)
-def one_row_at_a_time(harness):
-    """A row that raised leaves the clock half used and memory held; neither may reach the next one."""
-    timing.CLOCK.reset()
-    if time.time() < harness.deadline:
-        timing.release(harness.device)
-    yield
-    timing.CLOCK.reset()
+    gc.freeze()  # what imports made stays, so the collection before each row need not look at it
+    path = option.results and option.results / results.results_name(option.device, option.dtype)
+    try:
+        file = path and results.ResultsFile(path, results.facts(option.device))
+    except results.ResultsError as error:
+        pytest.exit(str(error), returncode=4)
+    known = file.names() if file is not None and option.missing else frozenset()
+    limits = option.row_seconds, option.deadline
+    return Harness(option.device, option.dtype, option.benchmark_disable, file, *limits, known)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.pop("node", None)  # the host's name is nobody's business
-    machine_info.update(machine.facts(config.option.device))
+    machine_info.update(results.facts(config.option.device))
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
@@ -126,5 +104,5 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 def pytest_report_header(config):
     option = config.option
     ends = "" if option.deadline == float("inf") else time.strftime(", until %H:%M:%S", time.localtime(option.deadline))
-    what = f"{machine.device_name(option.device)}, {machine.SHORT[option.dtype]}, {option.sweep} sweep"
+    what = f"{results.device_name(option.device)}, {results.SHORT[option.dtype]}, {option.sweep} sweep"
     return f"segmenter bench: {what}{ends}"

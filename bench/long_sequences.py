@@ -1,6 +1,6 @@
-"""Time and peak memory of a model as its pictures grow, up to where a provider runs out of memory.
+"""Time, peak memory and attention's share as a model's images grow, up to where a provider runs out of memory.
 
-What runs is the network, from a normalised picture to low-resolution masks, and the labels. "triton" takes labels
+What runs is the network, from a normalised image to low-resolution masks, and the labels. "triton" takes labels
 without full-resolution logits; eager, sdpa and compile go by way of these, as everybody does. No provider runs as a
 CUDA graph here, so launches are in every time.
 """
@@ -34,23 +34,26 @@ class Point(NamedTuple):
     """One provider at one length.
 
     Attributes:
-        tokens: of the encoder, CLS included. size: side of the square picture in pixels.
+        tokens: of the encoder, CLS included. size: side of the square image in pixels.
         seconds: median of a call. spread: half the distance of its quartiles, relative to the median; None if there
-            were too few rounds. peak_bytes: beyond the loaded model and the picture; None where it cannot be seen.
+            were too few rounds. peak_bytes: beyond the loaded model and the image; None where it cannot be seen.
+        attention: share of the time between qkv and its output, of all layers; None for a compiled
+            program, and where peak memory cannot be seen.
         reason: "" if measured, else why not: OUT_OF_MEMORY, "not run: ...", "failed: ...".
     """
 
     tokens: int
     provider: str
     size: int
-    seconds: float | None
-    spread: float | None
-    peak_bytes: int | None
-    reason: str
+    seconds: float | None = None
+    spread: float | None = None
+    peak_bytes: int | None = None
+    attention: float | None = None
+    reason: str = ""
 
 
 def sizes_for(tokens: Sequence[int], patch: int) -> list[int]:
-    """Sides in pixels of the square pictures that have so many tokens, CLS included.
+    """Sides in pixels of the square images that have so many tokens, CLS included.
 
     Raises:
         ValueError: a number is no square and one.
@@ -94,14 +97,11 @@ def scaling(
             try:
                 last = _measure(shape, provider, device, dtype, memory_share)
             except (RuntimeError, MemoryError) as error:
-                reason = OUT_OF_MEMORY if timing.out_of_memory(error) else f"failed: {first_line(error)}"
+                reason = why_failed(error)
                 stopped = f"not run: {reason} at {shape.tokens} tokens"
             finally:
                 timing.release(device)
-        if reason:
-            yield Point(shape.tokens, provider, size, None, None, None, reason)
-        else:
-            yield last.point
+        yield Point(shape.tokens, provider, size, reason=reason) if reason else last.point
 
 
 class _Measured(NamedTuple):
@@ -121,32 +121,51 @@ def _over_budget(shape: Shape, last: _Measured | None, seconds_left: float) -> s
 
 def _measure(shape: Shape, provider: str, device: torch.device, dtype: torch.dtype, memory_share: float) -> _Measured:
     start = time.perf_counter()
-    im, model = picture(shape, device, dtype), build(shape, device, dtype)
+    im, model = image(shape, device, dtype), build(shape, device, dtype)
+    watch = Stopwatch(device)
+    regions = Regions(watch) if provider != "compile" else None
     with limited_memory(device, memory_share), torch.no_grad():
         run = network(model, provider)
-        seconds = [_seconds(run, im, device)]
-        peak = timing.peak_bytes(lambda: seconds.append(_seconds(run, im, device)), device)
+        seconds = [timing.wall_seconds(lambda: run(im), device)]
+        with regions.of(model) if regions else contextlib.nullcontext():
+            peak = timing.peak_bytes(lambda: seconds.append(timing.wall_seconds(lambda: run(im), device)), device)
+        seen = regions and len(seconds) > 1  # no call where peak memory cannot be seen
+        share = watch.seconds(".attn") / seconds[1] if seen else None
         setup = time.perf_counter() - start - 2 * min(seconds)
-        rounds = max(1, min(MOST_ROUNDS, int(ROUND_SECONDS / seconds[-1])))
-        times = [_seconds(run, im, device) for _ in range(rounds)]
-    point = Point(shape.tokens, provider, shape.size, statistics.median(times), timing.spread(times), peak, "")
-    return _Measured(point, max(setup, 0.0))
+        times = wall_times(lambda: run(im), device, seconds[-1])
+    median, spread = statistics.median(times), timing.spread(times)
+    return _Measured(Point(shape.tokens, provider, shape.size, median, spread, peak, share), max(setup, 0.0))
 
 
-def _seconds(run: Network, im: torch.Tensor, device: torch.device) -> float:
-    timing.synchronize(device)
-    start = time.perf_counter()
-    run(im)
-    timing.synchronize(device)
-    return time.perf_counter() - start
-
-
-def wall_times(run: Network, im: torch.Tensor, device: torch.device) -> list[float]:
+def wall_times(run: Callable[[], Any], device: torch.device, expected: float) -> list[float]:
     """Seconds of calls of a function that has warmed up: about ROUND_SECONDS of them, at least one."""
-    times = [_seconds(run, im, device)]
-    for _ in range(min(MOST_ROUNDS, int(ROUND_SECONDS / times[0])) - 1):
-        times.append(_seconds(run, im, device))
-    return times
+    rounds = max(1, min(MOST_ROUNDS, int(ROUND_SECONDS / expected)))
+    return [timing.wall_seconds(run, device) for _ in range(rounds)]
+
+
+class Stopwatch:
+    """Scopes for `Regions` that take the time: the host's, on a GPU that of its stream."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu, self._spans = device.type == "cuda", []
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._spans.append((name, start, self._now()))
+
+    def seconds(self, ending: str) -> float:
+        """Of all regions whose names end so; the device must have finished."""
+        chosen = [(start, end) for name, start, end in self._spans if name.endswith(ending)]
+        return sum(start.elapsed_time(end) / 1e3 if self._on_gpu else end - start for start, end in chosen)
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,8 +177,8 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> torch.nn.Mo
     return copy.deepcopy(models.build(shape, device)).to(dtype)
 
 
-def picture(shape: Shape, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Normalised random pictures (B, 3, H, W): what is in them changes no time."""
+def image(shape: Shape, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Normalised random images (B, 3, H, W): what is in them changes no time."""
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(shape.batch, 3, shape.size, shape.size, device=device, generator=generator).to(dtype)
 
@@ -170,7 +189,7 @@ def network(
     regions: Regions | None = None,
     compile_options: dict[str, Any] | None = None,
 ) -> Network:
-    """The provider's way from a normalised picture (B, 3, H, W) to labels (B, H, W) uint8. Sets the model's operators.
+    """The provider's way from a normalised image (B, 3, H, W) to labels (B, H, W) uint8. Sets the model's operators.
 
     Args:
         regions: where the parts are opened as regions; the caller opens those of the model itself.
@@ -219,9 +238,11 @@ def rounded(seconds: float) -> str:
     return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:,.0f}"
 
 
-def first_line(error: BaseException) -> str:
-    """For tables."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def why_failed(error: BaseException) -> str:
+    """One line, for tables."""
+    if timing.out_of_memory(error):
+        return OUT_OF_MEMORY
+    return f"failed: {(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
 
 
 @contextlib.contextmanager
@@ -252,7 +273,8 @@ def limited_memory(device: torch.device, share: float = MEMORY_SHARE) -> Iterato
 
 def _available_bytes() -> int:
     """What Linux would give without swapping, and what a container's limit leaves of it."""
-    found = [int(kib) * 1024 for kib in _meminfo("MemAvailable")]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
@@ -260,8 +282,3 @@ def _available_bytes() -> int:
     if not found:
         raise OSError("/proc/meminfo has no MemAvailable")
     return min(found)
-
-
-def _meminfo(field: str) -> list[str]:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return [line.split()[1] for line in lines if line.startswith(field)]

@@ -1,10 +1,9 @@
-"""Whole models as they are timed: from uint8 pictures on the device to labels, and one training step."""
+"""Whole models as they are timed: from uint8 images on the device to labels, and one training step."""
 
 import copy
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from PIL import Image
 
 from bench import gate, providers
 from bench.operations import full_labels, labels_by, segmentation_loss, upsampled
+from bench.results import ROOT
 from bench.shapes import Shape
 from segmenter.config import preset
 from segmenter.inference import pruned_argmax
@@ -20,7 +20,6 @@ from segmenter.model import Segmenter, create_segmenter
 from segmenter.ops import EAGER, Operators
 from segmenter.weights.load import from_pretrained
 
-ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "examples" / "camvid-seg-s-mask-16"
 STEP_PROVIDERS = tuple(name for name in providers.PROVIDERS if name != "sdpa-math")  # which is eager by another name
 MODEL_PROVIDERS = (*STEP_PROVIDERS, "pruned")
@@ -42,17 +41,12 @@ def build(shape: Shape, device: torch.device) -> Segmenter:
         return create_segmenter(config, impl="eager").eval()
 
 
-def picture(size: int | None = None) -> np.ndarray:
-    """The street photograph of examples/, uint8 (H, W, 3), resized to a square of `size` unless that is None."""
-    image = Image.open(ROOT / "examples" / "street.jpg").convert("RGB")
-    return np.asarray(image if size is None else image.resize((size, size), Image.BICUBIC))
-
-
-def pictures(shape: Shape, device: torch.device) -> torch.Tensor:
-    """A batch (B, H, W, 3) uint8: the photograph, cyclically moved sideways so that no two are alike."""
-    photograph = torch.from_numpy(picture(shape.size).copy())
+def images(shape: Shape, device: torch.device) -> torch.Tensor:
+    """A batch (B, H, W, 3) uint8: the street photograph of examples/, moved sideways so that no two are alike."""
+    photograph = Image.open(ROOT / "examples" / "street.jpg").convert("RGB")
+    pixels = torch.from_numpy(np.array(photograph.resize((shape.size, shape.size), Image.BICUBIC)))
     shifts = torch.randint(0, shape.size, (shape.batch,)).tolist()
-    return torch.stack([photograph.roll(shift, dims=1) for shift in shifts]).to(device)
+    return torch.stack([pixels.roll(shift, dims=1) for shift in shifts]).to(device)
 
 
 class Normalize:
@@ -77,12 +71,7 @@ def set_operators(model: torch.nn.Module, ops: Operators) -> None:
 
 
 def pixels_to_labels(
-    model: Segmenter,
-    ops: Operators,
-    dtype: torch.dtype,
-    tail: str,
-    compiled: bool = False,
-    from_bytes: bool = False,
+    model: Segmenter, ops: Operators, dtype: torch.dtype, tail: str, compiled: bool = False, from_bytes: bool = False
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A way from pixels (B, H, W, 3) uint8 to labels (B, H, W) uint8, with a copy of the model in `dtype`.
 
@@ -110,14 +99,11 @@ def pixels_to_labels(
 
 def labels_of(model: Segmenter, provider: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     """The provider's way from pixels to labels. "pruned" is what `impl="auto"` does without a GPU."""
-    if provider == "pruned":
-        return pixels_to_labels(model, EAGER, dtype, "labels", from_bytes=True)
-    if provider == "compile":
-        return pixels_to_labels(model, EAGER, dtype, "logits", compiled=True)
     if provider in providers.BACKENDS:  # held once for the whole call, not in every layer
         return providers.with_backend(provider, pixels_to_labels(model, EAGER, dtype, "logits"))
-    tail, ours = {"eager": "softmax", "triton": "labels"}.get(provider, "logits"), provider == "triton"
-    return pixels_to_labels(model, providers.operators(provider), dtype, tail, from_bytes=ours)
+    ops = EAGER if provider in ("pruned", "compile") else providers.operators(provider)
+    tail = {"eager": "softmax", "triton": "labels", "pruned": "labels"}.get(provider, "logits")
+    return pixels_to_labels(model, ops, dtype, tail, compiled=provider == "compile", from_bytes=tail == "labels")
 
 
 @torch.inference_mode()
@@ -125,10 +111,10 @@ def exact_scores(model: Segmenter, pixels: torch.Tensor) -> torch.Tensor:
     """Full-resolution float32 logits (B, K, H, W) by the published order of work, float32 products in full."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # the patch embedding is a convolution
     try:
-        normalize = Normalize(model.info.normalization, torch.float32, pixels.device)
-        no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # the patch embedding is a convolution
         with providers.using(model, providers.PUBLISHED), no_tf32:
+            normalize = Normalize(model.info.normalization, torch.float32, pixels.device)
             return upsampled(model.masks(normalize(pixels)), model.patch_size)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -140,9 +126,9 @@ LABEL_FLOOR = {torch.float32: 1e-4, torch.bfloat16: 2**-8, torch.float16: 2**-11
 
 @functools.lru_cache(1)
 def _judged(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(first picture of the batch, its exact scores, its labels by eager PyTorch in `dtype`)."""
+    """(first image of the batch, its exact scores, its labels by eager PyTorch in `dtype`)."""
     torch.manual_seed(0)
-    pixels = pictures(shape, device)[:1]
+    pixels = images(shape, device)[:1]
     model = build(shape, device)
     return pixels, exact_scores(model, pixels), labels_of(model, "eager", dtype)(pixels)
 
@@ -150,16 +136,16 @@ def _judged(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[tor
 def check_labels(
     shape: Shape, provider: str, labels: torch.Tensor, pixels: torch.Tensor, dtype: torch.dtype
 ) -> tuple[str, float]:
-    """(how right the first picture's labels are, share of its pixels with the exact labels).
+    """(how right the first image's labels are, share of its pixels with the exact labels).
 
     Args:
-        labels, pixels: of the batch that `pictures` makes first.
+        labels, pixels: of the batch that `images` makes first.
     Raises:
         GateError: a pixel's class is clearly not the best.
     """
     first, scores, eager = _judged(shape, pixels.device, dtype)
     if not torch.equal(first, pixels[:1]):
-        raise ValueError("the pictures are not those that the exact scores belong to")
+        raise ValueError("the images are not those that the exact scores belong to")
     verdict = gate.check_labels(provider, labels[:1], scores, eager, LABEL_FLOOR[dtype])
     return verdict, (labels[:1].long() == scores.argmax(1)).double().mean().item()
 
@@ -182,12 +168,9 @@ class TrainStep:
             self.model.double()
         set_operators(self.model, providers.operators(provider))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE, momentum=0.9)
-        self.loss = self._loss
+        self.loss = lambda im, target: segmentation_loss(self.model.masks(im), target, self.model.patch_size)
         if provider == "compile":
-            self.loss = torch.compile(self._loss, mode="max-autotune", dynamic=False)
-
-    def _loss(self, im: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return segmentation_loss(self.model.masks(im), target, self.model.patch_size)
+            self.loss = torch.compile(self.loss, mode="max-autotune", dynamic=False)
 
     def backward(self, im: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss, with gradients in the parameters."""
@@ -205,7 +188,7 @@ class TrainStep:
 
 
 def check_gradients(model: Segmenter, provider: str, im: torch.Tensor, target: torch.Tensor, dtype: torch.dtype) -> str:
-    """Compares gradients without dropout, of the first weights and of the last, for the first picture of the batch.
+    """Compares gradients without dropout, of the first weights and of the last, for the first image of the batch.
 
     Raises:
         GateError: one is further from float64's than eager's of the same type allows. Through a whole network rounding
@@ -216,8 +199,7 @@ def check_gradients(model: Segmenter, provider: str, im: torch.Tensor, target: t
         step = TrainStep(model, name, kind)
         step.model.eval()
         step.backward(im[:1], target[:1])
-        last = getattr(step.model.decoder, "proj_patch", None)
-        last = step.model.decoder.head.weight if last is None else last
+        decoder = step.model.decoder
+        last = decoder.proj_patch if hasattr(decoder, "proj_patch") else decoder.head.weight
         found.append((step.model.encoder.patch_embed.proj.weight.grad.flatten(1), last.grad))
-    verdicts = [gate.check(provider, *tensors, max_ratio=4.0) for tensors in zip(*found, strict=True)]
-    return "; ".join(verdicts)
+    return "; ".join(gate.check(provider, *tensors, max_ratio=4.0) for tensors in zip(*found, strict=True))

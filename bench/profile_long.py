@@ -1,13 +1,14 @@
-"""Profiles a model on long sequences: which operators, regions and kernels take the time, memory over time, scaling.
+"""Profiles a model on long sequences: where the time goes by part, operator and kernel; memory; how both grow.
 
-python -m bench.profile_long --patch 8 --size 1024 --out DIR        one picture of 16,385 tokens, five providers
-python -m bench.profile_long --device cpu --out DIR                 a small model and small pictures, two minutes
+python -m bench.profile_long --patch 8 --size 1024 --out DIR        one image of 16,385 tokens, five providers
+python -m bench.profile_long --device cpu --out DIR                 a small model and small images, two minutes
 python -m bench.profile_long --profiler proton --out DIR            Triton's profiler instead of torch's; CUDA only
 
-DIR gets for each provider kernels_*.csv (operators against measured ceilings), regions_*.csv (the model's own names),
-trace_*.json.gz (for chrome://tracing or ui.perfetto.dev) and on CUDA device_kernels_*.csv, memory_*.pickle and
-memory_*.html (pytorch.org/memory_viz; the page loads its viewer from the network); for all together roofline.png,
-memory.png, scaling.csv, scaling.png, summary.md and report.html, which needs nothing else.
+DIR gets for each provider regions_*.csv (the model's own names: time against measured ceilings, peak memory),
+kernels_*.csv (torch.profiler's table of operators), trace_*.json.gz (for chrome://tracing or ui.perfetto.dev) and on
+CUDA device_kernels_*.csv, memory_*.pickle and memory_*.html (pytorch.org/memory_viz; the page loads its viewer from the
+network); for all together roofline.png, memory.png, scaling.csv, scaling.png, summary.md and report.html, which needs
+nothing else.
 
 What runs is the network and the labels; "triton" takes labels without full-resolution logits, the others by these.
 A trace and a snapshot hold function names and a snapshot the paths of source files: look before you publish them.
@@ -15,11 +16,10 @@ A trace and a snapshot hold function names and a snapshot the paths of source fi
 
 import argparse
 import contextlib
-import csv
 import gzip
-import io
 import json
 import os
+import pickle
 import statistics
 import sys
 import tempfile
@@ -31,16 +31,19 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from bench import ceilings, long_sequences, machine, profile_report, profiling, providers, timing, traces
-from bench.ceilings import Ceilings
+from bench import long_sequences, profile_report, profiling, providers, results, timing
+from bench import profile_tables as tables
 from bench.long_sequences import Point
-from bench.profiling import Profile, Regions
+from bench.profile_tables import FORWARD, Profile, csv_text
+from bench.profiling import Regions
 from bench.shapes import WIDTHS, Shape, forward_flops
+from segmenter.files import write_atomically, write_text
 
 QUICK = 1.0  # seconds: a forward below it is profiled several times
 FORWARDS = 3
 SCALING_SHARE = 0.55  # of the time; it goes first, what is left is for the profiles
 SNAPSHOT_ENTRIES = 200_000
+FILES = {"regions": "regions", "operators": "kernels", "kernels": "device_kernels"}
 
 
 class Defaults(NamedTuple):
@@ -75,7 +78,7 @@ class Setting(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     profiler: str
-    roofs: Ceilings
+    roofs: timing.Ceilings
     deadline: float
     out: Path
 
@@ -104,26 +107,28 @@ def profile(provider: str, setting: Setting, cost: float = 0.0) -> Profile:
         with long_sequences.limited_memory(setting.device), torch.no_grad():
             return _profile(provider, setting)
     except (RuntimeError, MemoryError) as error:
-        failed = timing.out_of_memory(error)
-        reason = long_sequences.OUT_OF_MEMORY if failed else f"failed: {long_sequences.first_line(error)}"
+        return Profile(provider, long_sequences.why_failed(error))
     finally:
         timing.release(setting.device)
-    return Profile(provider, reason)
 
 
 def _profile(provider: str, setting: Setting) -> Profile:
-    found = Profile(provider)
-    device, compiled = setting.device, provider == "compile"
-    im = long_sequences.picture(setting.shape, device, setting.dtype)
+    found, compiled = Profile(provider), provider == "compile"
+    device, by_proton = setting.device, setting.profiler == "proton"
+    im = long_sequences.image(setting.shape, device, setting.dtype)
     model = long_sequences.build(setting.shape, device, setting.dtype)
-    regions = Regions(_proton().scope if setting.profiler == "proton" else torch.profiler.record_function)
+    regions = Regions(_proton().scope if by_proton else torch.profiler.record_function)
     # Without this, generated CPU kernels are no events of the profiler.
     options = {"cpp.enable_kernel_profile": True} if device.type == "cpu" else None
     run = long_sequences.network(model, provider, regions, options)
     counter = profiling.Counter(lambda: regions.current)
-    start = time.perf_counter()
-    if compiled:
+
+    def forward() -> None:
         run(im)
+        timing.synchronize(device)
+
+    if compiled:
+        first = timing.wall_seconds(forward, device)
         found.notes.append(
             "Fused kernels compute several operators at once: their operations and bytes are unknown, their columns"
             " empty. There is one region, because compiled code knows no modules. What the program says is not always"
@@ -131,94 +136,71 @@ def _profile(provider: str, setting: Setting) -> Profile:
         )
     else:
         with regions.of(model), counter:
-            run(im)
-    timing.synchronize(device)
-    first = time.perf_counter() - start
-    found.seconds = statistics.median(long_sequences.wall_times(run, im, device))
+            first = timing.wall_seconds(forward, device)
+    found.seconds = statistics.median(long_sequences.wall_times(forward, device, first))
     forwards = FORWARDS if found.seconds < QUICK else 1
-
-    def forward() -> None:
-        run(im)
-        timing.synchronize(device)
-
     with contextlib.nullcontext() if compiled else regions.of(model):
-        take = _proton_trace if setting.profiler == "proton" else _torch_trace
-        trace = take(forward, forwards, first < QUICK or compiled, regions, counter, provider, setting)
-    _tables(found, trace, forwards, counter.found, setting)
+        if by_proton:
+            seconds = _by_proton(forward, forwards, regions, found, setting)
+        else:
+            warm_up = first < QUICK or compiled  # the first launches under a profiler are slow
+            seconds = _by_torch(forward, forwards, warm_up, regions, found, setting)
+    found.regions = tables.region_lines(seconds, counter.found, found.region_peaks(), forwards, setting.roofs)
+    for name in ("regions", "operators", "kernels"):
+        if lines := getattr(found, name):
+            write_text(setting.out / f"{FILES[name]}_{provider}.csv", csv_text(lines))
     if device.type == "cuda":
         memory_snapshot(forward, provider, setting.out)
     return found
 
 
-def _tables(found: Profile, trace: traces.Trace, forwards: int, counted: dict, setting: Setting) -> None:
-    """Fills the profile from the trace and writes its tables."""
-    on_device, by_kernel = setting.device.type == "cuda", setting.profiler == "proton"
-    found.operators = profiling.operator_rows(trace, {} if by_kernel else counted, forwards, on_device)
-    found.regions = profiling.region_rows(found.operators, profiling.region_work(counted) if by_kernel else None)
-    found.memory, found.stretches = trace.memory, trace.stretches
-    if trace.forwards:
-        found.profiled_seconds = statistics.fmean(trace.forwards)
-    provider = found.provider
-    _write(setting.out / f"kernels_{provider}.csv", profiling.csv_text(found.operators, setting.roofs))
-    _write(setting.out / f"regions_{provider}.csv", profiling.csv_text(found.regions, setting.roofs))
-    if on_device:
-        found.kernels = profiling.kernel_rows(trace, forwards)
-        _write(setting.out / f"device_kernels_{provider}.csv", profiling.kernels_csv_text(found.kernels))
-    if by_kernel:
-        found.notes.append("Proton sees kernels: operations and bytes are known by region only.")
-
-
-def _torch_trace(
-    forward: Callable[[], None],
-    forwards: int,
-    warm_up: bool,
-    regions: Regions,
-    counter: profiling.Counter,
-    provider: str,
-    setting: Setting,
-) -> traces.Trace:
-    """Profiles with torch.profiler, writes the Chrome trace and reads it."""
+def _by_torch(
+    forward: Callable[[], None], forwards: int, warm_up: bool, regions: Regions, found: Profile, setting: Setting
+) -> dict[str, float]:
+    """Profiles with torch.profiler and writes the Chrome trace. Fills `found` and returns the regions' seconds."""
+    device = setting.device.type
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if setting.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        if warm_up:  # the first launches under a profiler are slow
-            with torch.profiler.record_function(traces.WARM_UP):
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=forwards, repeat=1) if warm_up else None
+    with torch.profiler.profile(activities=activities, schedule=schedule, profile_memory=True) as profiler:
+        for _ in range(warm_up + forwards):
+            with torch.profiler.record_function(FORWARD):
                 forward()
-        for _ in range(forwards):
-            with torch.profiler.record_function(traces.FORWARD):
-                forward()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
+            profiler.step()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "trace.json"
         profiler.export_chrome_trace(str(path))
         trace = json.loads(path.read_text())
     for key in ("host_name", "traceName", "trace_id"):  # of the machine, and of no use to anybody else
         trace.pop(key, None)
-    with profiling.replacing(setting.out / f"trace_{provider}.json.gz") as path, gzip.open(path, "wt") as file:
-        json.dump(trace, file)
-    counted = {operator for (_, operator), one in counter.found.items() if any(one.work)}
-    return traces.read_chrome(trace, regions.names, counted, setting.device.type)
+    packed = gzip.compress(json.dumps(trace).encode())
+    write_atomically(setting.out / f"trace_{found.provider}.json.gz", lambda file: file.write(packed))
+    events = profiler.events()
+    found.profiled_seconds = statistics.fmean(e.time_range.elapsed_us() / 1e6 for e in tables.forwards_of(events))
+    found.operators = tables.operator_lines(profiler.key_averages(), regions.names, forwards, device == "cuda")
+    found.kernels = tables.kernel_lines(trace, forwards)
+    found.memory, found.spans = tables.timeline(trace, regions.names, device)
+    return tables.region_seconds(events, regions.names, device == "cuda")
 
 
-def _proton_trace(
-    forward: Callable[[], None],
-    forwards: int,
-    warm_up: bool,
-    regions: Regions,
-    counter: profiling.Counter,
-    provider: str,
-    setting: Setting,
-) -> traces.Trace:
-    """Profiles with Proton, writes its .hatchet and reads it. Never together with torch.profiler: both need CUPTI."""
+def _by_proton(
+    forward: Callable[[], None], forwards: int, regions: Regions, found: Profile, setting: Setting
+) -> dict[str, float]:
+    """As `_by_torch` with Proton and its .hatchet. Never together with torch.profiler: both need CUPTI."""
     proton = _proton()
-    with profiling.replacing(setting.out / f"proton_{provider}.hatchet") as path:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "proton.hatchet"
         session = proton.start(str(path.with_suffix("")), context="shadow", data="tree")  # adds ".hatchet" itself
         try:
             for _ in range(forwards):
                 forward()
         finally:
             proton.finalize(session)
-        return traces.read_hatchet(json.loads(path.read_text()), regions.names)
+        written = path.read_text()
+    write_text(setting.out / f"proton_{found.provider}.hatchet", written)
+    found.notes.append("Proton sees kernels, no operators of torch.")
+    seconds, found.operators = tables.read_hatchet(json.loads(written), regions.names, forwards)
+    return seconds
 
 
 def _proton() -> Any:
@@ -234,12 +216,11 @@ def memory_snapshot(forward: Callable[[], None], provider: str, out: Path) -> No
     memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES, stacks="python")
     try:
         forward()
-        with profiling.replacing(out / f"memory_{provider}.pickle") as path:
-            memory._dump_snapshot(str(path))
-        page = _memory_viz.trace_plot(memory._snapshot())
+        snapshot = memory._snapshot()
     finally:
         memory._record_memory_history(enabled=None)
-    _write(out / f"memory_{provider}.html", page)
+    write_atomically(out / f"memory_{provider}.pickle", lambda file: pickle.dump(snapshot, file))
+    write_text(out / f"memory_{provider}.html", _memory_viz.trace_plot(snapshot))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,24 +259,6 @@ def cost_of(provider: str, shape: Shape, points: list[tuple[Point, float]]) -> f
     return max((item for item in near if item[0] <= shape.tokens), default=(0, 0.0))[1]
 
 
-def scaling_csv(points: list[Point]) -> str:
-    """Points as CSV; empty where nothing was measured."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("provider", "tokens", "size", "ms", "spread_percent", "peak_mib", "reason"))
-    for p in points:
-        ms = "" if p.seconds is None else f"{1e3 * p.seconds:.6g}"
-        spread = "" if p.spread is None else f"{100 * p.spread:.3g}"
-        peak = "" if p.peak_bytes is None else f"{p.peak_bytes / 2**20:.6g}"
-        writer.writerow((p.provider, p.tokens, p.size, ms, spread, peak, p.reason))
-    return out.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    with profiling.replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.profile_long", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -308,12 +271,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     parser.add_argument("--model", choices=WIDTHS, help=default("model"))
     parser.add_argument("--patch", type=int, default=8, help="pixels (default: 8)")
-    parser.add_argument("--size", type=int, help=f"side of the profiled picture in pixels; {default('size')}")
+    parser.add_argument("--size", type=int, help=f"side of the profiled image in pixels; {default('size')}")
     parser.add_argument("--decoder", choices=("mask", "linear"), default="mask")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--classes", type=int, default=150, help="2 to 256 (default: 150)")
     parser.add_argument("--providers", nargs="+", choices=providers.PROVIDERS, help=default("providers"))
-    parser.add_argument("--dtype", choices=machine.DTYPES, help=default("dtype"))
+    parser.add_argument("--dtype", choices=results.DTYPES, help=default("dtype"))
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--tokens", type=int, nargs="*", help=f"lengths for the scaling; {default('tokens')}")
     parser.add_argument("--minutes", type=float, help=f"nothing is started after so long; {default('minutes')}")
@@ -341,7 +304,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def command(argv: list[str]) -> str:
-    """The command line without the folder, which is of this machine."""
+    """The command line without the directory, which is of this machine."""
     words = list(argv)
     for i, word in enumerate(words):
         if word == "--out":
@@ -356,20 +319,20 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its library reports every start and stop on a CPU otherwise
     args.out.mkdir(parents=True, exist_ok=True)
-    device, dtype = torch.device(args.device), machine.DTYPES[args.dtype]
+    device, dtype = torch.device(args.device), results.DTYPES[args.dtype]
     shape = Shape(args.model, args.patch, args.size, args.batch, args.classes, args.decoder == "mask")
     with tqdm(total=1 + len(args.providers) * (1 + len(args.tokens)), file=sys.stderr, desc="ceilings") as bar:
-        roofs = ceilings.measure(device, dtype, small=args.model == "X")
+        roofs = timing.measure_ceilings(device, dtype, small=args.model == "X")
         bar.update()
         deadline = started + 60 * args.minutes
         setting = Setting(shape, device, dtype, args.profiler, roofs, deadline, args.out)
-        facts = machine.facts(device) | {"command": command(sys.argv[1:] if argv is None else argv)}
+        facts = results.facts(device) | {"command": command(sys.argv[1:] if argv is None else argv)}
         points: list[tuple[Point, float]] = []
         for found in scaling_points(args, setting, bar):
             points.append(found)
             # after each: an interruption loses one point
-            _write(args.out / "scaling.csv", scaling_csv([point for point, _ in points]))
-        report = profile_report.Report(shape, dtype, args.profiler, roofs, facts, [], [point for point, _ in points])
+            write_text(args.out / "scaling.csv", csv_text(profile_report.scaling_lines([point for point, _ in points])))
+        report = profile_report.Report(shape, dtype, args.profiler, roofs, facts, [], [p for p, _ in points])
         profile_report.write(report, args.out)  # in case that what follows is interrupted
         for provider in args.providers:
             bar.set_description_str(f"profile {provider}")

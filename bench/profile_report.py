@@ -1,33 +1,50 @@
 """The profile as a short table, as summary.md and as one page that needs nothing else."""
 
-import base64
-from collections.abc import Iterable, Sequence
+import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from bench import profile_plots
-from bench.ceilings import Ceilings
 from bench.long_sequences import COMPILE_MODE, Point
-from bench.machine import SHORT
-from bench.profiling import Profile, Row, replacing
-from bench.report_html import Cell, Head, Html, Line, facts, page, section, table, tag
+from bench.profile_tables import Line, Profile
+from bench.report_page import NO_VALUE, Cell, Column, Section, Table, html, page
+from bench.report_page import Line as Row
+from bench.report_plots import style, to_svg
+from bench.results import SHORT
 from bench.shapes import Shape, forward_flops
+from bench.timing import Ceilings
+from segmenter.files import write_atomically, write_text
 
-NONE = "–"  # an en dash: nothing known, nothing measured
-OPERATORS_SHOWN, KERNELS_SHOWN = 20, 15
-PICTURES = {
-    "scaling": "Time and peak memory against the number of tokens. A cross: the provider ran out of memory there.",
-    "roofline": "Operators with matrix products below the measured ceilings, with their share of the time. Bytes are"
-    " inputs and outputs, so a point can lie above the slope where a cache kept them. Operators without matrix products"
-    " (softmax, LayerNorm, copies) have no place here; the tables have them.",
-    "memory": "Bytes that tensors hold during one forward beyond the model and the picture.",
+OPERATORS_SHOWN = 20
+HINTS = {
+    "layers": "regions that are together in this line",
+    "ms": "of one forward, all layers",
+    "share_percent": "of the time of all lines",
+    "gflop": "matrix products",
+    "mbytes": "inputs and outputs of the operators",
+    "percent_flops": "of the measured matrix product",
+    "percent_bytes": "of the measured copy",
+    "percent_of_roof": "the least time that both ceilings allow, in percent of the time",
+    "peak_mib": "most that tensors held at a time, beyond model and image; of a region with its parts",
+    "profiled_ms": "with the profiler on",
+    "in_regions_percent": "share of the time that lies in named regions",
+    "registers": "a thread",
+    "shared_bytes": "a block",
+}
+CAPTIONS = {
+    "scaling": "Time, peak memory and attention's share against the number of tokens.",
+    "roofline": "Parts of the model below the measured ceilings, with their share of the time. Bytes are inputs and"
+    " outputs of operators, so a point can lie above the slope where a cache kept them. Parts without matrix products"
+    " have no place here; the tables have them.",
+    "memory": "Bytes that tensors hold during one forward beyond the model and the image.",
 }
 
 
 class Report(NamedTuple):
-    """All that was found. `facts`: of bench.machine."""
+    """All that was found. `facts`: of bench.results."""
 
     shape: Shape
     dtype: torch.dtype
@@ -40,203 +57,130 @@ class Report(NamedTuple):
     @property
     def title(self) -> str:
         s = self.shape
-        what = f"{s.name}, {s.size}x{s.size}, {s.tokens:,} tokens, batch {s.batch}"
-        return f"{what}, {SHORT[self.dtype]}, {self.where}"
+        return f"{s.name}, {s.size}x{s.size}, {s.tokens:,} tokens, batch {s.batch}, {SHORT[self.dtype]}, {self.where}"
 
     @property
     def where(self) -> str:
         return self.facts["name"] if self.facts["device"] == "cuda" else f"CPU ({self.facts['name']})"
 
 
-class Table(NamedTuple):
-    """One table for every form that a report takes."""
-
-    caption: str
-    heads: Sequence[Head]
-    rows: list[list[Cell]]
-
-
 def write(report: Report, out: Path) -> None:
-    """Writes the pictures, summary.md and report.html into `out`."""
-    drawn = dict.fromkeys(PICTURES, False)
-    if profile_plots.available():
-        drawn = {
-            "scaling": profile_plots.scaling(report.points, _scaling_title(report), out / "scaling.png"),
-            "roofline": profile_plots.roofline(report.profiles, report.roofs, report.title, out / "roofline.png"),
-            "memory": profile_plots.memory(report.profiles, report.title, out / "memory.png"),
-        }
-    for name, there in drawn.items():
-        if not there:
-            (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier run
-    pictures = {name: (out / f"{name}.png").read_bytes() for name, there in drawn.items() if there}
-    for name, text in (("summary.md", markdown(report)), ("report.html", html_page(report, pictures))):
-        with replacing(out / name) as path:
-            path.write_text(text, encoding="utf-8")
+    """Writes the plots, summary.md and report.html into `out`."""
+    svgs = {}
+    for name in CAPTIONS:
+        (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier run
+    if matplotlib_is_there():
+        s = report.shape
+        with style():
+            figures = {
+                "scaling": profile_plots.scaling(
+                    report.points, f"{s.name}, batch {s.batch}, {SHORT[report.dtype]}, {report.where}"
+                ),
+                "roofline": profile_plots.roofline(report.profiles, report.roofs, report.title),
+                "memory": profile_plots.memory(report.profiles, report.title),
+            }
+            for name, figure in figures.items():
+                if figure is not None:
+                    write_atomically(out / f"{name}.png", lambda file, figure=figure: figure.savefig(file, dpi=130))
+                    svgs[name] = to_svg(figure)
+    write_text(out / "summary.md", markdown(report))
+    write_text(out / "report.html", html_page(report, svgs))
 
 
-def _scaling_title(report: Report) -> str:
-    s = report.shape
-    return f"{s.name}, batch {s.batch}, {SHORT[report.dtype]}, {report.where}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures as text
-
-
-def milliseconds(seconds: float | None) -> Cell:
-    if seconds is None:
-        return Cell(NONE)
-    ms = 1e3 * seconds
-    return Cell(f"{ms:,.0f}" if ms >= 1000 else f"{ms:.3g}", ms)
-
-
-def mebibytes(count: float | None) -> Cell:
-    if count is None:
-        return Cell(NONE)
-    value = count / 2**20
-    return Cell(f"{value:,.0f}" if value >= 100 else f"{value:.3g}", value)
-
-
-def _number(value: float | None, form: str = ".3g") -> Cell:
-    return Cell(NONE) if value is None else Cell(format(value, form), value)
-
-
-def _percent(share: float | None) -> Cell:
-    return Cell(NONE) if share is None else Cell(f"{share:.1f} %" if share < 99.95 else f"{share:.0f} %", share)
+def matplotlib_is_there() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
+def text(value: Any) -> str:
+    """A value for people: three digits."""
+    if value is None or isinstance(value, str):
+        return NO_VALUE if value is None else value
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.3g}"
+
+
+def table(caption: str, lines: Sequence[Line]) -> Table:
+    """Lines for every form that a report takes."""
+
+    def cell(value: Any) -> Cell:
+        shown, number = text(value), isinstance(value, int | float)
+        look = "" if number or value is None else "who"
+        return Cell(shown if len(shown) < 100 else f"{shown[:99]}…", value if number else None, look, shown)
+
+    columns = [Column(name.replace("_", " "), HINTS.get(name)) for name in lines[0]]
+    return Table(caption, columns, [Row([cell(value) for value in line.values()]) for line in lines])
+
+
 def overview(report: Report) -> Table:
     """One line a provider."""
-    heads = [
-        Head("provider"),
-        Head("ms", "median of a forward, without a profiler"),
-        Head("TFLOP/s", "matrix products of the whole forward"),
-        Head("of ceiling", "of the measured matrix product"),
-        Head("operators ms", "sum over operators; kernels only on a GPU"),
-        Head("peak MiB", "tensors beyond model and picture"),
-        Head("most time in"),
-        Head("in regions", "share of the operators' time that lies in named regions"),
-    ]
-    rows = []
-    flops = forward_flops(report.shape)
+    lines, flops = [], forward_flops(report.shape)
     for p in report.profiles:
-        if p.seconds is None:
-            rows.append([Cell(p.provider), *[Cell(NONE)] * 5, Cell(p.reason, class_="text"), Cell(NONE)])
-            continue
-        rate = flops / p.seconds
-        first = p.regions[0] if p.regions else None
-        most = f"{first.region} {100 * first.share:.0f} %" if first else NONE
-        rows.append(
-            [
-                Cell(p.provider),
-                milliseconds(p.seconds),
-                _number(rate / 1e12),
-                _percent(100 * rate / report.roofs.flops_per_second),
-                milliseconds(p.operator_seconds),
-                mebibytes(p.peak_bytes),
-                Cell(most, class_="text"),
-                _percent(100 * p.covered),
-            ]
-        )
-    return Table(f"Providers, {report.title}", heads, rows)
-
-
-def scaling_tables(report: Report) -> list[Table]:
-    """Time and memory: one line a provider, one column a length."""
-    tokens = sorted({p.tokens for p in report.points})
-    providers = dict.fromkeys(p.provider for p in report.points)
-    at = {(p.provider, p.tokens): p for p in report.points}
-    heads = [Head("provider"), *(Head(f"{count:,}") for count in tokens)]
-    found = []
-    for caption, cell in (
-        ("Milliseconds a call, by tokens", lambda p: milliseconds(p.seconds)),
-        ("Peak MiB beyond model and picture, by tokens", lambda p: mebibytes(p.peak_bytes)),
-    ):
-        rows = []
-        for provider in providers:
-            line = [at[provider, count] for count in tokens]
-            rows.append([Cell(provider), *(Cell(p.reason, class_="text") if p.reason else cell(p) for p in line)])
-        found.append(Table(caption, heads, rows))
-    return found
-
-
-def row_table(caption: str, rows: Sequence[Row], roofs: Ceilings) -> Table:
-    """Operators or regions."""
-    by_operator = any(row.operator for row in rows)
-    heads = [
-        *([Head("operator")] if by_operator else []),
-        Head("region"),
-        Head("ms", "of one forward, all layers"),
-        Head("share", "of the time of all operators"),
-        Head("layers", "regions that are together in this line"),
-        Head("calls", "of operators"),
-        Head("launches", "kernels and copies"),
-        Head("TFLOP/s", "matrix products"),
-        Head("GB/s", "inputs and outputs of the operators"),
-        Head("% FLOP", "of the measured matrix product"),
-        Head("% bytes", "of the measured copy"),
-        Head("% roof", "the least time that both ceilings allow, in percent of the time"),
-    ]
-    lines = []
-    for row in rows:
-        rates = row.rates(roofs)
-        name = [Cell(row.operator), Cell(row.region, class_="who")] if by_operator else [Cell(row.region)]
+        rate = flops / p.seconds if p.seconds else None
+        most = f"{p.regions[0]['region']} {p.regions[0]['share_percent']:.0f} %" if p.regions else None
         lines.append(
-            [
-                *name,
-                milliseconds(row.seconds),
-                _percent(100 * row.share),
-                _number(row.layers, "d"),
-                _number(row.calls, ",g"),
-                _number(row.launches, ",g"),
-                _number(rates["tflops"]),
-                _number(rates["gbps"]),
-                *(_number(rates[key], ".0f") for key in ("percent_flops", "percent_bytes", "percent_of_roof")),
-            ]
+            {
+                "provider": p.provider,
+                "ms": p.seconds and 1e3 * p.seconds,
+                "tflops": rate and rate / 1e12,
+                "percent_flops": rate and 100 * rate / report.roofs.flops_per_second,
+                "profiled_ms": p.profiled_seconds and 1e3 * p.profiled_seconds,
+                "peak_mib": p.peak_bytes and p.peak_bytes / 2**20,
+                "most_time_in": p.reason or most,
+                "in_regions_percent": 100 * p.covered if p.regions else None,
+            }
         )
-    return Table(caption, heads, lines)
+    return table(f"Providers, {report.title}", lines)
 
 
-def kernel_table(caption: str, profile: Profile) -> Table:
-    """Kernels of the device."""
-    heads = [
-        Head("kernel"),
-        Head("ms"),
-        Head("share"),
-        Head("launches"),
-        Head("registers", "a thread"),
-        Head("shared bytes", "a block"),
+def scaling_lines(points: Sequence[Point]) -> list[Line]:
+    """One line a point: scaling.csv."""
+    return [
+        {
+            "provider": p.provider,
+            "tokens": p.tokens,
+            "size": p.size,
+            "ms": p.seconds and 1e3 * p.seconds,
+            "spread_percent": None if p.spread is None else 100 * p.spread,
+            "peak_mib": None if p.peak_bytes is None else p.peak_bytes / 2**20,
+            "attention_percent": None if p.attention is None else 100 * p.attention,
+            "reason": p.reason,
+        }
+        for p in points
     ]
-    rows = [
-        [
-            Cell(row.name if len(row.name) < 100 else row.name[:99] + "…", title=row.name),
-            milliseconds(row.seconds),
-            _percent(100 * row.share),
-            _number(row.launches, ",g"),
-            _number(row.registers, ",d"),
-            _number(row.shared, ",d"),
-        ]
-        for row in profile.kernels[:KERNELS_SHOWN]
-    ]
-    return Table(caption, heads, rows)
 
 
-def provider_tables(report: Report, profile: Profile) -> list[tuple[Table, str]]:
-    """The tables of one provider, each with the file that has all of it."""
-    name, shown = profile.provider, profile.operators[:OPERATORS_SHOWN]
-    left_out = len(profile.operators) - len(shown)
-    more = f", the {OPERATORS_SHOWN} slowest" if left_out else ""
-    found = [
-        (row_table(f"{name}: time by region", profile.regions, report.roofs), f"regions_{name}.csv"),
-        (row_table(f"{name}: time by operator{more}", shown, report.roofs), f"kernels_{name}.csv"),
-    ]
-    if profile.kernels:
-        found.append((kernel_table(f"{name}: kernels on the device", profile), f"device_kernels_{name}.csv"))
+def scaling_tables(points: Sequence[Point]) -> list[Table]:
+    """One line a provider, one column a length."""
+    captions = {
+        "ms": "Milliseconds a call, by tokens",
+        "peak_mib": "Peak MiB beyond model and image, by tokens",
+        "attention_percent": "Attention, percent of the time, by tokens",
+    }
+    lines = scaling_lines(points)
+    found = []
+    for key, caption in captions.items():
+        if all(line[key] is None and not line["reason"] for line in lines):  # of a compiled program alone
+            continue
+        by_provider: dict[str, Line] = {}
+        for line in sorted(lines, key=lambda line: line["tokens"]):
+            cells = by_provider.setdefault(line["provider"], {"provider": line["provider"]})
+            cells[f"{line['tokens']:,}"] = line["reason"] or line[key]
+        found.append(table(caption, [by_provider[p] for p in dict.fromkeys(p.provider for p in points)]))
     return found
+
+
+def provider_tables(profile: Profile) -> list[tuple[Table, str]]:
+    """The tables of one provider, each with the file that has all of it."""
+    name, more = profile.provider, f", the {OPERATORS_SHOWN} slowest"
+    tables = [
+        (f"{name}: time and memory by region", profile.regions, f"regions_{name}.csv"),
+        (f"{name}: time by operator{more}", profile.operators[:OPERATORS_SHOWN], f"kernels_{name}.csv"),
+        (f"{name}: kernels on the device{more}", profile.kernels[:OPERATORS_SHOWN], f"device_kernels_{name}.csv"),
+    ]
+    return [(table(caption, lines), file) for caption, lines, file in tables if lines]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,18 +189,20 @@ def provider_tables(report: Report, profile: Profile) -> list[tuple[Table, str]]
 
 def notes(report: Report) -> list[str]:
     """What a reader has to know."""
-    clock = "their kernels' time on the GPU" if report.facts["device"] == "cuda" else "their own time on the CPU"
+    clock = "of their kernels on the GPU" if report.facts["device"] == "cuda" else "on the CPU"
     found = [
-        "One call is the network, from a normalised picture to low-resolution masks, and the labels: by our kernel"
+        "One call is the network, from a normalised image to low-resolution masks, and the labels: by our kernel"
         " for triton, by full-resolution logits and argmax for all others. Weights are random.",
-        f"Operators have {clock}, from {report.profiler}'s profiler; the time of a call is measured without any."
-        " Operations are those of matrix products, bytes those of every input and output of an operator.",
+        f"Regions and operators have the time {clock} without what is inside them, from {report.profiler}'s profiler;"
+        " the time of a call is measured without any. Operations are those of matrix products, bytes those of every"
+        " input and output of an operator.",
         "A region has what is in none of its parts: encoder is the class token and the positions, decoder the class"
         " tokens. Stars stand for the layers' numbers.",
+        "Attention's share is the time from q, k and v to the output, encoder and decoder, without a profiler.",
         f"compile is torch.compile({COMPILE_MODE}); no provider runs as a CUDA graph here.",
     ]
-    if not profile_plots.available():
-        found.append("There are no pictures, because matplotlib is not installed.")
+    if not matplotlib_is_there():
+        found.append("There are no plots, because matplotlib is not installed.")
     if report.facts["device"] != "cuda":
         found.append("Measured on a CPU: nothing of this says how a GPU does.")
     return [*found, *(f"{p.provider}: {note}" for p in report.profiles for note in p.notes)]
@@ -264,101 +210,54 @@ def notes(report: Report) -> list[str]:
 
 def short(report: Report) -> str:
     """What is printed at the end."""
-    parts = [_plain(overview(report))]
-    parts += [_plain(t) for t in scaling_tables(report) if t.rows]
-    return "\n\n".join(parts)
+    return "\n\n".join(f"{t.caption}\n{t.plain()}" for t in [overview(report), *scaling_tables(report.points)])
 
 
-def _plain(t: Table) -> str:
-    lines = [[head.text for head in t.heads], *([str(cell.text) for cell in row] for row in t.rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-               for line in lines]  # fmt: skip
-    return "\n".join([t.caption, *(line.rstrip() for line in aligned)])
+def _ceilings(roofs: Ceilings) -> str:
+    return (
+        f"{roofs.flops_per_second / 1e12:.3g} TFLOP/s of {roofs.dtype} matrix products,"
+        f" {roofs.bytes_per_second / 1e9:.3g} GB/s of copies"
+    )
 
 
 def markdown(report: Report) -> str:
     """summary.md."""
-    roofs = report.roofs
+    f = report.facts
     parts = [
         f"# Profile: {report.title}",
-        f"`{report.facts['command']}`; torch {report.facts['torch']}, triton {report.facts['triton']}, commit"
-        f" {report.facts['commit']}.",
-        f"Measured ceilings: {roofs.flops_per_second / 1e12:.3g} TFLOP/s of {roofs.dtype} matrix products,"
-        f" {roofs.bytes_per_second / 1e9:.3g} GB/s of copies.",
+        f"`{f['command']}`; torch {f['torch']}, triton {f['triton']}, commit {f['commit']}.",
+        f"Measured ceilings: {_ceilings(report.roofs)}.",
         "\n".join(f"- {note}" for note in notes(report)),
-        _markdown_table(overview(report)),
-        *(_markdown_table(t) for t in scaling_tables(report) if t.rows),
     ]
+    tables = [*([overview(report)] if report.profiles else []), *scaling_tables(report.points)]
+    parts += [f"**{t.caption}**\n\n{t.markdown()}" for t in tables]
     for p in report.profiles:
-        if p.reason:
-            parts.append(f"## {p.provider}\n\n{p.reason}")
-            continue
-        parts.append(f"## {p.provider}")
-        parts += [f"{_markdown_table(t)}\n\nAll of it: {file}" for t, file in provider_tables(report, p)]
+        parts.append(f"## {p.provider}" + (f"\n\n{p.reason}" if p.reason else ""))
+        found = provider_tables(p)
+        parts += [f"**{t.caption}**\n\n{t.markdown()}\n\nAll of it: {file}" for t, file in found]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(t: Table) -> str:
-    def line(cells: Iterable[Any]) -> str:
-        return "| " + " | ".join(str(c).replace("|", "\\|").replace("*", "\\*") for c in cells) + " |"
-
-    heads = line(head.text for head in t.heads)
-    return "\n".join(
-        [f"**{t.caption}**", "", heads, "|---" + "|---:" * (len(t.heads) - 1) + "|"]
-        + [line(cell.text for cell in row) for row in t.rows]
-    )
-
-
-def html_page(report: Report, pictures: dict[str, bytes]) -> str:
-    """report.html: everything in one file, the pictures as data."""
-    f, roofs = report.facts, report.roofs
-    known = [
-        ("Machine", report.where),
-        ("Software", f"torch {f['torch']}, triton {f['triton']}, commit {f['commit']}"),
-        ("Command", f["command"]),
-        ("Matrix product, measured", f"{roofs.flops_per_second / 1e12:.3g} TFLOP/s ({roofs.dtype})"),
-        ("Copy, measured", f"{roofs.bytes_per_second / 1e9:.3g} GB/s"),
-        ("Profiler", report.profiler),
-    ]
-    known += [(name, f[name]) for name in ("driver_version", "clocks.max.sm", "power.limit", "cuda") if name in f]
-    body = [facts(known), tag("ul", [tag("li", note) for note in notes(report)])]
-    contents: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+def html_page(report: Report, svgs: dict[str, str]) -> str:
+    """report.html: everything in one file."""
+    f = report.facts
+    known = {"Machine": report.where, "Command": f["command"], "Profiler": report.profiler}
+    known["Software"] = f"torch {f['torch']}, triton {f['triton']}, commit {f['commit']}"
+    known["Ceilings, measured"] = _ceilings(report.roofs)
+    known |= {name: f[name] for name in ("driver_version", "clocks.max.sm", "power.limit", "cuda") if name in f}
+    sections = [Section("about", "What was measured", [html.facts(known.items()), html.items(notes(report))])]
     if report.profiles:
-        body.append(section("providers", "Providers", _html_table(overview(report))))
-        contents[0].append(("providers", "Providers"))
-    for name, caption in PICTURES.items():
-        inside = [_picture(pictures[name], caption)] if name in pictures else []
-        if name == "scaling" and report.points:
-            inside += [tag("div", tag("h3", t.caption), _html_table(t)) for t in scaling_tables(report)]
-        if not inside:
-            continue
-        body.append(section(name, name.capitalize(), *inside))
-        contents[0].append((name, name.capitalize()))
+        sections.append(Section("providers", "Providers", [overview(report)], "Providers"))
+    for name, caption in CAPTIONS.items():
+        inside: list[Any] = [html.plots([svgs[name]], caption, wide=True)] if name in svgs else []
+        if name == "scaling":
+            for t in scaling_tables(report.points):
+                inside += [html.paragraph(t.caption), t]
+        if inside:
+            sections.append(Section(name, name.capitalize(), inside, name.capitalize()))
     for p in report.profiles:
-        inside = [tag("p", p.reason)] if p.reason else []
-        for t, file in [] if p.reason else provider_tables(report, p):
-            inside += [tag("h3", t.caption), _html_table(t), tag("p", "All of it: ", file)]
-        body.append(section(f"p-{p.provider}", p.provider, *inside))
-        contents[1].append((f"p-{p.provider}", p.provider))
-    return page(f"Profile: {report.title}", contents, body)
-
-
-def _picture(data: bytes, caption: str) -> Html:
-    source = "data:image/png;base64," + base64.b64encode(data).decode()
-    image = tag("img", src=source, alt=caption, style="width:100%;min-width:620px;max-width:1040px;display:block")
-    frame = tag("div", Html(str(image).replace("</img>", "")), style="overflow-x:auto;border-radius:6px", tabindex="0")
-    return tag("figure", frame, tag("figcaption", caption))
-
-
-def _html_table(t: Table) -> Html:
-    lines = [Line([_breakable(cell) if i == 0 else cell for i, cell in enumerate(row)]) for row in t.rows]
-    return table(t.heads, lines, t.caption)
-
-
-def _breakable(cell: Cell) -> Cell:
-    """A first cell, which is narrow on a phone, with places to break it."""
-    text = str(cell.text)
-    for mark in (".", "+", "::", "_"):
-        text = text.replace(mark, mark + "\u200b")
-    return cell if text == cell.text else Cell(text, cell.sort, cell.class_, cell.title)
+        inside = [p.reason] if p.reason else []
+        for t, file in provider_tables(p):
+            inside += [html.paragraph(t.caption), t, f"All of it: {file}"]
+        sections.append(Section(f"p-{p.provider}", p.provider, inside, p.provider, group=1))
+    return page(f"Profile: {report.title}", sections)

@@ -1,9 +1,11 @@
-"""The published way from a picture to labels, in plain PyTorch: what ours is compared with, in tests and benchmarks.
+"""The published way from an image to labels, in plain PyTorch: what ours is compared with, in tests and benchmarks.
 
 Score matrices are written out in attention, every window is upsampled to full resolution, all windows are kept, and the
 (n_cls, H, W) map is merged, resized and put through a softmax before the argmax. Written from the description of
 github.com/rstrudel/segmenter in our own words; `tests/test_golden.py` checks it against the golden cases.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ def published_inference(
     batch_size: int,
     ops: Operators = PUBLISHED,
 ) -> torch.Tensor:
-    """Class probabilities (n_cls, H0, W0) of one picture given at several scales; arguments as `inference`.
+    """Class probabilities (n_cls, H0, W0) of one image given at several scales; arguments as `inference`.
 
     `ops` are explicit score matrices unless something else is to be compared.
     """
@@ -32,11 +34,7 @@ def published_inference(
     for im, flip in zip(ims, flips, strict=True):
         im = resize(im, window_size)
         H, W = im.shape[-2:]
-        anchors = [
-            (top, left)
-            for top in window_anchors(H, window_size, window_stride)
-            for left in window_anchors(W, window_size, window_stride)
-        ]
+        anchors = list(itertools.product(*(window_anchors(side, window_size, window_stride) for side in (H, W))))
         crops = torch.stack([im[0, :, top : top + window_size, left : left + window_size] for top, left in anchors])
         seg_maps = torch.zeros(len(crops), model.n_cls, window_size, window_size)
         with using(model, ops):

@@ -21,7 +21,7 @@ from bench import report_sections as sections
 from bench import report_tables as tables
 from bench.report_readme import MarkerError
 from bench.report_rows import Comparison, Results
-from bench.results_file import ResultsError
+from bench.results import ResultsError
 from segmenter.files import write_text
 
 ROOT = Path(__file__).parent.parent

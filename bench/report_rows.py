@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.report_page import NO_VALUE
-from bench.results_file import load
+from bench.results import load
 from bench.shapes import Shape
 
 LEAST_DIFFERENCE = 0.03  # relative

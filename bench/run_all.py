@@ -16,64 +16,42 @@ from typing import Any
 
 import torch
 
-from bench import machine, report
-from bench.machine import ROOT
-from bench.results_file import ResultsError, ResultsFile
+from bench import report, results
+from bench.harness import rates, row_facts
+from bench.results import ROOT, ResultsError, ResultsFile
 from bench.shapes import Shape
 from bench.shapes import model as model_work
+from bench.timing import Ceilings
 
 OUT_OF_TIME = "stopped: out of time"
 GRACE = 45.0  # seconds that a step may run over its share: the row that was being measured, and writing
-# Steps after the gate: name, and the share of what is left of the time that it may use.
 LONG_MODEL, LONG_PATCH = {"cuda": "S", "cpu": "T"}, 8
+# Steps after the gate: name, and the share of what is left of the time that it may use.
 SHARES = {"gpu": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, "long": 1.0}}
 
 
 def commands(out: Path, device: str, dtype: str, camvid: Path | None) -> dict[str, list[str]]:
     """The command of each step, without its time limit."""
-    bench = ["pytest", "bench", "-q", "--no-header", "-p", "no:cacheprovider", "--device", device, "--dtype", dtype]
-    seconds = {"cuda": "0.3", "cpu": "0.5"}[device]
-    timed = [
-        *bench,
-        "--missing",
-        "--row-seconds",
-        seconds,
-        "--results",
-        str(out),
-        *(["--camvid", str(camvid)] if camvid else []),
-    ]
-    if device == "cuda":
-        # Without what takes minutes by itself; every row has a gate of its own besides.
-        gate = [
-            "pytest",
-            "tests/gpu",
-            "-m",
-            "gpu",
-            "-k",
-            "not random and not golden",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-        ]
+    at = ["--device", device, "--dtype", dtype]
+    uncached = ["-q", "-p", "no:cacheprovider"]
+    bench = ["pytest", "bench", "--no-header", *uncached, *at]
+    timed = [*bench, "--missing", "--row-seconds", {"cuda": "0.3", "cpu": "0.5"}[device], "--results", str(out)]
+    timed += ["--camvid", str(camvid)] if camvid else []
+    if device == "cuda":  # without what takes minutes by itself; every row has a gate of its own besides
+        gate = ["pytest", "tests/gpu", "-m", "gpu", "-k", "not random and not golden", "-x", *uncached]
     else:  # through Triton's interpreter, on tiny inputs
         gate = [*bench, "--benchmark-disable", "-k", "triton"]
-    long = ["bench.profile_long", "--device", device, "--dtype", dtype, "--model", LONG_MODEL[device]]
-    long += ["--patch", str(LONG_PATCH), "--out", str(out / "long")]
+    model = ["--model", LONG_MODEL[device], "--patch", str(LONG_PATCH)]
+    long = ["bench.profile_long", *at, *model, "--out", str(out / "long")]
     return {"gate": gate, "core": [*timed, "--sweep", "core"], "long": long, "full": [*timed, "--sweep", "full"]}
-
-
-def limited(name: str, command: list[str], seconds: float) -> list[str]:
-    """The command with its own end: it finishes the row it is at and says what is missing."""
-    if name == "long":
-        return [*command, "--minutes", f"{seconds / 60:.2f}"]
-    return command if name == "gate" else [*command, "--deadline", f"{time.time() + seconds:.0f}"]
 
 
 def run(name: str, command: list[str], seconds: float, log: Path) -> dict[str, Any]:
     """Runs one step, its output in `log`. Returns its entry for the results file."""
     start = time.monotonic()
-    full = [sys.executable, "-m", *limited(name, command, seconds)]
+    # A step ends by itself: it finishes the row it is at and says what is missing.
+    limit = {"long": ["--minutes", f"{seconds / 60:.2f}"], "gate": []}
+    full = [sys.executable, "-m", *command, *limit.get(name, ["--deadline", f"{time.time() + seconds:.0f}"])]
     print(f"{name}: up to {seconds:.0f} s, output in {log}", flush=True)
     with log.open("w") as file:
         try:
@@ -85,45 +63,41 @@ def run(name: str, command: list[str], seconds: float, log: Path) -> dict[str, A
     return {"name": name, "state": state, "seconds": round(time.monotonic() - start, 1)}
 
 
-def add_long_rows(results: ResultsFile, scaling: Path, device: str, dtype: str) -> None:
+def add_long_rows(file: ResultsFile, scaling: Path, device: str, dtype: str) -> None:
     """Adds the points of bench.profile_long's scaling.csv to the results; those not measured with their reasons."""
-    roofs = results.content["ceilings"]
-    with scaling.open(newline="") as file:
-        points = list(csv.DictReader(file))
+    roofs = file.content["ceilings"]
+    with scaling.open(newline="") as lines:
+        points = list(csv.DictReader(lines))
     for point in points:
-        shape = Shape(LONG_MODEL[device], LONG_PATCH, int(point["size"]))
-        name = f"long-{shape.id}-{dtype}-{point['provider']}"
+        shape, provider = Shape(LONG_MODEL[device], LONG_PATCH, int(point["size"])), point["provider"]
+        name = f"long-{shape.id}-{dtype}-{provider}"
         if point["reason"]:
-            results.add_unavailable("long", point["provider"], shape._asdict(), name, point["reason"])
+            file.add_unavailable("long", provider, shape._asdict(), name, point["reason"])
             continue
         median, spread = float(point["ms"]) / 1e3, point["spread_percent"]
-        work = model_work(shape, machine.DTYPES[dtype].itemsize)
-        info = {"kind": "long", "provider": point["provider"], "row": name, "dtype": dtype, "timing": "wall"}
-        info |= {"model": shape.name, "shape": shape._asdict(), "tokens": shape.tokens}
-        info |= {"flops": work.flops, "bytes": work.bytes, "tflops": work.flops / median / 1e12}
+        work = model_work(shape, results.DTYPES[dtype].itemsize)
+        info = row_facts("long", provider, name, dtype, work, shape)
+        info |= {"timing": "wall", "tflops": work.flops / median / 1e12}
         info["peak_bytes"] = int(float(point["peak_mib"]) * 2**20) if point["peak_mib"] else None
         if roofs:
-            floor = work.floor(roofs["flops_per_second"], roofs["bytes_per_second"])
-            info |= {"floor_seconds": floor, "percent_of_floor": 100 * floor / median}
-            info["percent_flops"] = 100 * work.flops / median / roofs["flops_per_second"]
+            reached = rates(work, None, median, Ceilings(**roofs))
+            info |= {key: reached[key] for key in ("floor_seconds", "percent_of_floor", "percent_flops")}
         stats: dict[str, Any] = {"median": median}
         if spread:
             half = float(spread) / 100 * median
             stats |= {"q1": median - half, "q3": median + half, "iqr": 2 * half}
         group = f"long {shape.id} {dtype} {'GPU' if device == 'cuda' else 'CPU'}"
         row = {"group": group, "name": name, "fullname": name, "params": {}, "extra_info": info, "stats": stats}
-        results.add(row)
+        file.add(row)
 
 
 def summary(content: dict[str, Any]) -> str:
     """A line for each whole model, peer and step of the waterfall: what to look at first."""
     lines = []
-    for row in content["benchmarks"]:
-        info = row["extra_info"]
+    for info in (row["extra_info"] for row in content["benchmarks"]):
         if "images_per_second" in info:
             what = f"{info['kind']:10} {info.get('model', ''):18} {info['provider']:22}"
-            peak = info.get("peak_bytes")
-            memory = f"{peak / 2**20:8.0f} MiB" if peak is not None else ""
+            memory = "" if info.get("peak_bytes") is None else f"{info['peak_bytes'] / 2**20:8.0f} MiB"
             lines.append(f"{what} {info['images_per_second']:9.2f} images/s {memory}")
     lines.append(f"{len(content['benchmarks'])} rows, {len(content['unavailable'])} not to be had here or not reached")
     return "\n".join(lines)
@@ -134,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results file, logs and report")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it; default 9")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=machine.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--dtype", choices=results.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--camvid", type=Path, help="CamVid (images/test, annotations/test), for mIoU")
     args = parser.parse_args(arguments)
     # Of the steps: threads that wait actively take the core from each other on small or shared CPUs.
@@ -144,27 +118,27 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(args.device)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    path = out / machine.results_name(device, machine.DTYPES[dtype])
+    path = out / results.results_name(device, results.DTYPES[dtype])
     steps: list[dict[str, Any]] = []
     shares = SHARES["gpu" if args.device == "cuda" else "cpu"]
     todo = commands(out, args.device, dtype, args.camvid and args.camvid.resolve())
 
     def note() -> dict[str, Any]:
-        results = ResultsFile(path, machine.facts(device))
+        file = ResultsFile(path, results.facts(device))
         done = [step["name"] for step in steps if step["state"] == "done"]
         scaling = out / "long" / "scaling.csv"
         if steps[-1]["name"] == "long" and scaling.exists():
-            add_long_rows(results, scaling, args.device, dtype)
-        results.content |= {"steps": steps, "complete": done == ["gate", *shares]}
-        results.save()
-        return results.content
+            add_long_rows(file, scaling, args.device, dtype)
+        file.content |= {"steps": steps, "complete": done == ["gate", *shares]}
+        file.save()
+        return file.content
 
     try:
-        before = ResultsFile(path, machine.facts(device)).content.get("steps", [])
+        before = ResultsFile(path, results.facts(device)).content.get("steps", [])
     except ResultsError as error:
         print(error, file=sys.stderr)
         return 1
-    passed = [step for step in before if step["name"] == "gate" and step["state"] == "done"]
+    passed = [step for step in before if (step["name"], step["state"]) == ("gate", "done")]
     steps += passed or [run("gate", todo["gate"], 0.4 * (end - time.monotonic()), out / "gate.log")]
     content = note()
     if steps[-1]["state"] == OUT_OF_TIME:

@@ -35,12 +35,9 @@ class Work(NamedTuple):
     def __add__(self, other: "Work") -> "Work":
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
-    def __mul__(self, times: int) -> "Work":
-        return Work(self.flops * times, self.bytes * times)
-
 
 class Shape(NamedTuple):
-    """One point of the sweep: a model of the paper, square pictures of `size` pixels, `batch` of them at a time."""
+    """One point of the sweep: a model of the paper, square images of `size` pixels, `batch` of them at a time."""
 
     model: str
     patch: int
@@ -73,12 +70,12 @@ class Shape(NamedTuple):
 
     @property
     def patches(self) -> int:
-        """Patches of one picture."""
+        """Patches of one image."""
         return (self.size // self.patch) ** 2
 
     @property
     def tokens(self) -> int:
-        """Tokens of one picture in the encoder: its patches and CLS."""
+        """Tokens of one image in the encoder: its patches and CLS."""
         return self.patches + 1
 
 
@@ -127,7 +124,7 @@ def loss(shape: Shape, item: int) -> Work:
 
 
 def model(shape: Shape, item: int) -> Work:
-    """uint8 pictures to uint8 labels. Weights are read once; nothing in between has to leave the chip."""
+    """uint8 images to uint8 labels. Weights are read once; nothing in between has to leave the chip."""
     pixels = shape.batch * shape.size**2
     return Work(forward_flops(shape), item * parameters(shape) + 3 * pixels + pixels)
 
@@ -145,7 +142,7 @@ def train_step(shape: Shape, item: int) -> Work:
 
 
 def forward_flops(shape: Shape) -> int:
-    """Operations from normalised pictures to low-resolution masks."""
+    """Operations from normalised images to low-resolution masks."""
     B, n, d, K = shape.batch, shape.patches, shape.d_model, shape.n_cls
     total = 2 * B * n * 3 * shape.patch**2 * d
     total += shape.n_layers * _block_flops(B, shape.tokens, d)

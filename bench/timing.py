@@ -1,39 +1,47 @@
-"""How anything is timed here: the clock, the rotation of inputs, graph replays, peak memory.
+"""How anything is timed here: the clock, the rotation of inputs, graph replays, peak memory, measured ceilings.
 
 On a GPU, kernels are timed by events around a CUDA graph that calls the function once on each of several input sets, so
 that launch costs are not in the figure, nor is a warm L2 unless MAX_SETS of them fit in it; where a call cannot be
 captured, events stand around the plain calls and the result says so. Whole models are timed by the wall clock up to the
 end of the device's work, as a user would see it. On a CPU everything is wall clock.
+
+python -m bench.timing [--dtype bf16] prints the two ceilings of this machine.
 """
 
+import argparse
 import contextlib
 import ctypes
 import gc
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+
+from bench.results import DTYPES, device_name
 
 MAX_SETS = 64
 SLOW = 0.5  # seconds: fewer rounds, because they vary less and there is no time
 SHORT, LONG = 2e-3, 0.1  # seconds: a round of shorter calls has several; for longer ones the cache says nothing
+# Of the ceilings, filling the device: side of the square matrices, and bytes of the copied buffer.
+SIDE, COPY = {"cuda": 8192, "cpu": 2048}, {"cuda": 2 << 30, "cpu": 256 << 20}
+SMALL_SIDE, SMALL_COPY = 128, 1 << 20  # for smoke tests
 Call = Callable[..., Any]
 
 
 class Clock:
     """The timer of pytest-benchmark: called before and after each round; the difference is seconds a call.
 
-    Attributes:
-        mode: "wall" (after waiting for the device) or "events" (of CUDA).
-        calls: calls of the measured function in a round.
+    `mode` is "wall" (after waiting for the device) or "events" (of CUDA); a round has `calls` of what is measured.
     """
 
-    def __init__(self) -> None:
-        self.reset()
+    def __init__(self, mode: str = "wall", calls: int = 1):
+        self.reset(mode, calls)
 
     def reset(self, mode: str = "wall", calls: int = 1, device: torch.device | None = None) -> None:
         """Must come before each measurement: a call that raised would leave the events half used."""
@@ -42,8 +50,8 @@ class Clock:
 
     def __call__(self) -> float:
         if self.mode == "wall":
-            if self.device is not None and self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if self.device is not None:
+                synchronize(self.device)
             return time.perf_counter() / self.calls
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -70,58 +78,61 @@ _ALLOCATION_FAILED = ("out of memory", "can't allocate memory", "not enough memo
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
+    failed = isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
+    return failed or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def n_sets(bytes_per_set: int, cache: int, seconds: float) -> int:
     """How many input sets are larger than twice the last cache together: two to MAX_SETS, two if a call takes long."""
-    if seconds > LONG:
-        return 2
-    return min(MAX_SETS, max(2, math.ceil(2 * cache / max(bytes_per_set, 1))))
+    return 2 if seconds > LONG else min(MAX_SETS, max(2, math.ceil(2 * cache / max(bytes_per_set, 1))))
 
 
 class Rotation:
     """Calls `fn` on `calls` input sets, the next ones every time, and returns the last result."""
 
     def __init__(self, fn: Call, sets: Sequence[tuple], calls: int):
-        self.fn, self.sets, self.calls, self.next = fn, sets, calls, 0
+        self.fn, self.sets, self.calls = fn, itertools.cycle(sets), calls
 
     def __call__(self) -> Any:
-        for _ in range(self.calls):
-            inputs = self.sets[self.next]
-            self.next = (self.next + 1) % len(self.sets)
+        for inputs in itertools.islice(self.sets, self.calls):
             result = self.fn(*inputs)
         return result
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     """`run` as a CUDA graph. Raises RuntimeError if it cannot be captured."""
-    before = torch.cuda.current_stream()
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     try:
-        return _captured(run)
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            run(), run()
+        before.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
     except RuntimeError:
         torch.cuda.set_stream(before)  # torch 2.11 stays on the capture's stream if that fails
         raise
-
-
-def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
 
     def replay() -> Any:
         graph.replay()
         return result
 
     return replay
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """(result, seconds) of one call, up to the end of the device's work."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, up to the end of the device's work."""
+    return timed(run, device)[1]
 
 
 def rounds_for(seconds: float, budget: float) -> int:
@@ -182,3 +193,81 @@ def status_bytes(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two ceilings of a machine, measured in the same run as what they judge
+
+
+class Ceilings(NamedTuple):
+    """What this machine reached: operations and bytes (read and written) a second, and how far the runs spread."""
+
+    dtype: str
+    flops_per_second: float
+    bytes_per_second: float
+    flops_spread: float
+    bytes_spread: float
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, small: bool = False) -> Ceilings:
+    """Of a large matrix product and a large copy: medians of ten runs, of random data (zeros run faster).
+
+    float32 products are as `torch.set_float32_matmul_precision` says.
+    """
+    side = SMALL_SIDE if small else _side(device, dtype)
+    products = _product_seconds(side, device, dtype)
+    source = torch.empty((SMALL_COPY if small else COPY[device.type]) // 4, device=device).uniform_()
+    target = torch.empty_like(source)
+    copies = _seconds(lambda: target.copy_(source), device)
+    rates = 2 * side**3 / statistics.median(products), 2 * tensor_bytes(source) / statistics.median(copies)
+    return Ceilings(str(dtype).removeprefix("torch."), *rates, spread(products), spread(copies))
+
+
+def _product_seconds(side: int, device: torch.device, dtype: torch.dtype, rounds: int = 10) -> list[float]:
+    """Of x W^T, the form of every linear layer, which libraries do at least as fast as any other."""
+    x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return _seconds(lambda: F.linear(x, weight), device, rounds)
+
+
+def _side(device: torch.device, dtype: torch.dtype) -> int:
+    """The full side, or a smaller one where that would take seconds: CPUs without instructions for a half type."""
+    if device.type == "cuda":
+        return SIDE["cuda"]
+    side = 256
+    while side < SIDE["cpu"] and statistics.median(_product_seconds(side, device, dtype, 2)) < 0.05:
+        side *= 2
+    return side
+
+
+def _seconds(run: Callable[[], torch.Tensor], device: torch.device, rounds: int = 10) -> list[float]:
+    """Seconds of a call, `rounds` times: on a GPU by events around ten calls, once its clocks have risen."""
+    if device.type != "cuda":
+        return [wall_seconds(run, device) for _ in range(rounds + 2)][2:]
+    start = time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        run()
+        torch.cuda.synchronize(device)
+    clock, times = Clock("events", 10), []
+    for _ in range(rounds):
+        clock()
+        for _ in range(10):
+            run()
+        times.append(clock())
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=measure_ceilings.__doc__)
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    found = measure_ceilings(device, DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")])
+    product = f"{found.flops_per_second / 1e12:.2f} TFLOP/s of {found.dtype} matrix products"
+    spreads = [f"(+-{100 * part:.0f} %)" for part in (found.flops_spread, found.bytes_spread)]
+    copy = f"{found.bytes_per_second / 1e9:.1f} GB/s of copies"
+    print(f"{device_name(device)}: {product} {spreads[0]}, {copy} {spreads[1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from bench import timing
-from bench.models import ROOT, pixels_to_labels, set_operators
+from bench.models import pixels_to_labels, set_operators
 from bench.providers import PUBLISHED, Unavailable
 from bench.published import published_inference
+from bench.results import ROOT
 from bench.shapes import Shape
 from segmenter.evaluation.metrics import ConfusionMatrix
 from segmenter.inference.images import normalize
@@ -24,12 +25,13 @@ from segmenter.inference.segment import cpu_has_bfloat16
 from segmenter.model import Segmenter
 from segmenter.ops import EAGER, Operators, load_kernels, why_not_on
 
+Labels = Callable[[np.ndarray], torch.Tensor]  # of one image
 GPU_SHAPE, CPU_SHAPE = Shape("L", 16, 640, 8), Shape("S", 16, 512, 1)
-EVERY = {"cuda": 5, "cpu": 20}  # every so many-th test picture of CamVid counts for mIoU
+EVERY = {"cuda": 5, "cpu": 20}  # every so many-th test image of CamVid counts for mIoU
 
 
 class Step(NamedTuple):
-    """A technique: its name in results, and what it does."""
+    """A technique: its name in results, what it adds, and what that does."""
 
     name: str
     adds: str
@@ -37,9 +39,7 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step(
-        "fp32 eager", "", "the published order of work: score matrices and full-resolution logits in float32, no TF32"
-    ),
+    Step("fp32 eager", "", "the published order of work: score matrices, full-resolution logits, float32 without TF32"),
     Step("bf16", "half", "weights and activations in bfloat16"),
     Step("SDPA", "sdpa", "torch's scaled_dot_product_attention, no softmax on the logits"),
     Step("torch.compile", "compile", "max-autotune of all of it; the steps below do without"),
@@ -47,7 +47,7 @@ STEPS = (
     Step("LayerNorm-MLP", "mlp", "our kernels for LayerNorm with products, GELU and residuals"),
     Step("mask head", "mask_head", "our kernel from decoded tokens to class masks"),
     Step("labels without logits", "labels", "only classes that can win are upsampled; no full-resolution logits"),
-    Step("bytes to tokens", "pixels", "our kernel from the picture's bytes to tokens; no normalised picture"),
+    Step("bytes to tokens", "pixels", "our kernel from uint8 pixels to tokens; no normalised image"),
     Step("CUDA graph", "graph", "one launch for the whole model; labels as the step before"),
 )
 KERNELS = {
@@ -65,9 +65,7 @@ def why_not(adds: str, device: torch.device) -> str | None:
         return "this processor has no bfloat16 instructions; what follows stays in float32"
     if adds in KERNELS and adds != "labels":  # which there is in plain PyTorch too
         return "our kernels need a GPU" if device.type == "cpu" else why_not_on(device.type, device.index)
-    if adds == "graph" and device.type != "cuda":
-        return "CUDA graphs need a GPU"
-    return None
+    return "CUDA graphs need a GPU" if adds == "graph" and device.type != "cuda" else None
 
 
 def features(index: int, device: torch.device) -> frozenset[str]:
@@ -103,8 +101,7 @@ def labels_of(model: Segmenter, on: frozenset[str]) -> Callable[[torch.Tensor], 
         Unavailable: it cannot be captured in a CUDA graph.
     """
     tail = "labels" if "labels" in on else "logits" if "sdpa" in on else "softmax"
-    compiled, from_bytes = "compile" in on, "pixels" in on
-    run = pixels_to_labels(model, operators(on), dtype_of(on), tail, compiled, from_bytes)
+    run = pixels_to_labels(model, operators(on), dtype_of(on), tail, "compile" in on, "pixels" in on)
     return _Graphed(run) if "graph" in on else run
 
 
@@ -130,8 +127,8 @@ class _Graphed:
 # What the steps do to a trained model's labels
 
 
-def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
-    """The step's way from one picture of any size (H, W, 3) to its labels (H, W), sliding windows included."""
+def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> Labels:
+    """The step's way from one image of any size (H, W, 3) to its labels (H, W), sliding windows included."""
     model, dtype, ops, info = copy.deepcopy(model).to(device, dtype_of(on)), dtype_of(on), operators(on), model.info
     set_operators(model, ops)
     if "compile" in on:
@@ -148,40 +145,35 @@ def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> 
     return run
 
 
+def _pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
 def examples() -> Iterator[np.ndarray]:
-    """The photographs in examples/."""
-    for path in sorted((ROOT / "examples").glob("*.jpg")):
-        yield np.asarray(Image.open(path).convert("RGB"))
+    """The photographs in examples/, (H, W, 3) uint8."""
+    return map(_pixels, sorted((ROOT / "examples").glob("*.jpg")))
 
 
-def camvid_test(folder: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(picture, class ids) of CamVid's test set, every so many of them: images/test and annotations/test.
+def camvid_test(camvid: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(image, class ids) of CamVid's test set, every so many of them: images/test and annotations/test.
 
     Raises:
-        FileNotFoundError: the folder has no such pictures.
+        FileNotFoundError: it has no such images.
     """
-    paths = sorted((folder / "images" / "test").iterdir())[::every] if (folder / "images" / "test").is_dir() else []
+    paths = sorted((camvid / "images" / "test").glob("*"))[::every]
     if not paths:
-        raise FileNotFoundError(f"{folder} has no pictures in images/test")
+        raise FileNotFoundError(f"{camvid} has no pictures in images/test")
     for path in paths:
-        label = folder / "annotations" / "test" / f"{path.stem}.png"
-        yield np.asarray(Image.open(path).convert("RGB")), np.asarray(Image.open(label))
+        yield _pixels(path), np.asarray(Image.open(camvid / "annotations" / "test" / f"{path.stem}.png"))
 
 
-def quality(
-    run: Callable[[np.ndarray], torch.Tensor],
-    exact: Callable[[np.ndarray], torch.Tensor],
-    camvid: Path | None,
-    every: int,
-) -> dict[str, float | int | None]:
+def quality(run: Labels, exact: Labels, camvid: Path | None, every: int) -> dict[str, float | int | None]:
     """How a step labels: the share of pixels labelled as by the first step, and mIoU in percent if CamVid is there."""
-    same, total, matrix, n = 0, 0, ConfusionMatrix(11), 0
-    for pixels in examples():
-        agree = run(pixels) == exact(pixels)
-        same, total = same + int(agree.sum()), total + agree.numel()
-    if camvid is not None:
-        for pixels, label in camvid_test(camvid, every):
-            matrix.update(run(pixels).numpy(), np.where(label >= 11, 255, label))
-            n += 1
+    pairs = [(run(pixels), exact(pixels)) for pixels in examples()]
+    agreement = torch.cat([(found == expected).flatten() for found, expected in pairs]).double().mean().item()
+    matrix, n = ConfusionMatrix(11), 0
+    for pixels, label in camvid_test(camvid, every) if camvid is not None else ():
+        matrix.update(run(pixels).numpy(), np.where(label >= 11, 255, label))
+        n += 1
     miou = round(100 * float(matrix.scores()["mIoU"]), 2) if n else None
-    return {"agreement": same / total, "miou": miou, "miou_pictures": n}
+    return {"agreement": agreement, "miou": miou, "miou_pictures": n}

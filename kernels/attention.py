@@ -26,31 +26,11 @@ import triton
 import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference
+from segmenter.kernels.blocks import LN2, LOG2E, load_tile
 from segmenter.kernels.operators import define, forbid_forward_mode
 
 _MAX_ROW_STRIDE = 2**31 // 128  # offsets within a tile are 32 bits
 LSE_ROWS = 128  # log-sum-exp is stored in multiples of this many rows, +inf beyond N, for unmasked reading
-
-
-@triton.jit
-def _load_rows(X, b, head, row, stride_b, stride_n, stride_h, n_rows, offs_d, ROWS: tl.constexpr,
-               HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, DESCRIPTORS: tl.constexpr,
-               MASKED: tl.constexpr):  # fmt: skip
-    """Rows row.. of one head as (ROWS, HEAD_PAD); columns beyond HEAD_DIM, and rows beyond n_rows if MASKED, are 0."""
-    if DESCRIPTORS:  # the copy engine fills with zeros what is outside this image and this head
-        x = X.load([b, head, row, 0]).reshape([ROWS, HEAD_PAD])
-    else:
-        offs = tl.arange(0, ROWS)
-        base = X + b.to(tl.int64) * stride_b + tl.cast(row, tl.int64) * stride_n + head.to(tl.int64) * stride_h
-        pointers = base + offs[:, None] * stride_n + offs_d[None, :]
-        mask_d = offs_d[None, :] < HEAD_DIM
-        if MASKED:
-            x = tl.load(pointers, mask=((row + offs)[:, None] < n_rows) & mask_d, other=0.0)
-        elif HEAD_DIM != HEAD_PAD:
-            x = tl.load(pointers, mask=mask_d, other=0.0)
-        else:
-            x = tl.load(pointers)
-    return x
 
 
 @triton.jit
@@ -85,19 +65,25 @@ def _attention_fwd_kernel(
     b = bh // n_heads
     h = bh % n_heads
     offs_d = tl.arange(0, HEAD_PAD)
-    q = _load_rows(Q, b, q_head + h, m_0, stride_qb, stride_qn, stride_qh, n_queries, offs_d, BLOCK_M,
-                   HEAD_DIM, HEAD_PAD, DESCRIPTORS, True)  # fmt: skip
+    offs_n = tl.arange(0, BLOCK_N)
+    if BLOCK_N == 16:  # float32 without tensor cores: with addresses kept from step to step sm_100 spills
+        offs_n = offs_n.to(tl.int64)
+    k_row = KRows + b.to(tl.int64) * stride_kb + (k_head + h).to(tl.int64) * stride_kh
+    v_row = VRows + b.to(tl.int64) * stride_vb + (v_head + h).to(tl.int64) * stride_vh
+    if not DESCRIPTORS:
+        Q += b.to(tl.int64) * stride_qb + (q_head + h).to(tl.int64) * stride_qh
+        K, V = k_row, v_row
+    q = load_tile(Q, (b, q_head + h, m_0, 0), tl.arange(0, BLOCK_M), stride_qn, n_queries,
+                  HEAD_DIM, HEAD_PAD, DESCRIPTORS)  # fmt: skip
     if PEELED > 0:
-        k_rows = KRows + b.to(tl.int64) * stride_kb + (k_head + h).to(tl.int64) * stride_kh
-        v_rows = VRows + b.to(tl.int64) * stride_vb + (v_head + h).to(tl.int64) * stride_vh
-        k_0 = tl.load(k_rows + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
-        v_0 = tl.load(v_rows + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
+        k_0 = tl.load(k_row + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
+        v_0 = tl.load(v_row + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
         m_i = tl.sum(q.to(tl.float32) * k_0[None, :], 1) * scale_log2
         l_i = tl.full([BLOCK_M], 1.0, tl.float32)
         acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32) + v_0[None, :]
         if PEELED > 1:
-            k_1 = tl.load(k_rows + stride_kn + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
-            v_1 = tl.load(v_rows + stride_vn + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
+            k_1 = tl.load(k_row + stride_kn + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
+            v_1 = tl.load(v_row + stride_vn + offs_d, mask=offs_d < HEAD_DIM, other=0.0).to(tl.float32)
             s_1 = tl.sum(q.to(tl.float32) * k_1[None, :], 1) * scale_log2
             m_new = tl.maximum(m_i, s_1)
             p_1 = tl.exp2(s_1 - m_new)
@@ -112,27 +98,23 @@ def _attention_fwd_kernel(
 
     end = PEELED + (n_keys - PEELED) // BLOCK_N * BLOCK_N
     for n_0 in tl.range(PEELED, end, BLOCK_N):
-        k = _load_rows(K, b, k_head + h, n_0, stride_kb, stride_kn, stride_kh, n_keys, offs_d, BLOCK_N,
-                       HEAD_DIM, HEAD_PAD, DESCRIPTORS, False)  # fmt: skip
-        v = _load_rows(V, b, v_head + h, n_0, stride_vb, stride_vn, stride_vh, n_keys, offs_d, BLOCK_N,
-                       HEAD_DIM, HEAD_PAD, DESCRIPTORS, False)  # fmt: skip
+        k = load_tile(K, (b, k_head + h, n_0, 0), offs_n, stride_kn, None, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
+        v = load_tile(V, (b, v_head + h, n_0, 0), offs_n, stride_vn, None, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
         qk = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)
     if TAIL:  # noqa: SIM102
         # Always true, but a branch at run time: without one, ptxas of CUDA 12.8 serialises every wgmma of the function,
         # those of the loop too (its warning C7515).
         if end < n_keys:
-            k = _load_rows(K, b, k_head + h, end, stride_kb, stride_kn, stride_kh, n_keys, offs_d, BLOCK_N,
-                           HEAD_DIM, HEAD_PAD, DESCRIPTORS, True)  # fmt: skip
-            v = _load_rows(V, b, v_head + h, end, stride_vb, stride_vn, stride_vh, n_keys, offs_d, BLOCK_N,
-                           HEAD_DIM, HEAD_PAD, DESCRIPTORS, True)  # fmt: skip
+            k = load_tile(K, (b, k_head + h, end, 0), offs_n, stride_kn, n_keys, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
+            v = load_tile(V, (b, v_head + h, end, 0), offs_n, stride_vn, n_keys, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
             qk = tl.dot(q, k.T, input_precision=PRECISION)
             qk = tl.where((end + tl.arange(0, BLOCK_N))[None, :] < n_keys, qk, float("-inf"))
             m_i, l_i, acc = _softmax_step(qk, v, m_i, l_i, acc, scale_log2, PRECISION)
 
     offs_m = m_0 + tl.arange(0, BLOCK_M)
     if STORE_LSE:
-        lse = (m_i + tl.log2(l_i)) * 0.6931471805599453  # natural logarithm
+        lse = (m_i + tl.log2(l_i)) * LN2  # natural logarithm
         lse = tl.where(offs_m < n_queries, lse, float("inf"))
         tl.store(Lse + bh.to(tl.int64) * n_lse + offs_m, lse, mask=offs_m < n_lse)
     acc = acc * (1.0 / l_i)[:, None]  # one division a row: dividing the tile costs 140 instructions more
@@ -182,17 +164,7 @@ def _run(
     return o, lse
 
 
-def _plan(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor | None,
-    heads: tuple[int, int, int, int],
-    scale: float,
-    precision: str,
-    config: configs.AttentionConfig | None,
-) -> launch.Plan:
+def _plan(q, k, v, o, lse, heads, scale, precision, config) -> launch.Plan:
     B, n_queries, _, d = q.shape
     n_keys, h, n_lse = k.shape[1], heads[0], 0 if lse is None else lse.shape[-1]
     head_pad = max(16, triton.next_power_of_2(d))
@@ -208,7 +180,7 @@ def _plan(
             tiles[i] = launch.Tiles(tuple(t.shape), t.stride(), (1, 1, rows, head_pad))
     scalars = (
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-        *heads[1:], h, n_queries, n_keys, n_lse, n_blocks, scale * launch.LOG2E,
+        *heads[1:], h, n_queries, n_keys, n_lse, n_blocks, scale * LOG2E.value,
         d, head_pad, c.block_m, c.block_n, peeled, (n_keys - peeled) % c.block_n > 0, n_lse > 0, descriptors, precision,
     )  # fmt: skip
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}

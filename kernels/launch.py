@@ -19,7 +19,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from segmenter.kernels import configs, interpreted
 
-LOG2E = 1.4426950408889634
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton.jit saw the kernels
 FLOATS = configs.FLOATS
 MAX_GRID = 2**31 - 1  # of axis 0, the only one used: the others end at 65,535
@@ -236,7 +235,7 @@ def recorded(architecture: str) -> Iterator[list[Launch]]:
     """Within it, the kernels' host code, called with CPU tensors, chooses for `architecture` and launches nothing.
 
     What it returns is not computed. `bench.compile_report` compiles exactly what ships that way. (PyTorch sends CPU
-    tensors given to the operators themselves to the reference; `bench.aot.recording` sends them here.)
+    tensors given to the operators themselves to the reference; `bench.compile.aot.recording` sends them here.)
     """
     global _recording
     before, _recording = _recording, Recording(architecture)

@@ -23,22 +23,10 @@ import triton
 import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference
+from segmenter.kernels.blocks import fits_rows, gelu, gelu_form, load_tile, normalised_rows, power_of_two_columns
 from segmenter.kernels.layernorm import as_rows, check_affine
 from segmenter.kernels.linear import check_linear, check_types, linear_flops, normalised_product, product
-from segmenter.kernels.numerics import fits_rows, gelu, gelu_form, normalised_rows, power_of_two_columns
 from segmenter.kernels.operators import define, forbid_forward_mode
-
-
-@triton.jit
-def _load_weights(W, row_0, col_0, stride, ROWS: tl.constexpr, COLS: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """(ROWS, COLS) of a weight from (row_0, col_0) on, all of it inside."""
-    if DESCRIPTORS:
-        w = W.load([row_0, col_0])
-    else:
-        rows = row_0 + tl.arange(0, ROWS)
-        cols = col_0 + tl.arange(0, COLS)
-        w = tl.load(W + rows.to(tl.int64)[:, None] * stride + cols[None, :])
-    return w
 
 
 @triton.jit
@@ -72,21 +60,24 @@ def _layernorm_mlp_fwd_kernel(
     m_0 = tl.program_id(0) * BLOCK_M
     dtype: tl.constexpr = W11.dtype if DESCRIPTORS else W11.dtype.element_ty
     x_1, x_2 = normalised_rows(X, Gamma, Beta, m_0, stride_x, n_rows, eps, D, D1, BLOCK_M, dtype)
+    rows_h = tl.arange(0, BLOCK_H).to(tl.int64)
+    rows_1 = tl.arange(0, D1).to(tl.int64)
     acc_1 = tl.zeros([BLOCK_M, D1], tl.float32)
     if D1 < D:
+        rows_2 = tl.arange(0, D - D1).to(tl.int64)
         acc_2 = tl.zeros([BLOCK_M, D - D1], tl.float32)
     for h_0 in tl.range(0, H, BLOCK_H):
         offs_h = h_0 + tl.arange(0, BLOCK_H)
-        w = _load_weights(W11, h_0, 0, stride_1, BLOCK_H, D1, DESCRIPTORS)
+        w = load_tile(W11, (h_0, 0), rows_h, stride_1, None, D1, D1, DESCRIPTORS)
         h = tl.dot(x_1, w.T, input_precision=PRECISION)
         if D1 < D:
-            w = _load_weights(W12, h_0, D1, stride_1, BLOCK_H, D - D1, DESCRIPTORS)
+            w = load_tile(W12, (h_0, D1), rows_h, stride_1, None, D - D1, D - D1, DESCRIPTORS)
             h = tl.dot(x_2, w.T, h, input_precision=PRECISION)
         h = gelu(h + tl.load(Bias1 + offs_h).to(tl.float32)[None, :], GELU).to(dtype)
-        w = _load_weights(W21, 0, h_0, stride_2, D1, BLOCK_H, DESCRIPTORS)
+        w = load_tile(W21, (0, h_0), rows_1, stride_2, None, H, BLOCK_H, DESCRIPTORS)
         acc_1 = tl.dot(h, w.T, acc_1, input_precision=PRECISION)
         if D1 < D:
-            w = _load_weights(W22, D1, h_0, stride_2, D - D1, BLOCK_H, DESCRIPTORS)
+            w = load_tile(W22, (D1, h_0), rows_2, stride_2, None, H, BLOCK_H, DESCRIPTORS)
             acc_2 = tl.dot(h, w.T, acc_2, input_precision=PRECISION)
     _store_out(acc_1, X1, Y1, Bias2, m_0, stride_x, n_rows, D, 0, D1, BLOCK_M, DESCRIPTORS)
     if D1 < D:
@@ -99,17 +90,7 @@ def _layernorm_mlp_fwd_kernel(
 _PLANS: dict[Any, launch.Plan] = {}
 
 
-def _single(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-    eps: float,
-    c: configs.MlpConfig,
-) -> torch.Tensor:
+def _single(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, c) -> torch.Tensor:
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, fc2_weight.dtype), device=x.device)
     precision = launch.dot_precision(fc1_weight.dtype)
     d, d_1 = x.shape[1], power_of_two_columns(x.shape[1])
@@ -171,15 +152,7 @@ def run(
     return product(h, fc2_weight, fc2_bias, x)
 
 
-def _check(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-) -> None:
+def _check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
     """Raises ValueError unless the shapes fit together."""
     check_affine(x, norm_weight, norm_bias)
     check_linear("fc1_weight", x, fc1_weight, fc1_bias)
@@ -191,16 +164,7 @@ def _check(
         )
 
 
-def _layernorm_mlp_kernel(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
+def _layernorm_mlp_kernel(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps) -> torch.Tensor:
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     launch.check_device(x, *parameters)
     launch.check_floats("x", x)

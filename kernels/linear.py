@@ -27,22 +27,10 @@ import triton
 import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference
+from segmenter.kernels.blocks import gelu, gelu_form, load_tile, normalised_rows, power_of_two_columns, program_block
 from segmenter.kernels.layernorm import as_rows, check_affine, statistics
 from segmenter.kernels.layernorm import run as run_layernorm
-from segmenter.kernels.numerics import gelu, gelu_form, normalised_rows, power_of_two_columns
 from segmenter.kernels.operators import define, forbid_forward_mode
-
-
-@triton.jit
-def _load_tile(X, rows, row_0, k_0, stride, K: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """(len(rows), BLOCK_K) from row_0 and column k_0 on, 0 beyond column K. `rows` are int64 and all inside."""
-    if DESCRIPTORS:
-        x = X.load([row_0, k_0])
-    else:
-        offs_k = k_0 + tl.arange(0, BLOCK_K)
-        pointers = X + rows[:, None] * stride + offs_k[None, :]
-        x = tl.load(pointers) if K % BLOCK_K == 0 else tl.load(pointers, mask=offs_k[None, :] < K, other=0.0)
-    return x
 
 
 @triton.jit
@@ -57,24 +45,18 @@ def _linear_fwd_kernel(
     GELU: tl.constexpr,  # a FORM of `gelu`, or None
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Programs that run side by side share GROUP_M row blocks and a few of W: both stay in the L2 cache.
-    N_BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * N_BLOCKS_N)
-    within = pid % (GROUP_M * N_BLOCKS_N)
-    group_rows = tl.minimum(n_blocks_m - group * GROUP_M, GROUP_M)
-    m_0 = (group * GROUP_M + within % group_rows) * BLOCK_M
-    n_0 = (within // group_rows) * BLOCK_N
+    block_m, block_n = program_block(n_blocks_m, tl.cdiv(N, BLOCK_N), GROUP_M)
+    m_0, n_0 = block_m * BLOCK_M, block_n * BLOCK_N
     offs_m = m_0 + tl.arange(0, BLOCK_M)
     offs_n = n_0 + tl.arange(0, BLOCK_N)
     # Tiles that hang over the edge read the last row again: a product's row depends on no other, so no masks.
     x_rows = tl.minimum(offs_m, n_rows - 1).to(tl.int64)
-    w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
+    w_rows = tl.minimum(offs_n, N - 1).to(tl.int64) - n_0
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k_0 in tl.range(0, K, BLOCK_K):
-        x = _load_tile(X, x_rows, m_0, k_0, stride_x, K, BLOCK_K, DESCRIPTORS)
-        w = _load_tile(W, w_rows, n_0, k_0, stride_w, K, BLOCK_K, DESCRIPTORS)
+        x = load_tile(X, (m_0, k_0), x_rows - m_0, stride_x, None, K, BLOCK_K, DESCRIPTORS)
+        w = load_tile(W, (n_0, k_0), w_rows, stride_w, None, K, BLOCK_K, DESCRIPTORS)
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
 
     mask_n = offs_n < N
@@ -143,11 +125,11 @@ def _layernorm_linear_rows_kernel(
     offs_m = m_0 + tl.arange(0, BLOCK_M)
     for n_0 in tl.range((pid % SPLIT) * BLOCK_N, N, SPLIT * BLOCK_N):
         offs_n = n_0 + tl.arange(0, BLOCK_N)
-        w_rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-        w = _load_tile(W1, w_rows, n_0, 0, stride_w, K, K1, DESCRIPTORS)
+        w_rows = tl.minimum(offs_n, N - 1).to(tl.int64) - n_0
+        w = load_tile(W1, (n_0, 0), w_rows, stride_w, None, K1, K1, DESCRIPTORS)
         acc = tl.dot(x_1, w.T, input_precision=PRECISION)
         if K1 < K:
-            w = _load_tile(W2, w_rows, n_0, K1, stride_w, K, K - K1, DESCRIPTORS)
+            w = load_tile(W2, (n_0, K1), w_rows, stride_w, None, K - K1, K - K1, DESCRIPTORS)
             acc = tl.dot(x_2, w.T, acc, input_precision=PRECISION)
         mask_n = offs_n < N
         if HAS_BIAS:
@@ -209,17 +191,7 @@ def chosen(
     return product(x, weight, bias, residual, gelu)
 
 
-def _plan(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    y: torch.Tensor,
-    gelu: bool,
-    folded: tuple | None,
-    precision: str,
-    config: configs.LinearConfig | None,
-) -> launch.Plan:
+def _plan(x, weight, bias, residual, y, gelu, folded, precision, config) -> launch.Plan:
     (m, k), n, architecture = x.shape, weight.shape[0], launch.architecture(x)
     stride_r = 0 if residual is None else residual.stride(0)
     c = config or configs.linear(architecture, x.element_size(), m, n, gelu, precision)
@@ -261,16 +233,7 @@ def _fold(
     return folded, row_sum, folded_bias
 
 
-def _rows(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    gelu: bool,
-    config: configs.RowsConfig | None,
-) -> torch.Tensor:
+def _rows(x, norm_weight, norm_bias, weight, bias, eps, gelu, config) -> torch.Tensor:
     y = torch.empty(x.shape[0], weight.shape[0], dtype=weight.dtype, device=x.device)
     precision = launch.dot_precision(weight.dtype)
     k_1 = power_of_two_columns(x.shape[1])
@@ -377,15 +340,7 @@ def _linear_kernel(
     return chosen(as_rows(x), weight, bias, None if residual is None else as_rows(residual), gelu).view(shape)
 
 
-def _layernorm_linear_kernel(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-    gelu: bool,
-) -> torch.Tensor:
+def _layernorm_linear_kernel(x, norm_weight, norm_bias, weight, bias, eps, gelu) -> torch.Tensor:
     launch.check_device(x, norm_weight, norm_bias, weight, bias)
     launch.check_floats("x", x)
     check_types(weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
@@ -401,14 +356,7 @@ def _linear_fake(
     return x.new_empty(_linear_shape(x, weight, bias, residual), dtype=_result_type(weight, residual))
 
 
-def _layernorm_linear_fake(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *_: Any,
-) -> torch.Tensor:
+def _layernorm_linear_fake(x, norm_weight, norm_bias, weight, bias, *_) -> torch.Tensor:
     check_affine(x, norm_weight, norm_bias)
     return x.new_empty(_linear_shape(x, weight, bias, None), dtype=weight.dtype)
 

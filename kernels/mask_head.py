@@ -29,26 +29,10 @@ import triton
 import triton.language as tl
 
 from segmenter.kernels import configs, launch, layernorm, reference
+from segmenter.kernels.blocks import load_tile
 from segmenter.kernels.operators import define, forbid_forward_mode
 
 MAX_CLASSES = 256  # whose cosines one program keeps in registers
-
-
-@triton.jit
-def _load_tile(X, b, row, col, stride_b, stride_n, n_rows, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-               DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """(ROWS, COLS) of image b from (row, col) on; 0 beyond n_rows and D."""
-    if DESCRIPTORS:  # the copy engine fills with zeros what is outside this image
-        x = X.load([b, row, col]).reshape([ROWS, COLS])
-    else:
-        offs_n = tl.arange(0, ROWS)
-        offs_d = tl.arange(0, COLS)
-        base = X + tl.cast(b, tl.int64) * stride_b + tl.cast(row, tl.int64) * stride_n + col
-        mask = (row + offs_n)[:, None] < n_rows
-        if D % COLS != 0:
-            mask = mask & ((col + offs_d)[None, :] < D)
-        x = tl.load(base + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :], mask=mask, other=0.0)
-    return x
 
 
 @triton.jit
@@ -68,15 +52,21 @@ def _mask_head_fwd_kernel(
     b = pid // n_slabs // n_blocks
     m_0 = (pid // n_slabs % n_blocks) * BLOCK_M
 
+    rows_x = tl.arange(0, BLOCK_M).to(tl.int64)
+    rows_w = tl.arange(0, BLOCK_K).to(tl.int64)
+    rows_c = tl.arange(0, K_PAD).to(tl.int64)
+    if not DESCRIPTORS:
+        X += b.to(tl.int64) * stride_xb
+        C += b.to(tl.int64) * stride_cb
     cosine = tl.zeros([BLOCK_M, K_PAD], tl.float32)
     patch_norm2 = tl.zeros([BLOCK_M], tl.float32)
     for d_0 in tl.range(0, D, BLOCK_D):  # not flattened: triton 3.8's ptxas (12.9) then serialises every wgmma
         p = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for i_0 in tl.range(0, D, BLOCK_K):
-            x = _load_tile(X, b, m_0, i_0, stride_xb, stride_xn, n_patches, D, BLOCK_M, BLOCK_K, DESCRIPTORS)
-            w = _load_tile(W, 0, i_0, d_0, 0, stride_wn, D, D, BLOCK_K, BLOCK_D, DESCRIPTORS)
+            x = load_tile(X, (b, m_0, i_0), rows_x, stride_xn, n_patches, D, BLOCK_K, DESCRIPTORS)
+            w = load_tile(W, (0, i_0, d_0), rows_w, stride_wn, D, D, BLOCK_D, DESCRIPTORS)
             p = tl.dot(x, w, p, input_precision=PRECISION)
-        c = _load_tile(C, b, k_0, d_0, stride_cb, stride_cn, N_CLASSES, D, K_PAD, BLOCK_D, DESCRIPTORS)
+        c = load_tile(C, (b, k_0, d_0), rows_c, stride_cn, N_CLASSES, D, BLOCK_D, DESCRIPTORS)
         patch_norm2 += tl.sum(p * p, 1)
         cosine = tl.dot(p.to(c.dtype), c.T, cosine, input_precision=PRECISION)
 
@@ -139,15 +129,7 @@ def _run(
     return y
 
 
-def _plan(
-    patches: torch.Tensor,
-    classes: torch.Tensor,
-    proj_patch: torch.Tensor,
-    eps: float,
-    norm: bool,
-    precision: str,
-    config: configs.MaskHeadConfig | None,
-) -> launch.Plan:
+def _plan(patches, classes, proj_patch, eps, norm, precision, config) -> launch.Plan:
     B, N, d = patches.shape
     K = classes.shape[1]
     k_pad = class_padding(K)
@@ -193,15 +175,7 @@ def _masks(
     return layernorm.run(rows, norm_weight, norm_bias, eps, patches.dtype).view(cosine.shape)
 
 
-def _mask_head_kernel(
-    patches: torch.Tensor,
-    classes: torch.Tensor,
-    proj_patch: torch.Tensor,
-    proj_classes: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
+def _mask_head_kernel(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias, eps) -> torch.Tensor:
     launch.check_device(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias)
     launch.check_floats("patches", patches)
     for name, tensor in (("classes", classes), ("proj_patch", proj_patch), ("proj_classes", proj_classes)):
@@ -219,14 +193,7 @@ def _mask_head_kernel(
 # Operator
 
 
-def _shape(
-    patches: torch.Tensor,
-    classes: torch.Tensor,
-    proj_patch: torch.Tensor,
-    proj_classes: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-) -> tuple[int, int, int, int]:
+def _shape(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias) -> tuple[int, int, int, int]:
     """(B, N, K, d). Raises ValueError unless the six shapes go together and there is a class."""
     if (
         patches.ndim != 3
@@ -253,15 +220,7 @@ def _mask_head_fake(patches: torch.Tensor, classes: torch.Tensor, *args: Any) ->
     return patches.new_empty(B, N, K)
 
 
-def _mask_head_reference(
-    patches: torch.Tensor,
-    classes: torch.Tensor,
-    proj_patch: torch.Tensor,
-    proj_classes: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    eps: float,
-) -> torch.Tensor:
+def _mask_head_reference(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias, eps) -> torch.Tensor:
     _shape(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias)
     projections = (proj_patch, proj_classes)
     if all(t is None or t.dtype == patches.dtype for t in (norm_weight, norm_bias)):

@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference
+from segmenter.kernels.blocks import load_tile, program_block
 from segmenter.kernels.operators import define, forbid_forward_mode
 from segmenter.kernels.reference import CENTRE
 
@@ -64,16 +65,10 @@ def _pixels_to_tokens_fwd_kernel(
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = 3 * P * P
-    N_BLOCKS_N: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     dtype: tl.constexpr = W.dtype if DESCRIPTORS else W.dtype.element_ty
-    # Rows are the patches of all images one after the other. As in `linear`: programs that run side by side share
-    # GROUP_M row blocks, and tiles that hang over the edge read the last row again.
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * N_BLOCKS_N)
-    within = pid % (GROUP_M * N_BLOCKS_N)
-    group_rows = tl.minimum(n_blocks_m - group * GROUP_M, GROUP_M)
-    m_0 = (group * GROUP_M + within % group_rows) * BLOCK_M
-    n_0 = (within // group_rows) * BLOCK_N
+    # Rows are the patches of all images one after the other; tiles that hang over the edge read the last row again.
+    block_m, block_n = program_block(n_blocks_m, tl.cdiv(D, BLOCK_N), GROUP_M)
+    m_0, n_0 = block_m * BLOCK_M, block_n * BLOCK_N
     offs_m = m_0 + tl.arange(0, BLOCK_M)
     offs_n = n_0 + tl.arange(0, BLOCK_N)
     n_patches = grid_h * grid_w
@@ -82,7 +77,7 @@ def _pixels_to_tokens_fwd_kernel(
     patch = rows % n_patches
     patch_y, patch_x = patch // grid_w, patch % grid_w
     corner = image * stride_pb + (patch_y * P).to(tl.int64) * stride_ph + patch_x * (3 * P)
-    w_rows = tl.minimum(offs_n, D - 1).to(tl.int64)
+    w_rows = tl.minimum(offs_n, D - 1).to(tl.int64) - n_0
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k_0 in tl.range(0, K, BLOCK_K):
@@ -90,11 +85,7 @@ def _pixels_to_tokens_fwd_kernel(
         offs_p = (offs_k // (3 * P)).to(tl.int64) * stride_ph + offs_k % (3 * P)
         pointers = Pixels + corner[:, None] + offs_p[None, :]
         x = tl.load(pointers) if K % BLOCK_K == 0 else tl.load(pointers, mask=offs_k[None, :] < K, other=128)
-        if DESCRIPTORS:
-            w = W.load([n_0, k_0])
-        else:
-            w_pointers = W + w_rows[:, None] * stride_w + offs_k[None, :]
-            w = tl.load(w_pointers) if K % BLOCK_K == 0 else tl.load(w_pointers, mask=offs_k[None, :] < K, other=0.0)
+        w = load_tile(W, (n_0, k_0), w_rows, stride_w, None, K, BLOCK_K, DESCRIPTORS)
         acc = tl.dot(w, _centred(x, dtype).T, acc, input_precision=PRECISION)
     acc = acc.T * (1.0 / 128.0)
 
@@ -170,15 +161,7 @@ def _run(
     return y
 
 
-def _plan(
-    pixels: torch.Tensor,
-    weight: torch.Tensor,
-    extra_tokens: torch.Tensor,
-    patch_size: int,
-    padded: bool,
-    precision: str,
-    config: configs.LinearConfig | None,
-) -> launch.Plan:
+def _plan(pixels, weight, extra_tokens, patch_size, padded, precision, config) -> launch.Plan:
     (B, height, width, _), d = pixels.shape, weight.shape[0]
     grid_h, grid_w = height // patch_size, width // patch_size
     n_rows, architecture = B * grid_h * grid_w, launch.architecture(pixels)
@@ -212,14 +195,7 @@ def _result_type(weight: torch.Tensor, extra_tokens: torch.Tensor, pos_embed: to
     return torch.promote_types(torch.promote_types(weight.dtype, extra_tokens.dtype), pos_embed.dtype)
 
 
-def _shape(
-    pixels: torch.Tensor,
-    weight: torch.Tensor,
-    bias_table: torch.Tensor,
-    extra_tokens: torch.Tensor,
-    pos_embed: torch.Tensor,
-    patch_size: int,
-) -> tuple[int, int, int]:
+def _shape(pixels, weight, bias_table, extra_tokens, pos_embed, patch_size) -> tuple[int, int, int]:
     """The result's (B, E + N, d). Raises ValueError unless the shapes go together and pictures have pixels."""
     B, grid_h, grid_w = reference.patch_grid(pixels, patch_size)
     d = weight.shape[0]
@@ -230,14 +206,7 @@ def _shape(
     return B, pos_embed.shape[0], d
 
 
-def _pixels_to_tokens_kernel(
-    pixels: torch.Tensor,
-    weight: torch.Tensor,
-    bias_table: torch.Tensor,
-    extra_tokens: torch.Tensor,
-    pos_embed: torch.Tensor,
-    patch_size: int,
-) -> torch.Tensor:
+def _pixels_to_tokens_kernel(pixels, weight, bias_table, extra_tokens, pos_embed, patch_size) -> torch.Tensor:
     launch.check_device(pixels, weight, bias_table, extra_tokens, pos_embed)
     launch.check_floats("pixels", pixels, (torch.uint8,))
     for name, tensor in (("weight", weight), ("extra_tokens", extra_tokens), ("pos_embed", pos_embed)):
@@ -248,26 +217,12 @@ def _pixels_to_tokens_kernel(
     return _run(pixels, launch.rows_contiguous(weight), *dense, patch_size)
 
 
-def _pixels_to_tokens_fake(
-    pixels: torch.Tensor,
-    weight: torch.Tensor,
-    bias_table: torch.Tensor,
-    extra_tokens: torch.Tensor,
-    pos_embed: torch.Tensor,
-    patch_size: int,
-) -> torch.Tensor:
+def _pixels_to_tokens_fake(pixels, weight, bias_table, extra_tokens, pos_embed, patch_size) -> torch.Tensor:
     shape = _shape(pixels, weight, bias_table, extra_tokens, pos_embed, patch_size)
     return weight.new_empty(shape, dtype=_result_type(weight, extra_tokens, pos_embed))
 
 
-def _pixels_to_tokens_reference(
-    pixels: torch.Tensor,
-    weight: torch.Tensor,
-    bias_table: torch.Tensor,
-    extra_tokens: torch.Tensor,
-    pos_embed: torch.Tensor,
-    patch_size: int,
-) -> torch.Tensor:
+def _pixels_to_tokens_reference(pixels, weight, bias_table, extra_tokens, pos_embed, patch_size) -> torch.Tensor:
     """The same from folded weights, differentiable in all but the pixels."""
     B, _, _ = _shape(pixels, weight, bias_table, extra_tokens, pos_embed, patch_size)
     (_, H, W, _), P, E = pixels.shape, patch_size, extra_tokens.shape[0]
@@ -285,9 +240,7 @@ def _pixels_to_tokens_reference(
     return tokens.to(_result_type(weight, extra_tokens, pos_embed)).contiguous()
 
 
-def _pixels_to_tokens_flops(
-    pixels: tuple[int, ...], weight: tuple[int, ...], bias_table: Any, extra: Any, pos: Any, patch_size: int, **_: Any
-) -> int:
+def _pixels_to_tokens_flops(pixels, weight, bias_table, extra, pos, patch_size, **_) -> int:
     B, H, W, _ = pixels
     return 2 * B * -(-H // patch_size) * -(-W // patch_size) * weight[0] * weight[1]
 
@@ -341,12 +294,12 @@ def normalized_pixels_to_tokens(
     pos_embed: torch.Tensor,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    remember: Callable | None = None,
+    cached: Callable | None = None,
 ) -> torch.Tensor:
-    """`reference.pixels_to_tokens` by the kernel: folds, unless `remember` still has it, and multiplies.
+    """`reference.pixels_to_tokens` by the kernel: folds, unless `cached` still has it, and multiplies.
 
     Args:
-        remember: (key, tensors, function without arguments) -> the function's result, or the one of an earlier call
+        cached: (key, tensors, function without arguments) -> the function's result, or the one of an earlier call
             with this key and these tensors unchanged.
     """
     kind, P = weight.device.type, weight.shape[-1]
@@ -361,5 +314,5 @@ def normalized_pixels_to_tokens(
         return reference.fold_normalization(weight, bias, mean, std, dtype, size, tf32)
 
     key = ("fold", tuple(mean), tuple(std), dtype, size, tf32)
-    folded, table = fold() if remember is None else remember(key, parameters, fold)
+    folded, table = fold() if cached is None else cached(key, parameters, fold)
     return pixels_to_tokens(pixels, folded, table, extra_tokens, pos_embed, P)

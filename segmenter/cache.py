@@ -32,16 +32,16 @@ class _Seen(NamedTuple):
         )
 
 
-class Remembered:
+class Cache:
     """A few results, each with the tensors it was computed from; none is ever given for tensors that have changed.
 
     Changed means: another tensor, other memory (`.to()`, `.half()`, `p.data = ...`) or written to since, which PyTorch
     counts in `_version` (`copy_`, `load_state_dict`, most optimisers). Fused optimisers write without counting: so the
-    step of any optimiser ends what was remembered, and so does a call that records gradients. Nobody sees writes
+    step of any optimiser empties the cache, and so does a call that records gradients. Nobody sees writes
     through `p.data` or a NumPy view, as in `p.data.mul_(2)`, or those of a replayed CUDA graph: call `clear()` after
     them. (A module that is switched to training or evaluation should call it as well.)
 
-    Nothing is remembered where that could be wrong or keep a graph alive: of parameters with gradients (they are about
+    Nothing is cached where that could be wrong or keep a graph alive: of parameters with gradients (they are about
     to be changed), within torch.compile, torch.export and transforms of torch.func, while a CUDA graph is captured (its
     replay has to follow the weights), and of parameters made under inference_mode, which have no version.
 
@@ -63,7 +63,7 @@ class Remembered:
             key: all that the result depends on besides the tensors, but for autocast and the stream.
             tensors: what it is computed from. make: gives a tensor, or a tuple of them.
         """
-        if not _may_remember(tensors):
+        if not _may_cache(tensors):
             return make()
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             self.clear()
@@ -73,9 +73,9 @@ class Remembered:
             seen, result = self._results.get(key, ((), None))
             if seen and len(seen) == len(tensors) and all(map(_Seen.unchanged, seen, tensors)):
                 self._results.move_to_end(key)
-                return _keep(result)
+                return _hand_out(result)
         if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return _keep(make())  # in the graph's memory, which holds it only once the graph has run
+            return _hand_out(make())  # in the graph's memory, which holds it only once the graph has run
         # Not as a tensor of inference mode, which could not be used where gradients are recorded.
         with torch.inference_mode(False), torch.no_grad():
             seen = tuple(_Seen(weakref.ref(t), t.detach(), t._version) for t in tensors)
@@ -83,50 +83,50 @@ class Remembered:
         results = result if isinstance(result, tuple) else (result,)
         if all(type(t) is torch.Tensor for t in results):  # not the stand-ins of tracing
             with self._lock:
-                self._forget_the_dead()
+                self._drop_outdated()
                 self._results[key] = (seen, result)
                 while len(self._results) > self.limit:
                     self._results.popitem(last=False)
-        return _keep(result)
+        return _hand_out(result)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Empties it."""
         with self._lock:
             self._results.clear()
 
     def __len__(self) -> int:
         return len(self._results)
 
-    def __deepcopy__(self, memo: dict) -> "Remembered":
-        return Remembered(self.limit)
+    def __deepcopy__(self, memo: dict) -> "Cache":
+        return Cache(self.limit)
 
     def __reduce__(self) -> tuple:
-        return Remembered, (self.limit,)
+        return Cache, (self.limit,)
 
-    def _forget_the_dead(self) -> None:
+    def _drop_outdated(self) -> None:
         """Drops what belongs to tensors that are gone or have changed, so that old weights are not kept in memory."""
         for key, (seen, _) in list(self._results.items()):
             if not all((t := s.tensor()) is not None and s.unchanged(t) for s in seen):
                 del self._results[key]
 
 
-_kept: contextvars.ContextVar[list | None] = contextvars.ContextVar("kept", default=None)
+_held: contextvars.ContextVar[list | None] = contextvars.ContextVar("held", default=None)
 
 
 @contextlib.contextmanager
-def keeping() -> Iterator[list[Any]]:
-    """Within it what is remembered is used while a CUDA graph is captured too; all that is used is put into the list.
+def holding_results() -> Iterator[list[Any]]:
+    """Within it what is cached is used while a CUDA graph is captured too; all that is used is put into the list.
 
     For who holds the list as long as the graph, and captures it anew when parameters change.
     """
-    token = _kept.set([])
+    token = _held.set([])
     try:
-        yield _kept.get()
+        yield _held.get()
     finally:
-        _kept.reset(token)
+        _held.reset(token)
 
 
-def _may_remember(tensors: Sequence[torch.Tensor]) -> bool:
+def _may_cache(tensors: Sequence[torch.Tensor]) -> bool:
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return False
     if torch.autograd.forward_ad._current_level >= 0:
@@ -134,7 +134,7 @@ def _may_remember(tensors: Sequence[torch.Tensor]) -> bool:
     for t in tensors:
         if type(t) not in (nn.Parameter, torch.Tensor) or t.is_inference() or not t.is_leaf or t.grad is not None:
             return False
-    return _kept.get() is not None or not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+    return _held.get() is not None or not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _surroundings(tensor: torch.Tensor) -> tuple:
@@ -146,10 +146,10 @@ def _surroundings(tensor: torch.Tensor) -> tuple:
     return autocast, stream, optimiser_steps()
 
 
-def _keep(result: Any) -> Any:
-    kept = _kept.get()
-    if kept is not None:
-        kept.append(result)
+def _hand_out(result: Any) -> Any:
+    held = _held.get()
+    if held is not None:
+        held.append(result)
     return result
 
 

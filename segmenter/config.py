@@ -1,4 +1,4 @@
-"""What a model is built from: `ModelConfig`, the 12 backbones of the published config.yml, and the paper's names."""
+"""What a model is built from (`ModelConfig`, the 12 published backbones, the paper's names), and what goes with it."""
 
 import contextlib
 import dataclasses
@@ -147,6 +147,26 @@ class ModelConfig:
             _in_range("decoder.n_layers", self.decoder["n_layers"], 0, 1024)
 
 
+@dataclass
+class ModelInfo:
+    """What goes with the weights and is no part of the network. Attribute `info` of a model.
+
+    Attributes:
+        normalization: "vit" or "deit", the statistics of the input.
+        window_size, window_stride: sliding windows in pixels.
+        classes: key of the class names and palette ("ade20k", "camvid" ...), path of a class file, or None.
+        weights: "random", "encoder" (pretrained encoder, random decoder) or "trained".
+        source: where the weights came from, for people.
+    """
+
+    normalization: str = "vit"
+    window_size: int = 512
+    window_stride: int = 512
+    classes: str | None = None
+    weights: str = "random"
+    source: str = "random initialisation"
+
+
 def backbone_config(
     backbone: str,
     decoder: str = "mask_transformer",
@@ -168,20 +188,11 @@ def backbone_config(
     decoder_kwargs = {"name": decoder, **DECODERS[decoder]}
     if "n_decoder_layers" in overrides:
         decoder_kwargs["n_layers"] = overrides.pop("n_decoder_layers")
-    preset = dataclasses.asdict(BACKBONES[backbone])
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     for name in overrides:
         _one_of("argument", name, tuple(sorted(known - {"backbone", "decoder", "n_cls", "image_size"})))
-    return ModelConfig.from_dict(
-        {
-            "backbone": backbone,
-            **preset,
-            "n_cls": n_cls,
-            "decoder": decoder_kwargs,
-            "image_size": image_size,
-            **overrides,
-        }
-    )
+    named = {"backbone": backbone, "decoder": decoder_kwargs, "n_cls": n_cls, "image_size": image_size}
+    return ModelConfig.from_dict({**dataclasses.asdict(BACKBONES[backbone]), **named, **overrides})
 
 
 _SIZES = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
@@ -225,7 +236,7 @@ def preset(
 def check_windows(size: Any, stride: Any, image_size: tuple[int, int]) -> None:
     """Checks sliding windows, in pixels, for a model whose positions are made for `image_size`.
 
-    A picture that is smaller than a window is enlarged to it, and attention costs the square of its area.
+    An image that is smaller than a window is enlarged to it, and attention costs the square of its area.
 
     Raises:
         ConfigError: no integers, a window beyond MAX_STRETCH times the longer side, a stride beyond the window.

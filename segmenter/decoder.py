@@ -1,12 +1,14 @@
 """The two decoders of the paper: a linear layer per patch (3.2) and the mask transformer (3.2.1)."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn as nn
 
-from segmenter.fusable import why_not_bypass
+from segmenter.guard import why_not_bypass
 from segmenter.kernels import reference
 from segmenter.layers import Block, init_weights, stochastic_depth
-from segmenter.ops import select
+from segmenter.ops import OperatorModule, select
 
 
 def to_grid(tokens: torch.Tensor, im_size: tuple[int, int], patch_size: int) -> torch.Tensor:
@@ -33,7 +35,7 @@ class DecoderLinear(nn.Module):
         return to_grid(self.head(x), im_size, self.patch_size)
 
 
-class MaskTransformer(nn.Module):
+class MaskTransformer(OperatorModule):
     """Transformer over patch tokens and one learned token a class; a mask is the cosine of patch and class.
 
     With two classes the LayerNorm over the class axis leaves nothing but the sign of their difference and its
@@ -44,6 +46,8 @@ class MaskTransformer(nn.Module):
         n_layers, n_heads, d_model, d_ff: of the decoder's own blocks. drop_path_rate, dropout: as in the encoder.
         impl: "eager", "triton" or "auto".
     """
+
+    computes = "class masks"
 
     def __init__(
         self,
@@ -82,6 +86,9 @@ class MaskTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         return {"cls_emb"}
+
+    def implementations(self, parameter: torch.Tensor) -> Iterator[tuple[str, str]]:
+        yield "mask_head", self.ops.on(parameter).name
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Encoder patches (B, N, d_encoder) -> decoder input (B, N + n_cls, d_model): patches first."""

@@ -1,20 +1,20 @@
 """The encoder: a plain ViT or distilled DeiT (paper section 3.1; facebookresearch/deit and timm for the names)."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from segmenter.cache import Remembered
-from segmenter.fusable import why_not_bypass
+from segmenter.cache import Cache
+from segmenter.guard import why_not_bypass
 from segmenter.kernels import reference
 from segmenter.layers import Block, PatchEmbed, init_weights, resize_pos_embed, stochastic_depth
-from segmenter.ops import select
+from segmenter.ops import OperatorModule, select, what_computes
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(OperatorModule):
     """Pre-norm vision transformer with a class token and, if `distilled`, a distillation token.
 
     Args:
@@ -31,6 +31,8 @@ class VisionTransformer(nn.Module):
     Raises:
         ValueError: sizes that do not fit together.
     """
+
+    computes = "bytes to tokens"
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed_mode = pos_embed_mode
         self.pos_embed_check = pos_embed_check
         self.dropout = nn.Dropout(dropout)
-        self.remembered = Remembered()
+        self.cache = Cache()
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
         if distilled:
@@ -123,17 +125,17 @@ class VisionTransformer(nn.Module):
 
     def train(self, mode: bool = True) -> "VisionTransformer":
         """As of every module. What was computed from the parameters is forgotten."""
-        self.remembered.clear()
+        self.cache.clear()
         return super().train(mode)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "VisionTransformer":
-        self.remembered.clear()
+        self.cache.clear()
         return super()._apply(fn, recurse)
 
-    def _remember(self, key: tuple, tensors: Sequence[torch.Tensor], make: Callable) -> Any:
+    def _cached(self, key: tuple, tensors: Sequence[torch.Tensor], make: Callable) -> Any:
         if self.training or torch.compiler.is_compiling():
             return make()
-        return self.remembered(key, tensors, make)
+        return self.cache(key, tensors, make)
 
     def positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """The position embedding for a grid of patches, (1, n_extra + patches, d), resampled if need be.
@@ -148,7 +150,7 @@ class VisionTransformer(nn.Module):
         if not differs:
             return self.pos_embed
         options = (self.patch_embed.grid_size, grid, self.n_extra_tokens, self.pos_embed_mode)
-        return self._remember(
+        return self._cached(
             ("positions", *options), (self.pos_embed,), lambda: resize_pos_embed(self.pos_embed, *options)
         )
 
@@ -162,7 +164,7 @@ class VisionTransformer(nn.Module):
         return x + self.positions((H // self.patch_size, W // self.patch_size))
 
     def embed_pixels(self, pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-        """Tokens with positions of pictures as bytes: `embed` of the normalised and padded picture.
+        """Tokens with positions of images as bytes: `embed` of the normalised and padded image.
 
         Args:
             pixels: (B, H, W, 3) uint8, on the model's device, any H and W from 1 on.
@@ -173,7 +175,7 @@ class VisionTransformer(nn.Module):
             TypeError: pixels are no bytes. ValueError: another shape.
         """
         if pixels.dtype != torch.uint8:
-            raise TypeError(f"expected pictures as bytes, got {pixels.dtype}; for normalised images use embed()")
+            raise TypeError(f"expected images as bytes, got {pixels.dtype}; for normalised images use embed()")
         P = self.patch_size
         _, *grid = reference.patch_grid(pixels, P)
         if self.why_not_bytes() is not None:
@@ -182,7 +184,7 @@ class VisionTransformer(nn.Module):
         extra = torch.cat([self.cls_token[0], self.dist_token[0]]) if self.distilled else self.cls_token[0]
         operators, positions = self.ops.on(proj.weight), self.positions(tuple(grid))[0]
         arguments = (pixels, proj.weight, proj.bias, extra, positions, mean, std)
-        return operators.pixels_to_tokens(*arguments, remember=self._remember)
+        return operators.pixels_to_tokens(*arguments, cached=self._cached)
 
     def why_not_bytes(self) -> str | None:
         """Why the patch embedding has to be called with a normalised image, or None if its weights may be used."""
@@ -193,6 +195,9 @@ class VisionTransformer(nn.Module):
                 return reason
         plain = (proj.kernel_size, proj.stride, proj.padding, proj.dilation, proj.groups, proj.in_channels)
         return None if plain == ((P, P), (P, P), (0, 0), (1, 1), 1, 3) else "another convolution"
+
+    def implementations(self, parameter: torch.Tensor) -> Iterator[tuple[str, str]]:
+        yield "pixels_to_tokens", what_computes(self.ops.on(parameter).name, self.why_not_bytes())
 
     def forward(self, im: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         """Normalised image (B, C, H, W), H and W multiples of the patch size.

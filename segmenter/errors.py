@@ -1,6 +1,10 @@
 """Errors about what comes from outside: one line that can be printed, whatever is in the names and texts it quotes."""
 
 import errno
+import re
+
+# what failed allocations are called that are no MemoryError: on the CPU, on GPUs, and outside torch's allocator
+_NO_MEMORY = re.compile(r"out of memory|(can't allocate|not enough) memory|bad_alloc|ALLOC_FAILED")
 
 
 class InputError(ValueError):
@@ -34,3 +38,12 @@ def cause(error: BaseException, limit: int = 200) -> str:
         text = text or "not enough memory"
     text = " ".join(printable(text).split())
     return (text if len(text) <= limit else f"{text[: limit - 3]}...") or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a CPU or a GPU."""
+    import torch  # here, because the command line's --help needs none
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))

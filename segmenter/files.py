@@ -111,7 +111,7 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def folder_beside(path: Path) -> Iterator[Path]:
+def directory_beside(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, for what is several files or is looked at before it is renamed to `path`.
 
     It is deleted at the end. An OSError about what is in it is raised again as one about `path`.
@@ -138,11 +138,11 @@ def folder_beside(path: Path) -> Iterator[Path]:
             _release(descriptor)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Deletes the temporary files and folders in `folder` that a killed process left; those in use stay."""
+def remove_leftovers(directory: Path) -> None:
+    """Deletes the temporary files and folders in `directory` that a killed process left; those in use stay."""
     if fcntl is None:
         return
-    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+    for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
         with contextlib.suppress(OSError):  # locked, or gone meanwhile
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
@@ -188,7 +188,7 @@ def locked(path: Path, wait: float = 0, shared: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing_into(folder: Path, wait: float = 0, shared: bool = False) -> Iterator[None]:
+def writing_into(directory: Path, wait: float = 0, shared: bool = False) -> Iterator[None]:
     """Makes a folder of results, removes what killed processes left in it, and keeps others from writing into it.
 
     Args:
@@ -197,33 +197,33 @@ def writing_into(folder: Path, wait: float = 0, shared: bool = False) -> Iterato
         OSError: it cannot be made, or another process is writing into it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise OSError(errno.ENOTDIR, "is no folder; choose another name", str(folder)) from error
-    with locked(folder, wait, shared):
-        remove_leftovers(folder)
+        raise OSError(errno.ENOTDIR, "is no folder; choose another name", str(directory)) from error
+    with locked(directory, wait, shared):
+        remove_leftovers(directory)
         yield
 
 
 def walk(
-    folder: Path, suffixes: Collection[str] | None = None, skip: Path | None = None
+    directory: Path, suffixes: Collection[str] | None = None, skip: Path | None = None
 ) -> tuple[list[Path], list[str]]:
-    """The files below `folder` with one of these (lower-case) extensions, or all, and what could not be looked at.
+    """The files below `directory` with one of these (lower-case) extensions, or all, and what could not be looked at.
 
     Links are followed. Each folder is entered once, by its own path rather than by a link to it, so loops end; and no
-    link leads to the folders above `folder`. Names that begin with a dot are passed over. What is told as a file may
+    link leads to the folders above `directory`. Names that begin with a dot are passed over. What is told as a file may
     be anything that is no folder: a pipe, a link that leads nowhere.
 
     Args:
         skip: a folder (resolved) that is not entered.
     Returns:
-        (paths that begin with `folder`, sorted; sentences, each with the path that it is about).
+        (paths that begin with `directory`, sorted; sentences, each with the path that it is about).
     """
     files: list[Path] = []
     problems: list[str] = []
-    top = os.path.realpath(folder)
+    top = os.path.realpath(directory)
     entered: dict[str, str] = {}  # where a folder really lies -> the path that it was entered by
-    real, linked = [(str(folder), top)], deque[tuple[str, str]]()
+    real, linked = [(str(directory), top)], deque[tuple[str, str]]()
     while real or linked:
         place, resolved = real.pop() if real else linked.popleft()
         if resolved == str(skip):
@@ -233,7 +233,7 @@ def walk(
                 problems.append(f"{place}: left out, it is the same folder as {before}")
             continue
         if _is_below(top, resolved):
-            problems.append(f"{place}: left out, it leads to a folder above {folder}")
+            problems.append(f"{place}: left out, it leads to a folder above {directory}")
             continue
         entered[resolved] = place
         try:
@@ -245,9 +245,9 @@ def walk(
         for entry in found:
             path = os.path.join(place, entry.name)
             try:
-                if _is_folder(entry) and entry.is_symlink():
+                if _is_directory(entry) and entry.is_symlink():
                     linked.append((path, os.path.realpath(path)))
-                elif _is_folder(entry):
+                elif _is_directory(entry):
                     real.append((path, os.path.join(resolved, entry.name)))
                 elif suffixes is None or os.path.splitext(entry.name)[1].lower() in suffixes:
                     files.append(Path(path))
@@ -263,15 +263,15 @@ def same_form(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_directory(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link that leads to itself
         return False
 
 
-def _is_below(path: str, folder: str) -> bool:
-    return path.startswith(os.path.join(folder, ""))
+def _is_below(path: str, directory: str) -> bool:
+    return path.startswith(os.path.join(directory, ""))
 
 
 class BoundedReader(io.BufferedReader):
@@ -316,17 +316,17 @@ class _Recording(io.FileIO):
         return memoryview(data).nbytes
 
 
-def _open_temporary(folder: Path) -> tuple[_Recording, Path]:
+def _open_temporary(directory: Path) -> tuple[_Recording, Path]:
     while True:
-        path = _temporary_name(folder)
+        path = _temporary_name(directory)
         raw = _Recording(path)
         if _lock_new(path, raw.descriptor):
             return raw, path
         raw.close()
 
 
-def _temporary_name(folder: Path) -> Path:
-    return folder / f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"  # not made from a name: that may be as long as allowed
+def _temporary_name(directory: Path) -> Path:
+    return directory / f"{_PREFIX}{uuid.uuid4().hex}{_SUFFIX}"  # not made from a name: that may be as long as allowed
 
 
 def _lock_new(path: Path, descriptor: int) -> bool:

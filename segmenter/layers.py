@@ -1,14 +1,15 @@
 """The parts that encoder and decoder share, with the parameter names of the published checkpoints (and of timm)."""
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from segmenter.fusable import why_not_bypass
+from segmenter.guard import decision, why_not_bypass
 from segmenter.kernels import reference
-from segmenter.ops import Automatic, Operators, select
+from segmenter.ops import Automatic, OperatorModule, Operators, select, what_computes
 
 
 def init_weights(m: nn.Module) -> None:
@@ -81,15 +82,6 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    @property
-    def rate(self) -> float:
-        """`drop_prob` under the name that it had here first."""
-        return self.drop_prob
-
-    @rate.setter
-    def rate(self, value: float) -> None:
-        self.drop_prob = value
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.drop_prob or not self.training:
             return x
@@ -97,7 +89,7 @@ class DropPath(nn.Module):
         return x * keep / (1 - self.drop_prob)
 
 
-class Attention(nn.Module):
+class Attention(OperatorModule):
     """Multi-head self-attention with a fused qkv projection.
 
     Calling it is the published layer: (B, N, d) -> ((B, N, d), attention weights (B, heads, N, N)), weights in memory.
@@ -191,7 +183,29 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
-class Block(nn.Module):
+def fused_attention(
+    x: torch.Tensor,
+    norm: nn.LayerNorm,
+    qkv_weight: torch.Tensor,
+    qkv_bias: torch.Tensor | None,
+    heads: int,
+    proj: nn.Linear,
+    ops: Operators,
+) -> torch.Tensor:
+    """The first half of every pre-norm block, ours or not: x + attention(norm(x)), (B, N, d), in three operators.
+
+    Reads the parameters of the layers and calls none: whoever calls it has asked whether that is right.
+    """
+    qkv = ops.layernorm_linear(x, norm.weight, norm.bias, qkv_weight, qkv_bias, norm.eps)
+    return ops.linear(ops.attention(qkv, heads), proj.weight, proj.bias, residual=x)
+
+
+def fused_mlp(x: torch.Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, ops: Operators) -> torch.Tensor:
+    """The second half: x + fc2(gelu(fc1(norm(x)))), in one operator."""
+    return ops.layernorm_mlp(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm.eps)
+
+
+class Block(OperatorModule):
     """Pre-norm transformer block: x += attn(norm1(x)); x += mlp(norm2(x)).
 
     Each half runs as fused operators that read the parameters of its layers, or layer by layer where that would pass
@@ -222,17 +236,18 @@ class Block(nn.Module):
         """(B, N, d) -> (B, N, d), or the attention map (B, heads, N, N) of this block. `mask` is for `attn`."""
         if return_attention:
             return self._attended(self.norm1(x), mask, True)
-        ops = self.ops.on(x)
-        attn, mlp, norm1, norm2 = self.attn, self.mlp, self.norm1, self.norm2
-        if mask is None and self.why_not_fused("attention") is None:
-            qkv = ops.layernorm_linear(x, norm1.weight, norm1.bias, attn.qkv.weight, attn.qkv.bias, norm1.eps)
-            x = ops.linear(ops.attention(qkv, attn.heads), attn.proj.weight, attn.proj.bias, residual=x)
+        ops, attention, mlp = decision(self, x)
+        layers = self._modules  # not self.attn and so on: attribute look-ups of modules are slow
+        if attention is None and mask is None:
+            attn = layers["attn"]
+            qkv, proj = attn._modules["qkv"], attn._modules["proj"]
+            x = fused_attention(x, layers["norm1"], qkv.weight, qkv.bias, attn.heads, proj, ops)
         else:
-            x = x + self.drop_path(self._attended(norm1(x), mask, False))
-        if self.why_not_fused("mlp") is None:
-            fc1, fc2 = mlp.fc1, mlp.fc2
-            return ops.layernorm_mlp(x, norm2.weight, norm2.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm2.eps)
-        return x + self.drop_path(mlp(norm2(x)))
+            x = x + self.drop_path(self._attended(self.norm1(x), mask, False))
+        if mlp is None:
+            inner = layers["mlp"]._modules
+            return fused_mlp(x, layers["norm2"], inner["fc1"], inner["fc2"], ops)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def _attended(self, x: torch.Tensor, mask: torch.Tensor | None, weights: bool) -> torch.Tensor:
         """The attention layer's tokens, or its weights. It is called itself if it may be more than its type says."""
@@ -245,16 +260,29 @@ class Block(nn.Module):
             return y[1]
         return y[0] if isinstance(y, tuple) else y
 
+    def decide(self, x: torch.Tensor) -> tuple[Operators, str | None, str | None]:
+        """(operators for x, why attention and why the MLP have to run layer by layer or None), for `guard.decision`."""
+        return self.ops.on(x), self.why_not_fused("attention"), self.why_not_fused("mlp")
+
+    def implementations(self, parameter: torch.Tensor) -> Iterator[tuple[str, str]]:
+        name = self.ops.on(parameter).name
+        yield "attention", name
+        yield "layernorm_linear", what_computes(name, self.why_not_fused("attention"))
+        yield "layernorm_mlp", what_computes(name, self.why_not_fused("mlp"))
+
+    def obstacles(self) -> list[str]:
+        return [reason for half in ("attention", "mlp") if (reason := self.why_not_fused(half))]
+
     def why_not_fused(self, half: str) -> str | None:
         """Why the "attention" or the "mlp" half has to run layer by layer at the moment, or None if it need not."""
         if isinstance(self.drop_path, DropPath) and self.drop_path.training and self.drop_path.drop_prob > 0:
             return "stochastic depth"
-        own = self._modules  # not self.attn and so on: attribute look-ups of modules are slow, and this runs every call
-        inner = own["attn" if half == "attention" else "mlp"]
+        layers = self._modules
+        inner = layers["attn" if half == "attention" else "mlp"]
         if any(layer.training and getattr(layer, "p", 0) > 0 for layer in inner._modules.values()):
             return "dropout"
-        norm = own["norm1" if half == "attention" else "norm2"]
-        for module, kinds in ((inner, _HALVES), (norm, _NORM), (own["drop_path"], _DROP_PATH)):
+        norm = layers["norm1" if half == "attention" else "norm2"]
+        for module, kinds in ((inner, _HALVES), (norm, _NORM), (layers["drop_path"], _DROP_PATH)):
             reason = why_not_bypass(module, kinds)
             if reason is not None:
                 return reason

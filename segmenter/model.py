@@ -1,45 +1,31 @@
-"""`Segmenter`: encoder, decoder, upsampling; and the factory that builds one from a configuration."""
+"""`Segmenter`: encoder, decoder, upsampling; and the factory that builds one from a configuration.
+
+Nothing here needs what reads weights or makes labels. The methods that are short cuts to it import it when called:
+`masks_of_pixels`, `segment`, `segment_stream`, `compile_inference` from `segmenter.inference`, `save_pretrained` and
+`from_pretrained` from `segmenter.weights`.
+"""
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from segmenter.config import DECODERS, ConfigError, ModelConfig
+from segmenter.config import DECODERS, ConfigError, ModelConfig, ModelInfo
 from segmenter.decoder import DecoderLinear, MaskTransformer
 from segmenter.encoder import VisionTransformer
-from segmenter.fusable import why_not_bypass
+from segmenter.guard import why_not_bypass
 from segmenter.kernels import reference
+from segmenter.kernels.upsample_tiles import MAX_CLASSES
 from segmenter.layers import pad_to_multiple
-from segmenter.ops import select
+from segmenter.ops import Automatic, OperatorModule, select
 
 ENCODER_HEAD_CLASSES = 1000  # the ImageNet head that every published checkpoint holds
 
 
-@dataclass
-class ModelInfo:
-    """What goes with the weights and is no part of the network. Attribute `info` of a model.
-
-    Attributes:
-        normalization: "vit" or "deit", the statistics of the input.
-        window_size, window_stride: sliding windows in pixels.
-        classes: key of the class names and palette ("ade20k", "camvid" ...), path of a class file, or None.
-        weights: "random", "encoder" (pretrained encoder, random decoder) or "trained".
-        source: where the weights came from, for people.
-    """
-
-    normalization: str = "vit"
-    window_size: int = 512
-    window_stride: int = 512
-    classes: str | None = None
-    weights: str = "random"
-    source: str = "random initialisation"
-
-
-class Segmenter(nn.Module):
+class Segmenter(OperatorModule):
     """Transformer for semantic segmentation (Strudel et al., ICCV 2021).
 
     Args:
@@ -68,8 +54,13 @@ class Segmenter(nn.Module):
         """
         parameter = next(self.parameters(), torch.empty(0))
         modules = (module for part in (self.encoder, self.decoder) for module in part.modules())
-        names = {module.ops.on(parameter).name for module in modules if hasattr(module, "ops")}
+        names = {module.ops.on(parameter).name for module in modules if isinstance(module, OperatorModule)}
         return " and ".join(sorted(names)) or "unknown"
+
+    def implementations(self, parameter: torch.Tensor) -> Iterator[tuple[str, str]]:
+        name = self.ops.on(parameter).name
+        too_many = name == "triton" and self.n_cls > MAX_CLASSES and isinstance(self.ops, Automatic)
+        yield "windows_argmax", f"eager ({self.n_cls} classes)" if too_many else name
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone."""
@@ -92,7 +83,7 @@ class Segmenter(nn.Module):
         return self.decoder(x, im.shape[-2:])
 
     def masks_of_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """`masks` of pictures as bytes, normalised as the model's `info` says.
+        """`masks` of images as bytes, normalised as the model's `info` says.
 
         On a GPU, normalisation and patch embedding are one kernel that reads the bytes (`encoder.embed_pixels`). An
         encoder of another class, or with hooks, is called with the normalised image, and so is a `masks` of one's own.
@@ -108,7 +99,7 @@ class Segmenter(nn.Module):
 
         if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8:
             what = pixels.dtype if isinstance(pixels, torch.Tensor) else type(pixels).__name__
-            raise TypeError(f"expected uint8 pictures (B, H, W, 3), got {what}; for normalised images use masks()")
+            raise TypeError(f"expected uint8 images (B, H, W, 3), got {what}; for normalised images use masks()")
         _, grid_h, grid_w = reference.patch_grid(pixels, self.patch_size)
         mean, std = NORMALIZATION[self.info.normalization]
         overridden = type(self).masks is not Segmenter.masks or "masks" in self.__dict__
@@ -131,7 +122,7 @@ class Segmenter(nn.Module):
         return logits[..., : im.shape[-2], : im.shape[-1]]
 
     def segment(self, image: Any, **kwargs: Any) -> Any:
-        """Labels of a picture at its own size; see `segmenter.inference.segment.segment_image`."""
+        """Labels of an image at its own size; see `segmenter.inference.segment.segment_image`."""
         from segmenter.inference.segment import segment_image
 
         return segment_image(self, image, **kwargs)
@@ -143,7 +134,7 @@ class Segmenter(nn.Module):
         return segment_stream(self, images, **kwargs)
 
     def compile_inference(self, batch: int, height: int, width: int, **kwargs: Any) -> Any:
-        """A function from pictures (B, H, W, 3) uint8 to labels (B, H, W), as a CUDA graph for each shape.
+        """A function from images (B, H, W, 3) uint8 to labels (B, H, W), as a CUDA graph for each shape.
 
         Args:
             batch, height, width: the shape to capture now; others follow as they come.
@@ -266,8 +257,8 @@ def create_segmenter(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto"
 
 def _check_image(im: torch.Tensor, channels: int) -> None:
     if not isinstance(im, torch.Tensor):
-        raise TypeError(f"expected a tensor (B, {channels}, H, W), got {type(im).__name__}; for pictures use segment()")
+        raise TypeError(f"expected a tensor (B, {channels}, H, W), got {type(im).__name__}; for images use segment()")
     if im.ndim != 4 or im.shape[1] != channels or 0 in im.shape[2:]:
         raise ValueError(f"expected an image batch (B, {channels}, H, W), got {tuple(im.shape)}")
     if not im.is_floating_point():
-        raise TypeError(f"expected a normalised float image, got {im.dtype}; for uint8 pictures use segment()")
+        raise TypeError(f"expected a normalised float image, got {im.dtype}; for uint8 images use segment()")

@@ -5,24 +5,28 @@ It is an argument (`impl`), decided when a module is constructed and visible as 
 """
 
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn as nn
 
 from segmenter.config import IMPLEMENTATIONS
-from segmenter.fusable import altered
+from segmenter.guard import altered
 from segmenter.kernels import reference
 from segmenter.kernels.configs import FLOATS
-from segmenter.kernels.tiling import MAX_CLASSES
 
 MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
 MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 
 
 class Operators(NamedTuple):
-    """The operations that have more than one implementation; signatures as in `segmenter.kernels.reference`."""
+    """The operations that have more than one implementation; signatures as in `segmenter.kernels.reference`.
+
+    `pixels_to_tokens` has one parameter more, `cached`: see `kernels.pixels_to_tokens.normalized_pixels_to_tokens`.
+    """
 
     name: str
     attention: Callable
@@ -42,6 +46,11 @@ class ImplementationError(RuntimeError):
     """The implementation asked for cannot run here."""
 
 
+def _eager_pixels_to_tokens(*arguments: Any, cached: Callable | None = None) -> torch.Tensor:
+    """The reference, which has no folded weights to keep from call to call."""
+    return reference.pixels_to_tokens(*arguments)
+
+
 EAGER = Operators(
     "eager",
     reference.attention,
@@ -49,7 +58,7 @@ EAGER = Operators(
     reference.linear,
     reference.layernorm_mlp,
     reference.mask_head,
-    reference.pixels_to_tokens,
+    _eager_pixels_to_tokens,
     reference.windows_argmax,  # labels are made by its equal without full-resolution logits: `inference.pruned_argmax`
 )
 
@@ -146,7 +155,26 @@ def explain(impl: str = "auto") -> tuple[str, str]:
         return "none", str(error)
 
 
-def parts(model: torch.nn.Module) -> dict[str, str]:
+class OperatorModule(nn.Module):
+    """A module of this project that calls operators.
+
+    Attributes:
+        ops: the operators. computes: what they compute in it, for people.
+    """
+
+    ops: Operators | Automatic
+    computes = "all of it"
+
+    def implementations(self, parameter: torch.Tensor) -> Iterator[tuple[str, str]]:
+        """(part, what computes it) for `parts`; `parameter` is one of the model."""
+        return iter(())
+
+    def obstacles(self) -> list[str]:
+        """Why some of it would not run by operators that kernels can stand for, now."""
+        return []
+
+
+def parts(model: nn.Module) -> dict[str, str]:
     """Which implementation each part of a model uses, for people: {"attention": "triton", ...}.
 
     A block whose layers hold something that fused operators would bypass (hooks, adapters, quantised weights) calls
@@ -154,35 +182,22 @@ def parts(model: torch.nn.Module) -> dict[str, str]:
     """
     parameter = next(model.parameters())
     names = ("pixels_to_tokens", "attention", "layernorm_linear", "layernorm_mlp", "mask_head", "windows_argmax")
-    counts: dict[str, dict[str, int]] = {name: {} for name in names}
-
-    def count(part: str, what: str) -> None:
-        counts[part][what] = counts[part].get(what, 0) + 1
-
+    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
     for module in model.modules():
-        if not hasattr(module, "ops"):
-            continue
-        name = module.ops.on(parameter).name
-        if hasattr(module, "why_not_fused"):  # a Block
-            count("attention", name)
-            for part, half in (("layernorm_linear", "attention"), ("layernorm_mlp", "mlp")):
-                reason = module.why_not_fused(half)
-                count(part, name if reason is None else f"layer by layer ({reason})")
-        elif hasattr(module, "mask_norm"):
-            count("mask_head", name)
-        elif hasattr(module, "why_not_bytes"):  # an encoder
-            reason = module.why_not_bytes()
-            count("pixels_to_tokens", name if reason is None else f"layer by layer ({reason})")
-        elif hasattr(module, "masks_of_pixels"):  # the whole model
-            too_many = name == "triton" and module.n_cls > MAX_CLASSES and isinstance(module.ops, Automatic)
-            count("windows_argmax", f"eager ({module.n_cls} classes)" if too_many else name)
+        if isinstance(module, OperatorModule):
+            for part, what in module.implementations(parameter):
+                counts[part][what] += 1
     described = {}
     for part, found in counts.items():
-        total = sum(found.values())
-        texts = [what if n == total else f"{what} ({n} of {total})" for what, n in found.items()]
+        texts = [what if n == found.total() else f"{what} ({n} of {found.total()})" for what, n in found.items()]
         if texts:
             described[part] = ", ".join(texts)
     return described
+
+
+def what_computes(name: str, reason: str | None) -> str:
+    """What computes a part whose operators have this name, or whose layers are called for a reason."""
+    return name if reason is None else f"layer by layer ({reason})"
 
 
 def why_not_tensor(x: torch.Tensor) -> str | None:

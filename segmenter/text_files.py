@@ -74,9 +74,7 @@ def parse_json(text: str | bytes) -> Any:
     return _text_checked(json.loads(text, parse_int=_integer, parse_constant=_refuse, object_pairs_hook=_object))
 
 
-def read_yaml(
-    path: str | os.PathLike, error: type[InputError], max_bytes: int = MAX_BYTES, tuples: bool = False
-) -> Any:
+def read_yaml(path: str | os.PathLike, error: type[InputError], tuples: bool = False) -> Any:
     """The content of a YAML file as dictionaries, lists, text, numbers, truth values and None.
 
     Numbers without a dot such as 1e-5 come as text (YAML 1.1), and so do dates.
@@ -87,7 +85,7 @@ def read_yaml(
         `error`: unreadable, no YAML, tags of other types, merge keys, keys that are no single values or come twice, too
         large, too deep, too long a number, more than MAX_WRITTEN values, or than MAX_NODES once aliases are followed.
     """
-    text = read_text(path, error, max_bytes)
+    text = read_text(path, error)
     try:
         return _text_checked(yaml.load(text, Loader=_TupleLoader if tuples else _Loader))
     except Exception as reason:  # besides YAMLError: KeyError, IndexError, AttributeError for malformed scalars

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 SECONDS = 20  # a case; most take a hundredth of one
-MEMORY = 2 << 30  # bytes of address space that a case may add; a picture may have 64 million pixels
+MEMORY = 2 << 30  # bytes of address space that a case may add; an image may have 64 million pixels
 RESIDENT = 1 << 30  # bytes of memory
 HARMLESS = ("refused", "same", "other")
 KINDS = ("silent", "hung", "crashed", "memory", "wrong exception")
@@ -103,8 +103,8 @@ def _place(data: bytearray, rng: random.Random) -> int:
 
 
 def _span(data: bytearray, rng: random.Random) -> slice:
-    start = _place(data, rng)
-    return slice(start, start + rng.choice((1, 4, 16, 100, 1000)))
+    at = _place(data, rng)
+    return slice(at, at + rng.choice((1, 4, 16, 100, 1000)))
 
 
 def _flip(data: bytearray, rng: random.Random, tokens: tuple[bytes, ...]) -> None:
@@ -197,11 +197,11 @@ def _digest(value: Any, update: Callable[[bytes], None]) -> None:
         update(repr(value).encode(errors="surrogatepass"))
 
 
-def judge(form: Format, folder: Path, expected: str) -> tuple[str, str]:
-    """(one of HARMLESS or KINDS, what it is) of the file in `folder`."""
+def judge(form: Format, directory: Path, expected: str) -> tuple[str, str]:
+    """(one of HARMLESS or KINDS, what it is) of the file in `directory`."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        result = form.load(folder)
+        result = form.load(directory)
         same = digest(result) == expected
         verdict = ("same", "") if same else ("silent", "other content") if form.summed else ("other", "")
         if not form.plausible(result):
@@ -240,14 +240,14 @@ def _where(error: BaseException) -> str:
 # Many cases
 
 
-def run(form: Format, cases: range, folder: Path, seconds: float = SECONDS) -> tuple[Counter, list[Finding]]:
+def run(form: Format, cases: range, directory: Path, seconds: float = SECONDS) -> tuple[Counter, list[Finding]]:
     """(how many cases ended how, what is wrong) of some cases of a format, in an empty folder."""
-    form.write(folder)
-    expected, original = digest(form.load(folder)), (folder / form.file).read_bytes()
+    form.write(directory)
+    expected, original = digest(form.load(directory)), (directory / form.file).read_bytes()
     counts, findings = Counter(), []
     first = cases.start
     while first < cases.stop:
-        for case, kind, what in _in_a_child(form, range(first, cases.stop), folder, original, expected, seconds):
+        for case, kind, what in _in_a_child(form, range(first, cases.stop), directory, original, expected, seconds):
             counts[kind] += 1
             first = case + 1
             if kind not in HARMLESS:
@@ -256,14 +256,14 @@ def run(form: Format, cases: range, folder: Path, seconds: float = SECONDS) -> t
 
 
 def _in_a_child(
-    form: Format, cases: range, folder: Path, original: bytes, expected: str, seconds: float
+    form: Format, cases: range, directory: Path, original: bytes, expected: str, seconds: float
 ) -> Iterator[tuple[int, str, str]]:
     """(case, kind, what) of as many of the cases as one process survives."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _work(form, cases, folder, original, expected, writer)
+        _work(form, cases, directory, original, expected, writer)
     os.close(writer)
     case, ended = cases.start, False
     with os.fdopen(reader, "rb", buffering=0) as results:
@@ -291,7 +291,7 @@ def _exactly(file: Any, size: int) -> bytes:
     return data
 
 
-def _work(form: Format, cases: range, folder: Path, original: bytes, expected: str, writer: int) -> None:
+def _work(form: Format, cases: range, directory: Path, original: bytes, expected: str, writer: int) -> None:
     """The child: never returns."""
     status = 1
     try:
@@ -306,8 +306,8 @@ def _work(form: Format, cases: range, folder: Path, original: bytes, expected: s
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         for case in cases:
-            (folder / form.file).write_bytes(case_content(form, original, case))
-            answer = pickle.dumps(judge(form, folder, expected))
+            (directory / form.file).write_bytes(case_content(form, original, case))
+            answer = pickle.dumps(judge(form, directory, expected))
             os.write(writer, struct.pack("<I", len(answer)) + answer)
         status = 0
     finally:
@@ -338,13 +338,13 @@ def main() -> int:
     counts, failed = {}, False
     for form in (f for f in FORMATS if not args.only or f.name in args.only):
         cases = range(args.start, args.start + args.files)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as directory:
             if args.keep:
-                keep(form, cases, Path(folder), args.keep)
+                keep(form, cases, Path(directory), args.keep)
                 continue
-            start = time.monotonic()
-            counts[form.name], findings = run(form, cases, Path(folder), args.seconds)
-            print(f"{form.name}: {args.files} files, {len(findings)} findings, {time.monotonic() - start:.0f} s")
+            began = time.monotonic()
+            counts[form.name], findings = run(form, cases, Path(directory), args.seconds)
+            print(f"{form.name}: {args.files} files, {len(findings)} findings, {time.monotonic() - began:.0f} s")
         for finding in findings:
             print(f"  {finding}", flush=True)
         failed |= bool(findings)
@@ -355,9 +355,9 @@ def main() -> int:
 def keep(form: Format, cases: range, template: Path, target: Path) -> None:
     form.write(template)
     for case in cases:
-        folder = target / f"{form.name}-{case}".replace(" ", "-")
-        shutil.copytree(template, folder, dirs_exist_ok=True)
-        (folder / form.file).write_bytes(case_content(form, (template / form.file).read_bytes(), case))
+        directory = target / f"{form.name}-{case}".replace(" ", "-")
+        shutil.copytree(template, directory, dirs_exist_ok=True)
+        (directory / form.file).write_bytes(case_content(form, (template / form.file).read_bytes(), case))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from segmenter import load_model as _load_model
 from segmenter.evaluation.metrics import mean_iou
 from segmenter.inference.images import normalize as _normalize
-from segmenter.inference.windows import inference as _inference
+from segmenter.inference.merge import inference as _inference
 from segmenter.layers import pad_to_multiple
 from segmenter.training.schedule import PolynomialLR
 

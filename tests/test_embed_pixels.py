@@ -1,4 +1,4 @@
-"""The encoder on bytes: equal to the path of normalised images, and nothing stale is ever taken from memory."""
+"""The encoder on bytes: equal to the path of normalised images, and nothing stale is ever taken from the cache."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from segmenter import create_segmenter, ops
-from segmenter.cache import Remembered
+from segmenter.cache import Cache
 from segmenter.inference.images import NORMALIZATION, normalize
 from segmenter.kernels import launch, reference
 from segmenter.layers import pad_to_multiple
@@ -21,11 +21,11 @@ VIT = NORMALIZATION["vit"]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def pictures(B=2, H=40, W=56):
+def images(B=2, H=40, W=56):
     return torch.randint(0, 256, (B, H, W, 3), generator=torch.Generator().manual_seed(0)).byte()
 
 
-def images(pixels, stats="vit"):
+def floats(pixels, stats="vit"):
     return pad_to_multiple(torch.stack([normalize(p.numpy(), stats) for p in pixels]), 16)
 
 
@@ -46,21 +46,21 @@ def tokens(model, pixels):
 @pytest.mark.parametrize("check", ["tokens", "grid"])
 def test_kernels_equal_the_float_path(distilled, check):
     overrides = {"distilled": distilled, "normalization": "deit" if distilled else "vit", "pos_embed_check": check}
-    model, pixels = tiny_model(**overrides), pictures()
-    want = model.double().masks(images(pixels, model.info.normalization).double())
+    model, pixels = tiny_model(**overrides), images()
+    want = model.double().masks(floats(pixels, model.info.normalization).double())
     model.float()
     with torch.inference_mode():
-        assert_bitwise_equal(model.masks_of_pixels(pixels), model.masks(images(pixels, model.info.normalization)))
+        assert_bitwise_equal(model.masks_of_pixels(pixels), model.masks(floats(pixels, model.info.normalization)))
         got = fast(model).masks_of_pixels(pixels.to(DEVICE))
         torch.testing.assert_close(got.cpu().double(), want, atol=1e-3, rtol=1e-3)
         for shape in ((1, 64, 64), (1, 16, 256), (1, 1, 1)):  # the model's grid; as many tokens; one padded patch
-            a, b = (tokens(m, pictures(*shape)).cpu() for m in (model, fast(model)))
+            a, b = (tokens(m, images(*shape)).cpu() for m in (model, fast(model)))
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_half_precision_and_autocast():
-    model, pixels = tiny_model(), pictures()
-    exact = model.encoder.double().embed(images(pixels).double())
+    model, pixels = tiny_model(), images()
+    exact = model.encoder.double().embed(floats(pixels).double())
     quick = fast(model.float())
     with torch.inference_mode():
         with torch.autocast(DEVICE, torch.bfloat16):
@@ -71,7 +71,7 @@ def test_half_precision_and_autocast():
         assert low.dtype == torch.bfloat16 and (low.cpu() - exact).norm() / exact.norm() < 1e-2
 
 
-def test_wrong_pictures_are_refused(model):
+def test_wrong_images_are_refused(model):
     for pixels in (torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 8, 3, dtype=torch.int64)):
         for function in (model.masks_of_pixels, lambda x: model.encoder.embed_pixels(x, *VIT)):
             with pytest.raises(TypeError, match="for normalised images use"):
@@ -85,7 +85,7 @@ def test_wrong_pictures_are_refused(model):
 
 @pytest.mark.parametrize("what", ["hook", "adapted", "convolution"])
 def test_a_patch_embedding_that_does_more_is_called(what):
-    model, pixels = tiny_model(), pictures()
+    model, pixels = tiny_model(), images()
     quick = fast(model)
     embed = quick.encoder.patch_embed
     if what == "hook":
@@ -98,13 +98,13 @@ def test_a_patch_embedding_that_does_more_is_called(what):
     assert quick.encoder.why_not_bytes() is not None
     assert ops.parts(quick)["pixels_to_tokens"].startswith("layer by layer (")
     with torch.inference_mode():
-        want = quick.encoder.embed(images(pixels).to(DEVICE))
+        want = quick.encoder.embed(floats(pixels).to(DEVICE))
         assert_bitwise_equal(tokens(quick, pixels), want)
 
 
 def test_encoders_with_hooks_and_foreign_ones_are_called(model):
-    pixels, calls = pictures(), []
-    want = model.masks(images(pixels))
+    pixels, calls = images(), []
+    want = model.masks(floats(pixels))
     handle = model.encoder.register_forward_hook(lambda *a: calls.append(1))
     assert_bitwise_equal(model.masks_of_pixels(pixels), want)
     assert calls == [1]
@@ -122,27 +122,27 @@ def test_encoders_with_hooks_and_foreign_ones_are_called(model):
 
 
 def test_gradients_reach_all_parameters_of_the_embedding():
-    model, pixels = tiny_model(distilled=True), pictures()
+    model, pixels = tiny_model(distilled=True), images()
     names = ("cls_token", "dist_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
     grads = []
-    for m, out in ((model, lambda e: e.embed(images(pixels))), (q := fast(model), lambda e: tokens(q, pixels))):
+    for m, out in ((model, lambda e: e.embed(floats(pixels))), (q := fast(model), lambda e: tokens(q, pixels))):
         parameters = dict(m.encoder.named_parameters())
         result = out(m.encoder)
         grads.append(torch.autograd.grad(result.square().sum(), [parameters[name] for name in names]))
-        assert len(m.encoder.remembered) == 0
+        assert len(m.encoder.cache) == 0
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=1e-3, atol=1e-3 * a.abs().max().item())
 
 
 def test_compiles_into_one_graph():
-    quick, pixels = fast(tiny_model()), pictures().to(DEVICE)
+    quick, pixels = fast(tiny_model()), images().to(DEVICE)
     compiled = torch.compile(lambda x: quick.encoder.embed_pixels(x, *VIT), backend="aot_eager", fullgraph=True)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(pixels), tokens(quick, pixels))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is remembered
+# What is cached
 
 
 def changed_in_place(model):
@@ -197,7 +197,7 @@ def fused_optimizer(model):
 
 def cleared(model):
     model.encoder.pos_embed.data.mul_(2)  # which nobody can see
-    model.encoder.remembered.clear()
+    model.encoder.cache.clear()
 
 
 CHANGES = [changed_in_place, changed_under_inference, loaded, assigned, half_and_back, replaced_data, other_bias,
@@ -205,13 +205,13 @@ CHANGES = [changed_in_place, changed_under_inference, loaded, assigned, half_and
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_nothing_stale_is_taken_from_memory(change):
-    """After every way to change weights, both paths compute what a model without a memory computes."""
-    model, pixels = fast(tiny_model()), pictures(1, 24, 40)
-    im = images(pixels).to(DEVICE)
+def test_nothing_stale_is_taken_from_the_cache(change):
+    """After every way to change weights, both paths compute what a model without a cache computes."""
+    model, pixels = fast(tiny_model()), images(1, 24, 40)
+    im = floats(pixels).to(DEVICE)
     with torch.inference_mode():
         before = tokens(model, pixels), model.encoder.embed(im)
-        assert len(model.encoder.remembered) == 2
+        assert len(model.encoder.cache) == 2
         tokens(model, pixels)
     change(model)
     with torch.inference_mode():
@@ -223,8 +223,8 @@ def test_nothing_stale_is_taken_from_memory(change):
     assert not torch.equal(after[0], before[0]) or change is half_and_back
 
 
-def test_what_is_remembered_is_used(monkeypatch):
-    model, pixels = fast(tiny_model()), pictures(1, 24, 40)
+def test_what_is_cached_is_used(monkeypatch):
+    model, pixels = fast(tiny_model()), images(1, 24, 40)
     made, fold = [], reference.fold_normalization
     monkeypatch.setattr(reference, "fold_normalization", lambda *args: made.append(args[5]) or fold(*args))
     with torch.inference_mode():
@@ -232,9 +232,9 @@ def test_what_is_remembered_is_used(monkeypatch):
         assert_bitwise_equal(tokens(model, pixels), first)
         positions = model.encoder.positions((2, 3))
         assert model.encoder.positions((2, 3)) is positions and not positions.is_inference()
-        tokens(model, pictures(1, 40, 24))  # padded alike
+        tokens(model, images(1, 40, 24))  # padded alike
         assert made == [(8, 8)]
-        tokens(model, pictures(1, 41, 24))
+        tokens(model, images(1, 41, 24))
         with torch.autocast(DEVICE, torch.bfloat16):
             tokens(model, pixels)
         assert made == [(8, 8), (9, 8), (8, 8)]
@@ -245,17 +245,17 @@ def test_what_is_remembered_is_used(monkeypatch):
     model.encoder.train()
     with torch.no_grad():
         tokens(model, pixels)
-        assert len(made) == 5 and len(model.encoder.remembered) == 0
+        assert len(made) == 5 and len(model.encoder.cache) == 0
 
 
-def test_copies_and_files_hold_nothing_remembered():
-    model, pixels = fast(tiny_model()), pictures(1, 24, 40)
+def test_copies_and_files_hold_an_empty_cache():
+    model, pixels = fast(tiny_model()), images(1, 24, 40)
     names = set(model.state_dict())
     with torch.inference_mode():
         want = tokens(model, pixels)
-        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model.encoder.remembered))):
-            memory = again if isinstance(again, Remembered) else again.encoder.remembered
-            assert len(memory) == 0 and memory.limit == 16 and memory is not model.encoder.remembered
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model.encoder.cache))):
+            cache = again if isinstance(again, Cache) else again.encoder.cache
+            assert len(cache) == 0 and cache.limit == 16 and cache is not model.encoder.cache
         twin = copy.deepcopy(model)
         twin.encoder.pos_embed.mul_(2)
         assert not torch.equal(tokens(twin, pixels), want)
@@ -264,59 +264,59 @@ def test_copies_and_files_hold_nothing_remembered():
 
 
 def test_least_recently_used_goes_first():
-    memory, weight, made = Remembered(limit=3), torch.nn.Parameter(torch.ones(2)), []
+    cache, weight, made = Cache(limit=3), torch.nn.Parameter(torch.ones(2)), []
     with torch.no_grad():
         for key in (1, 2, 3, 1, 4, 1, 2):
-            memory(key, (weight,), lambda key=key: made.append(key) or weight * key)
-    assert made == [1, 2, 3, 4, 2] and len(memory) == 3
+            cache(key, (weight,), lambda key=key: made.append(key) or weight * key)
+    assert made == [1, 2, 3, 4, 2] and len(cache) == 3
 
 
 def test_old_weights_are_not_kept():
-    memory = Remembered()
+    cache = Cache()
     with torch.no_grad():
         weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
         for i in (0, 1):
-            memory(i, (weights[i],), lambda i=i: weights[i] * 2)
-        assert len(memory) == 2
+            cache(i, (weights[i],), lambda i=i: weights[i] * 2)
+        assert len(cache) == 2
         weights[0].add_(1)
         weights[1] = weights[2]
-        memory(2, (weights[2],), lambda: weights[2] * 2)
-    assert len(memory) == 1
+        cache(2, (weights[2],), lambda: weights[2] * 2)
+    assert len(cache) == 1
 
 
-def test_where_nothing_is_remembered():
-    def value(memory, parameter):
-        return memory("key", (parameter,), lambda: parameter * 2)
+def test_where_nothing_is_cached():
+    def value(cache, parameter):
+        return cache("key", (parameter,), lambda: parameter * 2)
 
-    memory = Remembered()
+    cache = Cache()
     with torch.inference_mode():
-        value(memory, torch.nn.Parameter(torch.ones(2)))  # made here: no version
+        value(cache, torch.nn.Parameter(torch.ones(2)))  # made here: no version
     with torch.no_grad():
         weight = torch.nn.Parameter(torch.ones(2))
         weight.grad = torch.ones(2)  # a step is near
-        value(memory, weight)
-        torch.func.vmap(lambda w: value(memory, w))(torch.ones(3, 2))
+        value(cache, weight)
+        torch.func.vmap(lambda w: value(cache, w))(torch.ones(3, 2))
         with torch.autograd.forward_ad.dual_level():
-            value(memory, torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2)))
+            value(cache, torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2)))
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-            value(memory, torch.nn.Parameter(torch.ones(2)))
-    assert len(memory) == 0
+            value(cache, torch.nn.Parameter(torch.ones(2)))
+    assert len(cache) == 0
     leaf = torch.nn.Parameter(torch.ones(2))
     with torch.no_grad():
-        value(memory, leaf)
-    assert len(memory) == 1
-    assert value(memory, leaf).requires_grad and len(memory) == 0
+        value(cache, leaf)
+    assert len(cache) == 1
+    assert value(cache, leaf).requires_grad and len(cache) == 0
 
 
 def test_threads_may_ask_at_once():
-    memory, weights = Remembered(limit=2), [torch.nn.Parameter(torch.full((4,), float(i))) for i in range(4)]
+    cache, weights = Cache(limit=2), [torch.nn.Parameter(torch.full((4,), float(i))) for i in range(4)]
     wrong = []
 
     def ask():
         with torch.no_grad():
             for n in range(200):
                 i = n % 4
-                if not torch.equal(memory(i % 3, (weights[i],), lambda i=i: weights[i] + 1), weights[i] + 1):
+                if not torch.equal(cache(i % 3, (weights[i],), lambda i=i: weights[i] + 1), weights[i] + 1):
                     wrong.append(i)
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
@@ -324,15 +324,15 @@ def test_threads_may_ask_at_once():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(memory) <= 2
+    assert not wrong and len(cache) <= 2
 
 
-def test_eager_models_remember_positions_only(monkeypatch):
+def test_eager_models_cache_positions_only(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(launch.Plan, "run", lambda *args: pytest.fail("launched"))
     with torch.inference_mode():
-        tokens(model, pictures())
-    assert len(model.encoder.remembered) == 1
+        tokens(model, images())
+    assert len(model.encoder.cache) == 1
     assert create_segmenter(tiny_config(), impl="eager").encoder.ops.name == "eager"
 
 
@@ -344,7 +344,7 @@ def test_masks_of_ones_own_are_those_of_pixels(way):
         def masks(self, im):
             return 2 * super().masks(im)
 
-    model, pixels = tiny_model().eval(), pictures(1)
+    model, pixels = tiny_model().eval(), images(1)
     with torch.no_grad():
         want = 2 * model.masks_of_pixels(pixels)
         if way == "subclass":

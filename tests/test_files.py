@@ -15,7 +15,7 @@ from PIL import Image
 from segmenter import files
 from segmenter.files import (
     append,
-    folder_beside,
+    directory_beside,
     locked,
     open_regular,
     remove_leftovers,
@@ -151,17 +151,17 @@ class TestWriting:
         assert (tmp_path / "log").read_bytes() == b"one\ntwo\n"
 
     def test_several_files_before_one_is_renamed(self, tmp_path, room):
-        with folder_beside(tmp_path / "a") as folder:
+        with directory_beside(tmp_path / "a") as folder:
             assert folder.parent == tmp_path
             (folder / "x").write_text("x")
             remove_leftovers(tmp_path)
             assert (folder / "x").exists(), "in use"
         assert names(tmp_path) == []
         room(10)
-        with pytest.raises(OSError, match="File too large") as raised, folder_beside(tmp_path / "a") as folder:
+        with pytest.raises(OSError, match="File too large") as raised, directory_beside(tmp_path / "a") as folder:
             write_atomically(folder / "x", lambda file: file.write(bytes(100)))
         assert raised.value.filename == str(tmp_path / "a")
-        with pytest.raises(OSError) as raised, folder_beside(tmp_path / "none" / "a"):
+        with pytest.raises(OSError) as raised, directory_beside(tmp_path / "none" / "a"):
             pass
         assert raised.value.filename == str(tmp_path / "none" / "a")
 
@@ -169,7 +169,7 @@ class TestWriting:
 class TestLeftovers:
     def test_of_killed_processes_go_and_those_in_use_stay(self, tmp_path):
         def killed():
-            with folder_beside(tmp_path / "a") as folder:
+            with directory_beside(tmp_path / "a") as folder:
                 (folder / "half").write_bytes(CUT)
                 write_atomically(tmp_path / "a", lambda file: (file.write(CUT), file.flush(), os.kill(os.getpid(), 9)))
 

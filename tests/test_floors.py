@@ -1,10 +1,18 @@
-"""No dependency is admitted in a version that is known to be unsafe."""
+"""No dependency is admitted in a version that is known to be unsafe, nor shut out where the package works without."""
 
-import ast
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+
+from segmenter import ops
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 FLAWED = {  # the last version with the flaw
@@ -17,15 +25,19 @@ FLAWED = {  # the last version with the flaw
 }
 
 
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
 def requirements() -> list[Requirement]:
-    """Of setup.py, the extras too, and of the build."""
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    call = next(n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "setup")
-    values = {
-        k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg in ("install_requires", "extras_require")
-    }
-    build = ast.literal_eval((ROOT / "pyproject.toml").read_text().split("requires = ")[1].split("\n")[0])
-    texts = [*values["install_requires"], *(t for extra in values["extras_require"].values() for t in extra), *build]
+    """Of the package, its extras and its build."""
+    content = project()
+    extras = content["project"]["optional-dependencies"]
+    texts = [
+        *content["project"]["dependencies"],
+        *itertools.chain(*extras.values()),
+        *content["build-system"]["requires"],
+    ]
     return [Requirement(text) for text in texts]
 
 
@@ -34,3 +46,11 @@ def test_versions_with_known_flaws_are_not_admitted(name):
     found = [r for r in requirements() if r.name == name]
     assert found, "is no requirement any more"
     assert not any(r.specifier.contains(FLAWED[name]) for r in found)
+
+
+def test_triton_is_asked_for_as_the_kernels_need_it_and_admitted_as_torch_pins_it():
+    content = project()["project"]
+    (triton,) = (r for r in map(Requirement, content["dependencies"]) if r.name == "triton")
+    assert triton.specifier.contains("3.2.0"), "torch 2.6, the lowest we admit, could not be installed"
+    (needed,) = (r for r in map(Requirement, content["optional-dependencies"]["gpu"]) if r.name == "triton")
+    assert str(needed.specifier) == f">={'.'.join(map(str, ops.MIN_TRITON))}"

@@ -45,13 +45,13 @@ BEHAVIOUR = {
 def toy(ends: list[str], summed: bool = False) -> Format:
     """A format that is first read as it was written, and then as the list says, file by file."""
 
-    def load(folder: Path) -> object:
-        with open(folder / "reads", "ab", buffering=0) as reads:
+    def load(directory: Path) -> object:
+        with open(directory / "reads", "ab", buffering=0) as reads:
             reads.write(b".")
             return BEHAVIOUR[["same", *ends][reads.tell() - 1]]()
 
-    def write(folder: Path) -> None:
-        (folder / "a").write_bytes(b"content")
+    def write(directory: Path) -> None:
+        (directory / "a").write_bytes(b"content")
 
     return Format("toy", "a", write, load, (InputError,), summed=summed, plausible=lambda r: r != "implausible")
 

@@ -1,57 +1,145 @@
-"""Rules about the whole: who imports whom, what an import costs, what a wheel holds."""
+"""Rules about the whole: who imports whom, what an import costs, what a wheel and a source archive hold."""
 
 import ast
+import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import segmenter
+
 ROOT = Path(__file__).parent.parent
-ALLOWED = {  # top-level folder -> what it may import of this project
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+ALLOWED = {  # top-level directory -> what it may import of this project
     "kernels": {"segmenter.kernels"},
     "segmenter": {"segmenter"},
-    "bench": {
-        "segmenter",
-        "bench",
-        "tests.support.parity",
-    },  # the rule of right and wrong is one for tests and benchmark
+    # the rule of right and wrong is one for tests and benchmark
+    "bench": {"segmenter", "bench", "tests.support.parity"},
     "tests": {"segmenter", "bench", "tests"},
 }
-FOLDERS = [*ALLOWED]
+# No room imports a later one. The first is what lies in segmenter/ itself: the network and what it needs.
+ROOMS = ("", "weights", "inference", "dropin", "data", "evaluation", "training", "export", "segm", "cli")
+LATER = {  # module -> later rooms that its functions import, for methods that a user expects on the model
+    "segmenter.encoder": {"weights"},
+    "segmenter.model": {"weights", "inference"},
+    "segmenter.segm.utils.torch": {"cli"},
+}
+MIRRORED = {"kernels", "bench", *ROOMS} - {"", "segm"}  # the published paths are tested with the other drop-ins
+SAY_NOTHING = {"bands", "contract", "fusable", "remembered", "swapped", "trial", "folder", "variant", "own", "start"}
 
 
-def sources(folder):
-    files = (ROOT / folder).rglob("*.py")
+def sources(directory):
+    files = (ROOT / directory).rglob("*.py")
     return [f for f in files if "kernels" not in f.parts[len(ROOT.parts) + 1 :] and "golden" not in f.parts]
 
 
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    """(module, names taken from it, whether it stands inside a function) of each import; not those for types only."""
+    pending = [(parsed(path), False)]
+    while pending:
+        node, inside = pending.pop()
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            continue
         if isinstance(node, ast.Import):
-            yield from ((alias.name, []) for alias in node.names)
+            yield from ((alias.name, [], inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module, [alias.name for alias in node.names]
+            yield node.module, [alias.name for alias in node.names], inside
+        inside = inside or isinstance(node, (*FUNCTIONS, ast.Lambda))
+        pending += [(child, inside) for child in ast.iter_child_nodes(node)]
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_import_rule(folder):
-    files = sources(folder)
+def module(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return f"segmenter.{name}" if name.startswith("kernels.") else name
+
+
+def imported(inside):
+    """Module of the package -> the modules of it that it imports, at its top or inside functions."""
+    known = {module(path): path for path in [*sources("segmenter"), *sources("kernels")]}
+    found = {}
+    for name, path in known.items():
+        found[name] = set()
+        for source, names, within in imports(path):
+            submodules = {f"{source}.{n}" for n in names} & set(known)
+            if within is inside:
+                found[name] |= submodules or {source} & set(known)
+    return found
+
+
+def room(name):
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else ""
+
+
+@pytest.mark.parametrize("directory", ALLOWED)
+def test_import_rule(directory):
+    files = sources(directory)
     assert files
     for path in files:
-        for module, names in imports(path):
-            top = module.split(".")[0]
-            assert top != "kernels", f"{path} imports {module}; say segmenter.kernels"
+        for source, names, _ in imports(path):
+            top = source.split(".")[0]
+            assert top != "kernels", f"{path} imports {source}; say segmenter.kernels"
             if top not in {"segmenter", "bench", "tests"}:
                 continue
-            assert any(module == a or module.startswith(a + ".") for a in ALLOWED[folder]), f"{path} imports {module}"
-            if folder not in ("tests",) and not module.startswith(folder):
-                private = [n for n in [*names, *module.split(".")] if n.startswith("_") and n != "__version__"]
-                assert not private, f"{path} imports {private} of another folder"
+            allowed = ALLOWED[directory]
+            assert any(source == a or source.startswith(a + ".") for a in allowed), f"{path} imports {source}"
+            if directory != "tests" and not source.startswith(directory):
+                private = [n for n in [*names, *source.split(".")] if n.startswith("_") and n != "__version__"]
+                assert not private, f"{path} imports {private} of another directory"
+
+
+def later(inside):
+    found = {}
+    for name, targets in imported(inside).items():
+        rooms = {room(target) for target in targets}
+        after = {r for r in rooms if name != "segmenter.__main__" and ROOMS.index(r) > ROOMS.index(room(name))}
+        if after:
+            found[name] = after
+    return found
+
+
+def test_no_room_imports_a_later_one():
+    assert {path.name for path in (ROOT / "segmenter").iterdir() if (path / "__init__.py").exists()} == {
+        *ROOMS,
+        "classes",  # class names and palettes, which the rooms read
+    } - {""}
+    assert later(inside=False) == {}
+    assert later(inside=True) == LATER
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    targets = imported(inside=False)
+    left, before = set(targets), None
+    while left != before:  # leaves out what imports none of the others, or is imported by none
+        before = left
+        left = {n for n in before if targets[n] & before and any(n in targets[m] for m in before)}
+    assert left == set()
+
+
+def test_tests_mirror_the_rooms():
+    directories = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))}
+    assert directories == MIRRORED | {"gpu"}
+    for name in MIRRORED:
+        where = ROOT / name if (ROOT / name).exists() else ROOT / "segmenter" / name
+        assert any(where.glob("*.py"))
+
+
+def test_names_of_modules_say_the_thing():
+    found = [path for d in ALLOWED for path in sources(d) if SAY_NOTHING & {path.stem, path.stem.removeprefix("test_")}]
+    assert found == []
 
 
 def test_no_environment_variable_is_read():
@@ -75,9 +163,11 @@ def test_files_are_written_in_one_way_only():
         assert path.name in allowed or not re.search(written, path.read_text()), path
 
 
-def test_files_stay_short():
-    long = {str(p): n for f in FOLDERS for p in sources(f) if (n := len(p.read_text().splitlines())) > 500}
-    assert long == {}
+def test_files_and_functions_stay_short():
+    files = [path for directory in ALLOWED for path in sources(directory)]
+    assert {str(path): n for path in files if (n := len(path.read_text().splitlines())) > 500} == {}
+    definitions = [(path, node) for path in files for node in ast.walk(parsed(path)) if isinstance(node, FUNCTIONS)]
+    assert {f"{p}:{d.lineno}": d.name for p, d in definitions if d.end_lineno - d.lineno >= 80} == {}
 
 
 def run(code, **env):
@@ -117,50 +207,61 @@ def test_everything_imports_and_runs_without_triton_timm_and_torchvision():
 
 def needs_triton(path):
     """Whether a kernel file imports Triton, itself or through its own kind."""
-    names = {name for name, _ in imports(path)} | {f"{m}.{n}" for m, names in imports(path) for n in names}
-    own = {"segmenter.kernels.launch", "segmenter.kernels.operators"}
-    return any(name.split(".")[0] == "triton" for name in names) or bool(names & own)
+    names = {name for name, _, _ in imports(path)} | {f"{m}.{n}" for m, names, _ in imports(path) for n in names}
+    through = {"segmenter.kernels.launch", "segmenter.kernels.operators"}
+    return any(name.split(".")[0] == "triton" for name in names) or bool(names & through)
 
 
 def test_definitions_and_tables_need_no_triton():
     assert {p.name for p in (ROOT / "kernels").glob("*.py") if not needs_triton(p)} == {
         "configs.py",
         "reference.py",
-        "tiling.py",
+        "upsample_tiles.py",
     }
 
 
-def test_public_names_resolve():
+def test_public_names_resolve_and_stand_in_all_three_lists():
     code = "import segmenter; print(sorted(n for n in dir(segmenter) if getattr(segmenter, n) is None))"
     assert run(code).strip() == "[]"
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        import segmenter
-
         _ = segmenter.nothing
+    block = next(node for node in parsed(Path(segmenter.__file__)).body if isinstance(node, ast.If))
+    typed = {alias.name: node.module for node in block.body for alias in node.names}
+    assert typed == segmenter._PUBLIC
+    assert sorted(segmenter.__all__) == sorted([*typed, "__version__"])
 
 
-def test_kernels_folder_is_a_link_and_no_package():
+def test_kernels_directory_is_a_link_and_no_package():
     assert (ROOT / "segmenter" / "kernels").resolve() == ROOT / "kernels"
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_wheel_holds_the_package_and_no_top_level_kernels(tmp_path):
+def test_archives_hold_what_is_tracked_and_no_top_level_kernels(tmp_path):
+    """The source archive all but the weights, and its link; the wheel that is made of it the package alone."""
     pytest.importorskip("setuptools", reason="building a wheel offline needs setuptools")
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
-    clone = tmp_path / "source"
-    tracked = subprocess.run(["git", "ls-files", "-z", "setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels",
-                              "segmenter"], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
-    if tracked.returncode:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
         pytest.skip("not a git checkout, so the list of files is unknown")
-    for name in filter(None, tracked.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            (clone / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run(command, cwd=clone, check=True, timeout=300)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.startswith("segmenter_triton-")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"segmenter"}
-    sources = {p.relative_to(ROOT) for p in (ROOT / "segmenter").rglob("*") if p.suffix in (".py", ".yml")}
-    sources |= {Path("segmenter") / p.relative_to(ROOT) for p in (ROOT / "kernels").glob("*.py")}
-    assert {str(source) for source in sources} <= set(names)
+    weights = "examples/camvid-seg-s-mask-16/model.safetensors"
+    tracked = {name for name in listed.stdout.split("\0") if name and os.path.lexists(ROOT / name)} - {weights}
+    clone = tmp_path / "clone"
+    for name in tracked:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, clone / name, follow_symlinks=False)
+    build = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=clone, check=True, capture_output=True, timeout=300)
+    (archive,) = tmp_path.glob("segmenter_triton-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    assert (unpacked / "segmenter" / "kernels" / "attention.py").is_file()
+    made = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file() or path.is_symlink()}
+    assert {name for name in made if not re.match(r"PKG-INFO|setup.cfg|\w+\.egg-info/", name)} == tracked
+
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
+    subprocess.run(command, cwd=unpacked, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("segmenter_triton-*.whl")
+    assert wheel.name.split("-")[1] == segmenter.__version__
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
+    expected = {name for name in tracked if re.match(r"(segmenter|kernels)/.*\.(py|yml|typed)$", name)}
+    assert names == {re.sub("^kernels/", "segmenter/kernels/", name) for name in expected}

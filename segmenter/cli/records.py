@@ -1,4 +1,4 @@
-"""What `segmenter eval` has counted, a line of JSON a picture: so that a run can go on, and processes can be summed.
+"""What `segmenter eval` has counted, a line of JSON an image: so that a run can go on, and processes can be summed.
 
 Each process appends to a file of its own, so no two write to one. A process that is killed while writing leaves at most
 one line that is cut off; it is dropped.
@@ -12,22 +12,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from segmenter.cli.resume import picture_facts
+from segmenter.cli.resume import image_facts
 from segmenter.data.datasets import Dataset, Sample
 from segmenter.evaluation.evaluate import Counts
 from segmenter.files import append, open_regular
 from segmenter.text_files import parse_json
 
-FOLDER = "records"
-_MAX_LINE, _BLOCK = 100_000_000, 1 << 16  # bytes: a picture's counts of thousands of classes; read at once
+DIRECTORY = "records"
+_MAX_LINE, _BLOCK = 100_000_000, 1 << 16  # bytes: an image's counts of thousands of classes; read at once
 _NAME = re.compile(r"rank-(\d+)\.jsonl")
 
 Facts = list[dict[str, int] | None]
 
 
 def sample_facts(sample: Sample) -> Facts:
-    """What tells whether picture and label file are still the same."""
-    return [picture_facts(sample.image), picture_facts(sample.label)]
+    """What tells whether image and label file are still the same."""
+    return [image_facts(sample.image), image_facts(sample.label)]
 
 
 class Records:
@@ -35,7 +35,7 @@ class Records:
 
     Args:
         dataset: what is evaluated. boundary: whether boundaries are counted. settings: all else that the counts depend
-            on besides picture and label file, as JSON; records of other settings are left alone.
+            on besides image and label file, as JSON; records of other settings are left alone.
         rank, world: this process and how many. keep: the records that are there stay; else they are removed.
     """
 
@@ -45,20 +45,20 @@ class Records:
         self._dataset, self._boundary = dataset, boundary
         self._samples = {sample.name: sample for sample in dataset.samples}
         self._settings = f"{zlib.crc32(json.dumps([settings, boundary], sort_keys=True).encode()):08x}"
-        self.folder = output / FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.directory = output / DIRECTORY
+        self.directory.mkdir(parents=True, exist_ok=True)
         if not keep:  # each process removes its own, the first one also those of processes that are no more
             for number, path in self._files():
                 if number == rank or (rank == 0 and number >= world):
                     path.unlink()
-        self._path = self.folder / f"rank-{rank}.jsonl"
+        self._path = self.directory / f"rank-{rank}.jsonl"
         if self._path.is_symlink():
             self._path.unlink()
         elif self._path.exists():
             os.truncate(self._path, _end_of_whole_lines(self._path))
 
     def add(self, sample: Sample, facts: Facts, counts: Counts) -> None:
-        """Appends one picture; `facts` are those from before it was read."""
+        """Appends one image; `facts` are those from before it was read."""
         record = {"settings": self._settings, "sample": sample.name, "facts": facts, "counts": counts.to_json()}
         append(self._path, json.dumps(record, separators=(",", ":")).encode() + b"\n")
 
@@ -97,7 +97,7 @@ class Records:
         return Counts(self._dataset.n_cls, self._dataset.ignore_index, self._boundary)
 
     def _files(self) -> list[tuple[int, Path]]:
-        paths = {int(match[1]): path for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+        paths = {int(match[1]): path for path in self.directory.iterdir() if (match := _NAME.fullmatch(path.name))}
         return sorted(paths.items())
 
 
@@ -106,9 +106,9 @@ def _end_of_whole_lines(path: Path) -> int:
     with open_regular(path) as file:
         end = file.seek(0, os.SEEK_END)
         while end:
-            start = max(end - _BLOCK, 0)
-            file.seek(start)
-            if (found := file.read(end - start).rfind(b"\n")) >= 0:
-                return start + found + 1
-            end = start
+            begin = max(end - _BLOCK, 0)
+            file.seek(begin)
+            if (found := file.read(end - begin).rfind(b"\n")) >= 0:
+                return begin + found + 1
+            end = begin
     return 0

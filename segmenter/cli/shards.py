@@ -1,33 +1,38 @@
-"""`predict` by several processes, as torchrun starts them: whose is which picture, and one report of all.
+"""`predict` and `eval` by several processes, as torchrun starts them: whose is which image, and one report of all.
 
-The processes never wait for each other and open no connection. Each takes every n-th of the planned pictures and writes
+The processes never wait for each other and open no connection. Each takes every n-th of the planned images and writes
 into the same output folder; the one that finishes last puts the reports together. When one is lost, torchrun ends the
 others, and with --max-restarts starts all again: what is done is then skipped, as with --resume.
+
+That is why they report by files, and not by sums over connections as training does (`segmenter.training.distributed`),
+whose processes wait for each other at every step anyway: what a lost process has done counts, whatever number of
+processes goes on, and one with few images left keeps nobody waiting.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from segmenter.cli.errors import DEVICE, CommandError
+from segmenter.cli.errors import DEVICE, OK, SOME_FAILED, CommandError
 from segmenter.cli.loading import choose_device
 from segmenter.cli.output import err
-from segmenter.cli.report import Tally, write_json
+from segmenter.cli.report import Tally, say, write_json
 from segmenter.errors import InputError
 from segmenter.files import locked, writing_into
 from segmenter.text_files import read_json
 
-FOLDER = ".segmenter-report"  # below the output; no result can be called so, because hidden folders are no input
-_MAX_REPORT = 1_000_000_000  # bytes: all pictures of a process may have failed
+DIRECTORY = ".segmenter-report"  # below the output; no result can be called so, because hidden folders are no input
+_MAX_REPORT = 1_000_000_000  # bytes: all images of a process may have failed
 _RUN = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -90,12 +95,12 @@ class Shard:
         """
         with writing_into(output, shared=self.world > 1), contextlib.ExitStack() as stack:
             if self.world > 1:  # another run of several has a process of this rank too
-                lock = output / FOLDER / f"lock-{self.rank}"
+                lock = output / DIRECTORY / f"lock-{self.rank}"
                 lock.parent.mkdir(exist_ok=True)
                 lock.touch()
                 stack.enter_context(locked(lock))
             else:
-                shutil.rmtree(output / FOLDER, ignore_errors=True)  # what a lost run left
+                shutil.rmtree(output / DIRECTORY, ignore_errors=True)  # what a lost run left
             yield
 
     def part(self, jobs: Sequence[Any]) -> list[tuple[int, Any]]:
@@ -103,18 +108,54 @@ class Shard:
         return list(enumerate(jobs))[self.rank :: self.world]
 
 
+def run_part(
+    shard: Shard,
+    output: str,
+    jobs: Sequence[Any],
+    settings: Any,
+    tally: Tally,
+    do: Callable[[], None],
+    report: Callable[[Tally, float], None],
+) -> int:
+    """Does this process's part of the jobs and gives its exit status; what stops it early is told of.
+
+    Args:
+        output: folder. jobs, settings: what all processes must agree on, as JSON. tally: what `do` counts in.
+        do: does the part. report: called by the process that finishes last, with the tally of all and the seconds.
+    """
+    shared = SharedReport(shard, Path(output), [jobs, settings]) if shard.world > 1 else None
+    if shared is not None and shard.rank == 0:
+        err(f"segmenter: {shard.world} processes share {len(jobs)} images")
+    began, finished = time.perf_counter(), False
+    try:
+        do()
+        finished = True
+    finally:
+        seconds = time.perf_counter() - began
+        if not finished:  # Ctrl-C, a bad sample, a full disk: say what there is
+            who = "" if shared is None else f"process {shard.rank} of {shard.world} "
+            say(tally, len(shard.part(jobs)), seconds, output, f"{who}stopped early, --resume goes on: ")
+    merged = (tally, seconds) if shared is None else shared.finish(tally, seconds)
+    if merged is not None:
+        report(*merged)
+        if shared is not None:
+            shared.remove()
+    # to torchrun any other status is a lost process, for which it ends the others
+    return SOME_FAILED if tally.failed and shared is None else OK
+
+
 class SharedReport:
     """One report of all processes, made from one file of each in the output folder.
 
     Args:
-        work: whatever all processes must agree on, as JSON: the planned pictures and the settings.
+        work: whatever all processes must agree on, as JSON: the planned images and the settings.
     """
 
     def __init__(self, shard: Shard, output: Path, work: Any):
         self.shard = shard
-        self.folder = output / FOLDER
+        self.directory = output / DIRECTORY
         self._facts = {"run": shard.run, "work": f"{zlib.crc32(json.dumps(work).encode()):08x}", "id": uuid.uuid4().hex}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         # over what a lost run left. Should another process of this run finish before this line, and an earlier run of
         # the same name have left "finished" here, then it reports too early, and the last one reports once more.
         self._write({"finished": False})
@@ -126,7 +167,7 @@ class SharedReport:
         if not all(report.get("finished") and report["run"] == self.shard.run for report in reports):
             return None
         if any(report["work"] != self._facts["work"] for report in reports):
-            text = "the processes tell of different pictures or options, so no summary is made; run again with --resume"
+            text = "the processes tell of different images or options, so no summary is made; run again with --resume"
             err(f"segmenter: warning: {text}")
             return None
         if not self._claim(reports):
@@ -138,14 +179,14 @@ class SharedReport:
     def remove(self) -> None:
         """Deletes the files of the processes: first the parts, so that nobody claims them once more."""
         parts = map(self._path, range(self.shard.world))
-        for path in [*parts, *self.folder.glob("claim-*"), *self.folder.glob("lock-*")]:
+        for path in [*parts, *self.directory.glob("claim-*"), *self.directory.glob("lock-*")]:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another run may have put something in
-            self.folder.rmdir()
+            self.directory.rmdir()
 
     def _claim(self, reports: Sequence[dict[str, Any]]) -> bool:
         """Whether this process is the one to report: several may have seen that all have finished."""
-        claim = self.folder / f"claim-{zlib.crc32(''.join(r['id'] for r in reports).encode()):08x}"
+        claim = self.directory / f"claim-{zlib.crc32(''.join(r['id'] for r in reports).encode()):08x}"
         try:
             claim.touch(exist_ok=False)
         except (FileExistsError, FileNotFoundError):  # not found: the folder, after remove()
@@ -156,7 +197,7 @@ class SharedReport:
         return False
 
     def _path(self, rank: int) -> Path:
-        return self.folder / f"rank-{rank}.json"
+        return self.directory / f"rank-{rank}.json"
 
     def _write(self, state: dict[str, Any]) -> None:
         write_json(self._path(self.shard.rank), self._facts | state)

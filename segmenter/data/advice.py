@@ -20,7 +20,7 @@ def nothing_to_learn(values: Mapping[int, int], ids: Ids, n_cls: int) -> bool:
     return bool(values) and (not of_class or len(of_class) == 1 < n_cls and bool(ignored or unknown))
 
 
-def advice(values: Mapping[int, int], ids: Ids, names: Sequence[str], own: bool, whole: bool = True) -> list[str]:
+def advice(values: Mapping[int, int], ids: Ids, names: Sequence[str], custom: bool, whole: bool = True) -> list[str]:
     """What is odd about the values, and what to do, in words.
 
     Args:
@@ -38,7 +38,7 @@ def advice(values: Mapping[int, int], ids: Ids, names: Sequence[str], own: bool,
         texts.append(f"no pixel is of a class, the values are {found}: nothing can be learned from these labels")
     elif len(of_class) == 1 < len(names):
         texts.append(f"no class occurs but {_class(of_class[0], ids, names)}: nothing else can be learned")
-    if not own:
+    if not custom:
         return texts
     never = [value for value in range(first, first + len(names)) if value not in of_class]
     if 0 in values and above and not set(above) & set(of_class) and len(names) > 1 and _evenly_spread(above):

@@ -1,13 +1,13 @@
 """Reads a whole data set and tells what is in it, and what is wrong with it."""
 
 import contextlib
+import functools
 import os
 import sys
 import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from segmenter.classes import ClassSet
 from segmenter.data.advice import advice, nothing_to_learn, value_counts
-from segmenter.data.datasets import OWN, Dataset, Source
+from segmenter.data.datasets import CUSTOM, Dataset, Source
 from segmenter.data.label_files import DataError, read_ids
 from segmenter.data.layouts import Sample, in_short
+from segmenter.inference.read_ahead import Call, ReadAhead, behind
 
 T = TypeVar("T")
 
@@ -32,19 +33,19 @@ class SplitReport:
 
     Attributes:
         split: its name. samples: how many good and bad pairs there are. bad: what is wrong, one error a file.
-        sizes: (width, height) -> pictures. pixels, pictures: (n_cls,) int64, the pixels of each class, and the pictures
-        that hold it. ignored: pixels that do not count. empty: samples without any other pixel. own_labels: samples
-        whose label file is their picture. All these are of good samples alone. values: value in the label files ->
+        sizes: (width, height) -> images. pixels, images: (n_cls,) int64, the pixels of each class, and the images
+        that hold it. ignored: pixels that do not count. empty: samples without any other pixel. image_labels: samples
+        whose label file is their image. All these are of good samples alone. values: value in the label files ->
         pixels, of all that can be read.
     """
 
     split: str
     samples: int
     pixels: np.ndarray
-    pictures: np.ndarray
+    images: np.ndarray
     ignored: int = 0
     empty: int = 0
-    own_labels: int = 0
+    image_labels: int = 0
     values: Counter[int] = field(default_factory=Counter)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     bad: list[DataError] = field(default_factory=list)
@@ -57,10 +58,10 @@ class SplitReport:
             return
         of_classes = facts.counts[: len(self.pixels)]
         self.pixels += of_classes
-        self.pictures += of_classes > 0
+        self.images += of_classes > 0
         self.ignored += int(facts.counts[-1])
         self.empty += not of_classes.any()
-        self.own_labels += facts.own_label
+        self.image_labels += facts.image_label
         self.sizes[facts.size] += 1
 
     def shares(self) -> np.ndarray:
@@ -101,8 +102,8 @@ class _Facts:
     """Of one sample. `values`: in the label file -> pixels, if it can be read; the rest only of a good sample.
 
     Attributes:
-        size: (width, height). counts: pixels of each label 0..ignore_index. fingerprint: tells the picture's bytes from
-        others. own_label: the label file is the picture once more.
+        size: (width, height). counts: pixels of each label 0..ignore_index. fingerprint: tells the image's bytes from
+        others. image_label: the label file is the image once more.
     """
 
     errors: list[DataError] = field(default_factory=list)
@@ -110,7 +111,7 @@ class _Facts:
     size: tuple[int, int] = (0, 0)
     counts: np.ndarray | None = None
     fingerprint: tuple[int, int] = (0, 0)
-    own_label: bool = False
+    image_label: bool = False
 
     def tried(self, step: Callable[..., T], *args: Any) -> T | None:
         """What `step` gives; a DataError is noted."""
@@ -135,7 +136,7 @@ def glance(dataset: Dataset, n: int = 64, seconds: float = 10.0) -> list[str]:
         with contextlib.suppress(DataError):  # training tells of it
             values.update(value_counts(read_ids(sample.label)))
     where = f"{dataset.root}: split {dataset.split}, {looked} of {len(dataset)} label files looked at"
-    texts = advice(values, dataset.ids, dataset.classes.names, dataset.key == OWN)
+    texts = advice(values, dataset.ids, dataset.classes.names, dataset.key == CUSTOM)
     if looked == len(dataset) and nothing_to_learn(values, dataset.ids, dataset.n_cls):
         raise DataError(f"{where}: {'; '.join(texts)}", dataset.root)
     return [f"{where}: {text}" for text in texts]
@@ -144,7 +145,7 @@ def glance(dataset: Dataset, n: int = 64, seconds: float = 10.0) -> list[str]:
 def check_dataset(
     source: Source, splits: Sequence[str] | None = None, workers: int = 1, bar: bool = False
 ) -> CheckReport:
-    """Reads every picture and label. Files that are bad raise nothing: they are in the report.
+    """Reads every image and label. Files that are bad raise nothing: they are in the report.
 
     Args:
         source: what `find_source` found. splits: their names; None: all that are there.
@@ -157,9 +158,9 @@ def check_dataset(
         raise DataError(f"{source.base}: none of the splits {', '.join(source.splits)} is there", source.base)
     listings = [source.listing(name) for name in names]
     reports = []
-    seen: dict[tuple[int, int], dict[Path, set[str]]] = defaultdict(dict)  # fingerprint -> picture -> splits
+    seen: dict[tuple[int, int], dict[Path, set[str]]] = defaultdict(dict)  # fingerprint -> image -> splits
     total = sum(len(dataset) for dataset, _ in listings)
-    with tqdm(total=total, unit="picture", file=sys.stderr, disable=not bar or None) as shown:
+    with tqdm(total=total, unit="image", file=sys.stderr, disable=not bar or None) as shown:
         for dataset, problems in listings:
             n_cls = dataset.n_cls
             report = SplitReport(dataset.split, len(dataset), np.zeros(n_cls, np.int64), np.zeros(n_cls, np.int64))
@@ -181,11 +182,9 @@ def _split_of(sample: Sample, dataset: Dataset, source: Source) -> str:
 
 
 def _examine_all(dataset: Dataset, workers: int) -> Iterator[_Facts]:
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            yield from pool.map(lambda sample: _examine(dataset, sample), dataset.samples)
-        finally:  # after Ctrl-C, do not read what is still queued
-            pool.shutdown(wait=False, cancel_futures=True)
+    with contextlib.closing(ReadAhead(workers)) as threads:
+        calls = (threads.put(Call(functools.partial(_examine, dataset), sample)) for sample in dataset.samples)
+        yield from map(threads.result, behind(calls, 2 * workers))
 
 
 def _examine(dataset: Dataset, sample: Sample) -> _Facts:
@@ -203,7 +202,7 @@ def _examine(dataset: Dataset, sample: Sample) -> _Facts:
     facts.size = pixels.shape[1], pixels.shape[0]
     facts.counts = np.bincount(labels.ravel(), minlength=dataset.ignore_index + 1)
     facts.fingerprint = zlib.crc32(data), len(data)
-    facts.own_label = sample.label.stat().st_size == len(data) and sample.label.read_bytes() == data
+    facts.image_label = sample.label.stat().st_size == len(data) and sample.label.read_bytes() == data
     return facts
 
 
@@ -216,8 +215,8 @@ def _warnings(report: CheckReport, source: Source) -> Iterator[str]:
             yield f"{split.split}: {100 * share:.0f} % of the pixels are ignored"
         if split.empty:
             yield f"{split.split}: {split.empty} label files hold ignored pixels alone"
-        if split.own_labels:
-            yield f"{split.split}: {split.own_labels} label files are the picture itself once more, byte for byte"
+        if split.image_labels:
+            yield f"{split.split}: {split.image_labels} label files are the image itself once more, byte for byte"
     yield from _advice(report, source)
     for name, parts in source.splits.items():
         if len(parts) == 1 and os.path.isdir(parts[0].images) and not parts[0].exists():
@@ -228,7 +227,7 @@ def _warnings(report: CheckReport, source: Source) -> Iterator[str]:
 
 def _advice(report: CheckReport, source: Source) -> Iterator[str]:
     """What is odd about the values of all splits together, and of single ones."""
-    of_source = source.ids, report.classes.names, source.key == OWN
+    of_source = source.ids, report.classes.names, source.key == CUSTOM
     told = advice(sum((split.values for split in report.splits), Counter()), *of_source)
     yield from told
     for split in report.splits:

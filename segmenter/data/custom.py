@@ -8,7 +8,7 @@
 
 No two splits may share a folder or a list. Without `splits`, the folders images/train, images/val and images/test are
 the splits, or images/training, images/validation or valid, and images/testing; in annotations/ they may have the other
-of these names. If there are none of them, all pictures are the split train.
+of these names. If there are none of them, all images are the split train.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from segmenter.text_files import read_yaml
 
 FILE = "dataset.yml"
 _FILES = (FILE, "dataset.yaml")
-_FOLDERS = {  # split -> what its folders may be called
+_DIRECTORIES = {  # split -> what its folders may be called
     "train": ("train", "training"),
     "val": ("val", "validation", "valid"),
     "test": ("test", "testing"),
@@ -36,8 +36,8 @@ _KEYS = ("name", "classes", "ignore_index", "reduce_zero", "splits")
 
 
 @dataclass(frozen=True)
-class OwnData:
-    """What dataset.yml says. `splits`: split -> folder or text file; empty: all pictures are the split train."""
+class CustomData:
+    """What dataset.yml says. `splits`: split -> folder or text file; empty: all images are the split train."""
 
     classes: ClassSet
     ids: Ids
@@ -62,10 +62,10 @@ def description(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_own(root: Path, classes: ClassSet | None = None) -> OwnData:
+def read_custom(root: Path, classes: ClassSet | None = None) -> CustomData:
     """Reads and checks the description in `root`, and finds the splits. `classes` are for a file that names none.
 
-    Pictures that are in no split, where folders are the splits, are warned of.
+    Images that are in no split, where folders are the splits, are warned of.
 
     Raises:
         DataError: unreadable, unknown keys, or values of a wrong type or range, which are named; no classes; splits
@@ -73,10 +73,10 @@ def read_own(root: Path, classes: ClassSet | None = None) -> OwnData:
     """
     path = description(root) or root / FILE
     try:
-        own = _parse(read_yaml(path, DataError), root, classes)
-        own = replace(own, splits=own.splits or _splits_by_name(root / "images"))
-        _refuse_overlaps(root, own.splits)
-        return own
+        custom = _parse(read_yaml(path, DataError), root, classes)
+        custom = replace(custom, splits=custom.splits or _splits_by_name(root / "images"))
+        _refuse_overlaps(root, custom.splits)
+        return custom
     except DataError as error:
         raise DataError(str(error), path) from error
     except OSError as error:  # images/ or annotations/ cannot be entered
@@ -93,8 +93,8 @@ def _part(root: Path, split: str, where: str) -> Part:
     images, labels = root / "images", root / "annotations"
     if _is_list(where):
         return Part(split, images, labels, names=root / where)
-    if not os.path.isdir(labels / where) and where.casefold() in _FOLDERS.get(split, ()):
-        return Part(split, images / where, labels / _folders_of(labels).get(split, where))
+    if not os.path.isdir(labels / where) and where.casefold() in _DIRECTORIES.get(split, ()):
+        return Part(split, images / where, labels / _directories_of(labels).get(split, where))
     return Part(split, images / where, labels / where)
 
 
@@ -104,7 +104,7 @@ def _is_list(where: str) -> bool:
 
 def _splits_by_name(images: Path) -> dict[str, str]:
     """Split -> folder, of the folders that are called as splits are."""
-    splits = _folders_of(images)
+    splits = _directories_of(images)
     if not splits:
         return {}
     with os.scandir(images) as entries:
@@ -119,13 +119,15 @@ def _splits_by_name(images: Path) -> dict[str, str]:
     return splits
 
 
-def _folders_of(folder: Path) -> dict[str, str]:
-    names = sorted(path.name for path in folder.iterdir() if os.path.isdir(path)) if os.path.isdir(folder) else []
+def _directories_of(directory: Path) -> dict[str, str]:
+    names = sorted(path.name for path in directory.iterdir() if os.path.isdir(path)) if os.path.isdir(directory) else []
     splits = {}
-    for split, words in _FOLDERS.items():
+    for split, words in _DIRECTORIES.items():
         found = [name for name in names if name.casefold() in words]
         if len(found) > 1:
-            raise _Wrong(f"{in_short(found)} in {folder} would all be the split {split}; say in `splits` which one is")
+            raise _Wrong(
+                f"{in_short(found)} in {directory} would all be the split {split}; say in `splits` which one is"
+            )
         if found:
             splits[split] = found[0]
     return splits
@@ -144,7 +146,7 @@ def _refuse_overlaps(root: Path, splits: dict[str, str]) -> None:
             )
 
 
-def _parse(data: Any, root: Path, classes: ClassSet | None) -> OwnData:
+def _parse(data: Any, root: Path, classes: ClassSet | None) -> CustomData:
     if not isinstance(data, dict):
         raise _Wrong(f"expected keys and values ({', '.join(_KEYS)}), found {_shown(data)}")
     if unknown := [key for key in data if key not in _KEYS]:
@@ -161,7 +163,7 @@ def _parse(data: Any, root: Path, classes: ClassSet | None) -> OwnData:
         if value in of_class:
             hint = "; if 0 is no class and 1 the first one, say reduce_zero: true" if value == 0 else ""
             raise _Wrong(f"ignore_index {value} is also class {of_class[value]!r}{hint}")
-    return OwnData(classes, ids, _splits(data.get("splits", {})))
+    return CustomData(classes, ids, _splits(data.get("splits", {})))
 
 
 def _typed(data: dict[Any, Any], key: str, kind: type, default: Any, wanted: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from segmenter.classes import ClassesError, ClassSet, load_classes
-from segmenter.data.custom import FILE, description, read_own
+from segmenter.data.custom import FILE, description, read_custom
 from segmenter.data.label_files import DataError, Ids, ignore_index, read_ids
 from segmenter.data.layouts import LAYOUTS, Layout, Part, Sample, in_short, pair
 from segmenter.inference.image_files import ImageError, orientation
@@ -23,8 +23,8 @@ IDS = {  # kind of data set -> what the values in its label files mean
     "cityscapes": Ids(),
     "camvid": Ids(ignored=(11,)),  # 11 is "unlabelled"
 }
-OWN = "folder"
-KINDS = (*IDS, OWN)
+CUSTOM = "folder"
+KINDS = (*IDS, CUSTOM)
 _LAYOUT = {"pascal_context_59": "pascal_context"}  # kinds that lie on the disk as another does
 
 
@@ -34,8 +34,8 @@ class Published:
 
     Attributes:
         epochs: passes over the training split. eval_freq: epochs from one evaluation to the next.
-        batch_size: pictures a step, of all processes together. learning_rate: the initial one, of SGD.
-        im_size: pixels of a picture's short side, to which it is resized, its long side at most max_ratio times that.
+        batch_size: images a step, of all processes together. learning_rate: the initial one, of SGD.
+        im_size: pixels of an image's short side, to which it is resized, its long side at most max_ratio times that.
         crop_size, window_size, window_stride: pixels; of training crops, and of the windows of evaluation.
     """
 
@@ -93,7 +93,7 @@ class Dataset:
         return tuple(self.samples[i * len(self) // n] for i in range(n))
 
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """The picture, upright, and its labels.
+        """The image, upright, and its labels.
 
         Returns:
             pixels (H, W, 3) uint8 RGB; labels (H, W) uint8 (uint16 for more than 255 classes): 0..n_cls-1 or
@@ -106,18 +106,18 @@ class Dataset:
         return pixels, labels
 
     def read_pixels(self, sample: Sample) -> np.ndarray:
-        """The picture alone, as of `read`."""
+        """The image alone, as of `read`."""
         try:
             return read_image(sample.image)
         except ImageError as error:
             raise DataError(str(error), sample.image) from error
 
     def read_labels(self, sample: Sample) -> np.ndarray:
-        """The labels alone, as of `read`; the size is not compared with the picture's."""
+        """The labels alone, as of `read`; the size is not compared with the image's."""
         return self.ids.to_labels(read_ids(sample.label), self.n_cls, sample.label)
 
     def check_sizes(self, sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> None:
-        """Raises DataError: the picture (H, W, 3) and the labels (H, W) of a sample are not of the same size."""
+        """Raises DataError: the image (H, W, 3) and the labels (H, W) of a sample are not of the same size."""
         if labels.shape != pixels.shape[:2]:
             raise DataError(_sizes_differ(sample, pixels, labels), sample.label)
 
@@ -142,7 +142,7 @@ class Source:
         return [split for split, parts in self.splits.items() if len(parts) == 1 and parts[0].exists()]
 
     def listing(self, split: str) -> tuple[Dataset, list[DataError]]:
-        """The samples of a split, and a problem for each picture or label without partner.
+        """The samples of a split, and a problem for each image or label without partner.
 
         Raises:
             DataError: no such split, or a folder of it is missing or empty.
@@ -165,7 +165,7 @@ class Source:
 def open_dataset(
     root: str | Path, split: str = "train", kind: str | None = None, classes: ClassSet | str | Path | None = None
 ) -> Dataset:
-    """A split of the data set in a folder, with every picture and label paired.
+    """A split of the data set in a folder, with every image and label paired.
 
     Args:
         root: the folder of the data set as published, or one above it as in the published code; see LAYOUTS, and
@@ -176,7 +176,7 @@ def open_dataset(
             "pascal_context_59" is said.
         classes: other names and colours: a ClassSet, or what `load_classes` takes.
     Raises:
-        DataError: not found or of several kinds, no such split, pictures without label, labels without picture.
+        DataError: not found or of several kinds, no such split, images without label, labels without image.
     """
     dataset, problems = find_source(root, kind, classes).listing(split)
     if problems:
@@ -192,8 +192,8 @@ def find_source(root: str | Path, kind: str | None = None, classes: ClassSet | s
         raise DataError(f"kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
     if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder", root)
-    if kind == OWN or (kind is None and description(root)):
-        return _own_source(root, _load(classes))
+    if kind == CUSTOM or (kind is None and description(root)):
+        return _custom_source(root, _load(classes))
     layout, base = _find_layout(root, kind)
     key = kind or layout.key
     names = _fitting(_load(classes), load_classes(key), base)
@@ -206,19 +206,21 @@ def _find_layout(root: Path, kind: str | None) -> tuple[Layout, Path]:
     found = [(layout, base) for layout in layouts for base in layout.bases(root, recognise=kind is None)]
     if not found:
         looked = "; ".join(f"{layout.key}: {layout.in_words()}" for layout in layouts)
-        own = f"; of your own: {FILE} beside images/ and annotations/" if kind is None else ""
+        custom = f"; of your own: {FILE} beside images/ and annotations/" if kind is None else ""
         places = ", ".join(dict.fromkeys(place for layout in layouts for place in layout.places if place))
         what = kind or "data set of a known kind"
-        raise DataError(f"{root}: no {what}, neither here nor in {places}; looked for {looked}{own}", root)
+        raise DataError(f"{root}: no {what}, neither here nor in {places}; looked for {looked}{custom}", root)
     if len(found) > 1:
         several = ", ".join(f"{layout.key} in {base}" for layout, base in found)
         raise DataError(f"{root}: several data sets ({several}); open the folder of one, or give its kind", root)
     return found[0]
 
 
-def _own_source(root: Path, classes: ClassSet | None) -> Source:
-    own = read_own(root, classes)
-    return Source(OWN, root, _fitting(classes, own.classes, root), own.ids, _with_trainval(own.parts(root), OWN))
+def _custom_source(root: Path, classes: ClassSet | None) -> Source:
+    custom = read_custom(root, classes)
+    return Source(
+        CUSTOM, root, _fitting(classes, custom.classes, root), custom.ids, _with_trainval(custom.parts(root), CUSTOM)
+    )
 
 
 def _with_trainval(parts: dict[str, Part], key: str) -> dict[str, tuple[Part, ...]]:
@@ -237,10 +239,10 @@ def _load(classes: ClassSet | str | Path | None) -> ClassSet | None:
         raise DataError(str(error)) from error
 
 
-def _fitting(asked: ClassSet | None, own: ClassSet, base: Path) -> ClassSet:
-    if asked is not None and len(asked) != len(own):
-        raise DataError(f"{base}: the data set has {len(own)} classes, {asked.name} names {len(asked)}", base)
-    return asked or own
+def _fitting(asked: ClassSet | None, found: ClassSet, base: Path) -> ClassSet:
+    if asked is not None and len(asked) != len(found):
+        raise DataError(f"{base}: the data set has {len(found)} classes, {asked.name} names {len(asked)}", base)
+    return asked or found
 
 
 def _sizes_differ(sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""The public folder layouts of the usual data sets, and how pictures and labels are paired.
+"""The public folder layouts of the usual data sets, and how images and labels are paired.
 
 Layouts as the data sets are published, below the folders that the published Segmenter code uses.
 """
@@ -17,7 +17,7 @@ from segmenter.inference.images import suffixes
 from segmenter.text_files import read_text
 
 SPLITS = ("train", "val", "test")
-CAMVID_DRIVES = ("0001TP_", "0006R0_", "0016E5_", "Seq05VD_")  # what the names of CamVid's pictures start with
+CAMVID_DRIVES = ("0001TP_", "0006R0_", "0016E5_", "Seq05VD_")  # what the names of CamVid's images start with
 _SHOWN = 3
 _MAX_BYTES = 64_000_000  # of a list of names
 _LIKE_A_SPLIT = re.compile(
@@ -28,7 +28,7 @@ _LIKE_A_SPLIT = re.compile(
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and its label file. `name`: unique in the data set, relative, posix, without extension."""
+    """An image and its label file. `name`: unique in the data set, relative, posix, without extension."""
 
     name: str
     image: Path
@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Part:
-    """Where the pictures and labels of one split lie.
+    """Where the images and labels of one split lie.
 
     Attributes:
         split: its name. images, labels: folders, searched with all their sub-folders.
@@ -71,7 +71,7 @@ class Layout:
     Attributes:
         key: of the data set. places: where it may lie below the folder that is opened.
         splits: split -> what it is called in paths. unlabelled: splits whose labels are not public.
-        starts: to be recognised, some picture's name must start with one of these.
+        prefixes: to be recognised, some image's name must start with one of these.
     """
 
     key: str
@@ -84,7 +84,7 @@ class Layout:
     label_ending: str = ""
     names: str = ""
     hint: str = ""
-    starts: tuple[str, ...] = ("",)
+    prefixes: tuple[str, ...] = ("",)
 
     def parts(self, base: Path) -> dict[str, Part]:
         """Every split it may have in the folder `base`."""
@@ -114,11 +114,11 @@ class Layout:
         return any(os.path.isdir(part.labels) and self._names_fit(part.images) for part in parts)
 
     def _names_fit(self, images: Path) -> bool:
-        return any(name.startswith(self.starts) for name in os.listdir(images))
+        return any(name.startswith(self.prefixes) for name in os.listdir(images))
 
 
 _SAME = {split: split for split in SPLITS}
-_CAMVID = {"key": "camvid", "places": ("", "camvid", "CamVid"), "splits": _SAME, "starts": CAMVID_DRIVES}
+_CAMVID = {"key": "camvid", "places": ("", "camvid", "CamVid"), "splits": _SAME, "prefixes": CAMVID_DRIVES}
 LAYOUTS = (
     Layout(
         "ade20k",
@@ -153,7 +153,7 @@ LAYOUTS = (
 
 
 def pair(part: Part) -> tuple[list[Sample], list[DataError]]:
-    """The samples of a part, and a problem for each picture or label that has no partner.
+    """The samples of a part, and a problem for each image or label that has no partner.
 
     Names are compared in one Unicode form. Folders that cannot be entered, or were already, are warned of.
 
@@ -161,9 +161,9 @@ def pair(part: Part) -> tuple[list[Sample], list[DataError]]:
         DataError: a folder or the list of names is missing, there is nothing, two files have one name, or an undivided
             part has folders that are called as splits are.
     """
-    for folder in (part.images, part.labels):
-        if not os.path.isdir(folder):
-            raise DataError(f"{folder}: no such folder, so there is no split {part.split}", folder)
+    for directory in (part.images, part.labels):
+        if not os.path.isdir(directory):
+            raise DataError(f"{directory}: no such folder, so there is no split {part.split}", directory)
     images, labels = _named_files(part.images, part.image_ending), _named_files(part.labels, part.label_ending)
     names = sorted(images.keys() | labels.keys())
     if part.names is not None:
@@ -171,24 +171,24 @@ def pair(part: Part) -> tuple[list[Sample], list[DataError]]:
     elif part.undivided:
         _refuse_hidden_splits(part, names)
     if not names:
-        raise DataError(f"{part.images}: no pictures in this folder ({' '.join(sorted(suffixes()))})", part.images)
+        raise DataError(f"{part.images}: no images in this folder ({' '.join(sorted(suffixes()))})", part.images)
     problems = []
     for name in names:
         if name not in images:
             listed = "its name is listed" if part.names else f"its label is {labels[name]}"
             file = part.images / f"{name}{part.image_ending}"
-            problems.append(DataError(f"{file}.*: no such picture, but {listed}", file))
+            problems.append(DataError(f"{file}.*: no such image, but {listed}", file))
         elif name not in labels:
             hint = f"; {part.hint}" if part.hint else ""
             wanted = part.labels / f"{name}{part.label_ending}.png"
-            problems.append(DataError(f"{images[name]}: the picture has no label, {wanted} is missing{hint}", wanted))
+            problems.append(DataError(f"{images[name]}: the image has no label, {wanted} is missing{hint}", wanted))
     samples = [Sample(name, images[name], labels[name]) for name in names if name in images and name in labels]
     return samples, problems
 
 
-def like_a_split(folder: str) -> bool:
+def like_a_split(name: str) -> bool:
     """Whether a folder's name is such as people give to the folder of a split: "val2017", "my_test_set"."""
-    return _LIKE_A_SPLIT.fullmatch(folder.casefold()) is not None
+    return _LIKE_A_SPLIT.fullmatch(name.casefold()) is not None
 
 
 def in_short(items: Iterable[object]) -> str:
@@ -198,16 +198,16 @@ def in_short(items: Iterable[object]) -> str:
     return ", ".join(texts[:_SHOWN]) + more
 
 
-def _named_files(folder: Path, ending: str) -> dict[str, Path]:
-    """Sample name -> file, for the pictures below `folder` whose name ends like this before the extension."""
+def _named_files(directory: Path, ending: str) -> dict[str, Path]:
+    """Sample name -> file, for the images below `directory` whose name ends like this before the extension."""
     found: dict[str, Path] = {}
-    files, problems = walk(folder, suffixes())
+    files, problems = walk(directory, suffixes())
     for problem in problems:
         warnings.warn(problem, stacklevel=2)
     for path in files:
         if not path.stem.endswith(ending):
             continue
-        name = same_form(path.relative_to(folder).with_suffix("").as_posix()).removesuffix(ending)
+        name = same_form(path.relative_to(directory).with_suffix("").as_posix()).removesuffix(ending)
         if name in found:
             raise DataError(f"{path}: {found[name].name} has the same name; one of them has to go", path)
         found[name] = path
@@ -215,8 +215,8 @@ def _named_files(folder: Path, ending: str) -> dict[str, Path]:
 
 
 def _refuse_hidden_splits(part: Part, names: Iterable[str]) -> None:
-    folders = dict.fromkeys(folder for name in names for folder in PurePosixPath(name).parent.parts)
-    if odd := [folder for folder in folders if like_a_split(folder)]:
+    directories = dict.fromkeys(directory for name in names for directory in PurePosixPath(name).parent.parts)
+    if odd := [directory for directory in directories if like_a_split(directory)]:
         raise DataError(
             f"{part.images}: all in it would be the split {part.split}, though folders in it are called as other "
             f"splits are ({in_short(odd)}); say in `splits` of the data set's description which folder is which split",

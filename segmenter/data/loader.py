@@ -34,16 +34,14 @@ class Steps:
 
     Args:
         n_samples: in the data set. batch_size: of all processes together, a multiple of `world`.
-        start, stop: steps, from 0. rank, world: this process, and how many.
+        begin, end: the first step, from 0, and that after the last. rank, world: this process, and how many.
     """
 
-    def __init__(
-        self, n_samples: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1
-    ):
+    def __init__(self, n_samples: int, batch_size: int, seed: int, begin: int, end: int, rank: int = 0, world: int = 1):
         if batch_size % world:
             raise ValueError(f"batch_size {batch_size} must be a multiple of the {world} processes that share it")
         self.n_samples, self.batch_size, self.seed = n_samples, batch_size, seed
-        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+        self.begin, self.end, self.rank, self.world = begin, end, rank, world
 
     @staticmethod
     def per_epoch(n_samples: int, batch_size: int) -> int:
@@ -51,12 +49,12 @@ class Steps:
         return -(-n_samples // batch_size)
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.end - self.begin
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         per_epoch = self.per_epoch(self.n_samples, self.batch_size)
         order, of_epoch = np.empty(0, int), -1
-        for step in range(self.start, self.stop):
+        for step in range(self.begin, self.end):
             epoch, i = divmod(step, per_epoch)
             if epoch != of_epoch:
                 order, of_epoch = np.random.default_rng([self.seed, epoch]).permutation(self.n_samples), epoch

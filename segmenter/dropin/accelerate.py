@@ -23,12 +23,12 @@ import torch.nn as nn
 
 from segmenter.dropin.calls import Call, expected, observed
 from segmenter.dropin.guard import OURS, RATES, Unlike, original_class
-from segmenter.dropin.modules import AccelerationError, Swap, fast_class, mixin_for
+from segmenter.dropin.modules import Acceleration, AccelerationError, fast_class, mixin_for
 from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan, kind_of, plan
 from segmenter.dropin.verify import confirmed, received
 from segmenter.errors import cause
-from segmenter.fusable import qualified
-from segmenter.ops import Automatic, Operators, explain, select, why_not_tensor
+from segmenter.guard import qualified
+from segmenter.ops import Automatic, OperatorModule, explain, select, why_not_tensor
 
 __all__ = ["AccelerationError", "Report", "Row", "accelerate", "restore", "why_not"]
 
@@ -136,8 +136,7 @@ def _accelerate(model: nn.Module, example: Any, filter_fn: Any, operators: Any, 
     report, run = Report(), _Run(model, strict)
     found = []
     for name, module in list(model.named_modules()):  # parents first: they are tried out with their original children
-        own = isinstance(module.__dict__.get("ops"), (Operators, Automatic))
-        kind = "own" if own else kind_of(module)
+        kind = "ours" if isinstance(module, OperatorModule) else kind_of(module)
         if kind is not None:
             found.append((name, module, kind))
     if example is not None:
@@ -145,10 +144,10 @@ def _accelerate(model: nn.Module, example: Any, filter_fn: Any, operators: Any, 
     for name, module, kind in found:
         if filter_fn is not None and not filter_fn(module, name):
             report.rows.append(Row(name, _was(module), None, "filter_fn"))
-        elif kind == "own":
-            report.rows.append(_swap_own(name, module, operators))
+        elif kind == "ours":
+            report.rows.append(_switch_operators(name, module, operators))
         else:
-            report.rows.append(_swap(name, module, kind, run))
+            report.rows.append(_change_class(name, module, kind, run))
     return report
 
 
@@ -195,10 +194,9 @@ def why_not(model: nn.Module, x: torch.Tensor | None = None) -> dict[str, list[s
     for name, module in model.named_modules():
         if "_segmenter" not in module.__dict__:
             continue
-        if not isinstance(module.__dict__["_segmenter"], Swap):  # one of our own
-            own = why_not_tensor(x)
-            halves = ("attention", "mlp") if not own and hasattr(module, "why_not_fused") else ()
-            reasons = [own] if own else [r for half in halves if (r := module.why_not_fused(half))]
+        if isinstance(module, OperatorModule):
+            reason = why_not_tensor(x)
+            reasons = [reason] if reason else module.obstacles()
         else:
             reasons = module.why_not(x)
             if declined := module.__dict__.get("_segmenter_declined"):
@@ -213,7 +211,7 @@ class _Run:
 
     def __init__(self, model: nn.Module, strict: bool):
         self.modules, self.strict = dict(model.named_modules()), strict
-        self.trials: dict[Any, Plan | Unlike] = {}
+        self.confirmed: dict[Any, Plan | Unlike] = {}  # by what a module is; or why it is not
         self.seen: dict[nn.Module, Call] | None = None
         self.covered: set[nn.Module] = set()  # attention layers whose block computes them
 
@@ -234,21 +232,21 @@ class _Run:
         return call if got is None else Call(got, sure=True)
 
 
-def _swap(name: str, module: nn.Module, kind: str, run: _Run) -> Row:
+def _change_class(name: str, module: nn.Module, kind: str, run: _Run) -> Row:
     was, before = _was(module), module.__dict__.get("_segmenter")
     try:
-        swap = Swap(name, _wanted(name, module, kind, run), run.strict)
-        already = before is not None and before[1:] == swap[1:]
+        found = _wanted(name, module, kind, run)
+        after = Acceleration(name, found, run.strict)
+        already = before is not None and before[1:] == after[1:]
         if not already:
-            module.__class__ = fast_class(mixin_for(swap.plan), original_class(type(module)))
+            module.__class__ = fast_class(mixin_for(found), original_class(type(module)))
     except Exception as error:  # whatever somebody else's properties, forwards and metaclasses raise
         if before is not None:
             _undo(module)
         cls = qualified(original_class(type(module)))
         strange = f"{cls} raised {type(error).__name__} when looked at: {cause(error)}"
         return Row(name, was, None, str(error) if isinstance(error, Unlike) else strange)
-    module.__dict__["_segmenter"] = swap
-    found = swap.plan
+    module.__dict__["_segmenter"] = after
     if isinstance(found, BlockPlan) and (found.attention is not None or found.core is not None):
         run.covered.add(module._modules[found.names["attn"]])
     return Row(name, was, _became(found), _reason(found), already)
@@ -260,7 +258,7 @@ def _wanted(name: str, module: nn.Module, kind: str, run: _Run) -> Plan:
         raise Unlike("torch.jit has compiled it")
     if "forward" in module.__dict__ or "_call_impl" in module.__dict__:
         raise Unlike("it has a replaced forward")
-    found = _confirmed(module, kind, run.trials)
+    found = _confirmed(module, kind, run.confirmed)
     if isinstance(found, AttentionPlan) and found.returns_tuple:
         raise Unlike("it also returns attention maps; its block computes the attention when they are not wanted")
     if isinstance(found, DecoderPlan) or module in run.covered:
@@ -279,18 +277,18 @@ def _wanted(name: str, module: nn.Module, kind: str, run: _Run) -> Plan:
     return found._replace(attention=None, core=None, reasons=(f"attention: {passes}", *others))
 
 
-def _confirmed(module: nn.Module, kind: str, trials: dict) -> Plan:
-    """The plan after its trial. Layers that differ in nothing but weights and drop rates are tried out once."""
+def _confirmed(module: nn.Module, kind: str, known: dict) -> Plan:
+    """The plan after it was tried out. Layers that differ in nothing but weights and drop rates are tried out once."""
     found = plan(module, kind)
     key = _signature(module) if kind != "decoder" else id(module)
-    if key not in trials:
+    if key not in known:
         try:
-            trials[key] = confirmed(module, found)
+            known[key] = confirmed(module, found)
         except Unlike as reason:
-            trials[key] = reason
-    if isinstance(trials[key], Unlike):
-        raise trials[key]
-    return trials[key]
+            known[key] = reason
+    if isinstance(known[key], Unlike):
+        raise known[key]
+    return known[key]
 
 
 def _signature(module: nn.Module) -> Any:
@@ -300,22 +298,18 @@ def _signature(module: nn.Module) -> Any:
     return original_class(type(module)), repr(sorted(flags.items())), shapes, children
 
 
-def _swap_own(name: str, module: nn.Module, operators: Any) -> Row:
-    """Our own modules have their operators in an attribute."""
-    before, what = module.ops, "all of it"
-    if hasattr(module, "mask_norm"):
-        what = "class masks"
-    elif hasattr(module, "why_not_bytes"):
-        what = "bytes to tokens"
+def _switch_operators(name: str, module: OperatorModule, operators: Any) -> Row:
+    """Modules of this project have their operators in an attribute."""
+    before = module.ops
     if type(before) is type(operators) and getattr(before, "name", None) == operators.name:
-        return Row(name, _was(module), what, already=True)
+        return Row(name, _was(module), module.computes, already=True)
     module.__dict__.setdefault("_segmenter", before)
     module.ops = operators
-    return Row(name, _was(module), what)
+    return Row(name, _was(module), module.computes)
 
 
 def _undo(module: nn.Module) -> bool:
-    if not isinstance(module.__dict__["_segmenter"], Swap):  # one of our own
+    if isinstance(module, OperatorModule):
         module.ops = module.__dict__.pop("_segmenter")
         return True
     original = original_class(type(module))

@@ -2,7 +2,8 @@
 
 A fused operator reads the parameters of layers in place of calling them. That is right only as long as each of them is
 what it was when it was looked at: of the same class, with the same children and flags, without hooks, with ordinary
-weights. Layers get replaced (LoRA, quantisation), hooked and switched later, so a call asks anew.
+weights. Layers get replaced (LoRA, quantisation), hooked and switched later, so a call asks again (`unlike_before`,
+through `segmenter.guard.decision`).
 """
 
 from typing import Any, NamedTuple
@@ -10,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
-from segmenter.fusable import METHODS, hooks_of_all, qualified, replaced, why_not_bypass
+from segmenter.guard import DECISION, hooks_of_all, qualified, replaced, why_not_bypass
 
 Path = tuple[str, ...]  # names of children, from the accelerated module down
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _WITHOUT_FLAGS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)  # what these do is in parameters, eps and rates
-OURS = ("_segmenter", "_segmenter_declined")  # attributes of accelerated modules
+OURS = ("_segmenter", "_segmenter_declined", DECISION)  # attributes of accelerated modules
 RATES = ("p", "drop_prob", "dropout")  # of nn.Dropout; of everybody's stochastic depth; of nn.MultiheadAttention
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
@@ -40,26 +41,7 @@ class Layer(NamedTuple):
     rate: str | None
 
 
-class Contract(NamedTuple):
-    """What has to hold: `own` of the accelerated module itself, `groups` of layers below it, by their parent's path.
-    `classes`: of all of them and of the accelerated module, whose methods must stay what they are."""
-
-    own: Layer | None
-    groups: tuple[tuple[Path, tuple[Layer, ...]], ...]
-    classes: tuple[type, ...]
-
-
-def contract(root: nn.Module, layers: tuple[Layer, ...]) -> Contract:
-    """Groups layers below `root` so that a check finds each parent once."""
-    groups: dict[Path, list[Layer]] = {}
-    for layer in layers:
-        if layer.path:
-            groups.setdefault(layer.path[:-1], []).append(layer)
-    own = next((layer for layer in layers if not layer.path), None)
-    classes = dict.fromkeys((original_class(type(root)), *(layer.kind for layer in layers)))
-    for cls in classes:
-        replaced(cls)  # notes it down
-    return Contract(own, tuple((parent, tuple(members)) for parent, members in groups.items()), tuple(classes))
+Layers = tuple[Layer, ...]
 
 
 def original_class(cls: type) -> type:
@@ -70,7 +52,7 @@ def original_class(cls: type) -> type:
 def find(root: nn.Module, path: Path) -> nn.Module | None:
     """The descendant at `path`, or None."""
     module: nn.Module | None = root
-    for name in path:  # through the dictionaries: attribute look-ups of modules are slow, and this runs at every call
+    for name in path:
         module = module._modules.get(name)
         if module is None:
             return None
@@ -94,15 +76,16 @@ def record(root: nn.Module, path: Path, parameters: tuple[str, ...] = (), childr
         raise Unlike(f"{name} ({_class(layer)}) holds {', '.join(extra)}")
     if extra := sorted({n for n, child in layer._modules.items() if child is not None} - set(children)):
         raise Unlike(f"{name} ({_class(layer)}) has a layer {', '.join(extra)}")
-    if (reason := why_not_bypass(layer, (type(layer),))) not in (None, "hooks"):  # hooks come and go: a call asks
+    if (reason := why_not_bypass(layer, (type(layer),))) not in (None, "hooks"):  # hooks come and go
         raise Unlike(f"{name} has {reason}")
     kind = original_class(type(layer))
-    own = {n: value for n, value in state.items() if n not in _OF_EVERY_MODULE and n not in OURS}
-    for attribute, value in own.items():
+    replaced(kind)  # notes down its forward
+    attributes = {n: value for n, value in state.items() if n not in _OF_EVERY_MODULE and n not in OURS}
+    for attribute, value in attributes.items():
         if not _is_plain(value):
             raise Unlike(f"{name} ({_class(layer)}) holds {attribute}, a {qualified(type(value))}")
-    rate = next((n for n in RATES if isinstance(own.get(n), (int, float))), None)
-    flags = () if kind in _WITHOUT_FLAGS else tuple((n, v) for n, v in own.items() if n != rate)
+    rate = next((n for n in RATES if isinstance(attributes.get(n), (int, float))), None)
+    flags = () if kind in _WITHOUT_FLAGS else tuple((n, v) for n, v in attributes.items() if n != rate)
     return Layer(path, kind, tuple(layer._modules), flags, rate)
 
 
@@ -133,59 +116,33 @@ def _record_kind(root: nn.Module, path: Path, kind: type, bias: bool) -> Layer:
     return recorded
 
 
-def unmet(root: nn.Module, contract: Contract, dtype: torch.dtype | None = None) -> str | None:
-    """Why the layers of a contract have to be called at the moment, or None if they need not be.
-
-    Written for speed: it runs at every call of a module, and costs as much as launching a kernel.
+def unlike_before(root: nn.Module, layers: Layers, dtype: torch.dtype | None = None) -> str | None:
+    """Why layers that were recorded have to be called at the moment, or None if they need not be.
 
     Args:
         dtype: what all parameters must have; None if that does not matter.
     """
-    training = root.training
-    own, groups, classes = contract
     if hooks_of_all():
         return "hooks on all modules"
-    for cls in classes:
-        if (cls.forward is not METHODS.get(cls) or cls.__call__ is not nn.Module.__call__) and (
-            reason := replaced(cls)
-        ):
+    for cls in (original_class(type(root)), *(layer.kind for layer in layers)):
+        if reason := replaced(cls):
             return reason
-    if own is not None and (reason := _changed(root, own)):
+    return next((reason for layer in layers if (reason := _unlike_before(root, layer, dtype))), None)
+
+
+def _unlike_before(root: nn.Module, noted: Layer, dtype: torch.dtype | None) -> str | None:
+    layer, name = find(root, noted.path), ".".join(noted.path)
+    if layer is None:
+        return f"{name} is gone"
+    if (reason := _changed(layer, noted)) or layer is root:  # whose own hooks run anyway
         return reason
-    for parent_path, layers in groups:
-        parent = find(root, parent_path)
-        if parent is None:
-            return f"{'.'.join(parent_path)} is gone"
-        children = parent._modules
-        for noted in layers:
-            path, kind, names, flags, rate = noted
-            layer = children.get(path[-1])
-            if layer is None:
-                return f"{'.'.join(path)} is gone"
-            state, cls = layer.__dict__, type(layer)
-            if (cls is not kind and (original_class(cls) is not kind or cls.forward is not cls._segmenter_forward)) or (
-                state["_forward_hooks"]
-                or state["_forward_pre_hooks"]
-                or state["_backward_hooks"]
-                or state["_backward_pre_hooks"]
-                or "forward" in state
-                or "_call_impl" in state
-            ):
-                reason = why_not_bypass(layer, (cls,)) or "a replaced forward"
-                return _changed(layer, noted) or f"{'.'.join(path)} has {reason}"
-            if (flags or names or state["_modules"]) and (reason := _changed(layer, noted)):
-                return reason
-            if kind is nn.LayerNorm and len(state["normalized_shape"]) != 1:
-                return f"{'.'.join(path)} has {why_not_bypass(layer, (cls,))}"
-            if rate is not None and state.get(rate) and (training or state["training"]):
-                return f"{'.'.join(path)} drops at random in training"
-            for parameter in state["_parameters"].values():
-                if parameter is None:
-                    continue
-                if type(parameter) is not nn.Parameter and (reason := why_not_bypass(layer, (cls,))):
-                    return f"{'.'.join(path)} has {reason}"
-                if dtype is not None and parameter.dtype != dtype:
-                    return f"{'.'.join(path)} is {_name(parameter.dtype)}, the input {_name(dtype)}"
+    if reason := why_not_bypass(layer, (type(layer),)):
+        return f"{name} has {reason}"
+    if noted.rate is not None and layer.__dict__.get(noted.rate) and (root.training or layer.training):
+        return f"{name} drops at random in training"
+    for parameter in layer._parameters.values():
+        if parameter is not None and dtype is not None and parameter.dtype != dtype:
+            return f"{name} is {_name(parameter.dtype)}, the input {_name(dtype)}"
     return None
 
 

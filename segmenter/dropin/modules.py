@@ -17,9 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from segmenter.dropin.calls import asks
-from segmenter.dropin.guard import unmet
+from segmenter.dropin.guard import unlike_before
 from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan
-from segmenter.fusable import is_fake, qualified, replaced, why_not_bypass
+from segmenter.guard import METHODS, PLAIN_TENSORS, decision, is_fake, qualified, replaced, why_not_bypass
+from segmenter.layers import fused_attention, fused_mlp
 from segmenter.ops import KERNELS, Operators, why_not_tensor
 
 
@@ -27,7 +28,7 @@ class AccelerationError(RuntimeError):
     """A call cannot run on the kernels, and `accelerate(..., strict=True)` asked for an error then."""
 
 
-class Swap(NamedTuple):
+class Acceleration(NamedTuple):
     """What an accelerated module carries in its attribute `_segmenter`.
 
     Attributes:
@@ -43,31 +44,27 @@ class Swap(NamedTuple):
 # May this call use the kernels?
 
 
-def why_not_call(module: nn.Module, x: Any, args: tuple, kwargs: dict[str, Any], ndim: int = 3) -> str | None:
-    """Why forward(x, *args, **kwargs) of a module has to be the original one, or None. Arguments of None and False ask
-    for nothing. What lies in the call, not in the module, is noted down for `why_not`."""
+def why_not_tokens(module: nn.Module, x: Any, args: tuple, kwargs: dict[str, Any], ndim: int = 3) -> str | None:
+    """What in forward(x, *args, **kwargs) of a module is not for the kernels, or None. Arguments of None and False ask
+    for nothing. It is noted down for `why_not`."""
     if not isinstance(x, torch.Tensor):  # a proxy of torch.fx
         return f"{qualified(type(x))} in place of a tensor"
-    reason, state = _why_not_arguments(x, args, kwargs, ndim), module.__dict__
+    reason, state = None, module.__dict__
+    if args or kwargs:
+        given = [*("" for value in args if asks(value)), *(name for name, value in kwargs.items() if asks(value))]
+        if given:
+            names = ", ".join(filter(None, given)) or "a mask or a wish for the attention map"
+            reason = f"arguments besides the tokens, such as {names}"
+    if reason is None and x.ndim != ndim:
+        reason = f"an input of {x.ndim} dimensions"
+    if reason is None and type(x) not in PLAIN_TENSORS and not is_fake(x):
+        reason = f"an input of type {qualified(type(x))}"
     if reason and not torch.compiler.is_compiling():
         state["_segmenter_declined"] = reason
     elif "_segmenter_declined" in state and not torch.compiler.is_compiling():
         for layer in module.modules():  # those of a fused block are not called
             layer.__dict__.pop("_segmenter_declined", None)
-    return reason or why_not_tensor(x)
-
-
-def _why_not_arguments(x: torch.Tensor, args: tuple, kwargs: dict[str, Any], ndim: int) -> str | None:
-    if args or kwargs:
-        given = [*("" for value in args if asks(value)), *(name for name, value in kwargs.items() if asks(value))]
-        if given:
-            names = ", ".join(filter(None, given)) or "a mask or a wish for the attention map"
-            return f"arguments besides the tokens, such as {names}"
-    if x.ndim != ndim:
-        return f"an input of {x.ndim} dimensions"
-    if type(x) not in (torch.Tensor, nn.Parameter) and not is_fake(x):
-        return f"an input of type {qualified(type(x))}"
-    return None
+    return reason
 
 
 def _passed(plan: BlockPlan, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -84,9 +81,9 @@ def parameter_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 
 def _must_be_fast(module: nn.Module, reason: str) -> None:
-    swap = module.__dict__["_segmenter"]
-    if swap.strict:
-        raise AccelerationError(f"{swap.name or 'the model'}: {reason}; accelerate without strict=True to allow it")
+    found = module.__dict__["_segmenter"]
+    if found.strict:
+        raise AccelerationError(f"{found.name or 'the model'}: {reason}; accelerate without strict=True to allow it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,27 +115,23 @@ def wrapped_core(
 
 
 def attention_fused(block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Operators) -> torch.Tensor:
-    """x + attention(norm1(x)) in three operators."""
-    norm, attention = block._modules[plan.names["norm1"]], block._modules[plan.names["attn"]]
+    """x + attention(norm1(x)) by `segmenter.layers.fused_attention`."""
+    norm, attention = block._modules[plan.names["norm1"]], block._modules[plan.names["attn"]]._modules
     if plan.style == "packed":
-        qkv, proj = attention._modules["qkv"], attention._modules["proj"]
-        weight, bias = qkv.weight, qkv.bias
-    else:
-        inner = attention._modules["attn"]
-        weight, bias, proj = inner.in_proj_weight, inner.in_proj_bias, inner._modules["out_proj"]
-    qkv = ops.layernorm_linear(x, norm.weight, norm.bias, weight, bias, norm.eps)
-    return ops.linear(ops.attention(qkv, plan.heads), proj.weight, proj.bias, residual=x)
+        qkv = attention["qkv"]
+        return fused_attention(x, norm, qkv.weight, qkv.bias, plan.heads, attention["proj"], ops)
+    inner = attention["attn"]
+    out = inner._modules["out_proj"]
+    return fused_attention(x, norm, inner.in_proj_weight, inner.in_proj_bias, plan.heads, out, ops)
 
 
 def mlp_fused(block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Operators) -> torch.Tensor:
-    """x + mlp(norm2(x)) in one operator."""
-    norm, mlp = block._modules[plan.names["norm2"]], block._modules[plan.names["mlp"]]
+    """x + mlp(norm2(x)) by `segmenter.layers.fused_mlp`."""
+    norm, mlp = block._modules[plan.names["norm2"]], block._modules[plan.names["mlp"]]._modules
     if plan.style == "packed":
-        fc1, fc2 = mlp._modules["fc1"], mlp._modules["fc2"]
-    else:
-        layers = mlp._modules["layers"]._modules
-        fc1, fc2 = layers["0"]._modules["0"], layers["1"]
-    return ops.layernorm_mlp(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm.eps)
+        return fused_mlp(x, norm, mlp["fc1"], mlp["fc2"], ops)
+    layers = mlp["layers"]._modules
+    return fused_mlp(x, norm, layers["0"]._modules["0"], layers["1"], ops)
 
 
 def by_layers(
@@ -200,48 +193,55 @@ class Accelerated:
         mixin = cls.__mro__[1].__name__
         return (rebuild, (mixin, cls._segmenter_original, *args[1:]), *rest)
 
+    def decide(self, x: torch.Tensor) -> Any:
+        """Why the layers are not for the kernels with tokens such as x, for `segmenter.guard.decision`."""
+        raise NotImplementedError
+
     def why_not(self, x: torch.Tensor) -> list[str]:
         """What would not run on the kernels for tokens of x's type and device, and why. Empty if all would."""
-        raise NotImplementedError
+        reason = self.decide(x)
+        return [reason] if reason else []
 
 
 class FastAttention(Accelerated):
     """(B, N, d) -> (B, N, d), projections as they are, the core by the attention kernel."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        plan = self.__dict__["_segmenter"].plan
-        reason = why_not_call(self, x, args, kwargs)
+        reason = why_not_tokens(self, x, args, kwargs) or decision(self, x)
         if reason is None:
-            reason = unmet(self, plan.core)
-        if reason is None:
-            return attention_core(self, plan, x, KERNELS[0])
+            return attention_core(self, self.__dict__["_segmenter"].plan, x, KERNELS[0])
         _must_be_fast(self, reason)
         return super().forward(x, *args, **kwargs)
 
-    def why_not(self, x: torch.Tensor) -> list[str]:
-        reason = why_not_tensor(x) or unmet(self, self.__dict__["_segmenter"].plan.core)
-        return [reason] if reason else []
+    def decide(self, x: torch.Tensor) -> str | None:
+        return why_not_tensor(x) or unlike_before(self, self.__dict__["_segmenter"].plan.core)
 
 
 class FastWrappedAttention(Accelerated):
     """The same around nn.MultiheadAttention: forward(query, identity=...), both (B, N, d), gives identity + output."""
 
     def forward(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        plan = self.__dict__["_segmenter"].plan
         identity = kwargs.get("identity")
         asked = {name: value for name, value in kwargs.items() if name != "identity" and value is not query}
-        reason = why_not_call(self, query, args, asked)
+        reason = why_not_tokens(self, query, args, asked) or decision(self, query)
         if reason is None:
-            reason = unmet(self, plan.core, parameter_dtype(query))
-        if reason is None:
+            plan = self.__dict__["_segmenter"].plan
             return wrapped_core(self, plan, query, query if identity is None else identity, KERNELS[0])
         _must_be_fast(self, reason)
         return super().forward(query, *args, **kwargs)
 
-    def why_not(self, x: torch.Tensor) -> list[str]:
-        swap = self.__dict__["_segmenter"]
-        reason = why_not_tensor(x) or unmet(self, swap.plan.core, parameter_dtype(x))
-        return [reason] if reason else []
+    def decide(self, x: torch.Tensor) -> str | None:
+        return why_not_tensor(x) or unlike_before(self, self.__dict__["_segmenter"].plan.core, parameter_dtype(x))
+
+
+class Obstacles(NamedTuple):
+    """Why a block, and its halves, are not for the kernels at the moment: each a reason or None. `core`: of the
+    attention, where its projections are called as layers."""
+
+    whole: str | None
+    attention: str | None = None
+    core: str | None = None
+    mlp: str | None = None
 
 
 class FastBlock(Accelerated):
@@ -250,38 +250,42 @@ class FastBlock(Accelerated):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__["_segmenter"].plan
         passed = _passed(plan, args, kwargs)
-        reason = why_not_call(self, x, *((args, kwargs) if passed is None else ((), {})))
+        reason = why_not_tokens(self, x, *((args, kwargs) if passed is None else ((), {})))
         if reason is None and self.__dict__.get("with_cp") and x.requires_grad:
             reason = "gradient checkpointing"
-        reason = reason or replaced(self._segmenter_original)
-        if reason is not None:
-            _must_be_fast(self, reason)
+        found = Obstacles(reason) if reason else decision(self, x)
+        if found.whole is not None:
+            _must_be_fast(self, found.whole)
             return super().forward(x, *args, **kwargs)
-        x = by_layers(self, plan, x, "1", passed=passed) if passed else self._attention(plan, x, parameter_dtype(x))
+        y = by_layers(self, plan, x, "1", passed=passed) if passed else self._attention(plan, x, found)
         if plan.mlp is not None:
-            reason = unmet(self, plan.mlp, parameter_dtype(x))
-            if reason is None:
-                return mlp_fused(self, plan, x, KERNELS[0])
-            _must_be_fast(self, f"MLP: {reason}")
-        return by_layers(self, plan, x, "2")
+            if y.dtype != x.dtype:  # by layers of another type
+                found = self.decide(y)
+            if (found.whole or found.mlp) is None:
+                return mlp_fused(self, plan, y, KERNELS[0])
+            _must_be_fast(self, f"MLP: {found.whole or found.mlp}")
+        return by_layers(self, plan, y, "2")
 
-    def _attention(self, plan: BlockPlan, x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    def _attention(self, plan: BlockPlan, x: torch.Tensor, found: Obstacles) -> torch.Tensor:
         if plan.attention is not None:
-            reason = unmet(self, plan.attention, dtype)
-            if reason is None:
+            if found.attention is None:
                 return attention_fused(self, plan, x, KERNELS[0])
-            _must_be_fast(self, f"attention: {reason}")
-        if plan.core is not None and unmet(self, plan.core) is None:
+            _must_be_fast(self, f"attention: {found.attention}")
+        if plan.core is not None and found.core is None:
             return by_layers(self, plan, x, "1", KERNELS[0])
         return by_layers(self, plan, x, "1")
 
-    def why_not(self, x: torch.Tensor) -> list[str]:
+    def decide(self, x: torch.Tensor) -> Obstacles:
         if reason := why_not_tensor(x) or replaced(self._segmenter_original):
-            return [reason]
+            return Obstacles(reason)
         plan, dtype = self.__dict__["_segmenter"].plan, parameter_dtype(x)
-        halves = {"attention": plan.attention, "MLP": plan.mlp}
-        reasons = {name: unmet(self, half, dtype) for name, half in halves.items() if half is not None}
-        return [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+        parts = ((plan.attention, dtype), (plan.core, None), (plan.mlp, dtype))
+        return Obstacles(None, *(None if part is None else unlike_before(self, part, dtype) for part, dtype in parts))
+
+    def why_not(self, x: torch.Tensor) -> list[str]:
+        found = self.decide(x)
+        halves = {"attention": found.attention, "MLP": found.mlp}
+        return [found.whole] if found.whole else [f"{name}: {reason}" for name, reason in halves.items() if reason]
 
 
 class FastDecoder(Accelerated):
@@ -289,20 +293,17 @@ class FastDecoder(Accelerated):
 
     def forward(self, x: torch.Tensor, im_size: tuple[int, int], *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__["_segmenter"].plan
-        reason = why_not_call(self, x, args, kwargs) or self._unmet(plan)
+        reason = why_not_tokens(self, x, args, kwargs) or self.decide(x)
         if reason is None:
             masks = decode(self, plan, x, KERNELS[0])
             return masks.transpose(1, 2).unflatten(2, (im_size[0] // self.patch_size, -1))
         _must_be_fast(self, reason)
         return super().forward(x, im_size, *args, **kwargs)
 
-    def why_not(self, x: torch.Tensor) -> list[str]:
-        reason = why_not_tensor(x) or self._unmet(self.__dict__["_segmenter"].plan)
-        return [reason] if reason else []
-
-    def _unmet(self, plan: DecoderPlan) -> str | None:
-        own = why_not_bypass(self, (type(self),))
-        return own if own not in (None, "hooks") else unmet(self, plan.contract)  # its own hooks run anyway
+    def decide(self, x: torch.Tensor) -> str | None:
+        itself = why_not_bypass(self, (type(self),))
+        itself = None if itself == "hooks" else itself  # its own hooks run anyway
+        return why_not_tensor(x) or itself or unlike_before(self, self.__dict__["_segmenter"].plan.layers)
 
 
 class FastWrappedDecoder(FastDecoder):
@@ -314,7 +315,7 @@ class FastWrappedDecoder(FastDecoder):
     def forward(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         plan = self.__dict__["_segmenter"].plan
         x = self._transform_inputs(inputs)
-        reason = why_not_call(self, x, args, kwargs, ndim=4) or self._unmet(plan)
+        reason = why_not_tokens(self, x, args, kwargs, ndim=4) or self.decide(x)
         if reason is None:
             masks = decode(self, plan, x.flatten(2).transpose(1, 2).contiguous(), KERNELS[0])
             return masks.transpose(1, 2).contiguous().unflatten(2, x.shape[-2:])
@@ -349,8 +350,9 @@ def fast_class(mixin: type[Accelerated], original: type) -> type:
 
     functools.update_wrapper(forward, theirs)  # inspect.signature and torch.fx see the original's arguments
     namespace = {"_segmenter_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
-    namespace |= {"forward": forward, "_segmenter_forward": forward}  # twice: so that a later replacement shows
-    return type(f"Accelerated{original.__name__}", (mixin, original), namespace)
+    cls = type(f"Accelerated{original.__name__}", (mixin, original), {**namespace, "forward": forward})
+    METHODS[cls] = forward  # so that a later replacement shows
+    return cls
 
 
 def _other_names(ours: Callable, theirs: Callable) -> dict[str, str]:

@@ -13,11 +13,9 @@ import torch
 import torch.nn as nn
 
 from segmenter.dropin.calls import optional
-from segmenter.dropin.guard import Contract, Layer, Path, Unlike, contract, find, record, record_linear, record_norm
-from segmenter.fusable import qualified
+from segmenter.dropin.guard import Layer, Layers, Path, Unlike, find, record, record_linear, record_norm
+from segmenter.guard import qualified
 from segmenter.kernels.configs import MAX_HEAD_DIM
-
-Layers = tuple[Layer, ...]
 
 _NORMS_OF_ATTENTION = ("q_norm", "k_norm", "norm")
 
@@ -27,15 +25,15 @@ class AttentionPlan(NamedTuple):
 
     Attributes:
         style: "packed" or "wrapped". heads: how many.
-        core: what has to hold for softmax(q k^T) v to be ours while its projections are called as layers.
-        fused: what has to hold for its projections to be read; None, with `reason`, if they cannot be.
+        core: the layers that must stay as they are for softmax(q k^T) v to be ours, projections being called.
+        fused: those for its projections to be read; None, with `reason`, if they cannot be.
         returns_tuple: the layer returns (tokens, attention map).
     """
 
     style: str
     heads: int
-    core: Contract
-    fused: Contract | None
+    core: Layers | None
+    fused: Layers | None
     reason: str | None
     returns_tuple: bool = False
 
@@ -46,8 +44,8 @@ class BlockPlan(NamedTuple):
     Attributes:
         style: "packed" or "wrapped". heads: how many.
         names: children by role: norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2; "" if there is none.
-        attention, mlp: what has to hold for each half to be fused; None if it cannot be. core: as in AttentionPlan,
-            for blocks whose attention layer returns a tuple.
+        attention, mlp: the layers that must stay as they are for each half to be fused; None if it cannot be.
+        core: as in AttentionPlan, for blocks whose attention layer returns a tuple.
         reasons: why a half is not fused.
         passed: arguments besides the tokens that the block only hands on to its attention layer, and which therefore
             do not keep the MLP from being fused; in the order of the block's own forward.
@@ -56,9 +54,9 @@ class BlockPlan(NamedTuple):
     style: str
     heads: int
     names: dict[str, str]
-    attention: Contract | None
-    core: Contract | None
-    mlp: Contract | None
+    attention: Layers | None
+    core: Layers | None
+    mlp: Layers | None
     reasons: tuple[str, ...]
     passed: tuple[str, ...] = ()
 
@@ -67,12 +65,13 @@ class DecoderPlan(NamedTuple):
     """How to compute a mask transformer.
 
     Attributes:
-        style: "packed" or "wrapped". n_cls: classes. contract: what has to hold for the mask head to be fused.
+        style: "packed" or "wrapped". n_cls: classes.
+        layers: those that must stay as they are for the mask head to be fused.
     """
 
     style: str
     n_cls: int
-    contract: Contract
+    layers: Layers
 
 
 Plan = AttentionPlan | BlockPlan | DecoderPlan
@@ -101,31 +100,19 @@ def plan(module: nn.Module, kind: str) -> Plan:
 
 def plan_attention(module: nn.Module) -> AttentionPlan:
     """Raises Unlike."""
-    parts = _attention(module, ())
-    fused = None if parts.fused is None else contract(module, parts.fused)
-    return AttentionPlan(parts.style, parts.heads, contract(module, parts.core), fused, parts.reason)
+    return _attention(module, ())
 
 
-class _Parts(NamedTuple):
-    """An AttentionPlan in the making."""
-
-    style: str
-    heads: int
-    core: Layers | None
-    fused: Layers | None
-    reason: str | None
-
-
-def _attention(root: nn.Module, at: Path) -> _Parts:
+def _attention(root: nn.Module, at: Path) -> AttentionPlan:
     attention = find(root, at)
     if "qkv" not in attention._modules:
         core = _wrapped_core(root, at)
-        return _Parts("wrapped", _heads(attention), core, core, None)
+        return AttentionPlan("wrapped", _heads(attention), core, core, None)
     core = _packed_core(root, at)
     try:
-        return _Parts("packed", _heads(attention), core, core + _packed_projections(root, at), None)
+        return AttentionPlan("packed", _heads(attention), core, core + _packed_projections(root, at), None)
     except Unlike as reason:
-        return _Parts("packed", _heads(attention), core, None, str(reason))
+        return AttentionPlan("packed", _heads(attention), core, None, str(reason))
 
 
 def _packed_core(root: nn.Module, at: Path) -> Layers:
@@ -178,11 +165,11 @@ def plan_block(block: nn.Module) -> BlockPlan:
     """Raises Unlike."""
     wrapped = "ffn" in block._modules
     names = _roles(block, wrapped)
-    own = record(block, (), children=tuple(n for n in names.values() if n))
+    itself = record(block, (), children=tuple(n for n in names.values() if n))
     try:
         attn = _attention(block, (names["attn"],))
     except Unlike as reason:
-        attn = _Parts("wrapped" if wrapped else "packed", 0, None, None, str(reason))
+        attn = AttentionPlan("wrapped" if wrapped else "packed", 0, None, None, str(reason))
     reasons, halves = [], {}
     for half, number in (("attention", "1"), ("mlp", "2")):
         try:
@@ -194,13 +181,13 @@ def plan_block(block: nn.Module) -> BlockPlan:
                 around.append(_record_identity(block, (names[f"ls{number}"],)))
             if names[f"drop_path{number}"]:
                 around.append(record(block, (names[f"drop_path{number}"],)))
-            halves[half] = contract(block, (own, *around, *inner))
+            halves[half] = (itself, *around, *inner)
         except Unlike as reason:
             halves[half] = None
             reasons.append(f"{'MLP' if half == 'mlp' else half}: {reason}")
     if halves["attention"] is halves["mlp"] is attn.core is None:
         raise Unlike("; ".join(reasons))
-    core = None if attn.core is None else contract(block, (own, *attn.core))
+    core = None if attn.core is None else (itself, *attn.core)
     halves = halves["attention"], core, halves["mlp"]
     return BlockPlan(attn.style, attn.heads, names, *halves, tuple(reasons), optional(block))
 
@@ -279,7 +266,7 @@ def plan_decoder(decoder: nn.Module) -> DecoderPlan:
         width = decoder.patch_proj.in_features
     if width % 16:
         raise Unlike(f"its width {width} is no multiple of 16")
-    return DecoderPlan("packed" if packed else "wrapped", decoder.cls_emb.shape[1], contract(decoder, tuple(layers)))
+    return DecoderPlan("packed" if packed else "wrapped", decoder.cls_emb.shape[1], tuple(layers))
 
 
 def _record_identity(root: nn.Module, path: Path) -> Layer:

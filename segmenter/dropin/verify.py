@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from segmenter.dropin import modules
 from segmenter.dropin.calls import given
-from segmenter.dropin.guard import RATES, Unlike, original_class, record_linear
+from segmenter.dropin.guard import OURS, RATES, Unlike, original_class, record_linear
 from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan
 from segmenter.errors import cause
 from segmenter.ops import EAGER
@@ -48,7 +48,7 @@ def random_copy(module: nn.Module, training: bool) -> nn.Module:
     """A copy without hooks, with random float64 weights and nothing dropped. Nothing is shared but plain objects."""
     cls = original_class(type(module))
     copy = cls.__new__(cls)
-    state = {name: value for name, value in module.__dict__.items() if name != "_segmenter"}
+    state = {name: value for name, value in module.__dict__.items() if name not in OURS}
     state |= {name: OrderedDict() for name in _HOOKS if name in state}
     state |= {name: 0.0 for name in RATES if isinstance(state.get(name), float)}
     state |= {"training": training, "_compiled_call_impl": None}

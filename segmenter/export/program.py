@@ -84,14 +84,14 @@ def positions(encoder: VisionTransformer, grid: Size) -> torch.Tensor:
     It is always resampled, which changes no bit at the model's own grid. Where pos_embed_check="tokens" takes the rows
     as they are, because their number fits, they are picked by their number, at the price of one gather.
     """
-    own, n_extra, old = encoder.pos_embed, encoder.n_extra_tokens, encoder.patch_embed.grid_size
+    embedding, n_extra, old = encoder.pos_embed, encoder.n_extra_tokens, encoder.patch_embed.grid_size
     # in float32 always: the interpolation of half types cannot be traced for all sizes at once, and rounds more
-    resampled = resize_pos_embed(own.float(), old, grid, n_extra, encoder.pos_embed_mode).to(own.dtype)
+    resampled = resize_pos_embed(embedding.float(), old, grid, n_extra, encoder.pos_embed_mode).to(embedding.dtype)
     if encoder.pos_embed_check == "grid":
         return resampled
-    last = own.shape[1] - 1
-    rows = torch.arange(n_extra + grid[0] * grid[1], device=own.device)
-    return torch.where((rows[-1:] == last)[:, None], own[:, rows.clamp(max=last)], resampled)
+    last = embedding.shape[1] - 1
+    rows = torch.arange(n_extra + grid[0] * grid[1], device=embedding.device)
+    return torch.where((rows[-1:] == last)[:, None], embedding[:, rows.clamp(max=last)], resampled)
 
 
 def eager_twin(model: Segmenter, dtype: torch.dtype | None = None) -> Segmenter:
@@ -128,7 +128,7 @@ def trace(model: Segmenter, output: str = "labels", dtype: torch.dtype | None = 
     least = model.patch_size + 1
     side = max(model.info.window_size, least + 1)
     device = next(model.parameters()).device
-    # what a compiler tunes for: a batch, so that nothing holds for one picture only, of the size of windows
+    # what a compiler tunes for: a batch, so that nothing holds for one image only, of the size of windows
     example = torch.zeros(2, side, side + 1, 3, dtype=torch.uint8, device=device)
     dims = {0: torch.export.Dim("batch", min=1)}
     dims |= {i: torch.export.Dim(name, min=least) for i, name in ((1, "height"), (2, "width"))}
@@ -155,7 +155,7 @@ def check_exportable(model: nn.Module) -> None:
     if model.info.normalization not in NORMALIZATION:
         raise ValueError(f"model.info.normalization is {model.info.normalization!r}, not {' or '.join(NORMALIZATION)}")
     if model.encoder.channels != 3:
-        raise ValueError(f"pictures of 3 channels are exported; the model takes {model.encoder.channels}")
+        raise ValueError(f"images of 3 channels are exported; the model takes {model.encoder.channels}")
 
 
 def _foreign_operator(target: Any) -> str | None:

@@ -1,12 +1,11 @@
 """From low-resolution masks to labels in plain PyTorch, without full-resolution logits: what CPUs run.
 
-The idea is that of the kernel (`segmenter.kernels.upsample_argmax`): inside a tile (`segmenter.kernels.tiling`) only
+The idea is that of the kernel (`segmenter.kernels.upsample_argmax`): inside a tile (`kernels.upsample_tiles`) only
 classes that are somewhere above the mean of the classes that win at its corners can win, so only these are upsampled,
 with the arithmetic of F.interpolate. Most tiles need not even that: one class wins at all corners, and so everywhere.
-Where a strip of the picture has too many candidates for that to pay, or many windows cover a pixel, all classes are
+Where a strip of the image has too many candidates for that to pay, or many windows cover a pixel, all classes are
 upsampled, a few rows of pixels at a time. Either way labels are those of `reference.windows_argmax` to the last tie, if
-the CPU has fused multiply-add and masks are float32 or narrower. Scores of pixels, where asked for, come from
-`segmenter.inference.merge`, within rounding.
+the CPU has fused multiply-add and masks are float32 or narrower.
 """
 
 import itertools
@@ -15,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from segmenter.inference.merge import View, bands
-from segmenter.kernels import reference, tiling
+from segmenter.inference.merge import View, fill_labels
+from segmenter.inference.windows import Windows
+from segmenter.kernels import reference, upsample_tiles
 from segmenter.ops import Operators
 
 STRIP_BYTES = 8 << 20  # of the corners of the tiles that are looked at together
@@ -40,85 +40,61 @@ def windows_argmax(
     size: tuple[int, int],
     window: tuple[int, int],
     shape: tuple[int, int],
-    score: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Labels of pictures from the masks of overlapping windows; arguments and result as `reference.windows_argmax`.
+) -> torch.Tensor:
+    """Labels of images from the masks of overlapping windows; arguments and result as `reference.windows_argmax`.
 
     Memory beyond masks and labels: a few times STRIP_BYTES or what one row of tiles takes, (4, W / P, n_cls) float32,
-    and a few rows of scores, (W, n_cls), and two or three more for each window over a pixel. On a GPU all of it is in
-    `bands`: looking at candidates would wait for the device at every step.
+    and a few rows of scores, (W, n_cls), and two or three more for each window over a pixel. A GPU takes
+    `merge.fill_labels`: looking at candidates would wait for the device at every step.
     """
     labels = torch.empty(len(masks), *shape, dtype=reference.label_dtype(masks.shape[-1]), device=masks.device)
-    scores = torch.empty(labels.shape, dtype=torch.float16 if score == "margin" else torch.uint8, device=masks.device)
-    for i, picture in enumerate(masks):
-        view = View(picture.float().contiguous(), tops, lefts, size, window, shape)
-        if score is None and masks.device.type == "cpu":
-            rows, cols = _axes(view)
-            if _pruning_pays(rows, cols):
-                _pruned(view, rows, cols, labels[i])
-            else:
-                _dense(view, labels[i], 0, shape[0])
-            continue
-        for top, logits in bands([view], shape, probabilities=False):
-            here = (i, slice(top, top + len(logits)))
-            labels[here] = logits.argmax(-1)
-            if score is not None:
-                scores[here] = _scores(logits, score)
-    return labels if score is None else (labels, scores)
-
-
-def upsample_argmax(
-    masks: torch.Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None, score: str | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Labels of upsampled masks (B, h, w, K); arguments and result as `reference.upsample_argmax`."""
-    crop = tuple(crop or size)
-    return windows_argmax(masks.unsqueeze(1), (0,), (0,), tuple(size), crop, crop, score)
-
-
-def _scores(logits: torch.Tensor, score: str) -> torch.Tensor:
-    if score == "probability":
-        return (logits.softmax(-1).amax(-1) * 255).round()
-    if score != "margin":
-        raise ValueError(f"score={score!r} is unknown; choose probability or margin")
-    if logits.shape[-1] == 1:
-        return torch.full(logits.shape[:-1], torch.inf, device=logits.device)
-    best = logits.topk(2, dim=-1).values
-    return best[..., 0] - best[..., 1]
+    windows = Windows(tuple(tops), tuple(lefts), tuple(size), tuple(window), tuple(shape))
+    rows, cols = _axes(windows, masks.shape[2:4])
+    for of_image, target in zip(masks, labels, strict=True):
+        view = View(of_image.float().contiguous(), windows)
+        if masks.device.type != "cpu":
+            fill_labels(target, [view])
+        elif _pruning_pays(rows, cols):
+            _pruned(view, rows, cols, target)
+        else:
+            _dense(view, target, 0, shape[0])
+    return labels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Only the classes that can win
 
 
-def _axes(view: View) -> tuple[tiling.Axis, tiling.Axis]:
+def _axes(windows: Windows, grid: tuple[int, int]) -> tuple[upsample_tiles.Axis, upsample_tiles.Axis]:
+    """The tiles' rows and columns; `grid`: mask cells of a window."""
     return tuple(
-        tiling.axis(tuple(anchors), view.window[i], view.masks.shape[1 + i], view.size[i], view.shape[i])
-        for i, anchors in enumerate((view.tops, view.lefts))
+        upsample_tiles.axis(anchors, windows.window[i], grid[i], windows.size[i], windows.shape[i])
+        for i, anchors in enumerate((windows.tops, windows.lefts))
     )
 
 
-def _pruning_pays(rows: tiling.Axis, cols: tiling.Axis) -> bool:
+def _pruning_pays(rows: upsample_tiles.Axis, cols: upsample_tiles.Axis) -> bool:
     """Whether windows overlap so little that it is worth looking for the classes that can win."""
     windows, tiles = rows.n_slots * cols.n_slots, len(rows.first) * len(cols.first)
     return windows == 1 or (windows <= MAX_WINDOWS and rows.length * cols.length >= MIN_TILE * tiles)
 
 
-def _pruned(view: View, rows: tiling.Axis, cols: tiling.Axis, labels: torch.Tensor) -> None:
-    """Fills `labels` (H, W) of one picture."""
+def _pruned(view: View, rows: upsample_tiles.Axis, cols: upsample_tiles.Axis, labels: torch.Tensor) -> None:
+    """Fills `labels` (H, W) of one image."""
     n_cls, n_cols = view.masks.shape[-1], len(cols.first)
     best = view.masks.topk(min(2, n_cls), dim=-1)
     winners = best.indices[..., 0].flatten()  # of each mask cell
     clear = torch.ones_like(winners, dtype=torch.bool)
     if n_cls > 1:  # whether the winner is above the second by more than rounding can hide
         first, second = best.values.flatten(0, -2).unbind(-1)
-        clear = first - second > (first.abs() + second.abs()) * tiling.ROUNDING + tiling.SUBNORMAL
+        clear = first - second > (first.abs() + second.abs()) * upsample_tiles.ROUNDING + upsample_tiles.SUBNORMAL
     slots = 4 * rows.n_slots * cols.n_slots
     step = max(1, STRIP_BYTES // (n_cols * n_cls * slots * 4))
-    for start in range(0, len(rows.first), step):
-        stop = min(start + step, len(rows.first))
-        strip = _Strip(view, rows, cols, start, stop, winners, clear)
-        top, bottom = int(rows.starts[start]), int(rows.starts[stop])
-        if strip.n_candidates > DENSE_ABOVE * n_cls * (stop - start) * n_cols:
+    for begin in range(0, len(rows.first), step):
+        stop = min(begin + step, len(rows.first))
+        strip = _Strip(view, rows, cols, begin, stop, winners, clear)
+        top, bottom = int(rows.starts[begin]), int(rows.starts[stop])
+        if strip.n_candidates > DENSE_ABOVE * n_cls * (stop - begin) * n_cols:
             _dense(view, labels, top, bottom)
         else:
             labels[top:bottom] = strip.labels(labels.dtype)
@@ -129,52 +105,53 @@ def _dense(view: View, labels: torch.Tensor, top: int, bottom: int) -> None:
 
     The published way, and the work of it: every window is upsampled once.
     """
-    (grid_h, grid_w, n_cls), (height, width) = view.masks.shape[1:], view.window
-    masks = view.masks.unflatten(0, (len(view.tops), len(view.lefts)))
-    low, high, h = (x[:height] for x in tiling.source_cells(grid_h, view.size[0]))
-    left, right, w = (torch.from_numpy(x)[:width] for x in tiling.source_cells(grid_w, view.size[1]))
+    windows, (grid_h, grid_w, n_cls) = view.windows, view.masks.shape[1:]
+    (height, width), (H, W) = windows.window, windows.shape
+    masks = view.masks.unflatten(0, (len(windows.tops), len(windows.lefts)))
+    low, high, h = (x[:height] for x in upsample_tiles.source_cells(grid_h, windows.size[0]))
+    left, right, w = (torch.from_numpy(x)[:width] for x in upsample_tiles.source_cells(grid_w, windows.size[1]))
     cuts = np.flatnonzero((np.diff(low) != 0) | (np.diff(high) != 0)) + 1  # rows of pixels at which mask rows change
     h, w = torch.from_numpy(h)[:, None, None], w[:, None]
     rest_h, rest_w = 1 - h, 1 - w
-    count = _covering(view.tops, height, view.shape[0])[:, None] * _covering(view.lefts, width, view.shape[1])
-    most = max(1, min(DENSE_BYTES // (view.shape[1] * n_cls * 4), view.size[0] // grid_h))
+    count = _covering(windows.tops, height, H)[:, None] * _covering(windows.lefts, width, W)
+    most = max(1, min(DENSE_BYTES // (W * n_cls * 4), windows.size[0] // grid_h))
     together = max(1, CHUNK_VALUES // (most * width * n_cls))  # windows: small ones cost calls more than arithmetic
-    band = torch.empty(min(together, len(view.lefts)), most, width, n_cls)
-    total = torch.empty(most, view.shape[1], n_cls)
+    scratch = torch.empty(min(together, len(windows.lefts)), most, width, n_cls)
+    total = torch.empty(most, W, n_cls)
     upsampled: dict[int, tuple[int, torch.Tensor]] = {}  # row of windows -> first mask row, (n_x, rows, width, n_cls)
 
     def mask_rows(i: int, first: int, last: int) -> torch.Tensor:
         """Mask rows first..last of the i-th row of windows, as wide as these; earlier ones are forgotten."""
-        start, rows = upsampled.get(i, (first, masks.new_empty(len(view.lefts), 0, width, n_cls)))
-        if start + rows.shape[1] < last:
-            cells = masks[i, :, start + rows.shape[1] : last]
+        begin, rows = upsampled.get(i, (first, masks.new_empty(len(windows.lefts), 0, width, n_cls)))
+        if begin + rows.shape[1] < last:
+            cells = masks[i, :, begin + rows.shape[1] : last]
             more = torch.addcmul(w * cells[:, :, right], rest_w, cells[:, :, left])
-            start, rows = first, torch.cat([rows[:, first - start :], more], 1)
-            upsampled[i] = start, rows
-        return rows[:, first - start :]
+            begin, rows = first, torch.cat([rows[:, first - begin :], more], 1)
+            upsampled[i] = begin, rows
+        return rows[:, first - begin :]
 
-    for start in range(top, bottom, most):
-        stop = min(start + most, bottom)
-        best = total[: stop - start].zero_()
-        for i, anchor in enumerate(view.tops):
-            y, end = max(start - anchor, 0), min(stop - anchor, height)
+    for begin in range(top, bottom, most):
+        stop = min(begin + most, bottom)
+        best = total[: stop - begin].zero_()
+        for i, anchor in enumerate(windows.tops):
+            y, end = max(begin - anchor, 0), min(stop - anchor, height)
             if y >= end:
                 upsampled.pop(i, None)
                 continue
             rows = mask_rows(i, low[y], high[end - 1] + 1)
             edges = [y, *cuts[(cuts > y) & (cuts < end)], end]
             for a, b in itertools.pairwise(edges):
-                here = best[a + anchor - start : b + anchor - start]
+                here = best[a + anchor - begin : b + anchor - begin]
                 above, below = (rows[:, cells[a] - low[y], None] for cells in (low, high))
                 for j in range(0, len(rows), together):
-                    values = band[: min(together, len(rows) - j), : b - a]
+                    values = scratch[: min(together, len(rows) - j), : b - a]
                     torch.mul(below[j : j + together], h[a:b], out=values)
                     torch.addcmul(values, above[j : j + together], rest_h[a:b], out=values)
-                    for window, x in zip(values, view.lefts[j:], strict=False):
+                    for window, x in zip(values, windows.lefts[j:], strict=False):
                         here[:, x : x + width] += window
         if len(view.masks) > 1:
-            best.div_(count[start:stop, :, None])
-        labels[start:stop] = best.argmax(-1)
+            best.div_(count[begin:stop, :, None])
+        labels[begin:stop] = best.argmax(-1)
 
 
 def _covering(anchors: Sequence[int], window: int, length: int) -> torch.Tensor:
@@ -187,7 +164,7 @@ def _covering(anchors: Sequence[int], window: int, length: int) -> torch.Tensor:
 
 
 class _Strip:
-    """The tiles of tile rows start..stop, and which classes can win in each.
+    """The tiles of tile rows begin..stop, and which classes can win in each.
 
     Args:
         winners, clear: (mask cells,) the best class of each, and whether no other is about as good.
@@ -196,15 +173,15 @@ class _Strip:
     def __init__(
         self,
         view: View,
-        rows: tiling.Axis,
-        cols: tiling.Axis,
-        start: int,
+        rows: upsample_tiles.Axis,
+        cols: upsample_tiles.Axis,
+        begin: int,
         stop: int,
         winners: torch.Tensor,
         clear: torch.Tensor,
     ):
-        self.view, self.rows, self.cols, self.start, self.stop = view, rows, cols, start, stop
-        self.shape = (stop - start, len(cols.first))
+        self.view, self.rows, self.cols, self.begin, self.stop = view, rows, cols, begin, stop
+        self.shape = (stop - begin, len(cols.first))
         self.constant = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.long)  # labels of tiles with one class
         self.parts = []  # (tiles, their candidates (T, n_cls), how they combine windows) of the others
         for tiles, corners in self._kinds():
@@ -218,12 +195,12 @@ class _Strip:
 
     def _kinds(self) -> Iterator[tuple[torch.Tensor, "_Corners"]]:
         """The tiles, by how many windows cover them: (flat indices, corners)."""
-        counts_y, counts_x = self.rows.count[self.start : self.stop], self.cols.count
+        counts_y, counts_x = self.rows.count[self.begin : self.stop], self.cols.count
         for n_y in np.unique(counts_y):
             for n_x in np.unique(counts_x):
                 y, x = np.flatnonzero(counts_y == n_y), np.flatnonzero(counts_x == n_x)
                 tiles = (y[:, None] * self.shape[1] + x).ravel()
-                at = (self.start + np.repeat(y, len(x)), np.tile(x, len(y)))
+                at = (self.begin + np.repeat(y, len(x)), np.tile(x, len(y)))
                 yield torch.from_numpy(tiles), _Corners(self.view, self.rows, self.cols, *at)
 
     def labels(self, dtype: torch.dtype) -> torch.Tensor:
@@ -236,7 +213,7 @@ class _Strip:
             for chunk in order.split(max(1, CHUNK_PIXELS // (height * width))):
                 pixels[..., tiles[chunk]] = _best(corners.of(chunk), candidates[chunk], dtype)
         pixels = pixels.view(height, width, n_rows, n_cols).permute(2, 0, 3, 1).reshape(n_rows * height, -1)
-        return pixels[_places(self.rows, self.start, self.stop)][:, _places(self.cols, 0, n_cols)]
+        return pixels[_places(self.rows, self.begin, self.stop)][:, _places(self.cols, 0, n_cols)]
 
 
 def _best(corners: "_Corners", candidates: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -255,11 +232,11 @@ def _best(corners: "_Corners", candidates: torch.Tensor, dtype: torch.dtype) -> 
     return label
 
 
-def _places(axis: tiling.Axis, start: int, stop: int) -> torch.Tensor:
-    """Where the pixels of intervals start..stop are when every interval is given the length of the longest."""
-    lengths = np.diff(axis.starts[start : stop + 1])
-    offsets = np.repeat(np.arange(stop - start) * axis.longest, lengths)
-    within = np.arange(lengths.sum()) - np.repeat(axis.starts[start:stop] - axis.starts[start], lengths)
+def _places(axis: upsample_tiles.Axis, begin: int, stop: int) -> torch.Tensor:
+    """Where the pixels of intervals begin..stop are when every interval is given the length of the longest."""
+    lengths = np.diff(axis.starts[begin : stop + 1])
+    offsets = np.repeat(np.arange(stop - begin) * axis.longest, lengths)
+    within = np.arange(lengths.sum()) - np.repeat(axis.starts[begin:stop] - axis.starts[begin], lengths)
     return torch.from_numpy(offsets + within)
 
 
@@ -271,13 +248,13 @@ class _Corners:
         weights: of each window (height, T) of the lower and (width, T) of the right cells.
     """
 
-    def __init__(self, view: View, rows: tiling.Axis, cols: tiling.Axis, y: np.ndarray, x: np.ndarray):
+    def __init__(self, view: View, rows: upsample_tiles.Axis, cols: upsample_tiles.Axis, y: np.ndarray, x: np.ndarray):
         self.masks = view.masks
         _, grid_h, grid_w, _ = view.masks.shape
         cells, self.weights = [], []
         for slot_y in range(rows.count[y[0]]):
             for slot_x in range(cols.count[x[0]]):
-                window = (rows.first[y] + slot_y) * len(view.lefts) + cols.first[x] + slot_x
+                window = (rows.first[y] + slot_y) * len(view.windows.lefts) + cols.first[x] + slot_x
                 cells += [
                     (window * grid_h + cell_y[slot_y, y]) * grid_w + cell_x[slot_x, x]
                     for cell_y in (rows.low, rows.high)
@@ -306,8 +283,8 @@ class _Corners:
             for cells in window:
                 values = masks[cells]  # (T, n_cls)
                 given = values.gather(1, winners.T)
-                bar = given.mean(1) - given.abs().mean(1) * tiling.ROUNDING - tiling.SUBNORMAL
-                above = values + values.abs().mul_(tiling.ROUNDING) - bar[:, None]
+                bar = given.mean(1) - given.abs().mean(1) * upsample_tiles.ROUNDING - upsample_tiles.SUBNORMAL
+                above = values + values.abs().mul_(upsample_tiles.ROUNDING) - bar[:, None]
                 most = above if most is None else torch.maximum(most, above, out=most)
             excess = most + excess
         return ~(excess < 0)  # with NaN all classes are left, so that there is one
@@ -327,7 +304,7 @@ class _Corners:
         return total if len(self.weights) == 1 else total.div_(len(self.weights))
 
 
-def _weights(axis: tiling.Axis, slot: int, intervals: np.ndarray) -> torch.Tensor:
+def _weights(axis: upsample_tiles.Axis, slot: int, intervals: np.ndarray) -> torch.Tensor:
     """(longest, T) weights of the pixels of T intervals; beyond an interval's end those of some other pixel."""
     pixels = np.minimum(axis.starts[intervals] + np.arange(axis.longest)[:, None], axis.length - 1)
     return torch.from_numpy(axis.weight[slot][pixels])

@@ -1,17 +1,13 @@
-"""From a picture to the low-resolution masks of its windows: the published resize rule and sliding windows.
+"""From an image to the low-resolution masks of its windows: the published resize rule and sliding windows.
 
-What follows, the masks' upsampling and merging, is in `merge` (scores) and `pruned_argmax`
-(labels) beside this file.
+What follows, the masks' upsampling and merging, is in `merge` (scores) and `pruned_argmax` (labels) beside this file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-
-from segmenter.inference.merge import View, bands
 
 MAX_RESIZED_PIXELS = 100_000_000
 
@@ -27,7 +23,7 @@ def resize(im: torch.Tensor, window_size: int) -> torch.Tensor:
     """Applies `resized_shape` to (B, C, h, w) with bilinear interpolation.
 
     Raises:
-        ValueError: the result would have more than MAX_RESIZED_PIXELS, which only very long thin pictures reach.
+        ValueError: the result would have more than MAX_RESIZED_PIXELS, which only very long thin images reach.
     """
     h, w = im.shape[-2:]
     shape = resized_shape(h, w, window_size)
@@ -44,7 +40,7 @@ def resize_to(im: torch.Tensor, shape: tuple[int, int], why: str) -> torch.Tenso
     if shape == (h, w):
         return im
     if shape[0] * shape[1] > max(MAX_RESIZED_PIXELS, h * w):
-        raise ValueError(f"a picture of {w}x{h} would be enlarged to {shape[1]}x{shape[0]} {why}")
+        raise ValueError(f"an image of {w}x{h} would be enlarged to {shape[1]}x{shape[0]} {why}")
     return F.interpolate(im, shape, mode="bilinear", align_corners=False)
 
 
@@ -61,11 +57,12 @@ def window_anchors(length: int, window_size: int, window_stride: int) -> list[in
 
 @dataclass(frozen=True)
 class Windows:
-    """How windows cut pictures of one size.
+    """How windows cut images of one size.
 
     Attributes:
-        tops, lefts: window starts in pixels. size: (h, w) of a window, padded to whole patches. window: (h, w) of it.
-        shape: (H, W) of the pictures.
+        tops, lefts: first row and column of each window, in pixels; windows are ordered row by row.
+        size: (h, w) of a window, padded to whole patches, that its masks are upsampled to. window: (h, w) of it.
+        shape: (H, W) of the images.
     """
 
     tops: tuple[int, ...]
@@ -81,7 +78,7 @@ class Windows:
 
 
 def windows_of(shape: tuple[int, int], window_size: int, window_stride: int, patch_size: int) -> Windows:
-    """Square windows over pictures of `shape` (H, W), neither side of which is below window_size."""
+    """Square windows over images of `shape` (H, W), neither side of which is below window_size."""
     tops, lefts = (tuple(window_anchors(length, window_size, window_stride)) for length in shape)
     padded = -(-window_size // patch_size) * patch_size
     return Windows(tops, lefts, (padded, padded), (window_size, window_size), tuple(shape))
@@ -90,7 +87,7 @@ def windows_of(shape: tuple[int, int], window_size: int, window_stride: int, pat
 def predict_masks(
     network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, windows: Windows, batch_size: int
 ) -> torch.Tensor:
-    """Runs a network over all windows of a batch of pictures of one size.
+    """Runs a network over all windows of a batch of images of one size.
 
     Args:
         network: `model.masks` or `model.masks_of_pixels`. images: (B, 3, H, W) normalised for the one, (B, H, W, 3)
@@ -103,7 +100,7 @@ def predict_masks(
     masks = []
     with torch.inference_mode():
         for i in range(0, len(places), batch_size):
-            if windows.shape == windows.window:  # the pictures themselves
+            if windows.shape == windows.window:  # the images themselves
                 crops = images[i : i + batch_size]
             else:
                 parts = [
@@ -123,62 +120,23 @@ def check_finite(masks: torch.Tensor) -> None:
         )
 
 
-def predict_view(
-    model: torch.nn.Module, im: torch.Tensor, flip: bool, window_size: int, window_stride: int, batch_size: int
-) -> View:
-    """Runs the model over the windows of one image.
+def masks_of_images(
+    model: torch.nn.Module, images: torch.Tensor, window_size: int, window_stride: int, batch_size: int
+) -> tuple[torch.Tensor, Windows]:
+    """Masks (B, windows, gh, gw, n_cls) of images (B, 3, h, w), enlarged to a window if they are smaller.
 
     Args:
-        model: has `masks(im)`, `patch_size`. im: (1, 3, h, w), normalised, on the model's device.
-        flip: im is mirrored left to right. window_size, window_stride: pixels. batch_size: windows a forward call.
+        model: has `masks(im)`, `patch_size`. images: normalised, on the model's device. window_size, window_stride:
+            pixels. batch_size: windows a forward call.
     Raises:
-        ValueError: sizes that make no sense, or scores that are not finite (float16 overflows with large weights).
+        ValueError: a stride that makes no sense, or images that would grow too large.
     """
-    if im.ndim != 4 or im.shape[0] != 1:
-        raise ValueError(f"expected one image (1, 3, h, w), got {tuple(im.shape)}")
-    check_sizes(window_size, batch_size)
-    im = resize(im, window_size).to(next(model.parameters()).dtype)
-    windows = windows_of(tuple(im.shape[-2:]), window_size, window_stride, model.patch_size)
-    masks = predict_masks(model.masks, im, windows, batch_size)[0].float()
-    check_finite(masks)
-    return View(masks, *windows.geometry, flip)
+    images = resize(images, window_size).to(next(model.parameters()).dtype)
+    windows = windows_of(tuple(images.shape[-2:]), window_size, window_stride, model.patch_size)
+    return predict_masks(model.masks, images, windows, batch_size), windows
 
 
 def check_sizes(window_size: int, batch_size: int) -> None:
     """Raises ValueError unless both are at least 1."""
     if window_size < 1 or batch_size < 1:
         raise ValueError(f"window_size and batch_size must be at least 1, got {window_size} and {batch_size}")
-
-
-def inference(
-    model: torch.nn.Module,
-    ims: Sequence[torch.Tensor],
-    ims_metas: Sequence[dict[str, Any]],
-    ori_shape: tuple[int, int],
-    window_size: int,
-    window_stride: int,
-    batch_size: int,
-) -> torch.Tensor:
-    """Class probabilities of one picture given at one or more scales, as the published `inference`.
-
-    Args:
-        model: a `Segmenter`, in evaluation mode. ims: (1, 3, h, w) each, normalised.
-        ims_metas: a dict with "flip" (bool: this image is mirrored left to right) for each image.
-        ori_shape: (H0, W0) of the result. window_size, window_stride: pixels. batch_size: windows a forward call.
-    Returns:
-        (n_cls, H0, W0) float32: softmax per image, averaged over images.
-    """
-    if not ims or len(ims) != len(ims_metas):
-        raise ValueError(
-            f"need one ims_metas entry for each of at least one image, got {len(ims_metas)} and {len(ims)}"
-        )
-    ori_shape = (int(ori_shape[0]), int(ori_shape[1]))
-    device = next(model.parameters()).device
-    views = [
-        predict_view(model, im.to(device), bool(meta["flip"]), window_size, window_stride, batch_size)
-        for im, meta in zip(ims, ims_metas, strict=True)
-    ]
-    result = torch.empty(views[0].masks.shape[-1], *ori_shape, device=device)
-    for top, scores in bands(views, ori_shape, probabilities=True):
-        result[:, top : top + len(scores)] = scores.permute(2, 0, 1)
-    return result

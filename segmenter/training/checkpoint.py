@@ -6,7 +6,7 @@
     recipe.yml       the settings
     log.jsonl        a JSON line each few steps, and each evaluation
     best/, final/    models: the best on val so far, and that after the last step
-    overlays/        pictures of val as the model labels them
+    overlays/        images of val as the model labels them
 
 Each file but the log is written under another name and renamed, so a kill at any time loses the steps since the last
 save and nothing else. The leading process keeps the folder locked. No random state is saved: dropout follows from
@@ -94,15 +94,15 @@ def load_state(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def writing_run(folder: Path) -> Iterator[None]:
+def writing_run(directory: Path) -> Iterator[None]:
     """Makes the folder of a run, keeps other runs out of it, and deletes what one that was killed left half-written.
 
     Raises:
         OSError: it cannot be made, or another run goes on in it.
     """
-    with writing_into(folder):
+    with writing_into(directory):
         for part in (BEST, FINAL, OVERLAYS):
-            remove_leftovers(folder / part)
+            remove_leftovers(directory / part)
         yield
 
 
@@ -118,11 +118,11 @@ class Log:
         step: where the run starts; what a run that was killed wrote beyond it is removed.
     """
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool):
-        self.path = folder / LOG
+    def __init__(self, directory: Path, step: int, tensorboard: bool):
+        self.path = directory / LOG
         kept = b"".join(_lines_up_to(self.path, step)) if self.path.exists() else b""
         write_atomically(self.path, lambda file: file.write(kept))
-        self._writer = _tensorboard(folder, step) if tensorboard else None
+        self._writer = _tensorboard(directory, step) if tensorboard else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends a line; numbers go to TensorBoard as well."""
@@ -188,10 +188,10 @@ def _checked_schema(file: BinaryIO) -> int:
     return SCHEMA
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
+def _tensorboard(directory: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise RecipeError(f"tensorboard is not installed: pip install 'segmenter-triton[train]' ({error})") from error
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)

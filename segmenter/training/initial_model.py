@@ -60,9 +60,9 @@ def prepare(model: Segmenter, recipe: Recipe, dataset: Dataset) -> Segmenter:
         ConfigError: windows that a saved model could not be loaded with.
     """
     check_windows(recipe.window_size, recipe.window_stride, model.config.image_size)
-    start = recipe.model.split("/")[-1]
+    origin = recipe.model.split("/")[-1]
     if _STARTED in model.info.source:  # a model that was trained here knows its own start
-        start += f" ({model.info.source})"
+        origin += f" ({model.info.source})"
     model.info = dataclasses.replace(
         model.info,
         normalization=model.config.normalization,
@@ -70,7 +70,7 @@ def prepare(model: Segmenter, recipe: Recipe, dataset: Dataset) -> Segmenter:
         window_stride=recipe.window_stride,
         classes=None,  # the data set's own are saved with the model
         weights="trained",
-        source=f"{dataset.key} {recipe.split}, {len(dataset)} pictures{_STARTED}{start}",
+        source=f"{dataset.key} {recipe.split}, {len(dataset)} images{_STARTED}{origin}",
     )
     if recipe.freeze_backbone:
         model.encoder.requires_grad_(False)

@@ -22,6 +22,7 @@ from segmenter.data.augment import Augmentation
 from segmenter.data.check import glance
 from segmenter.data.datasets import DataError, Dataset, open_dataset
 from segmenter.data.loader import Batch, Steps, TrainingSamples, load_batches
+from segmenter.inference.segment import DTYPES
 from segmenter.model import Segmenter, create_segmenter
 from segmenter.training import checkpoint as files
 from segmenter.training.distributed import Group
@@ -33,7 +34,6 @@ from segmenter.training.validation import Validation, report_bad, warn
 from segmenter.weights.read import CheckpointError
 
 ONE = Group()
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TrainingError(RuntimeError):
@@ -130,7 +130,7 @@ class Run:
         leads = self.group.leads
         if leads:
             files.write_yaml(self.output / files.RECIPE, self.recipe.to_dict())
-            files.write_yaml(self.output / files.VARIANT, self._variant())
+            files.write_yaml(self.output / files.VARIANT, self._variant_yml())
         log = files.Log(self.output, self.step, self.recipe.tensorboard) if leads else None
         bar = tqdm(total=self.total, initial=self.step, desc="training", unit="step", disable=not self.progress)
         meter, stopped, saved = _Meter(), False, time.monotonic()
@@ -260,7 +260,7 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         if (total := state["lr_scheduler"]["iter_max"]) != self.total:  # of which order, rates and epochs follow
             raise CheckpointError(
-                f"{self.output / files.CHECKPOINT}: its run has {total} steps, but {len(self.dataset)} pictures make "
+                f"{self.output / files.CHECKPOINT}: its run has {total} steps, but {len(self.dataset)} images make "
                 f"{self.total}; bring back the data set as it was, or start in another folder"
             )
         self.model.load_state_dict(state["model"])
@@ -312,18 +312,18 @@ class Run:
             bar.write(line + (" (best so far)" if best else ""))
         return True
 
-    def _variant(self) -> dict[str, Any]:
-        from segmenter.weights.load import variant_of
+    def _variant_yml(self) -> dict[str, Any]:
+        from segmenter.weights.settings import as_published
 
-        variant = variant_of(self.model)
+        content = as_published(self.model)
         im_size = self.recipe.im_size or self.recipe.crop_size
-        variant["dataset_kwargs"] |= {
+        content["dataset_kwargs"] |= {
             "dataset": self.dataset.key,
             "image_size": im_size,
             "crop_size": self.recipe.crop_size,
         }
-        variant["inference_kwargs"]["im_size"] = im_size
-        return variant
+        content["inference_kwargs"]["im_size"] = im_size
+        return content
 
 
 class _Meter:
@@ -331,9 +331,9 @@ class _Meter:
 
     def __init__(self):
         self.loss = math.nan  # running mean, for the progress bar
-        self._start()
+        self._reset()
 
-    def _start(self) -> None:
+    def _reset(self) -> None:
         self._facts: list[dict[str, float]] = []
         self._since = time.monotonic()
 
@@ -347,7 +347,7 @@ class _Meter:
 
     def take(self, batch_size: int) -> dict[str, float]:
         facts, seconds = self._facts, max(time.monotonic() - self._since, 1e-9)
-        self._start()
+        self._reset()
         means = {name: sum(fact[name] for fact in facts) / len(facts) for name in ("loss", "grad_norm")}
         speed = len(facts) * batch_size / seconds
         return {**means, "lr": facts[-1]["lr"], "seconds": round(seconds, 3), "images_per_second": round(speed, 3)}

@@ -1,5 +1,6 @@
 """State dict -> model: strict, all or nothing, with an account of what does not fit and why."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch.nn as nn
 
 from segmenter.config import ModelConfig
 from segmenter.model import Segmenter, create_segmenter
-from segmenter.weights.convert import architecture, n_blocks, recognise
 from segmenter.weights.read import MAX_NAMES, CheckpointError, listing
+from segmenter.weights.recognise import Recognised, architecture, kind_of, n_blocks
 
 _FOREIGN = {
     "mmseg": "it looks like mmsegmentation; `load_any` and `segmenter convert` read it",
@@ -20,13 +21,19 @@ _FOREIGN = {
 _COMPARED = ("n_cls", "patch_size", "d_model", "n_layers", "distilled", "image_size", "decoder")
 
 
-def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str = "the state dict") -> None:
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    source: str = "the state dict",
+    recognised: bool = False,
+) -> None:
     """Copies every tensor of `state` into `model`, converted to the dtype of the parameter.
 
     A model on the meta device takes the tensors themselves instead of copies.
 
     Args:
         model: a Segmenter, or any module. state: exactly its names and shapes. source: file name for the message.
+        recognised: the names are known to be those of a whole Segmenter, so a message need not look for other projects.
     Raises:
         CheckpointError: names or shapes differ, or a tensor is not floating point. The model is then unchanged.
     """
@@ -40,7 +47,7 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str 
         if state[name].shape != expected[name].shape
     ]
     if missing or unexpected or misshapen:
-        hint = _hint(model.config, state) if isinstance(model, Segmenter) else ""
+        hint = _hint(model.config, state, recognised) if isinstance(model, Segmenter) else ""
         lines = [f"{source} does not fit the model{': ' + hint if hint else ''}"]
         for what, names in (("missing", missing), ("unexpected", unexpected)):
             lines += [f"  {len(names)} {what}: {listing(names)}"] if names else []
@@ -58,37 +65,35 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor], source: str 
         model.load_state_dict(dict(state))
 
 
-def build(config: ModelConfig, state: Mapping[str, torch.Tensor], impl: str, source: str) -> Segmenter:
-    """A model of `config` that owns the tensors of `state`, in evaluation mode.
+def build(found: Recognised, impl: str, source: str) -> Segmenter:
+    """A model of `found.config` that owns the tensors of `found.state`, in evaluation mode.
 
-    Shapes are compared before anything is allocated, so a configuration that claims a giant model costs nothing:
-    neither memory nor the time to make thousands of layers that the weights have not.
+    The decoder of weights without one is random. Shapes are compared before anything is allocated, so a configuration
+    that claims a giant model costs nothing: neither memory nor the time to make thousands of layers that the weights
+    have not.
+
+    Raises:
+        CheckpointError: weights and configuration do not agree.
     """
-    asked = {"encoder": config.n_layers, "decoder": config.decoder.get("n_layers", 0)}
-    if any(n_blocks(state, part) < n for part, n in asked.items()):
-        raise CheckpointError(f"{source} does not fit the model: {_hint(config, state)}")
+    config, state, recognised = found.config, found.state, found.kind is not None
+    asked = Counter(encoder=config.n_layers, decoder=config.decoder.get("n_layers", 0))
+    if found.has_decoder and not asked <= n_blocks(state):
+        raise CheckpointError(f"{source} does not fit the model: {_hint(config, state, recognised)}")
     with torch.device("meta"):
         model = create_segmenter(config, impl)
-    load_state(model, state, source)
-    return model.eval()
-
-
-def build_on_encoder(config: ModelConfig, state: Mapping[str, torch.Tensor], impl: str, source: str) -> Segmenter:
-    """A model of `config` with a random decoder and the `encoder.*` of `state`, which it owns; in evaluation mode.
-
-    As in `build`, nothing is allocated for an encoder that does not fit.
-    """
-    with torch.device("meta"):
-        encoder = create_segmenter(config, impl).encoder
-    load_state(encoder, {name.removeprefix("encoder."): t for name, t in state.items()}, source)
+    if found.has_decoder:
+        load_state(model, state, source, recognised)
+        return model.eval()
+    encoder = model.encoder
+    load_state(encoder, {name.removeprefix("encoder."): t for name, t in state.items()}, source)  # refuses any other
     model = create_segmenter(config, impl)
     model.encoder = encoder
     return model.eval()
 
 
-def _hint(config: ModelConfig | None, state: Mapping[str, torch.Tensor]) -> str:
+def _hint(config: ModelConfig | None, state: Mapping[str, torch.Tensor], recognised: bool) -> str:
     """Why `state` does not fit, in words; empty if it cannot be told."""
-    kind = recognise(state)
+    kind = "segmenter" if recognised else kind_of(state)
     if kind in _FOREIGN:
         return _FOREIGN[kind]
     if kind is None:

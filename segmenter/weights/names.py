@@ -1,7 +1,7 @@
 """Names of other projects -> ours; the only place that knows them. `weights.convert` has the conversion."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,9 +9,8 @@ import torch
 from segmenter.errors import cause
 from segmenter.model import ENCODER_HEAD_CLASSES
 from segmenter.weights.read import CheckpointError, listing
+from segmenter.weights.recognise import State, check_dimensions
 
-State = dict[str, torch.Tensor]
-KINDS = ("segmenter", "mmseg", "timm", "npz", "hf")
 # How each project builds its encoder: LayerNorm epsilon, and the resampling of the position embedding.
 DEFAULTS = {
     "segmenter": {"norm_eps": 1e-5, "pos_embed_mode": "bilinear"},
@@ -20,24 +19,11 @@ DEFAULTS = {
     "npz": {"norm_eps": 1e-6, "pos_embed_mode": "bilinear"},
     "hf": {"norm_eps": 1e-12, "pos_embed_mode": "bicubic"},
 }
-_MARKS = {  # a name that only this kind has
-    "segmenter": r"encoder\.patch_embed\.proj\.weight$",
-    "mmseg": r"(backbone\.)?patch_embed\.projection\.weight$",
-    "hf": r"((vit|deit)\.)?embeddings\.patch_embeddings\.projection\.weight$",
-    "npz": r"(opt/target/)?embedding/kernel$",
-    "timm": r"patch_embed\.proj\.weight$",
-}
 _BLOCK = r"blocks\.\d{1,4}\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
 _OURS = re.compile(
     rf"(encoder|decoder)\.{_BLOCK}$|encoder\.(cls_token|dist_token|pos_embed)$"
     r"|encoder\.(patch_embed\.proj|norm|head|head_dist)\.(weight|bias)$"
     r"|decoder\.(cls_emb|proj_patch|proj_classes)$|decoder\.(head|proj_dec|decoder_norm|mask_norm)\.(weight|bias)$"
-)
-_DIMENSIONS = (  # of our tensors; the first that matches
-    (r"(cls_token|dist_token|pos_embed|cls_emb)$", 3),
-    (r"patch_embed\.proj\.weight$", 4),
-    (r"(bias|norm\w*\.weight)$", 1),
-    (r"(\.weight|\.proj_patch|\.proj_classes)$", 2),
 )
 _SOURCE_DIMENSIONS = {  # of theirs, where the layout differs
     "mmseg": ((r"decode_head\.(patch|classes)_proj\.weight$", 2), (r"decode_head\.conv_seg\.weight$", 4)),
@@ -57,68 +43,6 @@ _REQUIRED = {  # what every plain ViT has -> what is missing without it
     "encoder.patch_embed.proj.weight": "",
     "encoder.cls_token": " (a class token)",
 }
-_UNSUPPORTED = (  # what the Segmenter encoder has not, by a part of the name
-    (r"(^|[._])rope|rotary|freqs_cis|inv_freq", "rotary positions"),
-    (r"rel_pos_[hw]$", "decomposed relative positions (SAM, ViTDet)"),
-    (r"relative_position|rel_pos|attention_bias|cpb_mlp", "relative positions (BEiT, Swin)"),
-    (r"reg_token|register_token|storage_token|detection_token", "register tokens"),
-    (r"\.proj_[lw]\.", "talking heads (CaiT)"),
-    (r"gating_param|pos_proj\.", "gated positional attention (ConViT)"),
-    (r"attn\.temperature$", "cross-covariance attention (XCiT)"),
-    (r"conv_root/|patch_embed(dings)?\.(backbone|conv|proj\.\d)", "a convolutional or ResNet stem (hybrid)"),
-    (r"attn_mask$|(layers|stages)\.\d+\.blocks\.|logit_scale", "windows or stages (Swin)"),
-    (r"\.(q|k|query|key)_(layer)?norm\.|\.norm_[qk]\.|\.(q|k)_ln\.", "qk-norm (norms of queries and keys)"),
-    (r"\.lambda_[qk]\d$|\.lambda_a$|attn\.sub_norm", "differential attention"),
-    (r"attn\.gate\.", "gated attention"),
-    (r"mlp\.(w12|w[0-3]|fc1_[gx]|gate_proj|weights_in)\.", "a gated MLP (SwiGLU)"),
-    (r"attn\.(inner_attn_ln|ffn_ln|norm)\.|mlp\.(ffn_ln|norm)\.", "norms inside attention or MLP (BEiT-3, EVA-02)"),
-    (r"\.in_proj\.|\.in_norm\.|(attns|ffns)\.\d", "parallel attention and MLP"),
-    (r"attn\.[qv]_bias$", "biases of queries and values alone (BEiT, EVA)"),
-    (r"layer_scale|\.lambda_?[12]$|gamma[123]$", "a layer scale of another layout (BEiT, XCiT, DINOv2)"),
-    (r"(^|\.)fc_norm\.", "a norm after pooling (fc_norm) in place of the final norm"),
-    (r"norm_pre\.|ln_pre\.|pre_?layrnorm\.", "a norm before the blocks (CLIP)"),
-    (r"patch_embed\.norm\.|patch_embed\.ln", "a norm in the patch embedding"),
-    (r"attn_pool\.", "attention pooling"),
-    (r"decoder_(embed|blocks|pos_embed)", "a decoder that restores masked pictures (MAE)"),
-)
-# Width -> size of the heads in published encoders of it (so400m, ViT-Huge, -giant, -gigantic); no shape tells.
-UNCERTAIN_WIDTHS = {1152: 72, 1280: 80, 1408: 88, 1664: 104}
-_HF_TYPES = ("vit", "deit", "vit_msn", "vit_mae")  # model types that are plain ViTs with these names
-
-
-def recognise(names: Iterable[str]) -> str | None:
-    """The kind (one of KINDS) that weights with these names are, or None."""
-    names = [str(name) for name in names]
-    return next((kind for kind, mark in _MARKS.items() if any(re.match(mark, name) for name in names)), None)
-
-
-def feature(names: Iterable[str]) -> str | None:
-    """What weights with these names have and the Segmenter encoder has not, by name; None if they look plain."""
-    names = list(names)
-    return next((what for part, what in _UNSUPPORTED if any(re.search(part, name) for name in names)), None)
-
-
-def check_plain(weights: Mapping[str, torch.Tensor]) -> None:
-    """Raises CheckpointError: something that is no tensor with values that can be computed with."""
-    for name, tensor in weights.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{name} is a {type(tensor).__name__}, no tensor")
-        if tensor.is_meta:
-            raise CheckpointError(f"{name} is on the meta device, it has no values; load the weights first")
-        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
-            raise CheckpointError(f"{name} is no plain tensor (sparse, nested or quantised)")
-
-
-def check_dimensions(weights: Mapping[str, torch.Tensor], dimensions: Iterable[tuple[str, int]] = _DIMENSIONS) -> None:
-    """Raises CheckpointError: a tensor with another number of dimensions than its name implies, or without elements.
-
-    Args:
-        dimensions: (regular expression, number) pairs; the first that matches a name counts. By default for our names.
-    """
-    for name, tensor in weights.items():
-        wanted = next((n for pattern, n in dimensions if re.search(pattern, name)), tensor.ndim)
-        if tensor.ndim != wanted or 0 in tensor.shape:
-            raise CheckpointError(f"{name} must have {wanted} dimensions and elements, found {tuple(tensor.shape)}")
 
 
 def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict[str, Any], list[str]]:
@@ -128,11 +52,8 @@ def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict
         (state dict with the names of the published Segmenter, new tensors in float32; ModelConfig fields that only
         the foreign layout tells; notes for people). Weights of kind "segmenter" come back as they are.
     Raises:
-        CheckpointError: a feature that the Segmenter encoder has not, names that do not belong to the kind, or
-            tensors of other dimensions than their names imply.
+        CheckpointError: names that do not belong to the kind, or tensors of other dimensions than their names imply.
     """
-    if what := feature(weights):
-        raise CheckpointError(f"these {kind} weights have {what}, which the Segmenter encoder has not")
     if kind == "segmenter":
         return dict(weights), {}, []
     notes: list[str] = []
@@ -166,50 +87,6 @@ def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict
     return ours, fields, notes
 
 
-def hugging_face_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the configuration of a Hugging Face ViT tells beyond its weights: ModelConfig fields, and `source_size`.
-
-    Raises:
-        CheckpointError: it is no plain ViT, or its MLP does not use the exact GELU.
-    """
-    model_type, act = config.get("model_type") or "vit", config.get("hidden_act", "gelu")
-    if model_type not in _HF_TYPES:
-        raise CheckpointError(
-            f"model_type {model_type!r} is none of the plain ViTs known here ({', '.join(_HF_TYPES)})"
-        )
-    if act != "gelu":
-        raise CheckpointError(f"hidden_act is {act!r}; the Segmenter encoder needs the exact gelu")
-    names = {"layer_norm_eps": "norm_eps", "num_attention_heads": "n_heads", "image_size": "source_size"}
-    return {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
-
-
-def timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config.json that timm puts beside weights tells beyond them, as `hugging_face_fields`.
-
-    Raises:
-        CheckpointError: an architecture that is no plain ViT although its weights have the names of one.
-    """
-    name, arguments, trained = (config.get(part) for part in ("architecture", "model_args", "pretrained_cfg"))
-    arguments, trained = (part if isinstance(part, dict) else {} for part in (arguments, trained))
-    for part, what in (("rope", "rotary positions"), ("quickgelu", "the quick GELU")):
-        if part in str(name):
-            raise CheckpointError(f"{name} has {what}, which the Segmenter encoder has not")
-    act = arguments.get("act_layer") or "gelu"
-    if act != "gelu":
-        raise CheckpointError(f"act_layer is {act!r}; the Segmenter encoder needs the exact gelu")
-    size = trained.get("input_size")
-    size = arguments.get("img_size") or (size[1:] if isinstance(size, list) else None)
-    fields = {"source_size": size, "n_heads": arguments.get("num_heads")}
-    if trained.get("mean") is not None:
-        fields["normalization"] = normalization_of(trained["mean"])
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def normalization_of(mean: Any) -> str:
-    """ "vit" or "deit" by the mean of the three channels."""
-    return "vit" if isinstance(mean, list | tuple) and tuple(mean) == (0.5, 0.5, 0.5) else "deit"
-
-
 def _rename(weights: State, rules: list[tuple[str, str]]) -> State:
     """Applies every regular-expression rule in turn to every name; what becomes empty is dropped."""
     renamed = {}
@@ -235,10 +112,7 @@ def _mmseg(weights: State, notes: list[str]) -> State:
     return _rename(
         weights,
         [
-            (
-                r"^decode_head\.conv_seg\..*" if is_mask else r"^decode_head\.conv_seg\.",
-                "" if is_mask else "decoder.head.",
-            ),
+            (r"^decode_head\.conv_seg\..*", "") if is_mask else (r"^decode_head\.conv_seg\.", "decoder.head."),
             (r"^backbone\.head\..*", ""),
             (r"\.layers\.(\d+)\.ln", r".blocks.\1.norm"),
             (r"\.attn\.attn\.in_proj_", ".attn.qkv."),

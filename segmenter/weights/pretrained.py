@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, check_windows
+from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, ModelInfo, check_windows
 from segmenter.errors import cause, printable
 from segmenter.files import flush, open_regular, write_atomically, write_text, writing_into
-from segmenter.model import ModelInfo, Segmenter
-from segmenter.text_files import read_json
+from segmenter.model import Segmenter
 from segmenter.weights.build import build
-from segmenter.weights.read import CheckpointError, listing, read_state_dict
+from segmenter.weights.read import CheckpointError, listing, read_json_object, read_state_dict
+from segmenter.weights.recognise import Recognised
 
 if TYPE_CHECKING:
     from segmenter.classes import ClassSet
@@ -33,19 +33,19 @@ CONFIG, WEIGHTS, NEW_WEIGHTS, CLASSES = "config.json", "model.safetensors", "mod
 NEW_CLASSES = "classes.new.json"
 _NEW = {WEIGHTS: NEW_WEIGHTS, CLASSES: NEW_CLASSES}
 _SUMS = {WEIGHTS: "sha256", CLASSES: "classes_sha256"}  # file -> where config.json has its sum
-_OWN_SUM = "config_sha256"  # of all else in config.json
+_CONFIG_SUM = "config_sha256"  # of all else in config.json
 _TURN = 300  # seconds that a save waits for another one into the same folder
 _READS = 50  # before a folder counts as one that is written all the time
 _STATES = ("random", "encoder", "trained")
 
 
-def is_ours(folder: Path) -> bool:
-    """Whether `folder` has a config.json of this format (those of Hugging Face models are not).
+def is_ours(directory: Path) -> bool:
+    """Whether `directory` has a config.json of this format (those of Hugging Face models are not).
 
     Raises:
         CheckpointError: it has one that cannot be read, so nothing can be said.
     """
-    return os.path.exists(folder / CONFIG) and _read_json(folder / CONFIG).get("format") == "segmenter"
+    return os.path.exists(directory / CONFIG) and read_json_object(directory / CONFIG).get("format") == "segmenter"
 
 
 def save_pretrained(
@@ -89,14 +89,14 @@ def save_pretrained(
         parts[CLASSES] = _json(entries).encode()
     content = {"format": "segmenter", "schema": SCHEMA, "model": model.config.to_dict(), "info": info}
     content |= {_SUMS[name]: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
-    with writing_into(folder := Path(folder), wait=_TURN):
-        _finish_interrupted_save(folder)
+    with writing_into(directory := Path(folder), wait=_TURN):
+        _finish_interrupted_save(directory)
         try:
             for name, data in parts.items():
-                _write_new(folder, name, data)
-            write_text(folder / CONFIG, _json(content | {_OWN_SUM: _own_sum(content)}))
+                _write_new(directory, name, data)
+            write_text(directory / CONFIG, _json(content | {_CONFIG_SUM: _config_sum(content)}))
         finally:  # also after Ctrl-C just when config.json was replaced
-            _finish_interrupted_save(folder)
+            _finish_interrupted_save(directory)
 
 
 def from_pretrained(
@@ -137,12 +137,12 @@ def from_pretrained(
 
 
 def _read(path: Path, impl: str, verify: bool, allow_nonfinite: bool) -> Segmenter:
-    content = _read_json(path / CONFIG)
+    content = read_json_object(path / CONFIG)
     if content.get("format") != "segmenter" or type(content.get("schema")) is not int:
         raise CheckpointError(f"{path / CONFIG}: was not written by save_pretrained of segmenter")
     if content["schema"] > SCHEMA:
         raise CheckpointError(f"{path / CONFIG}: schema {content['schema']} is newer than this version reads; update")
-    known = {"format", "schema", "model", "info", *_SUMS.values(), _OWN_SUM}
+    known = {"format", "schema", "model", "info", *_SUMS.values(), _CONFIG_SUM}
     if verify and (other := [name for name in content if name not in known]):  # perhaps the name of a sum, damaged
         raise CheckpointError(f"{path / CONFIG}: has unknown entries: {listing(other)} (verify=False passes them over)")
     weights = _file_of(path, WEIGHTS, content, verify)
@@ -153,24 +153,24 @@ def _read(path: Path, impl: str, verify: bool, allow_nonfinite: bool) -> Segment
         config = ModelConfig.from_dict(content.get("model"))
     except ConfigError as error:
         raise CheckpointError(f"{path / CONFIG}: {error}") from error
-    model = build(config, state, impl, str(weights))
-    model.info = _info(path, content.get("info"), config)
+    model = build(Recognised(state, config), impl, str(weights))
+    model.info = _info(path / CONFIG, content.get("info"), config)
     if model.info.classes == CLASSES:
         model.info.classes = str(_file_of(path, CLASSES, content, verify) or path / CLASSES)
-    if verify and content.get(_OWN_SUM, own := _own_sum(content)) != own:  # older folders have none
+    if verify and content.get(_CONFIG_SUM, found := _config_sum(content)) != found:  # older folders have none
         raise CheckpointError(
-            f"{path / CONFIG}: its content does not fit its {_OWN_SUM}; if you have edited it, delete that entry, else "
-            f"copy or download it again (verify=False loads it all the same)"
+            f"{path / CONFIG}: its content does not fit its {_CONFIG_SUM}; if you have edited it, delete that "
+            f"entry, else copy or download it again (verify=False loads it all the same)"
         )
     return model
 
 
-def _identities(folder: Path) -> list[tuple[int, ...] | None]:
+def _identities(directory: Path) -> list[tuple[int, ...] | None]:
     """What tells whether a save has replaced a file."""
     found: list[tuple[int, ...] | None] = []
     for name in _NEW:
         try:
-            status = os.stat(folder / name)
+            status = os.stat(directory / name)
         except OSError:
             found.append(None)
         else:
@@ -185,11 +185,11 @@ def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch
     return stored
 
 
-def _file_of(folder: Path, name: str, content: dict[str, Any], verify: bool) -> Path | None:
+def _file_of(directory: Path, name: str, content: dict[str, Any], verify: bool) -> Path | None:
     """The file called `name` that belongs to the `content` of config.json; None: there is none."""
-    candidates = [path for path in (folder / name, folder / _NEW[name]) if path.is_file()]
+    candidates = [path for path in (directory / name, directory / _NEW[name]) if path.is_file()]
     has_sum = name == WEIGHTS or _SUMS[name] in content  # older folders have none of their classes
-    if not candidates or candidates == [folder / name] and not (verify and has_sum):
+    if not candidates or candidates == [directory / name] and not (verify and has_sum):
         return candidates[0] if candidates else None
     for path in candidates:
         if _sha256(path) == content.get(_SUMS[name]):
@@ -200,28 +200,28 @@ def _file_of(folder: Path, name: str, content: dict[str, Any], verify: bool) -> 
     )
 
 
-def _write_new(folder: Path, name: str, data: bytes) -> None:
+def _write_new(directory: Path, name: str, data: bytes) -> None:
     try:
-        write_atomically(folder / _NEW[name], lambda file: file.write(data))
+        write_atomically(directory / _NEW[name], lambda file: file.write(data))
     except OSError as error:
-        error.filename = str(folder / name)
+        error.filename = str(directory / name)
         raise
 
 
-def _finish_interrupted_save(folder: Path) -> None:
+def _finish_interrupted_save(directory: Path) -> None:
     """Puts the files in place that belong to config.json, and deletes the others."""
     content: dict[str, Any] = {}
     with contextlib.suppress(CheckpointError):
-        content = _read_json(folder / CONFIG)
+        content = read_json_object(directory / CONFIG)
     for name, new in _NEW.items():
-        if (folder / new).is_file():
-            if content.get(_SUMS[name]) == _sha256(folder / new):
-                os.replace(folder / new, folder / name)
-            (folder / new).unlink(missing_ok=True)
-            flush(folder)
+        if (directory / new).is_file():
+            if content.get(_SUMS[name]) == _sha256(directory / new):
+                os.replace(directory / new, directory / name)
+            (directory / new).unlink(missing_ok=True)
+            flush(directory)
 
 
-def _info(folder: Path, values: Any, config: ModelConfig) -> ModelInfo:
+def _info(path: Path, values: Any, config: ModelConfig) -> ModelInfo:
     known = {field.name for field in dataclasses.fields(ModelInfo)}
     info = ModelInfo(**{k: v for k, v in values.items() if k in known}) if isinstance(values, dict) else ModelInfo()
     if (
@@ -230,11 +230,11 @@ def _info(folder: Path, values: Any, config: ModelConfig) -> ModelInfo:
         or not isinstance(info.classes, str | None)
         or not isinstance(info.source, str)
     ):
-        raise CheckpointError(f"{folder / CONFIG}: the values under info are wrong: {values!r:.200}")
+        raise CheckpointError(f"{path}: the values under info are wrong: {values!r:.200}")
     try:
         check_windows(info.window_size, info.window_stride, config.image_size)
     except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG}: the values under info are wrong: {error}") from error
+        raise CheckpointError(f"{path}: the values under info are wrong: {error}") from error
     info.source = printable(info.source)
     return info
 
@@ -252,20 +252,13 @@ def _download(name: str) -> Path:
         raise CheckpointError(f"{name}: no such folder, and the hub did not give it ({cause(error)})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content = read_json(path, CheckpointError)
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return content
-
-
 def _json(content: Any) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def _own_sum(content: dict[str, Any]) -> str:
+def _config_sum(content: dict[str, Any]) -> str:
     """The sum of what config.json says, however it is written."""
-    others = {name: value for name, value in content.items() if name != _OWN_SUM}
+    others = {name: value for name, value in content.items() if name != _CONFIG_SUM}
     return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ import torch
 
 from segmenter.errors import InputError, cause
 from segmenter.files import open_regular
+from segmenter.text_files import read_json
 from segmenter.weights.torch_file import ReadStorage, is_pickle, materialize, read_stream, read_zip
 from segmenter.weights.unpickle import MAX_NAMES, Refused, StoredTensor, listing
 from segmenter.weights.wrappers import MAX_WEIGHTS, unwrap
@@ -91,7 +92,7 @@ def read_weights(
             file_format = _file_format(file)
             data, read_storage = _read(path, file, file_format, allow_pickle, verify)
             state, extra, notes = unwrap(data, averaged)
-            state = _owned(state, read_storage, _size(file))
+            state = _materialized(state, read_storage, _size(file))
         if not allow_nonfinite:
             _check_finite(state)
     except CheckpointError:
@@ -107,6 +108,14 @@ def read_state_dict(path: str | os.PathLike, **options: Any) -> tuple[dict[str, 
     """(state, extra) of `read_weights`, without its notes."""
     found = read_weights(path, **options)
     return found.state, found.extra
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file beside weights. Raises CheckpointError: it cannot be read, or holds something else than an object."""
+    content = read_json(path, CheckpointError)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return content
 
 
 @contextlib.contextmanager
@@ -260,12 +269,12 @@ def _run_pickle(path: Path, file: BinaryIO, file_format: str, verify: bool) -> A
         raise Refused(f"cannot be unpickled ({type(error).__name__}: {cause(error)})") from error
 
 
-def _owned(state: dict[str, Any], read_storage: ReadStorage | None, size: int) -> dict[str, torch.Tensor]:
+def _materialized(state: dict[str, Any], read_storage: ReadStorage | None, size: int) -> dict[str, torch.Tensor]:
     """Contiguous tensors, read or copied after checking that the file of `size` bytes holds what each one claims."""
-    owned, total = {}, 0
+    plain, total = {}, 0
     for name, tensor in state.items():
         if not isinstance(tensor, StoredTensor):
-            owned[name] = tensor = _plain(name, tensor)
+            plain[name] = tensor = _plain(name, tensor)
         if tensor.dtype not in _DTYPES:
             raise Refused(f"{name} has the unsupported dtype {tensor.dtype}; store float32 or float16")
         count = 1
@@ -282,7 +291,7 @@ def _owned(state: dict[str, Any], read_storage: ReadStorage | None, size: int) -
     return {
         name: materialize(tensor, read_storage, storages)
         if isinstance(tensor, StoredTensor)
-        else owned[name].clone(memory_format=torch.contiguous_format)
+        else plain[name].clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
 

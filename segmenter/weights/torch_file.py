@@ -28,13 +28,11 @@ def read_zip(file: BinaryIO, verify: bool) -> tuple[Any, ReadStorage]:
     pickles = [name for name in members if name.endswith("data.pkl")]
     if len(pickles) > 1:
         raise Refused(f"refused, it holds {len(pickles)} pickles")
-    folder = pickles[0].removesuffix("data.pkl")
+    prefix = pickles[0].removesuffix("data.pkl")
 
     def read_member(name: str) -> torch.Tensor:
         member = members[name]
-        header = bytes(
-            read_bytes(file, member.header_offset, 30).numpy()
-        )  # its lengths may differ from the directory's
+        header = bytes(read_bytes(file, member.header_offset, 30).numpy())
         # the lengths of name and extra field, which may differ from those in the directory
         lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
         content = read_bytes(file, member.header_offset + 30 + sum(lengths), member.file_size)
@@ -44,18 +42,18 @@ def read_zip(file: BinaryIO, verify: bool) -> tuple[Any, ReadStorage]:
 
     def find(pid: tuple[Any, ...]) -> Storage:
         storage = storage_of(pid)
-        member = members.get(f"{folder}data/{storage.key}")
+        member = members.get(f"{prefix}data/{storage.key}")
         if member is None or member.file_size < storage.nbytes:
             held = "missing" if member is None else f"{member.file_size} bytes"
             raise Refused(f"refused, storage {storage.key} claims {storage.nbytes} bytes, its member is {held}")
         return storage
 
     def read_storage(storage: Storage) -> torch.Tensor:
-        content = read_member(f"{folder}data/{storage.key}")[: storage.nbytes]
-        return content.view(-1, storage.dtype.itemsize).flip(1).flatten() if swapped else content
+        content = read_member(f"{prefix}data/{storage.key}")[: storage.nbytes]
+        return content.view(-1, storage.dtype.itemsize).flip(1).flatten() if big_endian else content
 
-    order = f"{folder}byteorder"
-    swapped = order in members and bytes(read_member(order).numpy()) == b"big"
+    order = f"{prefix}byteorder"
+    big_endian = order in members and bytes(read_member(order).numpy()) == b"big"
     data = Unpickler(find).load(io.BytesIO(read_member(pickles[0]).numpy().tobytes()))
     return data, read_storage
 
@@ -100,12 +98,12 @@ def materialize(tensor: StoredTensor, read: ReadStorage, storages: dict[str, tor
     return view if whole and not seen else view.clone(memory_format=torch.contiguous_format)
 
 
-def read_bytes(file: BinaryIO, start: int, n: int) -> torch.Tensor:
-    """`n` bytes from `start`, as uint8; nothing is allocated for what the file does not hold."""
-    if start + n > file.seek(0, io.SEEK_END):
+def read_bytes(file: BinaryIO, at: int, n: int) -> torch.Tensor:
+    """`n` bytes from position `at`, as uint8; nothing is allocated for what the file does not hold."""
+    if at + n > file.seek(0, io.SEEK_END):
         raise Refused(_TRUNCATED)
     content = torch.empty(n, dtype=torch.uint8)
-    file.seek(start)
+    file.seek(at)
     rest = memoryview(content.numpy())
     while rest:
         count = file.readinto(rest)

@@ -103,8 +103,8 @@ def _regrouped(data: dict[Any, Any]) -> dict[Any, Any]:
         return groups
     twins = {f"ema_{name.replace('.', '_')}": name for name in first}
     if pairs := {twins[name]: data[name] for name in first if name in twins}:  # swapped before it is saved
-        own = {name: data[name] for name in first if name not in twins}
-        return {"state_dict": {**own, **pairs}, "state_dict_ema": own}
+        averaged = {name: data[name] for name in first if name not in twins}
+        return {"state_dict": {**averaged, **pairs}, "state_dict_ema": averaged}
     return data
 
 

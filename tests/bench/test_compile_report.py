@@ -14,16 +14,17 @@ import pytest
 
 pytest.importorskip("triton", reason="kernels are compiled by Triton")
 
-from bench.compile_report import Row, check, main
+from bench.compile.cases import case_of_row, rows_of
+from bench.compile.report import KNOWN_SPILLS, Kernel, check, main, selected
 from segmenter.kernels import launch
-from segmenter.kernels.configs import ARCHITECTURES, SHARED_MEMORY
+from segmenter.kernels.configs import AMD, ANY, ARCHITECTURES, SHARED_MEMORY, TABLES
 
 ROOT = Path(__file__).parents[2]
 CASES = (  # the first one is for every architecture, the others for sm_90 only
-    "^attention bf16 N=1025 h=12 d=64$|^attention bf16 N=1100 h=12 d=64 lse|^linear bf16 fc1.*M=8200 K=384 |"
-    "^layernorm_mlp bf16 M=8200 D=192|^mask_head bf16 K=150 D=384|^layernorm bf16 D=384$"
+    "^attention bf16 n=1025$|^attention bf16 n=1100 lse|^linear bf16 m=8200 k=384 n=1536 gelu|"
+    "^layernorm_mlp bf16 m=8200 d=192$|^mask_head bf16 batch=2 n_cls=150 d=384|^layernorm bf16 n=384$"
 )
-GOOD = Row("attention", "sm_90", "bf16", "highest", "N=1025", shared=50_000, shared_limit=SHARED_MEMORY["sm_90"],
+GOOD = Kernel("attention", "sm_90", "bf16", "highest", "n=1025", shared=50_000, shared_limit=SHARED_MEMORY["sm_90"],
            tensor_core="wgmma.mma_async", has_dot=True)  # fmt: skip
 
 
@@ -48,13 +49,18 @@ def test_kernels_for_hopper(rows):
     rows = [row for row in rows if row["architecture"] == "sm_90"]
     assert {row["op"] for row in rows} == {"attention", "linear", "layernorm", "layernorm_mlp", "mask_head"}
     for row in rows:
-        assert row["spills"] == row["local_memory"] == row["serialised"] == len(row["hazards"]) == 0
+        assert row["spills"] == row["serialised"] == len(row["hazards"]) == 0
         assert 0 < row["registers"] <= 255
         assert row["shared"] <= row["shared_limit"]
         assert row["programs_per_sm"] >= 1
         assert row["tensor_core"] == ("wgmma.mma_async" if row["has_dot"] else "none")
         assert row["has_dot"] or "layernorm" in row["kernel"] or "fold" in row["kernel"]
-    (attention,) = [row for row in rows if row["what"] == "N=1025 h=12 d=64"]
+        first, *others = row["assemblers"].values()  # Triton's choice, and what else it bundles
+        assert [first[key] for key in ("registers", "spills")] == [row["registers"], row["spills"]]
+        assert all(0 < other["registers"] <= 255 for other in others)
+        loops = sum(sum(loop.values()) for loop in row["loops"])  # innermost ones share no instruction
+        assert all(found["instructions"] > 0 for found in (first, *others)) and first["instructions"] > loops
+    (attention,) = [row for row in rows if row["what"] == "n=1025"]
     # The main loop's exponentials: one an element and one a row, over the threads of the block.
     block = {part[0]: int(part[1:]) for part in attention["config"].split() if part[0] in "MNw"}
     elements, rows_each = block["M"] * block["N"] / (32 * block["w"]), block["M"] / (8 * block["w"])
@@ -68,6 +74,37 @@ def test_kernels_for_all_architectures(rows):
     special = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
     assert cores == dict.fromkeys(ARCHITECTURES, "mma.sync") | special
     assert all(row["shared"] <= row["shared_limit"] == SHARED_MEMORY[row["architecture"]] for row in rows)
+
+
+TABLE_ROWS = [
+    pytest.param(table, row, id=f"{table}-{i}") for table, rows in TABLES.items() for i, row in enumerate(rows)
+]
+
+
+@pytest.mark.parametrize(("table", "row"), TABLE_ROWS)
+def test_every_row_is_compiled_on_every_architecture_that_it_names(table, row):
+    """By default, by a call that takes this very row there."""
+    case = case_of_row(table, row)
+    assert case.architectures
+    if row.architectures not in (ANY, AMD):
+        assert case.architectures == row.architectures
+    for architecture in case.architectures:
+        assert row in rows_of(case, architecture)
+        assert (case, architecture) in selected([architecture])
+
+
+def test_rows_are_for_every_call():
+    """No architecture is left without a row, and none takes a row that is not compiled there."""
+    everywhere = {table: set() for table in TABLES}
+    for table, rows in TABLES.items():
+        for row in rows:
+            everywhere[table] |= set(case_of_row(table, row).architectures)
+    assert all(set(ARCHITECTURES) <= found for found in everywhere.values())
+
+
+def test_known_spills_are_of_calls_that_are_compiled():
+    for op, architecture, what in KNOWN_SPILLS:
+        assert any((case.op, case.what) == (op, what) for case, _ in selected([architecture]))
 
 
 def refusal(capsys, *arguments):
@@ -89,18 +126,18 @@ def test_refuses_an_empty_choice(monkeypatch, capsys):
 
 BAD_TILES = """
 import json, sys
-from bench import aot, compile_report
-from bench.compile_cases import cases
-from bench.sass import Program
+from bench.compile import aot, report
+from bench.compile.cases import cases
+from bench.compile.sass import Program
 from segmenter.kernels import configs
-case = next(c for c in cases() if c.op == "attention" and c.dtype == "bf16" and c.what == "N=1025 h=12 d=64")
-task = compile_report.Task(case, "sm_90", 0)
-good = aot.disassemble(aot.compile_launch(compile_report.record(case, "sm_90")[0], "sm_90").binary)
+case = next(c for c in cases() if (c.op, c.dtype, c.what) == ("attention", "bf16", "n=1025"))
+task = report.Task(case, "sm_90", 0)
+good = aot.disassemble(aot.compile_launch(report.record(case, "sm_90")[0], "sm_90").binary)
 without_waits = "\\n".join(line for line in good.splitlines() if "WARPGROUP.DEPBAR" not in line)
 found = {"good": len(Program(good).hazards()), "without waits": len(Program(without_waits).hazards())}
 for name, tiles in (("spills", (256, 128, 4, 2)), ("too much", (64, 256, 4, 5)), ("no tile", (48, 64, 4, 2))):
     configs.attention = lambda *args, tiles=tiles: configs.AttentionConfig(*tiles, True)
-    found[name] = compile_report.compile_row(task).failures
+    found[name] = report.compile_row(task).failures
 json.dump(found, sys.stdout)
 """
 
@@ -132,6 +169,11 @@ def test_bad_tiles_and_missing_waits_are_found():
         ({"spills": 8, "architecture": "gfx942"}, "spills 8 bytes"),
         ({"spills": 8, "architecture": "sm_86"}, None),
         ({"serialised": 4}, "one by one"),
+        ({"spills": 64, "architecture": "sm_100", "op": "linear", "what": "m=65600 k=3072 residual"}, None),
+        (
+            {"spills": 72, "architecture": "sm_100", "op": "linear", "what": "m=65600 k=3072 residual"},
+            "spills 72 bytes",
+        ),
         ({"hazards": ["MOV R1, R2 overwrites"]}, "overwrites"),
         ({"gelu_cost": 12.0}, None),
         ({"gelu_cost": 12.1}, "12.1 instructions"),

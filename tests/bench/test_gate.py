@@ -69,7 +69,7 @@ def test_labels_of_near_ties_pass_and_others_do_not():
 def test_whole_models_are_judged_by_their_labels():
     shape = Shape("X", 8, 40, 2, n_cls=7)
     torch.manual_seed(0)
-    pixels = models.pictures(shape, CPU)
+    pixels = models.images(shape, CPU)
     labels = models.labels_of(models.build(shape, CPU), "pruned", torch.float32)(pixels)
     verdict, agreement = models.check_labels(shape, "pruned", labels, pixels, torch.float32)
     assert agreement > 0.99 and "labels as eager's" in verdict

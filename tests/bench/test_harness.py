@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_peers, ceilings, harness, machine, models, operations, providers, run_all, timing, waterfall
-from bench.results_file import ResultsError, ResultsFile, load
+from bench import bench_peers, harness, models, operations, providers, results, run_all, timing, waterfall
+from bench.results import ResultsError, ResultsFile, load
 from bench.shapes import Shape, Work
 
 ROOT = Path(__file__).parents[2]
@@ -28,19 +28,11 @@ MACHINE = {"device": "cpu", "name": "CPU X", "torch": "2.9", "triton": "3.6", "c
 def timed(tmp_path_factory):
     """(completed process, content of its results file) of a timed run in which one provider is broken."""
     out = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "pytest", "bench/bench_attention.py", "bench/bench_labels.py", "--sweep", "smoke"]
-    command += [
-        "-q",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "tests.support.broken_provider",
-        "--row-seconds",
-        "0.01",
-    ]
-    command += ["-k", "not backward and not compile", "--results", str(out), "--tb=line"]
+    command = [sys.executable, "-m", "pytest", "bench/bench_operations.py", "--sweep", "smoke"]
+    for plugin in ("no:xdist", "no:cacheprovider", "tests.support.broken_provider"):
+        command += ["-p", plugin]
+    command += ["-k", "(attention or labels) and not backward and not compile", "--results", str(out)]
+    command += ["-q", "--tb=line", "--row-seconds", "0.01"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # a worker of xdist times nothing
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     (path,) = out.iterdir()
@@ -88,7 +80,7 @@ def test_machine_facts(timed):
     _, content = timed
     facts = content["machine_info"]
     assert facts["torch"] == torch.__version__ and facts["device"] == "cpu" and facts["commit"]
-    assert "bench/bench_attention.py" in facts["command"]
+    assert "bench/bench_operations.py" in facts["command"]
     assert "node" not in facts and str(ROOT) not in json.dumps(content)
 
 
@@ -183,9 +175,8 @@ def test_triton_is_not_timed_in_the_interpreter():
 
 
 def test_rates():
-    row = harness.Row("k", "p", None, None, None, None, Work(200, 30), "n", pictures=4)
-    roofs = ceilings.Ceilings("float32", 1000.0, 60.0, 0.0, 0.0)
-    found = harness.rates(row, 2.0, roofs)
+    roofs = timing.Ceilings("float32", 1000.0, 60.0, 0.0, 0.0)
+    found = harness.rates(Work(200, 30), 4, 2.0, roofs)
     assert found["percent_flops"] == 10 and found["percent_bytes"] == 25
     assert found["floor_seconds"] == 0.5 and found["percent_of_floor"] == 25
     assert found["images_per_second"] == 2
@@ -236,14 +227,14 @@ def test_a_command_tells_no_folders_of_this_machine(monkeypatch):
     monkeypatch.setattr(
         sys, "argv", [str(ROOT / "bench" / "x.py"), "-k", "a/b", "--out", "/data/me/out", "../me/camvid"]
     )
-    assert machine.facts(CPU)["command"] == "bench/x.py -k a/b --out out camvid"
+    assert results.facts(CPU)["command"] == "bench/x.py -k a/b --out out camvid"
 
 
 def test_name_says_machine_stack_and_type(monkeypatch):
-    monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(machine, "triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(results, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(results, "triton_version", lambda: "3.6.0")
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    assert machine.results_name(torch.device("cuda"), torch.bfloat16) == "h200_torch2.11_triton3.6_bf16.json"
+    assert results.results_name(torch.device("cuda"), torch.bfloat16) == "h200_torch2.11_triton3.6_bf16.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,7 +274,7 @@ def test_peak_memory_sees_what_is_freed_again():
 def test_peak_memory_of_ours_is_without_the_logits():
     shape = Shape("X", 32, 512, 1)
     logits = 150 * 512 * 512 * 4
-    pixels = models.pictures(shape, CPU)
+    pixels = models.images(shape, CPU)
     peaks = {}
     for provider in ("eager", "pruned"):
         run = models.labels_of(models.build(shape, CPU), provider, torch.float32)
@@ -387,8 +378,8 @@ class Steps:
 
 def run_with(monkeypatch, tmp_path, steps, minutes="9"):
     monkeypatch.setattr(run_all.subprocess, "run", steps)
-    monkeypatch.setattr(machine, "facts", lambda device: MACHINE)
-    monkeypatch.setattr(machine, "results_name", lambda device, dtype: "r.json")
+    monkeypatch.setattr(results, "facts", lambda device: MACHINE)
+    monkeypatch.setattr(results, "results_name", lambda device, dtype: "r.json")
     return run_all.main(["--out", str(tmp_path), "--minutes", minutes, "--device", "cpu"])
 
 
@@ -442,13 +433,13 @@ def test_a_step_that_hangs_does_not_lose_the_others(monkeypatch, tmp_path):
 
 
 def test_points_of_long_sequences_join_the_results(tmp_path):
-    results = ResultsFile(tmp_path / "r.json", MACHINE)
-    results.content["ceilings"] = {"flops_per_second": 1e12, "bytes_per_second": 1e10}
+    file = ResultsFile(tmp_path / "r.json", MACHINE)
+    file.content["ceilings"] = timing.Ceilings("float32", 1e12, 1e10, 0.0, 0.0)._asdict()
     (tmp_path / "scaling.csv").write_text(
         "provider,tokens,size,ms,spread_percent,peak_mib,reason\n"
         "eager,257,128,50,2,10.5,\neager,16385,1024,,,,out of memory\n"
     )
-    run_all.add_long_rows(results, tmp_path / "scaling.csv", "cpu", "fp32")
+    run_all.add_long_rows(file, tmp_path / "scaling.csv", "cpu", "fp32")
     content = load(tmp_path / "r.json")
     (measured,), (failed,) = content["benchmarks"], content["unavailable"]
     info = measured["extra_info"]

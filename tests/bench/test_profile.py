@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 pytest.importorskip("triton", reason="the operators of our kernels are counted too")
 
-from bench import long_sequences, models, profile_long, profile_plots, profiling, shapes, traces
-from bench.ceilings import Ceilings
-from bench.profiling import DISPATCH, Counted, Counter, Regions, Row
+from bench import long_sequences, models, profile_long, profile_plots, shapes
+from bench import profile_tables as tables
+from bench.profile_tables import ELSEWHERE, Profile, pattern
+from bench.profiling import Counted, Counter, Regions
 from bench.shapes import Shape, Work
-from bench.traces import Call
+from bench.timing import Ceilings
 
 CPU = torch.device("cpu")
 TINY = Shape("X", 8, 40, 2, n_cls=7)
@@ -25,7 +27,7 @@ def counted(shape, provider):
     regions = Regions()
     run = long_sequences.network(model, provider, regions)
     counter = Counter(lambda: regions.current)
-    im = long_sequences.picture(shape, CPU, torch.float32)
+    im = long_sequences.image(shape, CPU, torch.float32)
     with torch.no_grad(), regions.of(model), counter:
         labels = run(im)
     return labels, regions, counter.found
@@ -45,7 +47,9 @@ def test_counted_operations_equal_the_formula(provider, mask):
 
 def test_work_is_counted_in_its_region():
     _, _, found = counted(TINY, "eager")
-    at = {profiling.pattern(region): work for region, work in profiling.region_work(found).items()}
+    at = {}
+    for (region, _), one in found.items():
+        at[pattern(region)] = at.get(pattern(region), Work(0, 0)) + one.work
     attention = shapes.attention(TINY, 4)
     assert at["encoder.blocks.*.attn"].flops == attention.flops
     assert at["encoder.blocks.*.attn"].bytes > attention.bytes + 4 * TINY.batch * TINY.n_heads * TINY.tokens**2
@@ -90,7 +94,7 @@ def test_bytes_by_hand():
 @pytest.mark.parametrize("provider", ["eager", "sdpa-flash", "triton"])
 def test_regions_change_nothing(provider):
     model = long_sequences.build(TINY, CPU, torch.float32)
-    im = long_sequences.picture(TINY, CPU, torch.float32)
+    im = long_sequences.image(TINY, CPU, torch.float32)
     regions = Regions()
     plain, run = long_sequences.network(model, provider), long_sequences.network(model, provider, regions)
     before = [module.ops for module in model.modules() if hasattr(module, "ops")]
@@ -108,7 +112,7 @@ def test_regions_change_nothing(provider):
 
 def test_regions_have_the_models_names_and_leave_the_fused_path_on():
     _, regions, _ = counted(TINY, "triton")
-    names = {profiling.pattern(name) for name in regions.names}
+    names = {pattern(name) for name in regions.names}
     halves = {"norm1+attn.qkv", "attn", "attn.proj", "norm2+mlp"}
     assert names == {
         "encoder",
@@ -143,7 +147,7 @@ def test_regions_close_when_the_network_raises():
     broken = model.decoder.ops._replace(mask_head=fail)
     model.decoder.ops = broken
     with pytest.raises(torch.OutOfMemoryError), torch.no_grad(), regions.of(model):
-        model.masks(long_sequences.picture(TINY, CPU, torch.float32))
+        model.masks(long_sequences.image(TINY, CPU, torch.float32))
     assert regions.current == ""
     assert model.decoder.ops is broken
     assert not any(module._forward_hooks for module in model.modules())
@@ -161,27 +165,34 @@ def profiled(tmp_path_factory):
 
 def test_regions_cover_the_time_of_the_operators(profiled):
     found, _, _ = profiled
-    assert found.covered > 0.95
-    assert 0 < found.operator_seconds < 1.05 * found.profiled_seconds
-    assert sum(row.share for row in found.operators) == pytest.approx(1)
-    assert sum(row.seconds for row in found.regions) == pytest.approx(found.operator_seconds)
-    assert {row.region for row in found.regions} >= {"encoder.blocks.*.attn", "decoder.mask_head", "upsample+argmax"}
+    assert found.covered > 0.8  # the model is tiny, so Python between its regions counts
+    regions = {line["region"]: line for line in found.regions}
+    assert regions.keys() >= {"encoder.blocks.*.attn", "decoder.mask_head", "upsample+argmax", ELSEWHERE}
+    assert sum(line["share_percent"] for line in found.regions) == pytest.approx(100)
+    assert all(line["ms"] >= 0 for line in found.regions)
+    everything = sum(line["ms"] for line in found.regions) / 1e3
+    assert everything == pytest.approx(found.profiled_seconds)
+    operators = sum(line["ms"] for line in found.operators) / 1e3
+    assert 0.2 * everything < operators < everything
+    assert sum(line["share_percent"] for line in found.operators) == pytest.approx(100)
 
 
 def test_times_and_work_are_of_the_same_calls(profiled):
     found, _, _ = profiled
     _, _, work = counted(TINY, "eager")
-    expected = {}
-    for (region, operator), one in work.items():
-        if any(one.work):
-            key = (profiling.pattern(region), operator)
-            expected[key] = expected.get(key, 0) + one.calls
-    actual = {(row.region, row.operator): row.calls for row in found.operators if row.operator != DISPATCH}
-    assert actual == expected
-    blocks = next(row for row in found.regions if row.region == "decoder.blocks.*.attn")
-    assert blocks.layers == shapes.DECODER_LAYERS
-    total = sum((row.work for row in found.regions if row.work), Work(0, 0))
-    assert total.flops == shapes.forward_flops(TINY)
+    counts = {}
+    for (_, operator), one in work.items():
+        # Where nobody watches, torch adds a linear layer's bias in place; under a counter it does not.
+        # The profiler also sees the copies that other operators make.
+        if any(one.work) and operator.removesuffix("_") not in ("aten::add", "aten::_to_copy", "aten::copy"):
+            counts[operator] = counts.get(operator, 0) + one.calls
+    calls = {line["operator"]: line["calls"] for line in found.operators}
+    assert {operator: calls.get(operator) for operator in counts} == counts
+    assert counts.keys() >= {"aten::addmm", "aten::bmm", "aten::_softmax", "aten::native_layer_norm"}
+    layers = {line["region"]: line["layers"] for line in found.regions}
+    assert layers["decoder.blocks.*.attn"] == shapes.DECODER_LAYERS
+    flops = sum(line["gflop"] or 0 for line in found.regions)
+    assert flops == pytest.approx(shapes.forward_flops(TINY) / 1e9)
 
 
 def test_memory_over_time_sees_the_logits(profiled):
@@ -191,118 +202,142 @@ def test_memory_over_time_sees_the_logits(profiled):
     assert held[0] == 0
     logits = 4 * TINY.batch * TINY.n_cls * TINY.size**2
     assert logits <= found.peak_bytes < 20 * logits
-    assert [name for name, *_ in profile_plots.merged(found.stretches)] == [
+    assert [name for name, *_ in profile_plots.outermost(found.spans)] == [
         "encoder.patch_embed",
-        "encoder.blocks.*",
+        "encoder.blocks",
         "encoder.norm",
         "decoder.proj_dec",
-        "decoder.blocks.*",
+        "decoder.blocks x2",
         "decoder.decoder_norm",
         "decoder.mask_head",
         "upsample+argmax",
     ]
+    peaks = {line["region"]: line["peak_mib"] for line in found.regions}
+    assert peaks["upsample+argmax"] >= logits / 2**20 > peaks["encoder.norm"]
+    assert peaks["encoder"] >= peaks["encoder.blocks.*"] >= peaks["encoder.blocks.*.attn"] > 0
+    assert max(peak for peak in peaks.values() if peak) <= found.peak_bytes / 2**20
 
 
 def test_the_trace_tells_nothing_about_the_machine(profiled):
     _, trace, _ = profiled
     assert not {"host_name", "traceName", "trace_id"} & set(trace)
     assert "/tmp" not in json.dumps(trace)
-    assert sum(event["name"] == traces.FORWARD for event in trace["traceEvents"]) == profile_long.FORWARDS
+    assert sum(event["name"] == tables.FORWARD for event in trace["traceEvents"]) == profile_long.FORWARDS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Traces of other machines and programs, written by hand
+# Events of other machines and programs, written by hand
 
 
-def event(cat, name, ts, dur, tid=1, **args):
-    return {"ph": "X", "cat": cat, "name": name, "pid": 9, "tid": tid, "ts": ts, "dur": dur, "args": args}
+def host(name, start, end, kernels=()):
+    """An event as torch.profiler gives it; kernels as (name, microseconds)."""
+    event = FunctionEvent(len(name), name, thread=1, start_us=start, end_us=end, stack=[], use_device="cuda")
+    for kernel, took in kernels:
+        event.append_kernel(kernel, 0, took)
+    return event
 
 
-def gpu_trace():
-    return [
-        event("user_annotation", "warm-up", 0, 50),
-        event("cuda_runtime", "cudaLaunchKernel", 10, 2, correlation=1),
+def built(events):
+    """The events with their parents, as torch arranges them."""
+    found = EventList(sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end)))
+    found._build_tree()
+    return found
+
+
+def gpu_events():
+    return built(
+        [
+            host("forward", 100, 400),
+            host("encoder", 105, 300),
+            host("encoder.blocks.0.attn", 110, 210, [("encoder.blocks.0.attn", 90)]),  # its own annotation on the GPU
+            host("aten::linear", 111, 151),
+            host("aten::addmm", 112, 142, [("gemm", 20)]),
+            host("aten::copy_", 113, 118, [("Memcpy DtoD", 5)]),
+            host("segmenter::attention", 160, 190, [("_attention_fwd_kernel", 50), ("by id", 7)]),
+            host("aten::cat", 215, 220, [("concat", 10)]),
+            host("aten::argmax", 310, 320, [("reduce", 3)]),
+        ]
+    )
+
+
+def test_kernels_belong_to_the_region_that_launched_them():
+    names = {"encoder", "encoder.blocks.0.attn"}
+    found = tables.region_seconds(gpu_events(), names, on_device=True)
+    assert found == pytest.approx({"encoder.blocks.0.attn": 82e-6, "encoder": 10e-6, "": 3e-6})
+    lines = tables.operator_lines(gpu_events().key_averages(), names, forwards=1, on_device=True)
+    assert {line["operator"]: line["ms"] for line in lines} == pytest.approx(
+        {
+            "segmenter::attention": 57e-3,
+            "aten::addmm": 20e-3,
+            "aten::cat": 10e-3,
+            "aten::copy_": 5e-3,
+            "aten::argmax": 3e-3,
+        }
+    )
+
+
+def test_host_time_of_the_same_events():
+    names = {"encoder", "encoder.blocks.0.attn"}
+    found = tables.region_seconds(gpu_events(), names, on_device=False)
+    assert found == pytest.approx({"encoder.blocks.0.attn": 100e-6, "encoder": 95e-6, "": 105e-6})
+    lines = tables.operator_lines(gpu_events().key_averages(), names, forwards=2, on_device=False)
+    ms = {line["operator"]: (line["calls"], line["ms"]) for line in lines}
+    assert ms["aten::addmm"] == pytest.approx((0.5, 12.5e-3)) and ms["aten::linear"] == pytest.approx((0.5, 5e-3))
+    assert not names & ms.keys() and "forward" not in ms
+
+
+def event(cat, name, ts, dur, **args):
+    return {"ph": "X", "cat": cat, "name": name, "pid": 9, "tid": 1, "ts": ts, "dur": dur, "args": args}
+
+
+def memory_event(ts, count, device_type=1):
+    return {"ph": "i", "name": "[memory]", "ts": ts, "args": {"Bytes": count, "Device Type": device_type}}
+
+
+TRACE = {
+    "traceEvents": [
+        event("user_annotation", "forward", 10, 50),
         event("user_annotation", "forward", 100, 300),
-        event("user_annotation", "encoder.blocks.0.attn", 110, 100),
-        event("cpu_op", "aten::linear", 111, 40, **{"External id": 4}),
-        event("cpu_op", "aten::addmm", 112, 30, **{"External id": 5}),
-        event("cpu_op", "aten::copy_", 113, 5, **{"External id": 6}),
-        event("cuda_runtime", "cudaMemcpyAsync", 114, 2, correlation=2),
-        event("cuda_runtime", "cudaLaunchKernelExC", 120, 2, correlation=3),
-        event("cpu_op", "segmenter::attention", 160, 30, **{"External id": 7}),
-        event("cuda_driver", "cuLaunchKernelEx", 170, 2, correlation=4),
-        event("cuda_driver", "cuLaunchKernelEx", 215, 2, correlation=5),  # by no operator, in no region
-        event("cuda_runtime", "cudaDeviceSynchronize", 220, 170, correlation=6),
-        event("gpu_user_annotation", "encoder.blocks.0.attn", 500, 90, tid=7),
-        event("kernel", "warm", 60, 40, tid=7, correlation=1),
-        event("gpu_memcpy", "Memcpy DtoD", 250, 5, tid=7, correlation=2),
-        event("kernel", "gemm", 260, 20, tid=7, correlation=3, **{"registers per thread": 168, "shared memory": 99}),
-        event("kernel", "_attention_fwd_kernel", 290, 50, tid=7, correlation=4),
-        event("kernel", "stray", 345, 10, tid=7, correlation=5),
-        event("kernel", "by id", 356, 7, tid=7, correlation=77, **{"External id": 7}),
-        event("cuda_driver", "cuLaunchKernelEx", 191, 2, correlation=79),  # the clocks place it after its operator
-        event("kernel", "late", 364, 1, tid=7, correlation=79, **{"External id": 7}),
-        event("kernel", "unknown", 364, 3, tid=7, correlation=78),
-        {"ph": "i", "name": "[memory]", "ts": 113, "args": {"Bytes": 512, "Device Type": 1}},
-        {"ph": "i", "name": "[memory]", "ts": 114, "args": {"Bytes": 99, "Device Type": 0}},
-        {"ph": "i", "name": "[memory]", "ts": 180, "args": {"Bytes": -512, "Device Type": 1}},
-        {"ph": "i", "name": "[memory]", "ts": 90, "args": {"Bytes": 7, "Device Type": 1}},
+        event("user_annotation", "encoder", 110, 100),
+        event("cpu_op", "aten::addmm", 112, 30),
+        event("gpu_memcpy", "Memcpy DtoD", 250, 5),
+        event("kernel", "gemm", 260, 20, **{"registers per thread": 168, "shared memory": 99}),
+        event("kernel", "gemm", 290, 40, **{"registers per thread": 168, "shared memory": 99}),
+        event("kernel", "gemm", 340, 15, **{"registers per thread": 32, "shared memory": 0}),
+        memory_event(113, 512),
+        memory_event(114, 99, device_type=0),
+        memory_event(180, 256),
+        memory_event(180, -512),
+        memory_event(90, 7),
+        memory_event(250, 1024),
         {"ph": "M", "name": "process_name", "ts": 0, "args": {"name": "python"}},
     ]
+}
 
 
-def test_kernels_belong_to_the_operator_and_region_that_launched_them():
-    names = {"encoder.blocks.0.attn"}
-    found = traces.read_chrome({"traceEvents": gpu_trace()}, names, {"aten::addmm", "segmenter::attention"}, "cuda")
-    region = "encoder.blocks.0.attn"
-    assert [(c.region, c.operator, pytest.approx(c.seconds), c.launches) for c in found.calls] == [
-        (region, "aten::addmm", 25e-6, 2),  # the copy within it is its own
-        (region, "segmenter::attention", 58e-6, 3),
-        ("", "stray", 10e-6, 1),
-        ("", "unknown", 3e-6, 1),
+def test_memory_of_the_last_forward_on_its_device():
+    memory, spans = tables.timeline(TRACE, {"encoder"}, "cuda")
+    assert [held for _, held in memory] == [0, 512, 768, 256, 1280, 1280]
+    assert [time for time, _ in memory] == pytest.approx([0, 13e-6, 80e-6, 80e-6, 150e-6, 300e-6])
+    assert spans == [("encoder", pytest.approx(10e-6), pytest.approx(110e-6))]
+    profile = Profile("eager", memory=memory, spans=spans)
+    assert profile.peak_bytes == 1280 and profile.region_peaks() == {"encoder": 768}
+    assert Profile("eager", spans=spans).region_peaks() == {}
+
+
+def test_kernels_of_a_trace():
+    lines = tables.kernel_lines(TRACE, forwards=2)
+    assert [(line["kernel"], line["launches"], line["registers"]) for line in lines] == [
+        ("gemm", 1, 168),
+        ("gemm", 0.5, 32),
+        ("Memcpy DtoD", 0.5, None),
     ]
-    assert found.kernels[1] == ("gemm", region, 20e-6, 1, 168, 99)
-    assert "warm" not in {kernel.name for kernel in found.kernels}
-    assert found.forwards == [300e-6]
-    assert found.memory == [(0, 0), (13e-6, 512), (80e-6, 0), (300e-6, 0)]
-    assert found.stretches == [("encoder.blocks.0.attn", pytest.approx(10e-6), pytest.approx(110e-6))]
-    rows = profiling.kernel_rows(found, forwards=1)
-    assert [row.name for row in rows][:2] == ["_attention_fwd_kernel", "gemm"]
-    assert rows[0].share == pytest.approx(50 / 96)
+    assert lines[0]["ms"] == pytest.approx(30e-3) and lines[0]["share_percent"] == pytest.approx(75)
 
 
-def test_host_time_of_the_same_trace():
-    names = {"encoder.blocks.0.attn"}
-    found = traces.read_chrome({"traceEvents": gpu_trace()}, names, {"aten::addmm", "segmenter::attention"}, "cpu")
-    seconds = {call.operator: call.seconds for call in found.calls if not call.launches}
-    assert seconds == pytest.approx({"aten::addmm": 30e-6, DISPATCH: 10e-6, "segmenter::attention": 30e-6})
-
-
-def test_a_compiled_program_is_listed_by_what_is_inside():
-    events = [
-        event("user_annotation", "forward", 0, 100),
-        event("user_annotation", "compiled program", 1, 98),
-        event("cpu_op", "Torch-Compiled Region: 0/0", 2, 96),
-        event("cpu_op", "## Call CompiledFxGraph f7ayr2 ##", 3, 94),
-        event("cpu_op", "aten::addmm", 4, 50),
-        event("cpu_op", "aten::copy_", 5, 20),
-        event("cpu_op", "graph_0_cpp_fused_gelu_3", 60, 30),
-    ]
-    found = traces.read_chrome({"traceEvents": events}, {"compiled program"}, set(), "cpu")
-    rows = profiling.operator_rows(found, {}, forwards=1, on_device=False)
-    assert [(row.operator, round(1e6 * row.seconds)) for row in rows] == [
-        ("aten::addmm", 50),
-        ("graph_0_cpp_fused_gelu_3", 30),
-        (DISPATCH, 16),
-    ]
-    assert {row.region for row in rows} == {"compiled program"}
-    assert all(row.work is None for row in rows)
-    assert "compiled program,aten::addmm,1,1,,0.05,52.08,,,,,,,\n" in profiling.csv_text(rows, ROOFS)
-
-
-def test_a_trace_without_a_forward_is_an_error():
+def test_a_profile_without_a_forward_is_an_error():
     with pytest.raises(ValueError, match="no annotation 'forward'"):
-        traces.read_chrome({"traceEvents": [event("cpu_op", "aten::mm", 0, 1)]}, set(), set(), "cpu")
+        tables.forwards_of(built([host("aten::mm", 0, 1)]))
 
 
 HATCHET = [
@@ -338,22 +373,18 @@ HATCHET = [
 
 
 def test_proton():
-    found = traces.read_hatchet(HATCHET, {"encoder.blocks.0.attn"})
-    assert found.calls == [
-        Call("encoder.blocks.0.attn", "_attention_fwd_kernel", pytest.approx(6e-6), 3),
-        Call("", "elementwise", pytest.approx(3e-6), 6),
+    seconds, lines = tables.read_hatchet(HATCHET, {"encoder.blocks.0.attn"}, forwards=3)
+    assert seconds == pytest.approx({"encoder.blocks.0.attn": 6e-6, "": 3e-6})
+    assert [(line["operator"], line["calls"], pytest.approx(line["ms"])) for line in lines] == [
+        ("_attention_fwd_kernel", 1, 2e-3),
+        ("elementwise", 2, 1e-3),
     ]
-    rows = profiling.operator_rows(found, {}, forwards=3, on_device=True)
-    assert [(row.operator, row.launches, pytest.approx(row.seconds)) for row in rows] == [
-        ("_attention_fwd_kernel", 1, 2e-6),
-        ("elementwise", 2, 1e-6),
-    ]
-    assert profiling.kernel_rows(found, 3)[0].launches == 1
-    work = profiling.region_work({("encoder.blocks.0.attn", "aten::mm"): Counted(1, Work(4000, 10))})
-    regions = profiling.region_rows(rows, work)
-    assert regions[0].rates(ROOFS)["percent_flops"] == pytest.approx(100 * 4000 / 2e-6 / 2e12)
+    work = {("encoder.blocks.0.attn", "aten::mm"): Counted(1, Work(4000, 10))}
+    regions = tables.region_lines(seconds, work, {}, 3, ROOFS)
+    assert regions[0]["percent_flops"] == pytest.approx(100 * 4000 / 2e-6 / 2e12)
+    assert regions[1]["region"] == ELSEWHERE and regions[1]["gflop"] is None and regions[1]["peak_mib"] is None
     with pytest.raises(ValueError, match="no .hatchet file"):
-        traces.read_hatchet({"traceEvents": []}, set())
+        tables.read_hatchet({"traceEvents": []}, set(), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,19 +392,31 @@ def test_proton():
 
 
 def test_rates_by_hand():
-    row = Row("r", "o", 1, 1, None, 2e-3, 1.0, Work(10**9, 10**8))
-    rates = row.rates(ROOFS)
-    assert rates == pytest.approx(
+    assert tables.rates(Work(10**9, 10**8), 2e-3, ROOFS) == pytest.approx(
         {"tflops": 0.5, "gbps": 50, "percent_flops": 25, "percent_bytes": 50, "percent_of_roof": 50}
     )
-    assert row._replace(work=Work(0, 10**8)).rates(ROOFS)["tflops"] is None
-    assert set(row._replace(work=None).rates(ROOFS).values()) == {None}
+    assert tables.rates(Work(0, 10**8), 2e-3, ROOFS)["tflops"] is None
+    assert set(tables.rates(Work(0, 0), 2e-3, ROOFS).values()) == {None}
 
 
 def test_layers_are_added_up():
-    calls = [Call(f"encoder.blocks.{i}.attn", "aten::bmm", 1.0, 0) for i in range(12)] * 2
+    seconds = {f"encoder.blocks.{i}.attn": 2.0 for i in range(12)} | {"encoder": 8.0}
     found = {(f"encoder.blocks.{i}.attn", "aten::bmm"): Counted(1, Work(5, 7)) for i in range(12)}
-    (row,) = profiling.operator_rows(traces.Trace(calls=calls), found, forwards=2, on_device=False)
-    assert row == ("encoder.blocks.*.attn", "aten::bmm", 12, 12, None, 12.0, 1.0, Work(60, 84))
-    assert profiling.pattern("") == "(elsewhere)"
-    assert profiling.pattern("a.1.b.22") == "a.*.b.*"
+    peaks = {"encoder.blocks.*.attn": 3 << 20}
+    first, second = tables.region_lines(seconds, found, peaks, forwards=2, roofs=ROOFS)
+    assert (first["region"], first["layers"], first["ms"]) == ("encoder.blocks.*.attn", 12, 12000)
+    assert (first["share_percent"], first["peak_mib"]) == (75, 3)
+    assert (first["gflop"], first["mbytes"]) == pytest.approx((60e-9, 84e-6))
+    assert (second["region"], second["share_percent"], second["tflops"]) == ("encoder", 25, None)
+    assert pattern("") == ELSEWHERE
+    assert pattern("a.1.b.22") == "a.*.b.*"
+
+
+def test_attentions_share_is_that_of_its_regions(monkeypatch):
+    clock = iter([0.0, 1.0, 4.0, 9.0, 20.0, 20.5])
+    monkeypatch.setattr(long_sequences.time, "perf_counter", lambda: next(clock))
+    watch = long_sequences.Stopwatch(CPU)
+    for name in ("encoder.blocks.0.attn", "encoder.blocks.0.attn.proj", "decoder.blocks.1.attn"):
+        with watch(name):
+            pass
+    assert watch.seconds(".attn") == 1.5

@@ -1,4 +1,4 @@
-"""The profile on a card, by its command: what the CPU cannot show of it. Not among tests/gpu, which gate benchmarks.
+"""The profile on a GPU, by its command: what the CPU cannot show of it. Not among tests/gpu, which gate benchmarks.
 
 pytest -m gpu tests/bench/test_profile_on_gpu.py       two minutes, most of them torch.compile's
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import shapes, traces
+from bench import profile_tables, shapes
 from bench.shapes import Shape
 
 ROOT = Path(__file__).parents[2]
@@ -48,33 +48,32 @@ def by_torch(tmp_path_factory):
 
 @pytest.mark.parametrize("provider", ["eager", "sdpa-flash", "triton"])
 def test_every_kernel_has_an_operator_and_a_region(by_torch, provider):
-    operators = rows(by_torch / f"kernels_{provider}.csv")
-    lost = [row for row in operators if row["region"] == "(elsewhere)"]
+    regions, kernels = rows(by_torch / f"regions_{provider}.csv"), by_torch / f"device_kernels_{provider}.csv"
+    lost = [row for row in regions if row["region"] == "(elsewhere)"]
     assert sum(float(row["share_percent"]) for row in lost) < 5, lost
-    kernels = by_torch / f"device_kernels_{provider}.csv"
-    assert total(by_torch / f"kernels_{provider}.csv") == pytest.approx(total(kernels), rel=1e-3)
-    assert total(by_torch / f"kernels_{provider}.csv", "launches") == pytest.approx(total(kernels, "launches"))
+    assert total(by_torch / f"regions_{provider}.csv") == pytest.approx(total(kernels), rel=1e-2)
+    assert total(by_torch / f"kernels_{provider}.csv") == pytest.approx(total(kernels), rel=1e-2)
     assert total(by_torch / f"regions_{provider}.csv", "gflop") == pytest.approx(
         shapes.forward_flops(SHAPE) / 1e9, rel=1e-4
     )
-    assert all(float(row["percent_flops"] or 0) < 130 for row in operators)
+    assert all(float(row["percent_flops"] or 0) < 130 for row in regions)
 
 
-def test_our_kernels_are_in_their_regions(by_torch):
-    found = {(row["region"], row["operator"]): row for row in rows(by_torch / "kernels_triton.csv")}
-    attention = found["encoder.blocks.*.attn", "segmenter::attention"]
-    assert float(attention["launches"]) == SHAPE.n_layers
-    assert ("encoder.blocks.*.norm2+mlp", "segmenter::layernorm_mlp") in found
-    assert ("decoder.mask_head", "segmenter::mask_head") in found
+def test_our_kernels_are_operators(by_torch):
+    found = {row["operator"]: row for row in rows(by_torch / "kernels_triton.csv")}
+    assert float(found["segmenter::attention"]["calls"]) >= SHAPE.n_layers
+    assert {"segmenter::layernorm_mlp", "segmenter::mask_head"} <= found.keys()
+    regions = {row["region"]: row for row in rows(by_torch / "regions_triton.csv")}
+    assert all(float(regions[f"encoder.blocks.*.{part}"]["ms"]) > 0 for part in ("attn", "norm2+mlp"))
     ours = [row for row in rows(by_torch / "device_kernels_triton.csv") if "attention" in row["kernel"]]
     assert ours and all(int(row["registers"]) > 0 for row in ours)
 
 
 def test_a_compiled_program_is_listed_by_its_kernels(by_torch):
-    operators = rows(by_torch / "kernels_compile.csv")
-    assert {row["region"] for row in operators} == {"compiled program"}
-    assert any("triton" in row["operator"] for row in operators)
-    assert all(not row["gflop"] for row in operators)
+    regions = rows(by_torch / "regions_compile.csv")
+    assert {row["region"] for row in regions} <= {"compiled program", "(elsewhere)"}
+    assert all(not row["gflop"] for row in regions)
+    assert any("triton" in row["kernel"] for row in rows(by_torch / "device_kernels_compile.csv"))
 
 
 def test_memory_and_traces(by_torch):
@@ -82,7 +81,7 @@ def test_memory_and_traces(by_torch):
         assert (by_torch / f"memory_{provider}.pickle").stat().st_size > 1000
         assert "MemoryViz" in (by_torch / f"memory_{provider}.html").read_text()
         trace = json.loads(gzip.decompress((by_torch / f"trace_{provider}.json.gz").read_bytes()))
-        memory = traces.read_chrome(trace, set(), set(), "cuda").memory
+        memory = profile_tables.timeline(trace, set(), "cuda")[0]
         assert max(held for _, held in memory) > 1 << 20
     assert (by_torch / "memory.png").exists()
     points = rows(by_torch / "scaling.csv")

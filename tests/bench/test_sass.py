@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from bench.sass import Program
+from bench.compile.sass import Program
 
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 # A main loop in which q k^T is waited for at once and p v is in flight until the next turn.
@@ -81,7 +81,6 @@ def test_a_good_kernel_has_no_fault():
     program = Program(listing(KERNEL))
     assert program.hazards() == []
     assert program.serialised() == program.serialised(WARNING) == []
-    assert program.local_memory == 0
 
 
 def test_loops_and_mix():
@@ -165,7 +164,3 @@ def test_a_product_of_one_instruction_is_no_fault_unless_ptxas_warns():
     single = SERIALISED.replace("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR20], R24, gsb0", "NOP")
     assert Program(listing(single)).serialised() == []
     assert len(Program(listing(single)).serialised(WARNING)) == 1
-
-
-def test_local_memory():
-    assert Program(listing(KERNEL.replace("MOV R1, R2", "STL [R1], R2\nLDL.64 R2, [R1]"))).local_memory == 2

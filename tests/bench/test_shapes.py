@@ -29,7 +29,7 @@ def test_forward_operations_and_parameters(shape):
         assert counted(lambda: model.masks(im)) == shapes.forward_flops(shape) == shapes.model(shape, 4).flops
     read = {name: p for name, p in model.named_parameters() if not name.startswith("encoder.head.")}
     assert sum(p.numel() for p in read.values()) == shapes.parameters(shape)
-    pixels = models.pictures(shape, CPU)
+    pixels = models.images(shape, CPU)
     labels = pixels.numel() // 3
     assert shapes.model(shape, 2).bytes == 2 * shapes.parameters(shape) + pixels.numel() + labels
 
@@ -82,7 +82,7 @@ def test_work_of_gradients(shape):
 def test_floor_is_the_larger_of_the_two_times():
     assert Work(100, 10).floor(50, 100) == 2
     assert Work(100, 1000).floor(50, 100) == 10
-    assert Work(1, 2) + Work(3, 4) * 2 == Work(7, 10)
+    assert Work(1, 2) + Work(3, 4) == Work(4, 6)
 
 
 def test_tokens_of_the_paper():

@@ -34,14 +34,14 @@ def test_a_line_that_was_cut_off_is_dropped(dataset, tmp_path, monkeypatch, bloc
     kept = of_rank(dataset, tmp_path)
     for i in (0, 1):
         add(kept, dataset, i)
-    path = kept.folder / "rank-0.jsonl"
+    path = kept.directory / "rank-0.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"settings": "')
     kept = of_rank(dataset, tmp_path)
     assert path.read_bytes() == whole
     add(kept, dataset, 2)
     total, names = kept.total()
-    assert (total.pictures, len(names)) == (3, 3)
+    assert (total.images, len(names)) == (3, 3)
     path.write_bytes(b"no line at all")
     of_rank(dataset, tmp_path)
     assert path.read_bytes() == b""
@@ -51,7 +51,7 @@ def test_a_line_that_was_cut_off_is_dropped(dataset, tmp_path, monkeypatch, bloc
 def test_lines_that_are_no_records_are_of_no_use(dataset, tmp_path, line):
     kept = of_rank(dataset, tmp_path)
     add(kept, dataset, 0)
-    with (kept.folder / "rank-1.jsonl").open("wb") as file:
+    with (kept.directory / "rank-1.jsonl").open("wb") as file:
         file.write(line + b"\n")
     assert kept.done() == ({dataset.samples[0].name}, 1)
 

@@ -48,7 +48,7 @@ CASES = [  # values, reduce_zero, names -> parts of each text, in order
 def test_values_and_what_is_said_of_them(values, reduce_zero, names, texts):
     counts = value_counts(np.array([values, values], np.uint8))
     assert counts == dict.fromkeys(values, 2)
-    told = advice(counts, Ids(reduce_zero), names, own=True)
+    told = advice(counts, Ids(reduce_zero), names, custom=True)
     assert len(told) == len(texts), told
     for text, pattern in zip(told, texts, strict=True):
         assert re.search(pattern, text), text
@@ -56,9 +56,9 @@ def test_values_and_what_is_said_of_them(values, reduce_zero, names, texts):
 
 def test_of_some_files_or_of_known_data_sets_less_is_said():
     counts = {0: 5, 255: 5}
-    known = advice(counts, Ids(), TWO, own=False)
+    known = advice(counts, Ids(), TWO, custom=False)
     assert known == ["no class occurs but 'ground' (value 0): nothing else can be learned"]
-    assert advice({0: 1, 1: 1, 255: 1}, Ids(), THREE, own=True, whole=False) == []
+    assert advice({0: 1, 1: 1, 255: 1}, Ids(), THREE, custom=True, whole=False) == []
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_training_begins_with_what_is_odd(tmp_path, capsys):
     err = capsys.readouterr().err
     assert outcome.step == outcome.total == 1
     assert "2 of 2 label files looked at: class 'e' (value 4) never occurs, but the ignored 255 does" in err
-    assert "segmenter: warning: 2 of the 2 pictures of split train are trained on, too: their scores" in err
+    assert "segmenter: warning: 2 of the 2 images of split train are trained on, too: their scores" in err
     train(recipe, tmp_path / "run", progress=False)
     assert "looked at" not in capsys.readouterr().err, "a run that goes on was told"
     train(tiny_recipe(tmp_path, epochs=1), tmp_path / "good", progress=False)
@@ -122,7 +122,7 @@ def test_a_glance_is_bounded_and_passes_over_bad_files(tmp_path):
     assert told.startswith(f"{tmp_path}: split train, 3 of 5 label files looked at: no class occurs but 'ground'")
     assert glance(data, seconds=-1) == []
     for sample in data.samples[:4]:
-        sample.label.write_bytes(b"no picture")
+        sample.label.write_bytes(b"no image")
     with pytest.raises(DataError, match="5 of 5 label files looked at"):
         glance(data)
     make_data_set(tmp_path / "good")

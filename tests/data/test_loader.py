@@ -28,7 +28,7 @@ def same(a, b):
 
 def test_every_sample_once_an_epoch_and_the_last_batch_is_filled_from_its_beginning():
     assert Steps.per_epoch(N, 3) == 3
-    steps = list(Steps(N, 3, seed=0, start=0, stop=6))
+    steps = list(Steps(N, 3, seed=0, begin=0, end=6))
     assert [len(step) for step in steps] == [3] * 6
     for epoch in range(2):
         keys = [key for step in steps[3 * epoch : 3 * epoch + 3] for key in step]
@@ -39,7 +39,7 @@ def test_every_sample_once_an_epoch_and_the_last_batch_is_filled_from_its_beginn
         assert order[N:] == order[: 9 - N]
     first, second = ([i for step in steps[a : a + 3] for _, i, _ in step] for a in (0, 3))
     assert first != second and first[:N] != list(range(N)), "another order each epoch"
-    assert list(Steps(N, 3, seed=1, start=0, stop=3)) != steps[:3]
+    assert list(Steps(N, 3, seed=1, begin=0, end=3)) != steps[:3]
 
 
 def test_an_epoch_that_the_batch_divides_repeats_nothing():
@@ -108,7 +108,7 @@ def test_processes_that_read_change_nothing(dataset):
 def test_a_sample_that_cannot_be_read_counts_nowhere_and_says_why(tmp_path):
     dataset = open_dataset(make_data_set(tmp_path, n=2))
     bad = dataset.samples[1]
-    bad.image.write_bytes(b"no picture")
+    bad.image.write_bytes(b"no image")
     image, labels, name, error = samples_of(dataset)[0, 1, 0]
     assert not image.any() and (labels == 255).all()
     assert name == bad.name and str(bad.image) in error
@@ -118,7 +118,7 @@ def test_a_sample_that_cannot_be_read_counts_nowhere_and_says_why(tmp_path):
     assert (batch.labels[1 - batch.names.index(bad.name)] != 255).any()
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_process_that_hangs_is_not_waited_for(dataset, monkeypatch):
     monkeypatch.setattr(loader, "WORKER_TIMEOUT", 1)
     monkeypatch.setattr(TrainingSamples, "__getitem__", lambda self, key: __import__("time").sleep(60))

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton")
 
-import segmenter.fusable
+import segmenter.guard
 from segmenter import layers
 from segmenter.dropin.accelerate import accelerate, why_not
 from tests.support import mmseg_like, official
@@ -199,7 +199,7 @@ BEFORE_IMPORT = """
 import functools, torch
 import torch.nn.functional as F
 {}
-from segmenter.fusable import altered
+from segmenter.guard import altered
 print(altered())
 """
 
@@ -294,10 +294,10 @@ def test_tokens_of_another_class(kernels):
 
 
 def test_replacements_cost_little_and_are_seen_once():
-    assert segmenter.fusable.altered() is None
-    assert segmenter.fusable.replaced(nn.Linear) is None
-    assert segmenter.fusable.qualified(nn.Linear) == "torch.nn.modules.linear.Linear"
-    assert segmenter.fusable.qualified(int) == "int"
+    assert segmenter.guard.altered() is None
+    assert segmenter.guard.replaced(nn.Linear) is None
+    assert segmenter.guard.qualified(nn.Linear) == "torch.nn.modules.linear.Linear"
+    assert segmenter.guard.qualified(int) == "int"
 
 
 ODD = {  # of a class that is known, and something else all the same

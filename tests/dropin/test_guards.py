@@ -173,6 +173,20 @@ def test_mixed_types_are_the_originals_business(kernels):
     assert "MLP: mlp.fc1 is bfloat16, the input float32" in str(why_not(module))
 
 
+def test_layers_that_make_another_type(kernels):
+    """The second half is asked about again for what the first has made."""
+
+    class Precise(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).double()
+
+    module = block()
+    module.attn.proj.__class__ = Precise
+    with pytest.raises(RuntimeError, match="dtype|type"):  # the original's own complaint
+        module(tokens())
+    assert "layernorm_mlp" not in kernels
+
+
 def test_half_tokens_under_autocast(kind, kernels):
     """There parameters of another type are no obstacle."""
     module, x = block(kind), tokens(dtype=torch.bfloat16)

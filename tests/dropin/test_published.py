@@ -95,10 +95,10 @@ def same(got, want):
     assert want.std() > 1e-3
 
 
-@pytest.mark.parametrize("pictures", [1, 2, 3])
-def test_attention_gives_tokens_and_weights(pictures):
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_attention_gives_tokens_and_weights(images):
     ours, theirs = two_blocks()
-    x = tokens(pictures, 5, 64)
+    x = tokens(images, 5, 64)
     y, attn = ours.attn(x)
     want, weights = theirs.attn(x)
     same(y, want)
@@ -251,7 +251,7 @@ def test_a_subclass_that_adds_nothing_keeps_no_weights(monkeypatch):
 
 def test_stochastic_depth_goes_by_drop_prob():
     block = Block(64, 1, 128, 0.0, 0.3)
-    assert block.drop_path.drop_prob == block.drop_path.rate == 0.3
+    assert block.drop_path.drop_prob == 0.3
     assert block.train().why_not_fused("mlp") == "stochastic depth"
     block.drop_path.drop_prob = 0.0
     assert block.why_not_fused("mlp") is None

@@ -106,7 +106,7 @@ def qkv(dtype=torch.float32, keys=5, head_dim=16, heads=2, grad=False):
     return [t.requires_grad_() for t in tensors] if grad else tensors
 
 
-def test_contract(kernels):
+def test_results_are_as_transformers_wants_them(kernels):
     """(B, N, heads, d), contiguous, no weights; a scale of one's own; another number of keys."""
     q, k, v = qkv(keys=9)
     out, weights = transformers_attention.attention(Layer(), q, k, v, None, scaling=0.5, dropout=0.0)

@@ -18,7 +18,7 @@ from segmenter.export import formats
 from segmenter.export import program as export_program
 from segmenter.export.check import ExportError, default_check_sizes, export_model
 from segmenter.export.program import eager_twin, positions, trace
-from segmenter.files import folder_beside
+from segmenter.files import directory_beside
 from segmenter.inference.images import NORMALIZATION, normalize
 from segmenter.layers import resize_pos_embed
 from segmenter.ops import EAGER
@@ -42,7 +42,7 @@ def pixels(B, H, W):
 def logits(model, x):
     """What the model says, by the way of segmenter.inference.images."""
     with torch.inference_mode():
-        return model(torch.stack([normalize(picture.numpy(), model.info.normalization) for picture in x]))
+        return model(torch.stack([normalize(image.numpy(), model.info.normalization) for image in x]))
 
 
 def assert_same(run, model, output, sizes=SIZES):
@@ -58,7 +58,7 @@ def assert_same(run, model, output, sizes=SIZES):
 
 @pytest.mark.parametrize(
     ("options", "output"),
-    [pytest.param(MASK, "labels", marks=pytest.mark.slow), (LINEAR, "logits")],
+    [pytest.param(MASK, "labels", marks=pytest.mark.more), (LINEAR, "logits")],
     ids=["mask", "linear"],
 )
 def test_torch(options, output, tmp_path):
@@ -97,7 +97,7 @@ def assert_needs_no_segmenter(path, model):
 @onnx_needed
 @pytest.mark.parametrize(
     ("options", "output", "limit"),
-    [(MASK, "labels", None), pytest.param(LINEAR, "logits", 1000, marks=pytest.mark.slow)],
+    [(MASK, "labels", None), pytest.param(LINEAR, "logits", 1000, marks=pytest.mark.more)],
     ids=["mask", "linear"],
 )
 def test_onnx(options, output, limit, tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_onnx(options, output, limit, tmp_path, monkeypatch):
     assert_same(lambda x: torch.from_numpy(session.run(None, {"pixels": x.numpy()})[0]), model, output)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_aoti(tmp_path, monkeypatch):
     """One small model without vector code: most of its time is the compiler's, reading PyTorch's headers."""
@@ -141,7 +141,7 @@ def test_aoti(tmp_path, monkeypatch):
             run(wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_other_types(tmp_path):
     """More than 256 classes, and a network in half precision, which is judged by float32."""
     model, path = tiny_model(n_layers=1, n_cls=300), tmp_path / "model.pt2"
@@ -237,7 +237,7 @@ def test_no_room_is_an_error_that_names_the_file(size, tmp_path):
 def test_leftovers_of_a_killed_export_are_removed(tmp_path):
     (tmp_path / ".segmenter-1.tmp").mkdir()
     (tmp_path / ".segmenter-1.tmp" / "model.pt2").write_text("half")
-    with folder_beside(tmp_path / "other.pt2") as running:
+    with directory_beside(tmp_path / "other.pt2") as running:
         export_model(tiny_model(**LINEAR), tmp_path / "model.pt2", "torch", check_sizes=[(64, 64), (40, 72)])
         assert sorted(tmp_path.iterdir()) == sorted([running, tmp_path / "model.pt2"])
 
@@ -263,7 +263,7 @@ def test_what_counts_as_agreement():
         export._compare(torch.full_like(scores, torch.nan), scores, "masks", 1e-4, batch)
 
 
-def test_pictures_of_one_label_show_little(tmp_path):
+def test_images_of_one_label_show_little(tmp_path):
     model = tiny_model(**LINEAR)
     with torch.no_grad():
         model.decoder.head.bias[3] = 100

@@ -82,7 +82,7 @@ def test_model(device, monkeypatch):
 
 
 @pytest.mark.card
-def test_graphs_follow_pictures_and_weights(device):
+def test_graphs_follow_images_and_weights(device):
     """What was remembered before the capture is not part of the graph."""
     model = model_of(device, torch.bfloat16)
     pixels = torch.randint(0, 256, (2, 384, 640, 3), dtype=torch.uint8, device=device)  # resamples positions
@@ -106,11 +106,11 @@ def test_streams_do_not_share_what_they_remember(device):
     with torch.inference_mode():
         want = model.encoder.embed_pixels(pixels, *DEIT)
         torch.cuda.synchronize()
-        model.encoder.remembered.clear()
+        model.encoder.cache.clear()
         results = []
         for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
             with torch.cuda.stream(stream):
                 results.append(model.encoder.embed_pixels(pixels, *DEIT))
         torch.cuda.synchronize()
-        assert len(model.encoder.remembered) == 4  # positions and weights of either
+        assert len(model.encoder.cache) == 4  # positions and weights of either
         assert all(torch.equal(result, want) for result in results)

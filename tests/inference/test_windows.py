@@ -1,4 +1,4 @@
-"""Windows, merging and bands: properties over random sizes, and equality with the published way."""
+"""Windows, and merging a few rows at a time: properties over random sizes, and equality with the published way."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import segmenter.inference.merge as bands_module
+import segmenter.inference.merge as merge_module
 from bench.published import published_inference
-from segmenter.inference.merge import View, bands
-from segmenter.inference.windows import inference, predict_view, resize, resized_shape, window_anchors
+from segmenter.inference.merge import View, inference, row_blocks
+from segmenter.inference.windows import Windows, masks_of_images, resize, resized_shape, window_anchors
 from segmenter.layers import pad_to_multiple
 from tests.support.tiny import tiny_model
 
@@ -97,7 +97,7 @@ def test_resize_rule(h, w, window, want):
 
 
 def test_resize_refuses_what_would_not_fit_in_memory():
-    with pytest.raises(ValueError, match="picture of 5000x1 would be enlarged to 2560000x512.*pad or cut it"):
+    with pytest.raises(ValueError, match="image of 5000x1 would be enlarged to 2560000x512.*pad or cut it"):
         resize(image(1, 5000), 512)
 
 
@@ -122,23 +122,23 @@ def settings_of_inference(draw):
         "stride": draw(st.integers(max(1, window // 4), window)),
         "batch": draw(st.integers(1, 5)),
         "patch": draw(st.sampled_from([3, 4, 8])),
-        "band_bytes": draw(st.sampled_from([1, 5000, 1 << 30])),
+        "block_bytes": draw(st.sampled_from([1, 5000, 1 << 30])),
     }
 
 
 @given(settings_of_inference())
-def test_bands_equal_the_published_way(s):
+def test_row_blocks_equal_the_published_way(s):
     model = Echo(s["patch"])
     ims = [image(h, w, i) for i, (h, w) in enumerate(s["sizes"])]
     flips = s["flips"][: len(ims)]
     args = (s["ori_shape"], s["window"], s["stride"], s["batch"])
     want = published_inference(model, ims, flips, *args)
-    before = bands_module.BAND_BYTES
-    bands_module.BAND_BYTES = {"cpu": s["band_bytes"], "cuda": 0}
+    before = merge_module.BLOCK_BYTES
+    merge_module.BLOCK_BYTES = {"cpu": s["block_bytes"], "cuda": 0}
     try:
         got = inference(model, ims, [{"flip": f} for f in flips], *args)
     finally:
-        bands_module.BAND_BYTES = before
+        merge_module.BLOCK_BYTES = before
     torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
 
 
@@ -146,7 +146,7 @@ def test_bands_equal_the_published_way(s):
 def test_rows_of_one_window_are_interpolate(H, W, h0, w0):
     """One cell a pixel, so the resize to the original size is all that happens."""
     masks = torch.randn(1, H, W, 3, generator=torch.Generator().manual_seed(0))
-    view = View(masks, [0], [0], masks.shape[1:3], (H, W), (H, W))
+    view = View(masks, Windows((0,), (0,), masks.shape[1:3], (H, W), (H, W)))
     want = F.interpolate(masks.permute(0, 3, 1, 2), (h0, w0), mode="bilinear")[0].permute(1, 2, 0)
     # a source coordinate near 50 is rounded by up to 2e-6 (more with a fused multiply-add), and masks differ by up to 6
     torch.testing.assert_close(view.rows(0, h0, (h0, w0)), want, atol=3e-5, rtol=0)
@@ -156,29 +156,29 @@ def test_rows_of_one_window_are_interpolate(H, W, h0, w0):
 
 def test_windows_are_batched():
     model = Echo()
-    view = predict_view(model, image(20, 36), False, 16, 10, 3)
-    assert (view.tops, view.lefts) == ((0, 4), (0, 10, 20))
+    masks, windows = masks_of_images(model, image(20, 36), 16, 10, 3)
+    assert (windows.tops, windows.lefts) == ((0, 4), (0, 10, 20))
     assert model.calls == [3, 3]
-    assert view.masks.shape == (6, 4, 4, 3)
+    assert masks.shape == (1, 6, 4, 4, 3)
 
 
 def test_merging_averages_logits_not_probabilities():
     """Two windows that overlap by half, with logits +a and -b there: the mean of logits decides."""
     masks = torch.tensor([8.0, -2.0])[:, None, None, None]  # one cell of four pixels a window, one class
-    view = View(masks, [0], [0, 2], (4, 4), (4, 4), (4, 6))
+    view = View(masks, Windows((0,), (0, 2), (4, 4), (4, 4), (4, 6)))
     row = view.rows(0, 1, (4, 6))[0, :, 0]
     assert row.tolist() == [8, 8, 3, 3, -2, -2]
 
 
 def test_mean_of_probabilities_over_views():
     a, b = torch.randn(2, 1, 2, 2, 3).unbind(0)
-    views = [View(m, [0], [0], (2, 2), (2, 2), (2, 2)) for m in (a, b)]
-    ((_, scores),) = bands(views, (2, 2), probabilities=False)  # several views: probabilities anyway
+    views = [View(m, Windows((0,), (0,), (2, 2), (2, 2), (2, 2))) for m in (a, b)]
+    ((_, scores),) = row_blocks(views, (2, 2), probabilities=False)  # several views: probabilities anyway
     torch.testing.assert_close(scores, (a.softmax(-1) + b.softmax(-1))[0] / 2)
 
 
 def test_flip_is_undone():
-    view = View(torch.arange(4.0).reshape(1, 1, 4, 1), [0], [0], (1, 4), (1, 4), (1, 4), True)
+    view = View(torch.arange(4.0).reshape(1, 1, 4, 1), Windows((0,), (0,), (1, 4), (1, 4), (1, 4)), True)
     assert view.rows(0, 1, (1, 4)).flatten().tolist() == [3, 2, 1, 0]
 
 

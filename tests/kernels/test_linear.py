@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from segmenter.kernels import configs, launch, numerics, reference
+from segmenter.kernels import blocks, configs, launch, reference
 from segmenter.kernels import linear as kernel
 from segmenter.kernels.linear import layernorm_linear, linear
 from tests.support.huge_offsets import FAR, far_apart
@@ -63,12 +63,12 @@ def on_guarded(function, *args, **options):
 def _gelu_kernel(X, Y, n, BLOCK: tl.constexpr, FORM: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(X + offs, mask=offs < n, other=0.0)
-    tl.store(Y + offs, numerics.gelu(x, FORM), mask=offs < n)
+    tl.store(Y + offs, blocks.gelu(x, FORM), mask=offs < n)
 
 
 def gelu(x, dtype):
     y = torch.empty_like(x)
-    form = numerics.gelu_form(dtype, launch.architecture(x))
+    form = blocks.gelu_form(dtype, launch.architecture(x))
     _gelu_kernel[(triton.cdiv(x.numel(), 4096),)](x, y, x.numel(), 4096, form)
     return y
 
@@ -92,9 +92,9 @@ def test_gelu_of_special_values(dtype):
 
 def test_gelu_form():
     """The reciprocal instruction where it exists, erf where float32 wants it."""
-    assert numerics.gelu_form(torch.float32, "sm_90") == "erf"
-    assert numerics.gelu_form(torch.float16, "gfx942") == "divide"
-    assert numerics.gelu_form(torch.bfloat16, "sm_90") == ("divide" if launch.INTERPRETED else "rcp")
+    assert blocks.gelu_form(torch.float32, "sm_90") == "erf"
+    assert blocks.gelu_form(torch.float16, "gfx942") == "divide"
+    assert blocks.gelu_form(torch.bfloat16, "sm_90") == ("divide" if launch.INTERPRETED else "rcp")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,11 +307,11 @@ def test_strategies():
 
 
 def test_widths_that_are_one_or_two_tiles():
-    assert [k for k in range(16, 400, 16) if numerics.fits_rows(k)] == [
+    assert [k for k in range(16, 400, 16) if blocks.fits_rows(k)] == [
         16, 32, 48, 64, 80, 96, 128, 144, 160, 192, 256, 272, 288, 320, 384
     ]  # fmt: skip
-    assert numerics.fits_rows(768) and numerics.fits_rows(1024) and not numerics.fits_rows(8)
-    assert [numerics.power_of_two_columns(k) for k in (16, 192, 384, 1023, 1024)] == [16, 128, 256, 512, 1024]
+    assert blocks.fits_rows(768) and blocks.fits_rows(1024) and not blocks.fits_rows(8)
+    assert [blocks.power_of_two_columns(k) for k in (16, 192, 384, 1023, 1024)] == [16, 128, 256, 512, 1024]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

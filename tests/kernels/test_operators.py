@@ -92,7 +92,7 @@ def pixels_to_tokens_args(dtype, B=2, N=5):
 
 def windows_argmax_args(dtype, B=2, N=5):
     """Three tiles of one window, which the interpreter takes long enough for. N says nothing: sizes are numbers."""
-    return randn(B, 1, 1, 2, 3, dtype=dtype), [0], [0], [8, 8], [7, 8], [7, 8], "margin"
+    return randn(B, 1, 1, 2, 3, dtype=dtype), [0], [0], [8, 8], [7, 8], [7, 8]
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -124,8 +124,6 @@ def definition(name):
     """The eager definition. Of attention, without the fused backends, which have no second derivative."""
     if name == "pixels_to_tokens":  # `reference` has it with the weights as they were before the normalisation
         return pixels_to_tokens._pixels_to_tokens_reference
-    if name == "windows_argmax":  # there no score is None
-        return upsample_argmax._windows_argmax_reference
 
     def call(*args):
         with sdpa_kernel(SDPBackend.MATH):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segmenter.kernels.tiling import MAX_CLASSES, MAX_INTERVAL, axis, source_cells, windows_fit
+from segmenter.kernels.upsample_tiles import MAX_CLASSES, MAX_INTERVAL, axis, source_cells, windows_fit
 from tests.support.upsampling import weights
 
 

@@ -1,7 +1,8 @@
 """The planted bugs: one text edit each, in a file of the kernels, and the tests that should find it."""
 
 from tests.mutants.mutant import Mutant, planted_in
-from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, STRIDES, TILING
+from tests.mutants.planted_guard import GUARD
+from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, READ_AHEAD, STRIDES, UPSAMPLE_TILES
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
 
 ATTENTION = planted_in(
@@ -28,29 +29,17 @@ ATTENTION = planted_in(
             '            qk = tl.where((end + tl.arange(0, BLOCK_N))[None, :] < n_keys, qk, float("-inf"))\n',
             "",
         ),
-        "row_mask_missing": (
-            "mask=((row + offs)[:, None] < n_rows) & mask_d",
-            "mask=((row + offs)[:, None] < n_rows + ROWS) & mask_d",
-        ),
-        "row_mask_one_too_many": (
-            "mask=((row + offs)[:, None] < n_rows) & mask_d",
-            "mask=((row + offs)[:, None] <= n_rows) & mask_d",
-        ),
-        "padded_columns_read": (
-            "        elif HEAD_DIM != HEAD_PAD:\n            x = tl.load(pointers, mask=mask_d, other=0.0)",
-            "        elif HEAD_DIM != HEAD_PAD:\n            x = tl.load(pointers)",
-        ),
         "batch_offset_in_32_bits": (
-            "base = X + b.to(tl.int64) * stride_b",
-            "base = X + b * stride_b",
+            "Q += b.to(tl.int64) * stride_qb",
+            "Q += b * stride_qb",
         ),
         "output_offset_in_32_bits": (
             "o_rows = Out + b.to(tl.int64) * stride_ob",
             "o_rows = Out + b * stride_ob",
         ),
-        "peeled_offset_in_32_bits": (
-            "k_rows = KRows + b.to(tl.int64) * stride_kb",
-            "k_rows = KRows + b * stride_kb",
+        "key_offset_in_32_bits": (
+            "k_row = KRows + b.to(tl.int64) * stride_kb",
+            "k_row = KRows + b * stride_kb",
         ),
         "maximum_starts_at_zero": (
             'm_i = tl.full([BLOCK_M], float("-inf"), tl.float32)',
@@ -97,16 +86,16 @@ ATTENTION = planted_in(
             "0.125, False)[0]",
         ),
         "value_heads_of_keys": (
-            "v = _load_rows(V, b, v_head + h, n_0,",
-            "v = _load_rows(V, b, k_head + h, n_0,",
+            "v = load_tile(V, (b, v_head + h, n_0, 0),",
+            "v = load_tile(V, (b, k_head + h, n_0, 0),",
         ),
         "value_stride_of_keys": (
-            "v = _load_rows(V, b, v_head + h, n_0, stride_vb, stride_vn, stride_vh, n_keys,",
-            "v = _load_rows(V, b, v_head + h, n_0, stride_kb, stride_kn, stride_kh, n_keys,",
+            "v = load_tile(V, (b, v_head + h, n_0, 0), offs_n, stride_vn,",
+            "v = load_tile(V, (b, v_head + h, n_0, 0), offs_n, stride_kn,",
         ),
         "second_peeled_row_is_the_first": (
-            "k_1 = tl.load(k_rows + stride_kn + offs_d,",
-            "k_1 = tl.load(k_rows + offs_d,",
+            "k_1 = tl.load(k_row + stride_kn + offs_d,",
+            "k_1 = tl.load(k_row + offs_d,",
         ),
         "peeled_value_forgotten": (
             "acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32) + v_0[None, :]",
@@ -125,7 +114,7 @@ ATTENTION = planted_in(
             "lse = (tl.log2(l_i))",
         ),
         "lse_in_base_two": (
-            "tl.log2(l_i)) * 0.6931471805599453",
+            "tl.log2(l_i)) * LN2",
             "tl.log2(l_i)) * 1.0",
         ),
         "lse_padding_left_out": (
@@ -183,12 +172,8 @@ LINEAR = planted_in(
     ("tests/kernels/test_linear.py",),
     {
         "last_k_block_dropped": (
-            "    for k_0 in tl.range(0, K, BLOCK_K):\n        x = _load_tile(X,",
-            "    for k_0 in tl.range(0, K - BLOCK_K, BLOCK_K):\n        x = _load_tile(X,",
-        ),
-        "columns_beyond_k_read": (
-            "tl.load(pointers, mask=offs_k[None, :] < K, other=0.0)",
-            "tl.load(pointers)",
+            "    for k_0 in tl.range(0, K, BLOCK_K):\n        x = load_tile(X,",
+            "    for k_0 in tl.range(0, K - BLOCK_K, BLOCK_K):\n        x = load_tile(X,",
         ),
         "bias_before_the_norm": (
             "acc = (acc - mean[:, None] * row_sum[None, :]) * rstd[:, None]",
@@ -205,10 +190,6 @@ LINEAR = planted_in(
         "residual_forgotten_by_pointers": (
             "            acc = acc + residual.to(tl.float32)",
             "            acc = acc + 0.0",
-        ),
-        "program_order_off": (
-            "m_0 = (group * GROUP_M + within % group_rows) * BLOCK_M",
-            "m_0 = (group * GROUP_M + within % GROUP_M) * BLOCK_M",
         ),
         "unrounded_row_sum": (
             "row_sum += tl.sum(folded.to(tl.float32), 1)",
@@ -230,8 +211,53 @@ LINEAR = planted_in(
     },
 )
 
-NUMERICS = planted_in(
-    "kernels/numerics.py",
+LOADS = [
+    *planted_in(
+        "kernels/blocks.py",
+        ("tests/kernels/test_attention.py",),
+        {
+            "row_mask_missing": (
+                "mask = (row + rows)[:, None] < n_rows\n",
+                "mask = (row + rows)[:, None] < n_rows + rows.shape[0]\n",
+            ),
+            "row_mask_one_too_many": (
+                "mask = (row + rows)[:, None] < n_rows\n",
+                "mask = (row + rows)[:, None] <= n_rows\n",
+            ),
+            "padded_columns_read": (
+                "            x = tl.load(pointers, mask=cols[None, :] < WIDTH, other=0.0)\n",
+                "            x = tl.load(pointers)\n",
+            ),
+        },
+    ),
+    *planted_in(
+        "kernels/blocks.py",
+        ("tests/kernels/test_linear.py",),
+        {
+            "columns_beyond_k_read": (
+                "            x = tl.load(pointers, mask=cols[None, :] < WIDTH, other=0.0)\n",
+                "            x = tl.load(pointers)\n",
+            ),
+            "program_order_off": (
+                "return group * GROUP_M + within % group_rows,",
+                "return group * GROUP_M + within % GROUP_M,",
+            ),
+        },
+    ),
+    *planted_in(
+        "kernels/blocks.py",
+        ("tests/kernels/test_mask_head.py",),
+        {
+            "columns_beyond_d_read": (
+                "mask = mask & (cols[None, :] < WIDTH)",
+                "mask = mask & (cols[None, :] < WIDTH + COLS)",
+            ),
+        },
+    ),
+]
+
+BLOCKS = planted_in(
+    "kernels/blocks.py",
     ("tests/kernels/test_layernorm_mlp.py", "tests/kernels/test_linear.py"),
     {
         "tanh_for_erf": (
@@ -324,10 +350,6 @@ MASK_HEAD = planted_in(
             "            y = y + tl.load(NormBias + offs_k, mask=real, other=0.0).to(tl.float32)[None, :]\n",
             "            y = y + 0.0\n",
         ),
-        "columns_beyond_d_read": (
-            "mask = mask & ((col + offs_d)[None, :] < D)",
-            "mask = mask & ((col + offs_d)[None, :] < D + COLS)",
-        ),
     },
 )
 
@@ -367,15 +389,15 @@ PIXELS_TO_TOKENS = planted_in(
             "- (1024.0 + 128.0)",
             "- 1024.0",
         ),
-        "picture_offset_in_32_bits": (
+        "image_offset_in_32_bits": (
             "image = (rows // n_patches).to(tl.int64)",
             "image = rows // n_patches",
         ),
-        "picture_row_offset_in_32_bits": (
+        "image_row_offset_in_32_bits": (
             "(patch_y * P).to(tl.int64) * stride_ph",
             "(patch_y * P) * stride_ph",
         ),
-        "unaligned_pictures_read_in_place": (
+        "unaligned_images_read_in_place": (
             " and all(n % 16 == 0 for n in offsets)",
             "",
         ),
@@ -397,7 +419,7 @@ FOLDING = planted_in(
     },
 )
 
-MEMORY = planted_in(
+CACHE = planted_in(
     "segmenter/cache.py",
     ("tests/test_embed_pixels.py",),
     {
@@ -425,16 +447,19 @@ MUTANTS = [
     *ATTENTION,
     *LAYERNORM,
     *LINEAR,
-    *NUMERICS,
+    *LOADS,
+    *BLOCKS,
     *LAYERNORM_MLP,
     *MASK_HEAD,
     *PIXELS_TO_TOKENS,
     *FOLDING,
-    *MEMORY,
+    *CACHE,
+    *GUARD,
     *LABELS_KERNEL,
-    *TILING,
+    *UPSAMPLE_TILES,
     *LABELS,
     *STRIDES,
+    *READ_AHEAD,
     *CAPTURED,
     *DURABILITY,
     *SCHEDULE,

@@ -23,28 +23,28 @@ LABELS_KERNEL = planted_in(
             " * 0.25",
         ),
         "windows_counted_by_columns": (
-            "(first_y + s_y) * windows_x + first_x + s_x",
-            "(first_x + s_x) * windows_x + first_y + s_y",
+            "(t.first_y + s_y) * t.windows_x + t.first_x + s_x",
+            "(t.first_x + s_x) * t.windows_x + t.first_y + s_y",
         ),
         "lower_cell_of_the_first_window": (
-            "tl.load(Rows + _HEADER + SLOTS_Y + s_y)",
-            "tl.load(Rows + _HEADER + SLOTS_Y)",
+            "tl.load(t.rows + _HEADER + SLOTS_Y + s_y)",
+            "tl.load(t.rows + _HEADER + SLOTS_Y)",
         ),
         "lower_cell_is_the_upper": (
-            "tl.load(Rows + _HEADER + SLOTS_Y + s_y)",
-            "tl.load(Rows + _HEADER + s_y)",
+            "tl.load(t.rows + _HEADER + SLOTS_Y + s_y)",
+            "tl.load(t.rows + _HEADER + s_y)",
         ),
         "right_cell_is_the_left": (
-            "tl.load(Cols + _HEADER + SLOTS_X + s_x)",
-            "tl.load(Cols + _HEADER + s_x)",
+            "tl.load(t.cols + _HEADER + SLOTS_X + s_x)",
+            "tl.load(t.cols + _HEADER + s_x)",
         ),
         "row_weights_of_another_window": (
-            "RowWeights + (s // n_x) * height + y",
-            "RowWeights + (s % n_x) * height + y",
+            "t.row_weights + (s // t.n_x) * t.height + y",
+            "t.row_weights + (s % t.n_x) * t.height + y",
         ),
         "column_weights_of_the_first_window": (
-            "ColWeights + (s % n_x) * width + x",
-            "ColWeights + x",
+            "t.col_weights + (s % t.n_x) * t.width + x",
+            "t.col_weights + x",
         ),
         "rows_weighted_the_wrong_way": (
             "tl.fma(1.0 - h, top, h * bottom)",
@@ -55,7 +55,7 @@ LABELS_KERNEL = planted_in(
             "(1.0 - w) * v00 + w * v01",
         ),
         "average_not_divided": (
-            "        v = tl.div_rn(v, n_slots.to(tl.float32))\n",
+            "        v = tl.div_rn(v, t.n_slots.to(tl.float32))\n",
             "",
         ),
         "only_the_last_window_prunes": (
@@ -63,12 +63,12 @@ LABELS_KERNEL = planted_in(
             "            excess = _excess(",
         ),
         "every_window_compares_with_its_own_winners": (
-            "k_0, k_1, k_2, k_3, K, False)[0]",
-            "k_0, k_1, k_2, k_3, K, True)[0]",
+            "c, best_of_cells, K)[0]",
+            "c, None, K)[0]",
         ),
         "lower_cells_do_not_count": (
-            "return tl.maximum(upper, lower), k_0",
-            "return upper, k_0",
+            "return tl.maximum(upper, lower), best",
+            "return upper, best",
         ),
         "class_of_padding_not_cut": (
             "k_0 = tl.minimum(tl.argmax(v00, 0), K - 1)",
@@ -76,8 +76,8 @@ LABELS_KERNEL = planted_in(
             "differs for masks that are all NaN only, and what it then reads is compared with NaN",
         ),
         "mask_offset_in_32_bits": (
-            "(image * n_windows + (first_y + s_y) * windows_x + first_x + s_x).to(tl.int64)",
-            "image * n_windows + (first_y + s_y) * windows_x + first_x + s_x",
+            "(t.image * t.n_windows + (t.first_y + s_y) * t.windows_x + t.first_x + s_x).to(tl.int64)",
+            "t.image * t.n_windows + (t.first_y + s_y) * t.windows_x + t.first_x + s_x",
             "needs 4 GiB of masks: tests/gpu/test_labels_on_gpu.py",
         ),
         "label_offset_in_32_bits": (
@@ -102,14 +102,14 @@ LABELS_KERNEL = planted_in(
             "(255.0 / total).to(tl.uint8)",
         ),
         "plan_of_another_geometry": (
-            "key = (launch.layout(masks), geometry, score, config)",
-            "key = (launch.layout(masks), score, config)",
+            "key = (launch.layout(masks), geometry, config)",
+            "key = (launch.layout(masks), config)",
         ),
     },
 )
 
-TILING = planted_in(
-    "kernels/tiling.py",
+UPSAMPLE_TILES = planted_in(
+    "kernels/upsample_tiles.py",
     ("tests/kernels/test_upsample_tiles.py",),
     {
         "not_cut_where_windows_end": (
@@ -164,13 +164,13 @@ LABELS = planted_in(
             "torch.where(values >= best[..., :n]",
         ),
         "candidates_without_allowance": (
-            "given.mean(1) - given.abs().mean(1) * tiling.ROUNDING - tiling.SUBNORMAL\n"
-            "                above = values + values.abs().mul_(tiling.ROUNDING) - bar[:, None]\n",
+            "given.mean(1) - given.abs().mean(1) * upsample_tiles.ROUNDING - upsample_tiles.SUBNORMAL\n"
+            "                above = values + values.abs().mul_(upsample_tiles.ROUNDING) - bar[:, None]\n",
             "given.mean(1)\n                above = values - bar[:, None]\n",
         ),
         "candidates_without_allowance_for_subnormals": (
-            "given.abs().mean(1) * tiling.ROUNDING - tiling.SUBNORMAL",
-            "given.abs().mean(1) * tiling.ROUNDING",
+            "given.abs().mean(1) * upsample_tiles.ROUNDING - upsample_tiles.SUBNORMAL",
+            "given.abs().mean(1) * upsample_tiles.ROUNDING",
         ),
         "near_ties_at_all_corners_ignored": (
             "((at == at[0]) & clear[corners.cells])",
@@ -185,8 +185,8 @@ LABELS = planted_in(
             "torch.minimum(most, above, out=most)",
         ),
         "windows_of_the_other_axis": (
-            "(rows.first[y] + slot_y) * len(view.lefts)",
-            "(rows.first[y] + slot_y) * len(view.tops)",
+            "(rows.first[y] + slot_y) * len(view.windows.lefts)",
+            "(rows.first[y] + slot_y) * len(view.windows.tops)",
         ),
         "windows_summed_not_averaged": (
             "return total if len(self.weights) == 1 else total.div_(len(self.weights))",
@@ -197,16 +197,16 @@ LABELS = planted_in(
             "counts.argsort()",
         ),
         "dense_strip_at_the_top": (
-            "labels[start:stop] = best",
-            "labels[start - top : stop - top] = best",
+            "labels[begin:stop] = best",
+            "labels[begin - top : stop - top] = best",
         ),
         "dense_windows_summed_not_averaged": (
-            "            best.div_(count[start:stop, :, None])\n",
+            "            best.div_(count[begin:stop, :, None])\n",
             "            pass\n",
         ),
         "dense_rows_of_the_first_window": (
-            "y, end = max(start - anchor, 0),",
-            "y, end = max(start - view.tops[0], 0),",
+            "y, end = max(begin - anchor, 0),",
+            "y, end = max(begin - windows.tops[0], 0),",
         ),
         "dense_rows_kept_too_long": (
             "                upsampled.pop(i, None)\n",
@@ -214,12 +214,12 @@ LABELS = planted_in(
             "the same labels, in more memory",
         ),
         "dense_mask_rows_shifted": (
-            "torch.cat([rows[:, first - start :], more], 1)",
+            "torch.cat([rows[:, first - begin :], more], 1)",
             "torch.cat([rows, more], 1)",
         ),
         "dense_windows_together_all_on_the_left": (
-            "zip(values, view.lefts[j:], strict=False)",
-            "zip(values, view.lefts, strict=False)",
+            "zip(values, windows.lefts[j:], strict=False)",
+            "zip(values, windows.lefts, strict=False)",
         ),
         "dense_product_rounded": (
             "torch.addcmul(values, above[j : j + together], rest_h[a:b], out=values)",
@@ -238,8 +238,8 @@ LABELS = planted_in(
             "h, w = w[:, None, :n], h[:, :n]",
         ),
         "last_strip_left_out": (
-            "for start in range(0, len(rows.first), step):",
-            "for start in range(0, len(rows.first) - step + 1, step):",
+            "for begin in range(0, len(rows.first), step):",
+            "for begin in range(0, len(rows.first) - step + 1, step):",
         ),
     },
 )
@@ -254,6 +254,21 @@ STRIDES = planted_in(
         ),
         "candidates_of_the_smallest_tiles": (
             " and rows.length * cols.length >= MIN_TILE * tiles",
+            "",
+        ),
+    },
+)
+
+READ_AHEAD = planted_in(
+    "segmenter/inference/read_ahead.py",
+    ("tests/inference/test_read_ahead.py",),
+    {
+        "reading_without_limit": (
+            "return self._held > self.max_bytes",
+            "return False",
+        ),
+        "errors_of_reading_lost": (
+            "        if call.error is not None:\n            raise call.error\n",
             "",
         ),
     },
@@ -283,7 +298,7 @@ CAPTURED = planted_in(
             "else labels.clone()",
             "else labels",
         ),
-        "filled_up_pictures_returned": (
+        "filled_up_images_returned": (
             "return labels[: shape.batch], finite",
             "return labels, finite",
         ),
@@ -323,8 +338,8 @@ CAPTURED = planted_in(
             "dtype if half else None, enabled=half, cache_enabled=False)",
             "dtype if half else None, cache_enabled=False) if half else contextlib.nullcontext()",
         ),
-        "refresh_leaves_what_is_remembered": (
-            "                    module.remembered.clear()\n",
+        "refresh_leaves_what_is_cached": (
+            "                    module.cache.clear()\n",
             "                    pass\n",
         ),
     },

@@ -19,9 +19,10 @@ from segmenter.data.label_files import DataError, read_ids
 from segmenter.inference.images import ImageError, read_image
 from segmenter.training import checkpoint as training_state
 from segmenter.training.recipe import Recipe, RecipeError, read_recipe
-from segmenter.weights.load import load_model, variant_of
+from segmenter.weights.load import load_model
 from segmenter.weights.pretrained import from_pretrained
 from segmenter.weights.read import CheckpointError, read_state_dict
+from segmenter.weights.settings import as_published
 from tests.fuzz import Format
 from tests.support.data_sets import make_data_set, rectangles, smooth_noise
 from tests.support.tiny import tiny_model
@@ -73,41 +74,43 @@ def _finite(facts: dict[str, Any]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in facts["state"].values())
 
 
-def _published(folder: Path, **options: Any) -> None:
+def _published(directory: Path, **options: Any) -> None:
     model = small_model()
-    (folder / "variant.yml").write_text(yaml.safe_dump(variant_of(model)))
-    torch.save({"model": model.state_dict(), "epoch": 3}, folder / "checkpoint.pth", **options)
+    (directory / "variant.yml").write_text(yaml.safe_dump(as_published(model)))
+    torch.save({"model": model.state_dict(), "epoch": 3}, directory / "checkpoint.pth", **options)
 
 
-def _load_published(folder: Path) -> dict[str, Any]:
-    model, variant = load_model(folder)
-    return {**_facts(model), "variant": variant}
+def _load_published(directory: Path) -> dict[str, Any]:
+    model, settings = load_model(directory)
+    return {**_facts(model), "settings": settings}
 
 
-def _stream(folder: Path) -> None:
-    _published(folder, _use_new_zipfile_serialization=False)
+def _stream(directory: Path) -> None:
+    _published(directory, _use_new_zipfile_serialization=False)
 
 
-def _safetensors(folder: Path) -> None:
+def _safetensors(directory: Path) -> None:
     model = small_model()
-    (folder / "variant.yml").write_text(yaml.safe_dump(variant_of(model)))
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    (directory / "variant.yml").write_text(yaml.safe_dump(as_published(model)))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, directory / "model.safetensors"
+    )
 
 
-def _npz(folder: Path) -> None:
-    np.savez(folder / "a.npz", **{name: tensor.numpy() for name, tensor in small_model().state_dict().items()})
+def _npz(directory: Path) -> None:
+    np.savez(directory / "a.npz", **{name: tensor.numpy() for name, tensor in small_model().state_dict().items()})
 
 
-def _load_npz(folder: Path) -> dict[str, torch.Tensor]:
-    return read_state_dict(folder / "a.npz")[0]
+def _load_npz(directory: Path) -> dict[str, torch.Tensor]:
+    return read_state_dict(directory / "a.npz")[0]
 
 
-def _own(folder: Path) -> None:
-    small_model().save_pretrained(folder, classes=generic_classes(3))
+def _ours(directory: Path) -> None:
+    small_model().save_pretrained(directory, classes=generic_classes(3))
 
 
-def _load_own(folder: Path) -> dict[str, Any]:
-    model = from_pretrained(folder)
+def _load_ours(directory: Path) -> dict[str, Any]:
+    model = from_pretrained(directory)
     classes = load_classes(model.info.classes) if model.info.classes else None
     facts = _facts(model)
     return {**facts, "info": {**facts["info"], "classes": bool(model.info.classes)}, "classes": classes}
@@ -127,61 +130,61 @@ def _with_pickle(archive: bytes, pickled: bytes) -> bytes:
     return result.getvalue()
 
 
-def _training_state(folder: Path) -> None:
+def _training_state(directory: Path) -> None:
     model = small_model()
     state = {"model": model.state_dict(), "step": 5, "recipe": STATE_RECIPE, "lr_scheduler": {"iter_max": 9}}
-    training_state.save_state(folder / "checkpoint.pth", state)
+    training_state.save_state(directory / "checkpoint.pth", state)
 
 
-def _load_state(folder: Path) -> dict[str, Any]:
-    return training_state.load_state(folder / "checkpoint.pth", STATE_RECIPE)
+def _load_state(directory: Path) -> dict[str, Any]:
+    return training_state.load_state(directory / "checkpoint.pth", STATE_RECIPE)
 
 
-def _recipe(folder: Path) -> None:
+def _recipe(directory: Path) -> None:
     recipe = Recipe(data="here", model="there", crop_size=32, epochs=2, batch_size=4, learning_rate=0.01)
-    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe.to_dict()))
+    (directory / "recipe.yml").write_text(yaml.safe_dump(recipe.to_dict()))
 
 
-def _data_set(folder: Path) -> None:
-    make_data_set(folder, n=2, size=(8, 8))
-    (folder / "val.txt").write_text("val/val_0\nval/val_1\n")
+def _data_set(directory: Path) -> None:
+    make_data_set(directory, n=2, size=(8, 8))
+    (directory / "val.txt").write_text("val/val_0\nval/val_1\n")
     entries = {
         "name": "streets", "classes": [{"name": n, "color": [i, 40, 200]} for i, n in enumerate("abcde")],
         "ignore_index": [255, 254], "reduce_zero": False, "splits": {"train": "train", "val": "val.txt"},
     }  # fmt: skip
-    (folder / "dataset.yml").write_text(yaml.safe_dump(entries, sort_keys=False))
+    (directory / "dataset.yml").write_text(yaml.safe_dump(entries, sort_keys=False))
 
 
-def _load_data_set(folder: Path) -> list[Any]:
+def _load_data_set(directory: Path) -> list[Any]:
     found = []
     for split in ("train", "val"):
-        dataset = open_dataset(folder, split)
+        dataset = open_dataset(directory, split)
         found += [dataset.classes, dataset.ids, [sample.name for sample in dataset.samples]]
     return found
 
 
-def _class_file(folder: Path) -> None:
+def _class_file(directory: Path) -> None:
     classes = generic_classes(5)
     entries = [{"id": i, "name": classes.names[i], "color": list(classes.palette[i])} for i in range(5)]
-    (folder / "a.json").write_text(json.dumps(entries, indent=2))
-    (folder / "a.yml").write_text(yaml.safe_dump(entries))
+    (directory / "a.json").write_text(json.dumps(entries, indent=2))
+    (directory / "a.yml").write_text(yaml.safe_dump(entries))
 
 
-def _picture(name: str, mode: str = "RGB", **options: Any) -> Format:
-    def write(folder: Path) -> None:
-        Image.fromarray(smooth_noise((24, 32), 1)).convert(mode).save(folder / name, **options)
+def _image(name: str, mode: str = "RGB", **options: Any) -> Format:
+    def write(directory: Path) -> None:
+        Image.fromarray(smooth_noise((24, 32), 1)).convert(mode).save(directory / name, **options)
 
     def plausible(pixels: np.ndarray) -> bool:
         return pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and 0 < pixels.size < 200_000_000
 
-    label = f"picture {name.rpartition('.')[2]} {mode}".removesuffix(" RGB")
+    label = f"image {name.rpartition('.')[2]} {mode}".removesuffix(" RGB")
     return Format(label, name, write, lambda f: read_image(f / name), (ImageError,), CHUNKS, plausible=plausible)
 
 
 def _labels(name: str, depth: int = 8, **options: Any) -> Format:
-    def write(folder: Path) -> None:
+    def write(directory: Path) -> None:
         ids = rectangles((24, 32), [*range(5), 255], 1)
-        Image.fromarray(ids if depth == 8 else ids.astype(np.uint16) * 100).save(folder / name, **options)
+        Image.fromarray(ids if depth == 8 else ids.astype(np.uint16) * 100).save(directory / name, **options)
 
     def plausible(ids: np.ndarray) -> bool:
         return ids.dtype in (np.uint8, np.uint16) and ids.ndim == 2 and ids.size > 0
@@ -200,18 +203,18 @@ FORMATS = (
     Format("safetensors", "model.safetensors", _safetensors, _load_published, LOADING, JSON, plausible=_finite),
     Format("npz", "a.npz", _npz, _load_npz, LOADING),
     Format("variant.yml", "variant.yml", _published, _load_published, LOADING, YAML, plausible=_finite),
-    Format("own config.json", "config.json", _own, _load_own, (*LOADING, ClassesError), JSON, summed=True),
-    Format("own weights", "model.safetensors", _own, _load_own, LOADING, JSON, summed=True),
-    Format("own classes.json", "classes.json", _own, _load_own, (*LOADING, ClassesError), JSON, summed=True),
+    Format("own config.json", "config.json", _ours, _load_ours, (*LOADING, ClassesError), JSON, summed=True),
+    Format("own weights", "model.safetensors", _ours, _load_ours, LOADING, JSON, summed=True),
+    Format("own classes.json", "classes.json", _ours, _load_ours, (*LOADING, ClassesError), JSON, summed=True),
     Format("training state", "checkpoint.pth", _training_state, _load_state, LOADING, PICKLE, summed=True),
     Format("recipe.yml", "recipe.yml", _recipe, lambda f: read_recipe(f / "recipe.yml"), (RecipeError,), YAML),
     Format("dataset.yml", "dataset.yml", _data_set, _load_data_set, (DataError,), YAML),
     Format("split list", "val.txt", _data_set, _load_data_set, (DataError,), NAMES),
     Format("class file json", "a.json", _class_file, lambda f: load_classes(f / "a.json"), (ClassesError,), JSON),
     Format("class file yml", "a.yml", _class_file, lambda f: load_classes(f / "a.yml"), (ClassesError,), YAML),
-    _picture("a.png"), _picture("a.png", "P"), _picture("a.png", "LA"), _picture("a.jpg"), _picture("a.webp"),
-    _picture("a.tif"), _picture("a.tif", "CMYK", compression="tiff_lzw"), _picture("a.gif"), _picture("a.bmp"),
-    _picture("a.ppm"),
+    _image("a.png"), _image("a.png", "P"), _image("a.png", "LA"), _image("a.jpg"), _image("a.webp"),
+    _image("a.tif"), _image("a.tif", "CMYK", compression="tiff_lzw"), _image("a.gif"), _image("a.bmp"),
+    _image("a.ppm"),
     _labels("a.png"), _labels("a.png", 16), _labels("a.tif"), _labels("a.tif", 16, compression="tiff_lzw"),
     _labels("a.bmp"),
 )  # fmt: skip

@@ -188,7 +188,7 @@ class TestLoss:
         torch.testing.assert_close(difference, torch.tensor(3.5))
         assert added(self.logits, torch.full_like(self.labels, 255), n) == 0, "it has no value without pixels"
 
-    @pytest.mark.slow
+    @pytest.mark.more
     def test_lovasz_is_one_minus_the_iou_of_labels(self):
         pytest.importorskip("segmentation_models_pytorch")
         labels = torch.tensor([[[0, 0, 1, 1, 255]]])

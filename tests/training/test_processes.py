@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
         "pair_terminated": tiny_recipe(folder, **{**SHARED, "epochs": 4}),
         "pair_bad": tiny_recipe(folder / "bad", **SHARED),
     }
-    (folder / "bad/data/images/train/train_2.png").write_bytes(b"no picture")
+    (folder / "bad/data/images/train/train_2.png").write_bytes(b"no image")
     few = np.full(SIZE, 255, np.uint8)
     few[:4] = 2
     save(folder / "data/annotations/train/train_0.png", few)
@@ -150,7 +150,7 @@ def test_a_sample_that_one_process_cannot_read_ends_both(runs):
     assert "another process" in runs.output
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_torchrun_starts_the_same(runs):
     output = runs.folder / "torchrun"
     train_it = [

@@ -10,8 +10,7 @@ import torch
 import yaml
 
 from segmenter import load_model as public_load_model
-from segmenter.config import ConfigError
-from segmenter.model import ModelInfo
+from segmenter.config import ConfigError, ModelInfo
 from segmenter.weights.load import (
     convert_checkpoint,
     from_pretrained,
@@ -28,26 +27,26 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/checkpoint.pth"))
 
 
-def picture(side=70):
+def image(side=70):
     return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(3))
 
 
 def logits(model, side=70):
     with torch.no_grad():
-        return model(picture(side))
+        return model(image(side))
 
 
-def variant_of(model, **sections):
+def settings_of(model, **sections):
     net_kwargs = model.config.to_dict() | {"decoder": {**model.config.decoder, "n_cls": model.n_cls}}
     return {"net_kwargs": net_kwargs, **sections}
 
 
-def publish(folder, model, variant=None, state=None):
+def publish(directory, model, settings=None, state=None):
     """checkpoint.pth and variant.yml as the published training script leaves them."""
-    folder.mkdir(exist_ok=True)
-    torch.save({"model": state or model.state_dict(), "epoch": 1}, folder / "checkpoint.pth")
-    (folder / "variant.yml").write_text(yaml.safe_dump(variant or variant_of(model)))
-    return folder / "checkpoint.pth"
+    directory.mkdir(exist_ok=True)
+    torch.save({"model": state or model.state_dict(), "epoch": 1}, directory / "checkpoint.pth")
+    (directory / "variant.yml").write_text(yaml.safe_dump(settings or settings_of(model)))
+    return directory / "checkpoint.pth"
 
 
 # -- load_model -----------------------------------------------------------------------------------------------------
@@ -55,19 +54,19 @@ def publish(folder, model, variant=None, state=None):
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_cases(case):
-    model, variant = load_model(GOLDEN / case / "checkpoint.pth")
+    model, settings = load_model(GOLDEN / case / "checkpoint.pth")
     data = np.load(GOLDEN / case / "data.npz")
     assert not model.training and not any(p.is_meta for p in model.parameters())
-    assert variant["algorithm_kwargs"]["num_epochs"] == 2  # the whole file, not only net_kwargs
-    assert model.info.window_stride == variant["inference_kwargs"]["window_stride"]
-    assert model.info.normalization == variant["net_kwargs"]["normalization"]
+    assert settings["algorithm_kwargs"]["num_epochs"] == 2  # the whole file, not only net_kwargs
+    assert model.info.window_stride == settings["inference_kwargs"]["window_stride"]
+    assert model.info.normalization == settings["net_kwargs"]["normalization"]
     assert model.info.weights == "trained" and model.info.source == f"{case}/checkpoint.pth"
     with torch.no_grad():
         found = model(torch.from_numpy(data["im"]))
     assert (found - torch.from_numpy(data["logits"])).abs().max() <= 1e-4 * abs(data["logits"]).max()
 
 
-def test_folder_str_and_device(tmp_path):
+def test_directory_str_and_device(tmp_path):
     path = publish(tmp_path / "a", model := tiny_model())
     for given in (path, str(path), path.parent, str(path.parent)):
         assert torch.equal(logits(load_model(given, "eager", "cpu")[0]), logits(model))
@@ -77,43 +76,43 @@ def test_folder_str_and_device(tmp_path):
 @pytest.mark.parametrize("form", ["!!python/tuple [64, 64]", "[64, 64]", "64", "!!python/tuple\n  - 64\n  - 64\n"])
 def test_forms_of_image_size(tmp_path, form):
     path = publish(tmp_path / "a", model := tiny_model())
-    variant = variant_of(model)
-    del variant["net_kwargs"]["image_size"], variant["net_kwargs"]["distilled"]
-    text = yaml.safe_dump(variant) + f"  image_size: {form}\n"  # the last section is net_kwargs
+    settings = settings_of(model)
+    del settings["net_kwargs"]["image_size"], settings["net_kwargs"]["distilled"]
+    text = yaml.safe_dump(settings) + f"  image_size: {form}\n"  # the last section is net_kwargs
     (path.parent / "variant.yml").write_text(text)
     assert torch.equal(logits(load_model(path)[0]), logits(model))
 
 
 def test_prefix_extra_keys_and_text_numbers(tmp_path):
     model = tiny_model()
-    variant = variant_of(model)
-    variant["net_kwargs"] |= {"patch_type": "x", "threshold": 0.9, "norm_eps": "1e-5"}
+    settings = settings_of(model)
+    settings["net_kwargs"] |= {"patch_type": "x", "threshold": 0.9, "norm_eps": "1e-5"}
     state = {f"module.{name}": tensor.double() for name, tensor in model.state_dict().items()}
-    loaded, _ = load_model(publish(tmp_path / "a", model, variant, state))
+    loaded, _ = load_model(publish(tmp_path / "a", model, settings, state))
     assert torch.equal(logits(loaded), logits(model))
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert all(p.requires_grad for p in loaded.parameters())
 
 
-def test_info_comes_from_the_variant(tmp_path):
+def test_info_comes_from_the_settings(tmp_path):
     model = tiny_model(n_cls=19)
     sections = {
         "dataset_kwargs": {"dataset": "cityscapes", "normalization": "deit", "crop_size": 64},
         "inference_kwargs": {"im_size": 64, "window_size": 96, "window_stride": 40},
     }
-    info = load_model(publish(tmp_path / "a", model, variant_of(model, **sections)))[0].info
+    info = load_model(publish(tmp_path / "a", model, settings_of(model, **sections)))[0].info
     assert info == ModelInfo("deit", 96, 40, "cityscapes", "trained", "a/checkpoint.pth")
     sections["dataset_kwargs"]["dataset"] = "ade20k"  # 19 classes are not ADE20K's
-    assert load_model(publish(tmp_path / "a", model, variant_of(model, **sections)))[0].info.classes is None
-    info = load_model(publish(tmp_path / "a", model, variant_of(model, inference_kwargs=5)))[0].info
+    assert load_model(publish(tmp_path / "a", model, settings_of(model, **sections)))[0].info.classes is None
+    info = load_model(publish(tmp_path / "a", model, settings_of(model, inference_kwargs=5)))[0].info
     assert (info.window_size, info.window_stride, info.normalization) == (64, 64, "vit")
 
 
 def test_normalization_only_under_dataset_kwargs(tmp_path):
     model = tiny_model()
-    variant = variant_of(model, dataset_kwargs={"normalization": "deit"})
-    del variant["net_kwargs"]["normalization"]
-    loaded, _ = load_model(publish(tmp_path / "a", model, variant))
+    settings = settings_of(model, dataset_kwargs={"normalization": "deit"})
+    del settings["net_kwargs"]["normalization"]
+    loaded, _ = load_model(publish(tmp_path / "a", model, settings))
     assert loaded.config.normalization == loaded.info.normalization == "deit"
 
 
@@ -133,12 +132,12 @@ def test_normalization_only_under_dataset_kwargs(tmp_path):
         ({"decoder": {"name": "mask_transformer", "n_layers": 2}}, "of 1 layers in the file, .* of 2 layers asked for"),
     ],
 )
-def test_a_variant_that_does_not_fit_says_where(tmp_path, changes, message):
+def test_settings_that_do_not_fit_say_where(tmp_path, changes, message):
     model = tiny_model()
-    variant = variant_of(model)
-    variant["net_kwargs"] |= changes
+    settings = settings_of(model)
+    settings["net_kwargs"] |= changes
     with pytest.raises(CheckpointError, match=rf"checkpoint\.pth does not fit the model: .*{message}"):
-        load_model(publish(tmp_path / "a", model, variant))
+        load_model(publish(tmp_path / "a", model, settings))
 
 
 @pytest.mark.parametrize(
@@ -152,32 +151,32 @@ def test_a_variant_that_does_not_fit_says_where(tmp_path, changes, message):
         ({"normalization": "imagenet"}, "normalization 'imagenet' is unknown"),
     ],
 )
-def test_wrong_values_in_a_variant_name_the_file(tmp_path, changes, message):
+def test_wrong_values_in_the_settings_name_the_file(tmp_path, changes, message):
     model = tiny_model()
-    variant = variant_of(model)
-    variant["net_kwargs"] |= changes
+    settings = settings_of(model)
+    settings["net_kwargs"] |= changes
     with pytest.raises(ConfigError, match=rf"variant\.yml: .*{message}" if "variant" not in message else message):
-        load_model(publish(tmp_path / "a", model, variant))
+        load_model(publish(tmp_path / "a", model, settings))
 
 
-def test_a_variant_of_a_giant_allocates_nothing(tmp_path):
+def test_settings_of_a_giant_allocate_nothing(tmp_path):
     model = tiny_model()
-    variant = variant_of(model)
-    variant["net_kwargs"] |= {"d_model": 65_536, "n_heads": 1024, "n_layers": 40}  # 8 TB of weights
+    settings = settings_of(model)
+    settings["net_kwargs"] |= {"d_model": 65_536, "n_heads": 1024, "n_layers": 40}  # 8 TB of weights
     with pytest.raises(CheckpointError, match="d_model 64 in the file, 65536 asked for"):
-        load_model(publish(tmp_path / "a", model, variant))
+        load_model(publish(tmp_path / "a", model, settings))
 
 
-def test_without_variant_the_shapes_tell(tmp_path):
+def test_without_settings_the_shapes_tell(tmp_path):
     model = tiny_model(decoder={"name": "linear"}, distilled=True, normalization="deit")
     path = publish(tmp_path / "a", model)
     (path.parent / "variant.yml").unlink()
     with pytest.warns(UserWarning, match="no variant.yml beside it"):
-        loaded, variant = load_model(path)
+        loaded, settings = load_model(path)
     assert torch.equal(logits(loaded), logits(model)) and loaded.info.normalization == "deit"
-    assert variant["net_kwargs"]["decoder"] == {"name": "linear", "n_cls": 5}
-    assert variant["inference_kwargs"] == {"im_size": 64, "window_size": 64, "window_stride": 64}
-    again, _ = load_model(publish(tmp_path / "b", model, variant))  # the variant made up is a valid one
+    assert settings["net_kwargs"]["decoder"] == {"name": "linear", "n_cls": 5}
+    assert settings["inference_kwargs"] == {"im_size": 64, "window_size": 64, "window_stride": 64}
+    again, _ = load_model(publish(tmp_path / "b", model, settings))  # the variant made up is a valid one
     assert torch.equal(logits(again), logits(model))
 
 
@@ -192,7 +191,7 @@ def test_a_backbone_is_no_segmentation_model(tmp_path):
             load_model(tmp_path / name)
 
 
-def test_folders_without_weights(tmp_path):
+def test_directories_without_weights(tmp_path):
     with pytest.raises(CheckpointError, match="has none of checkpoint.pth, model.safetensors"):
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
@@ -203,10 +202,10 @@ def test_mmseg_file_loads_as_a_whole_model(tmp_path):
     model = tiny_model(n_cls=19, norm_eps=1e-6, pos_embed_mode="bicubic")
     meta = {"meta": {"CLASSES": ("road", *"abcdefghijklmnopqr")}, "state_dict": to_mmseg(model.state_dict(), 19)}
     torch.save(meta, tmp_path / "segmenter_vit.pth")
-    loaded, variant = load_model(tmp_path / "segmenter_vit.pth")
+    loaded, settings = load_model(tmp_path / "segmenter_vit.pth")
     assert torch.equal(logits(loaded), logits(model))
     assert (loaded.info.window_size, loaded.info.window_stride, loaded.info.classes) == (64, 32, "cityscapes")
-    assert variant["dataset_kwargs"]["dataset"] == "cityscapes"
+    assert settings["dataset_kwargs"]["dataset"] == "cityscapes"
 
 
 # -- load_state -----------------------------------------------------------------------------------------------------
@@ -305,7 +304,7 @@ def test_encoders_get_a_random_decoder(tmp_path):
     assert (loaded.info.weights, loaded.info.source) == ("encoder", f"{tmp_path.name}/vit.pth (timm)")
     assert (loaded.n_cls, loaded.config.decoder, loaded.info.classes) == (4, {"name": "linear"}, "camvid")
     with torch.no_grad():
-        im = picture(64)
+        im = image(64)
         assert torch.equal(loaded.encoder(im, return_features=True), model.encoder(im, return_features=True))
     assert loaded.decoder.head.weight.std() > 0
     with pytest.raises(CheckpointError, match=r"vit\.pth: a pretrained backbone.*give n_cls"):
@@ -315,6 +314,16 @@ def test_encoders_get_a_random_decoder(tmp_path):
         load_any(tmp_path / "broken.pth", n_cls=4)
 
 
+def test_half_a_decoder_is_not_replaced_by_a_random_one(tmp_path):
+    state = {name: tensor for name, tensor in tiny_model().state_dict().items() if name != "decoder.cls_emb"}
+    torch.save(state, tmp_path / "half.pth")
+    with (
+        pytest.warns(UserWarning, match="no variant.yml"),
+        pytest.raises(CheckpointError, match=r"half\.pth does not fit the model\n  20 unexpected: decoder\.proj_patch"),
+    ):
+        load_any(tmp_path / "half.pth", n_cls=3)
+
+
 def test_npz_from_disk(tmp_path):
     np.savez(tmp_path / "vit.npz", **{name: tensor.numpy() for name, tensor in jax_arrays().items()})
     model = load_any(tmp_path / "vit.npz", n_cls=6, image_size=96, normalization="deit")
@@ -322,7 +331,7 @@ def test_npz_from_disk(tmp_path):
     assert logits(model).shape == (1, 6, 70, 70) and logits(model).std() > 0
 
 
-def test_hugging_face_folder(tmp_path):
+def test_hugging_face_directory(tmp_path):
     names = {"patch_embed.proj": "vit.embeddings.patch_embeddings.projection", "cls_token": "vit.embeddings.cls_token"}
     names |= {"pos_embed": "vit.embeddings.position_embeddings", "attn.proj": "attention.output.dense"}
     names |= {"norm1": "layernorm_before", "norm2": "layernorm_after", "mlp.fc1": "intermediate.dense"}
@@ -345,7 +354,7 @@ def test_hugging_face_folder(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.485, 0.456, 0.406]}))
     loaded = load_any(tmp_path, n_cls=3)
     with torch.no_grad():
-        features = [m.encoder(picture(64), return_features=True) for m in (loaded, tiny_model())]
+        features = [m.encoder(image(64), return_features=True) for m in (loaded, tiny_model())]
     assert torch.equal(*features)
     assert loaded.info.normalization == "deit" and loaded.config.norm_eps == 1e-5
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
@@ -387,8 +396,8 @@ def test_live_timm_model(tmp_path):
     vit = timm.VisionTransformer(img_size=64, patch_size=16, embed_dim=64, depth=1, num_heads=1, num_classes=0).eval()
     model = load_any(vit, n_cls=4)
     with torch.no_grad():
-        expected = vit.forward_features(picture(64))
-        assert (model.encoder(picture(64), return_features=True) - expected).abs().max() < 1e-5
+        expected = vit.forward_features(image(64))
+        assert (model.encoder(image(64), return_features=True) - expected).abs().max() < 1e-5
     assert model.info.source == "live VisionTransformer (timm)"
     report = convert_checkpoint(vit, tmp_path / "out", n_cls=4)
     assert report.source == "VisionTransformer" and report.kind == "timm"

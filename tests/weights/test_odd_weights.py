@@ -1,6 +1,5 @@
 """Files that are well-formed, and nonsense as weights, end in CheckpointError; nothing giant is allocated."""
 
-import json
 import math
 import warnings
 
@@ -8,23 +7,18 @@ import pytest
 import torch
 import yaml
 
-from segmenter.config import ConfigError
 from segmenter.model import create_segmenter
-from segmenter.weights.convert import architecture, convert
-from segmenter.weights.load import convert_checkpoint, load_any, load_model, save_pretrained, variant_of
-from segmenter.weights.names import check_plain
+from segmenter.weights.convert import convert
+from segmenter.weights.load import convert_checkpoint, load_any, load_model
 from segmenter.weights.read import CheckpointError
-from tests.support.foreign import jax_arrays, to_mmseg
+from segmenter.weights.recognise import architecture, check_plain
+from segmenter.weights.settings import as_published
+from tests.support.foreign import HF, jax_arrays, to_mmseg
 from tests.support.tiny import tiny_config, tiny_model
 from tests.test_positions import timm_state
 
 OURS = tiny_model().state_dict()
 ENCODER = {name: tensor for name, tensor in OURS.items() if name.startswith("encoder.")}
-HF = {
-    "embeddings.patch_embeddings.projection.weight": torch.zeros(64, 3, 16, 16),
-    "embeddings.position_embeddings": torch.zeros(1, 17, 64),
-    "embeddings.cls_token": torch.zeros(1, 1, 64),
-}
 QKV = (("query", 64), ("key", 63), ("value", 64))
 ATTENTION = "encoder.layer.0.attention.attention."
 
@@ -113,12 +107,12 @@ def test_a_small_file_that_claims_a_giant_allocates_nothing(tmp_path, monkeypatc
         load_any(tmp_path / "wide.safetensors", n_cls=4)
 
 
-def test_a_variant_of_thousands_of_layers_makes_none(tmp_path, monkeypatch):
+def test_thousands_of_layers_in_the_settings_make_none(tmp_path, monkeypatch):
     model = tiny_model()
-    variant = variant_of(model)
-    variant["net_kwargs"]["decoder"]["n_layers"] = 1024
+    settings = as_published(model)
+    settings["net_kwargs"]["decoder"]["n_layers"] = 1024
     torch.save(model.state_dict(), tmp_path / "checkpoint.pth")
-    (tmp_path / "variant.yml").write_text(yaml.safe_dump(variant))
+    (tmp_path / "variant.yml").write_text(yaml.safe_dump(settings))
     monkeypatch.setattr("segmenter.weights.build.create_segmenter", lambda *_: pytest.fail("a model was made"))
     with pytest.raises(CheckpointError, match="of 1 layers in the file, .* of 1024 layers asked for"):
         load_model(tmp_path)
@@ -130,25 +124,6 @@ def test_widths_whose_heads_no_shape_tells(monkeypatch):
     with pytest.raises(CheckpointError, match="width 1280 may have 20 heads of 64 or, .*, 16 of 80; give n_heads"):
         convert(state, n_cls=3, decoder="linear")
     assert convert(state, n_cls=3, decoder="linear", n_heads=16).config.n_heads == 16
-
-
-# -- windows --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size, stride", [(9000, 64), (10**9, 64), (64, 65), (0, 64), ("64", 64), (64, 0)])
-def test_windows_of_files_have_a_range(tmp_path, size, stride):
-    model = tiny_model()
-    save_pretrained(model, tmp_path / "ours")
-    content = json.loads((tmp_path / "ours" / "config.json").read_text())
-    content["info"] |= {"window_size": size, "window_stride": stride}
-    (tmp_path / "ours" / "config.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"config\.json: the values under info are wrong: window_"):
-        load_any(tmp_path / "ours")
-    torch.save(model.state_dict(), tmp_path / "checkpoint.pth")
-    windows = {"window_size": size, "window_stride": stride}
-    (tmp_path / "variant.yml").write_text(yaml.safe_dump({**variant_of(model), "inference_kwargs": windows}))
-    with pytest.raises(ConfigError, match=r"variant\.yml: window_"):
-        load_any(tmp_path / "checkpoint.pth")
 
 
 # -- weights kept twice, notes, names -------------------------------------------------------------------------------
@@ -176,52 +151,12 @@ def test_which_of_two_sets_of_weights(tmp_path):
 
 
 def test_reports_and_sources_are_printable(tmp_path):
-    folder = tmp_path / "a\x1b[31m"
-    folder.mkdir()
-    torch.save(timm_state(4, 4), folder / "vit.pth")
-    report = convert_checkpoint(folder / "vit.pth", tmp_path / "out", n_cls=3)
+    directory = tmp_path / "a\x1b[31m"
+    directory.mkdir()
+    torch.save(timm_state(4, 4), directory / "vit.pth")
+    report = convert_checkpoint(directory / "vit.pth", tmp_path / "out", n_cls=3)
     assert "\x1b" not in str(report) and "\\x1b[31m" in str(report)
     assert load_any(tmp_path / "out").info.source == "a\\x1b[31m/vit.pth (timm)"
-
-
-@pytest.mark.parametrize(
-    "meta, classes",
-    [
-        ({"dataset_meta": {"classes": ("road", *"abcdefghijklmnopqr")}}, "cityscapes"),
-        ({"CLASSES": ["road", *"abcdefghijklmnopqr"], "dataset_meta": 5}, "cityscapes"),
-        ({"CLASSES": [["road"], *"abcdefghijklmnopqr"]}, None),
-        ({"CLASSES": "road"}, None),
-        ({"dataset_meta": {"classes": {"road": 1}}}, None),
-        (5, None),
-    ],
-)
-def test_class_names_of_mmsegmentation(tmp_path, meta, classes):
-    model = tiny_model(n_cls=19, norm_eps=1e-6, pos_embed_mode="bicubic")
-    torch.save({"meta": meta, "state_dict": to_mmseg(model.state_dict(), 19)}, tmp_path / "a.pth")
-    assert load_any(tmp_path / "a.pth").info.classes == classes
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("config.json", "[1]", "must hold a JSON object"),
-        ("config.json", "{", "is no JSON"),
-        ("config.json", '{"layer_norm_eps": 1e999}', "norm_eps inf is out of range"),
-        ("config.json", '{"num_attention_heads": "two"}', "n_heads must be an integer"),
-        ("config.json", '{"image_size": NaN}', "is no JSON .the number NaN"),
-        ("config.json", '{"image_size": [64, 32]}', r"16 patches, which is no \(4, 2\) grid"),
-        ("config.json", '{"model_type": "beit"}', "model_type 'beit' is none of the plain ViTs"),
-        ("config.json", '{"model_type": ["vit"]}', "is none of the plain ViTs"),
-        ("preprocessor_config.json", "5", "must hold a JSON object"),
-        ("preprocessor_config.json", "[" * 500, "is no JSON"),
-    ],
-)
-def test_what_lies_beside_weights_of_hugging_face(tmp_path, name, content, message):
-    block = {"encoder.layer.0.layernorm_before.weight": torch.zeros(64)}
-    torch.save(HF | block | {"encoder.layer.0.layernorm_before.bias": torch.zeros(64)}, tmp_path / "pytorch_model.bin")
-    (tmp_path / name).write_text(content)
-    with pytest.raises(CheckpointError, match=message):
-        load_any(tmp_path, n_cls=3)
 
 
 def test_the_tiny_model_is_what_these_tests_think():

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from segmenter.classes import load_classes
-from segmenter.model import ModelInfo, Segmenter
+from segmenter.config import ModelInfo
+from segmenter.model import Segmenter
 from segmenter.weights import pretrained
 from segmenter.weights.load import from_pretrained, load_any, load_model, save_pretrained
 from segmenter.weights.pretrained import CLASSES, CONFIG, WEIGHTS
@@ -55,9 +56,9 @@ def test_save_and_load_are_exact(tmp_path, overrides):
     assert (loaded.config, loaded.info) == (model.config, model.info)
     assert sorted(os.listdir(tmp_path / "new" / "folder")) == [CONFIG, WEIGHTS]
     for path in (tmp_path / "new" / "folder", tmp_path / "new" / "folder" / WEIGHTS):
-        again, variant = load_model(path)
+        again, settings = load_model(path)
         assert torch.equal(logits(again), logits(model)) and again.info == model.info
-        assert variant["inference_kwargs"]["window_stride"] == 32
+        assert settings["inference_kwargs"]["window_stride"] == 32
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
@@ -155,14 +156,14 @@ def test_edited_configuration(tmp_path):
     assert from_pretrained(tmp_path).info.window_stride == 48
 
 
-def edit(folder, **changes):
-    content = json.loads((folder / CONFIG).read_text())
+def edit(directory, **changes):
+    content = json.loads((directory / CONFIG).read_text())
     for key, value in changes.items():
         if value is None:
             del content[key]
         else:
             content[key] = {**content[key], **value} if isinstance(value, dict) else value
-    (folder / CONFIG).write_text(json.dumps(content))
+    (directory / CONFIG).write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_damaged_configuration_is_never_guessed_around(tmp_path, text):
             load(tmp_path)
 
 
-def test_missing_parts_of_a_folder(tmp_path):
+def test_missing_parts(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder; hub=True would look for it"):
         from_pretrained(tmp_path / "none")
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
@@ -249,7 +250,7 @@ def test_hub_failure_is_one_error(monkeypatch):
 # -- interrupted saves ----------------------------------------------------------------------------------------------
 
 
-def killed_at(nth, model, folder):
+def killed_at(nth, model, directory):
     """Saves in a process that dies at its nth os.replace; nothing after it runs, no clean-up either."""
     pid = os.fork()
     if pid == 0:
@@ -262,7 +263,7 @@ def killed_at(nth, model, folder):
             real(source, target)
 
         os.replace = replace
-        save_pretrained(model, folder)
+        save_pretrained(model, directory)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
 
@@ -279,19 +280,19 @@ def test_killed_between_the_steps_reads_as_before_or_after(tmp_path, nth, expect
     for name, model in models.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(entries_of(f"{name} {i}" for i in range(5))))
         model.info.classes = str(tmp_path / f"{name}.json")
-    folder = tmp_path / "model"
-    save_pretrained(models["old"], folder)
-    killed_at(nth, models["new"], folder)
+    directory = tmp_path / "model"
+    save_pretrained(models["old"], directory)
+    killed_at(nth, models["new"], directory)
     for verify in (True, False):
-        found = from_pretrained(folder, verify=verify)
+        found = from_pretrained(directory, verify=verify)
         assert torch.equal(logits(found), logits(models[expected]))
         assert load_classes(found.info.classes).names[4] == f"{expected} 4"
     # A third save, killed while it writes its weights, must not have destroyed the second.
-    killed_at(1, tiny_model(2), folder)
-    assert torch.equal(logits(from_pretrained(folder)), logits(models[expected]))
-    save_pretrained(third := tiny_model(3), folder)
-    assert torch.equal(logits(from_pretrained(folder)), logits(third))
-    assert {CONFIG, WEIGHTS} <= set(os.listdir(folder)) <= {CONFIG, WEIGHTS, CLASSES}, "leftovers are removed"
+    killed_at(1, tiny_model(2), directory)
+    assert torch.equal(logits(from_pretrained(directory)), logits(models[expected]))
+    save_pretrained(third := tiny_model(3), directory)
+    assert torch.equal(logits(from_pretrained(directory)), logits(third))
+    assert {CONFIG, WEIGHTS} <= set(os.listdir(directory)) <= {CONFIG, WEIGHTS, CLASSES}, "leftovers are removed"
 
 
 def test_full_disk_leaves_the_old_save_and_is_said_of_the_file_that_has_no_room(tmp_path, monkeypatch):
@@ -327,7 +328,7 @@ def test_ctrl_c_just_after_the_commit_keeps_the_new_save(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_sigkill_while_saving_leaves_a_readable_folder(tmp_path):
+def test_sigkill_while_saving_leaves_a_readable_model(tmp_path):
     models = [tiny_model(0), tiny_model(1)]
     save_pretrained(models[0], tmp_path / "a")
     script = (
@@ -351,22 +352,22 @@ def test_sigkill_while_saving_leaves_a_readable_folder(tmp_path):
                 os.kill(process.pid, signal.SIGCONT)
         finally:
             process.send_signal(signal.SIGKILL)
-    for folder in [tmp_path / "a", *(tmp_path / f"copy{i}" for i in range(12))]:
-        found = logits(from_pretrained(folder))
+    for directory in [tmp_path / "a", *(tmp_path / f"copy{i}" for i in range(12))]:
+        found = logits(from_pretrained(directory))
         assert any(torch.equal(found, logits(model)) for model in models)
 
 
 # -- several at once ------------------------------------------------------------------------------------------------
 
 
-def saving(model, folder, times):
+def saving(model, directory, times):
     """The id of a process that saves a model again and again."""
     if pid := os.fork():
         return pid
     status = 1
     try:
         for _ in range(times):
-            save_pretrained(model, folder)
+            save_pretrained(model, directory)
         status = 0
     finally:
         os._exit(status)
@@ -390,7 +391,7 @@ def test_saves_at_once_leave_one_whole_model_and_readers_always_find_one(tmp_pat
 def test_a_reader_begins_again_when_a_save_came_between(tmp_path, monkeypatch):
     """Between config.json and the weights, where it would find the weights damaged."""
     save_pretrained(tiny_model(0), tmp_path)
-    new, read, came = tiny_model(1, n_cls=7), pretrained._read_json, []
+    new, read, came = tiny_model(1, n_cls=7), pretrained.read_json_object, []
 
     def and_then_a_save(path):
         content = read(path)
@@ -399,5 +400,5 @@ def test_a_reader_begins_again_when_a_save_came_between(tmp_path, monkeypatch):
             save_pretrained(new, tmp_path)
         return content
 
-    monkeypatch.setattr(pretrained, "_read_json", and_then_a_save)
+    monkeypatch.setattr(pretrained, "read_json_object", and_then_a_save)
     assert torch.equal(logits(from_pretrained(tmp_path)), logits(new))

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from segmenter.weights.read import CheckpointError, listing, read_state_dict
-from segmenter.weights.variant_yml import read_variant
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -402,82 +401,6 @@ def test_non_finite_weights(tmp_path, value):
 def test_listing_is_short():
     assert listing(["a", "b"]) == "a, b"
     assert listing([str(i) for i in range(20)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
-
-
-# -- variant.yml ----------------------------------------------------------------------------------------------------
-
-
-def write_variant(folder, text):
-    (folder / "variant.yml").write_text(text)
-    return folder / "variant.yml"
-
-
-def test_variant_of_every_golden_case():
-    for path in sorted(GOLDEN.glob("*/variant.yml")):
-        net_kwargs = read_variant(path)["net_kwargs"]
-        assert isinstance(net_kwargs["image_size"], tuple) and len(net_kwargs["image_size"]) == 2
-        assert net_kwargs["decoder"]["name"] in ("linear", "mask_transformer")
-
-
-@pytest.mark.parametrize(
-    "text, value", [("!!python/tuple [96, 64]", (96, 64)), ("[96, 64]", [96, 64]), ("96", 96), ("1e-5", "1e-5")]
-)
-def test_variant_forms_of_a_value(tmp_path, text, value):
-    found = read_variant(write_variant(tmp_path, f"net_kwargs:\n  image_size: {text}\n"))["net_kwargs"]["image_size"]
-    assert found == value and type(found) is type(value)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "net_kwargs: {a: !!python/name:os.system }",
-        "net_kwargs: {a: !!python/object/apply:os.mkdir [MARKER]}",
-        "net_kwargs: {a: !!python/object/new:os.mkdir [MARKER]}",
-        "net_kwargs: {a: !!python/module:os }",
-        "net_kwargs: {a: !!python/object:pathlib.Path {}}",
-        "net_kwargs: {a: !!bool maybe}",  # KeyError inside yaml
-        "net_kwargs: {a: !!int ''}",  # IndexError
-        "net_kwargs: {a: !!timestamp x}",  # AttributeError
-        "net_kwargs: {a: 2024-99-99}",
-        "net_kwargs: {[1]: 2, {a: 1}: 3}",
-        "net_kwargs: [1, 2",
-        "net_kwargs: {a: *nowhere}",
-        "a: &a {x: 1}\nnet_kwargs: {<<: [*a, *a]}",
-        "net_kwargs:\n\t- tab",
-        "\x00\x01",
-    ],
-)
-def test_variant_refuses_python_and_broken_yaml(tmp_path, text):
-    marker = tmp_path / "marker"
-    with pytest.raises(CheckpointError, match=r"variant\.yml: is no plain YAML"):
-        read_variant(write_variant(tmp_path, text.replace("MARKER", str(marker))))
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("text", ["", "5", "[1]", "a: 1", "net_kwargs: 5", "net_kwargs:"])
-def test_variant_without_net_kwargs(tmp_path, text):
-    with pytest.raises(CheckpointError, match="has no net_kwargs"):
-        read_variant(write_variant(tmp_path, text))
-
-
-def test_variant_too_deep_too_large_not_text_missing(tmp_path):
-    with pytest.raises(CheckpointError, match="nested more than 64 levels"):
-        read_variant(write_variant(tmp_path, "net_kwargs: " + "[" * 5000))
-    with pytest.raises(CheckpointError, match="larger than 1000000 bytes"):
-        read_variant(write_variant(tmp_path, "a: 1\n" * 250_000))
-    (tmp_path / "variant.yml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CheckpointError, match="no text in UTF-8"):
-        read_variant(tmp_path / "variant.yml")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        read_variant(tmp_path / "none.yml")
-
-
-def test_variant_aliases_do_not_multiply(tmp_path):
-    lines = ["a0: &a0 [1, 1]"] + [f"a{i}: &a{i} [" + ", ".join([f"*a{i - 1}"] * 10) + "]" for i in range(1, 30)]
-    with pytest.raises(CheckpointError, match="more than 200000 values once its aliases are followed"):
-        read_variant(write_variant(tmp_path, "\n".join([*lines, "net_kwargs: {n_cls: 3}"])))
-    variant = read_variant(write_variant(tmp_path, "\n".join([*lines[:4], "net_kwargs: {n_cls: 3}"])))
-    assert variant["net_kwargs"] == {"n_cls": 3} and variant["a3"][0] is variant["a3"][9]
 
 
 def test_two_members_of_one_name(torch_file):

@@ -359,7 +359,7 @@ def test_a_member_larger_than_its_storage_is_not_kept(tmp_path):
     assert read.tolist() == [[0, 1], [2, 3]] and read.untyped_storage().nbytes() == 16
 
 
-def test_big_endian_files_are_swapped(tmp_path):
+def test_big_endian_files(tmp_path):
     path = write(tmp_path / "a.pth", tensor_pickle())
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("archive/data/0", np.arange(4, dtype=">f4").tobytes())
@@ -452,8 +452,8 @@ def test_arrays_of_npz_are_as_large_as_they_say(tmp_path):
     for shape in ((10**9,), (10**6, 10**6), (3,), (5,), (-1, -4), (2**70,)):
         assert "refused, a claims" in refusal(write_npy(path, shape, raw))
     assert "a is empty" in refusal(write_npy(path, (10**12, 0), b""))
-    swapped = np.arange(4, dtype=">f4").tobytes()
-    assert read_weights(write_npy(path, (4,), swapped, ">f4")).state["a"].tolist() == [0, 1, 2, 3]
+    big_endian = np.arange(4, dtype=">f4").tobytes()
+    assert read_weights(write_npy(path, (4,), big_endian, ">f4")).state["a"].tolist() == [0, 1, 2, 3]
     brain = torch.tensor([1.0, -2.5], dtype=torch.bfloat16)
     read = read_weights(write_npy(path, (2,), brain.view(torch.int16).numpy().tobytes(), "|V2")).state["a"]
     assert read.dtype == torch.bfloat16 and torch.equal(read, brain)
@@ -483,11 +483,11 @@ def test_a_file_cut_short_while_it_is_read(tmp_path, monkeypatch):
     torch.save({"a": torch.ones(10_000)}, tmp_path / "a.pth")
     real = torch_file.read_bytes
 
-    def cut(file, start, n):
+    def cut(file, at, n):
         if n == 40_000:
             with open(tmp_path / "a.pth", "r+b") as other:
-                other.truncate(start + 10_000)
-        return real(file, start, n)
+                other.truncate(at + 10_000)
+        return real(file, at, n)
 
     monkeypatch.setattr(torch_file, "read_bytes", cut)
     assert "damaged or truncated, it ends before" in refusal(tmp_path / "a.pth")

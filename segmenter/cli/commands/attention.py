@@ -1,4 +1,4 @@
-"""`segmenter attention`: attention maps of one picture, a head at a time and as a grid."""
+"""`segmenter attention`: attention maps of one image, a head at a time and as a grid."""
 
 import argparse
 from pathlib import Path
@@ -37,24 +37,24 @@ def run(args: argparse.Namespace) -> int:
         for layer in layers:
             maps = attention_maps(model, im, args.part, layer)
             for name, query in queries.items():
-                folder = output / f"{args.part[:3]}_layer{layer}" / name
-                with writing_into(folder):
-                    _write_maps(folder, maps[:, query].cpu().numpy(), heads, pixels, P)
+                directory = output / f"{args.part[:3]}_layer{layer}" / name
+                with writing_into(directory):
+                    _write_maps(directory, maps[:, query].cpu().numpy(), heads, pixels, P)
     out(f"attention maps: {len(layers) * len(queries) * len(heads)} -> {args.output}")
     return OK
 
 
 def square_input(pixels: np.ndarray, image_size: int, patch_size: int) -> np.ndarray:
-    """The top left square of a picture, resized from its short side to `image_size`, then cut to whole patches."""
+    """The top left square of an image, resized from its short side to `image_size`, then cut to whole patches."""
     short = min(pixels.shape[:2])
-    size = (image_size, image_size)  # the kept square alone: all of a long thin picture could fill the memory
+    size = (image_size, image_size)  # the kept square alone: all of a long thin image could fill the memory
     square = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=(0, 0, short, short))
     side = image_size - image_size % patch_size
     return np.array(square)[:side, :side]
 
 
 def attention_maps(model: Segmenter, im: torch.Tensor, part: str, layer: int) -> torch.Tensor:
-    """Attention to the patches, in pictures: (heads, queries, gh, gw).
+    """Attention to the patches, in images: (heads, queries, gh, gw).
 
     Queries are those of the model: in the encoder CLS, DIST if distilled, then the patches; in the decoder the
     patches, then the classes.
@@ -68,13 +68,13 @@ def attention_maps(model: Segmenter, im: torch.Tensor, part: str, layer: int) ->
     return attention.unflatten(2, (im.shape[-2] // model.patch_size, im.shape[-1] // model.patch_size)).float()
 
 
-def _write_maps(folder: Path, maps: np.ndarray, heads: list[int], pixels: np.ndarray, patch_size: int) -> None:
+def _write_maps(directory: Path, maps: np.ndarray, heads: list[int], pixels: np.ndarray, patch_size: int) -> None:
     tiles = [("input", pixels)]
     for head in heads:
         tile = enlarge(heat_colors(maps[head]), patch_size)
-        save_png(tile, folder / f"head{head}.png")
+        save_png(tile, directory / f"head{head}.png")
         tiles.append((f"head {head}   max {maps[head].max():.2g}", tile))
-    save_png(attention_grid(tiles), folder / "grid.png")
+    save_png(attention_grid(tiles), directory / "grid.png")
 
 
 def _layers(args: argparse.Namespace, model: Segmenter) -> list[int]:
@@ -101,7 +101,7 @@ def _queries(args: argparse.Namespace, model: Segmenter, grid: int) -> dict[str,
     if args.patch:
         x, y = args.patch
         if x >= grid or y >= grid:
-            raise CommandError(f"--patch {x} {y} is out of range: the picture has {grid} x {grid} patches, from 0")
+            raise CommandError(f"--patch {x} {y} is out of range: the image has {grid} x {grid} patches, from 0")
         first = 1 + model.encoder.distilled if args.part == "encoder" else 0
         return {f"patch_{x}_{y}": first + grid * y + x}
     if args.part == "encoder":

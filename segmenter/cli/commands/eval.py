@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,14 +13,14 @@ import torch
 from tqdm import tqdm
 
 import segmenter
-from segmenter.cli.errors import DEVICE, FAILURE, OK, SOME_FAILED, CommandError
+from segmenter.cli.errors import DEVICE, FAILURE, SOME_FAILED, CommandError
 from segmenter.cli.loading import choose_classes, load
-from segmenter.cli.output import err, out
+from segmenter.cli.output import out
 from segmenter.cli.records import Facts, Records, sample_facts
 from segmenter.cli.report import Tally, say, write_failed
 from segmenter.cli.resume import model_fingerprint
 from segmenter.cli.scores import print_scores, report, write_scores
-from segmenter.cli.shards import Shard, SharedReport
+from segmenter.cli.shards import Shard, run_part
 from segmenter.data.datasets import PUBLISHED, DataError, Dataset, Sample, open_dataset
 from segmenter.evaluation.charts import can_draw, comparison
 from segmenter.evaluation.evaluate import MULTISCALE, OVERLAP, Outcome, Protocol, outcomes
@@ -36,10 +35,10 @@ OVERLAYS = "overlays"  # below the output folder
 
 @dataclass
 class Evaluation:
-    """What all pictures of a run share, and how far it is.
+    """What all images of a run share, and how far it is.
 
     Attributes:
-        settings: all that the counts depend on besides the pictures, for --resume.
+        settings: all that the counts depend on besides the images, for --resume.
         overlays: name of a sample -> the overlay to draw of it. skip: samples that need not be done again.
     """
 
@@ -69,28 +68,16 @@ def _run(job: Evaluation, shard: Shard, output: Path) -> int:
     records = Records(output, job.dataset, args.boundary, job.settings, shard.rank, shard.world, keep=resume)
     if resume:
         job.skip = _usable(records, job, quiet=shard.rank > 0)
-    shared = None
-    if shard.world > 1:
-        shared = SharedReport(shard, output, [[sample.name for sample in job.dataset.samples], job.settings])
-        if shard.rank == 0:
-            err(f"segmenter: {shard.world} processes share {len(job.dataset)} pictures")
-    start, finished = time.perf_counter(), False
-    try:
-        _do(shard, job, records)
-        finished = True
-    finally:
-        seconds = time.perf_counter() - start
-        if not finished:  # Ctrl-C, a bad sample, a full disk: say what there is
-            who = "" if shared is None else f"process {shard.rank} of {shard.world} "
-            total = len(shard.part(job.dataset.samples))
-            say(job.tally, total, seconds, args.output, f"{who}stopped early, --resume goes on: ")
-    merged = (job.tally, seconds) if shared is None else shared.finish(job.tally, seconds)
-    if merged is not None:
-        _finish(job, records, *merged, shard.world)
-    if merged is not None and shared is not None:
-        shared.remove()
-    # to torchrun any other status is a lost process, for which it ends the others
-    return SOME_FAILED if job.tally.failed and shared is None else OK
+    names = [sample.name for sample in job.dataset.samples]
+    return run_part(
+        shard,
+        args.output,
+        names,
+        job.settings,
+        job.tally,
+        do=lambda: _do(shard, job, records),
+        report=lambda tally, seconds: _finish(job, records, tally, seconds, shard.world),
+    )
 
 
 def prepare(args: argparse.Namespace, shard: Shard) -> Evaluation:
@@ -122,13 +109,13 @@ def prepare(args: argparse.Namespace, shard: Shard) -> Evaluation:
         "device": device.type,
     }
     samples = dataset.spread(args.overlays) if args.overlays else ()
-    folder = Path(args.output) / OVERLAYS
-    overlays = {sample.name: folder / f"{sample.name}.png" for sample in samples}
+    directory = Path(args.output) / OVERLAYS
+    overlays = {sample.name: directory / f"{sample.name}.png" for sample in samples}
     return Evaluation(args, model, dataset, protocol, settings, overlays)
 
 
 def choose_protocol(args: argparse.Namespace, dataset: Dataset) -> Protocol:
-    """What the options say, and else what was published for the data set; its pictures' own size if nothing was."""
+    """What the options say, and else what was published for the data set; its images' own size if nothing was."""
     published = PUBLISHED.get(dataset.key)
     im_size = args.im_size or (published.im_size if published else None)
     max_ratio = args.max_ratio or (published.max_ratio if published else Protocol.max_ratio)
@@ -180,8 +167,8 @@ def _usable(records: Records, job: Evaluation, quiet: bool) -> set[str]:
     names, useless = records.done()
     if useless and not quiet:
         warnings.warn(
-            f"{useless} records in {records.folder} are of other settings, of pictures that have changed, or cut off; "
-            "such pictures are done again",
+            f"{useless} records in {records.directory} are of other settings, of images that have changed, or cut "
+            "off; such images are done again",
             stacklevel=2,
         )
     return {name for name in names if name not in job.overlays or job.overlays[name].is_file()}
@@ -206,7 +193,7 @@ def _do(shard: Shard, job: Evaluation, records: Records) -> None:
 
     stream = outcomes(job.model, dataset, job.protocol, wanted(), boundary=args.boundary, workers=args.workers)
     no_bar = shard.rank > 0 or None  # None: no bar unless on a terminal
-    with tqdm(total=len(mine), unit="picture", file=sys.stderr, disable=no_bar) as bar, contextlib.closing(stream):
+    with tqdm(total=len(mine), unit="image", file=sys.stderr, disable=no_bar) as bar, contextlib.closing(stream):
         try:
             for outcome in stream:
                 sample = outcome.sample
@@ -225,7 +212,7 @@ def _do(shard: Shard, job: Evaluation, records: Records) -> None:
         except torch.OutOfMemoryError as error:
             text = "not enough memory; use a smaller --batch-size or --window-size, --dtype auto, or --device cpu"
             raise CommandError(text, DEVICE) from error
-        except ValueError as error:  # a picture that grows too large, or scores that are not finite
+        except ValueError as error:  # an image that grows too large, or scores that are not finite
             raise CommandError(str(error), FAILURE) from error
 
 
@@ -239,14 +226,14 @@ def _finish(job: Evaluation, records: Records, tally: Tally, seconds: float, pro
     """Sums the records of all processes, and writes and prints the scores.
 
     Raises:
-        CommandError: a picture is neither recorded nor noted as failed.
+        CommandError: an image is neither recorded nor noted as failed.
     """
     counts, names = records.total()
     failed = {job.dataset.samples[place].name for place in tally.failed}
     lost = [sample.name for sample in job.dataset.samples if sample.name not in names | failed]
     if lost:
         raise CommandError(
-            f"{len(lost)} pictures have no record, the first is {lost[0]}: they changed, or {records.folder} did, "
+            f"{len(lost)} images have no record, the first is {lost[0]}: they changed, or {records.directory} did, "
             "while the run went on; run again with --resume",
             FAILURE,
         )
@@ -256,6 +243,5 @@ def _finish(job: Evaluation, records: Records, tally: Tally, seconds: float, pro
     write_scores(data, job.dataset.classes, counts, output, job.args.chart)
     write_failed(tally, output)
     print_scores(data)
-    by = f" by {processes} processes" if processes > 1 else ""
-    say(tally, len(job.dataset), seconds, job.args.output, by=by)
+    say(tally, len(job.dataset), seconds, job.args.output, processes=processes)
     out(windows_in_words(job.args, job.protocol, job.dataset))

@@ -1,4 +1,4 @@
-"""`segmenter predict`: pictures to labels, overlays and class shares."""
+"""`segmenter predict`: images to labels, overlays and class shares."""
 
 import argparse
 import contextlib
@@ -9,7 +9,6 @@ import glob
 import itertools
 import os
 import sys
-import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,17 +20,16 @@ import numpy as np
 from tqdm import tqdm
 
 from segmenter.classes import ClassSet
-from segmenter.cli.errors import DEVICE, FAILURE, OK, SOME_FAILED, CommandError
+from segmenter.cli.errors import DEVICE, FAILURE, CommandError
 from segmenter.cli.loading import choose_classes, load
-from segmenter.cli.output import err
 from segmenter.cli.report import FAILED, Tally, say, write_failed, write_json
-from segmenter.cli.resume import is_done, picture_facts, run_settings
-from segmenter.cli.shards import Shard, SharedReport
+from segmenter.cli.resume import image_facts, is_done, run_settings
+from segmenter.cli.shards import Shard, run_part
 from segmenter.errors import cause
 from segmenter.files import remove_leftovers, same_form, walk, write_atomically
 from segmenter.inference.images import suffixes
 from segmenter.inference.segment import compute_dtype
-from segmenter.inference.stream import PictureMemoryError, Result, results
+from segmenter.inference.stream import ImageMemoryError, Result, results
 from segmenter.model import Segmenter
 from segmenter.visualize import class_shares, overlay, save_label_png, save_png, with_legend
 
@@ -40,7 +38,7 @@ LABEL_FILES = {"png": "_labels.png", "raw": "_labels_raw.png", "npy": "_labels.n
 
 @dataclass(frozen=True)
 class Job:
-    """One picture and what its results are called: output folder / f"{name}_overlay.png" ..."""
+    """One image and what its results are called: output folder / f"{name}_overlay.png" ..."""
 
     source: Path
     name: str
@@ -48,7 +46,7 @@ class Job:
 
 @dataclass
 class Batch:
-    """What all pictures of a run share, and how far it is. `folders`: those that results have been put into."""
+    """What all images of a run share, and how far it is. `directories`: those that results have been put into."""
 
     args: argparse.Namespace
     model: Segmenter
@@ -57,14 +55,14 @@ class Batch:
     output: Path
     resume: bool
     tally: Tally = field(default_factory=Tally)
-    folders: set[Path] = field(default_factory=set)
+    directories: set[Path] = field(default_factory=set)
 
     def fail(self, place: int, job: Job, error: Exception) -> None:
         self.tally.failed[place] = {"image": str(job.source), "error": str(error)}
 
 
-class PictureError(Exception):
-    """One picture cannot be done; the others can."""
+class ImageError(Exception):
+    """One image cannot be done; the others can."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,50 +86,47 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(jobs: list[Job], batch: Batch, shard: Shard) -> int:
-    args, output, settings = batch.args, batch.output, batch.settings
-    shared = None
-    if shard.world > 1:
-        shared = SharedReport(shard, output, [[(str(job.source), job.name) for job in jobs], settings])
-        if shard.rank == 0:
-            err(f"segmenter: {shard.world} processes share {len(jobs)} pictures")
     mine = shard.part(jobs)
-    start, finished = time.perf_counter(), False
-    try:
-        no_bar = shard.rank > 0 or None  # None: no bar unless on a terminal
-        with tqdm(total=len(mine), unit="picture", file=sys.stderr, disable=no_bar) as bar:
-            _do(mine, batch, bar)
-        finished = True
-    finally:  # also after Ctrl-C or a full disk: say what there is
-        seconds = time.perf_counter() - start
-        if shared is None:
-            _report(batch, len(jobs), seconds, finished)
-        elif finished:
-            _report_together(shared, batch, len(jobs), seconds)
-        else:
-            early = f"process {shard.rank} of {shard.world} stopped early, --resume goes on: "
-            say(batch.tally, len(mine), seconds, args.output, early)
-    # to torchrun any other status is a lost process, for which it ends the others
-    return SOME_FAILED if batch.tally.failed and shared is None else OK
+    no_bar = shard.rank > 0 or None  # None: no bar unless on a terminal
+
+    def do() -> None:
+        try:
+            with tqdm(total=len(mine), unit="image", file=sys.stderr, disable=no_bar) as bar:
+                _do(mine, batch, bar)
+        except BaseException:
+            if shard.world == 1:
+                with contextlib.suppress(OSError):  # show what stopped it instead
+                    write_failed(batch.tally, batch.output)
+            raise
+
+    def report(tally: Tally, seconds: float) -> None:
+        try:
+            write_failed(tally, batch.output)
+        finally:
+            say(tally, len(jobs), seconds, batch.args.output, processes=shard.world)
+
+    planned = [(str(job.source), job.name) for job in jobs]
+    return run_part(shard, batch.args.output, planned, batch.settings, batch.tally, do, report)
 
 
 def plan(inputs: Iterable[str], output: Path) -> list[Job]:
-    """The pictures that the arguments mean, each once, with result names that differ.
+    """The images that the arguments mean, each once, with result names that differ.
 
-    Pictures of a folder keep their sub-folders; other names are that of the file without its suffix. When taken, the
+    Images of a folder keep their sub-folders; other names are that of the file without its suffix. When taken, the
     suffix is added and then a number. An output folder inside an input folder is no input: it holds earlier results.
     Folders that cannot be entered, or were already, are warned of.
 
     Raises:
-        CommandError: an input folder that is the output folder, where results and pictures could not be told apart;
-            a folder without pictures; a glob that matches nothing. Missing files are kept: reading reports.
+        CommandError: an input folder that is the output folder, where results and images could not be told apart;
+            a folder without images; a glob that matches nothing. Missing files are kept: reading reports.
     """
     jobs: list[Job] = []
     seen: set[str] = set()
     taken = {Path(FAILED).stem}
     numbers: dict[str, int] = {}  # name with suffix -> the last number that was tried after it
-    folders = _Folders()
+    places = _Places()
     for path, relative in _expand(inputs, output.resolve()):
-        if (target := folders.target(path)) in seen:
+        if (target := places.target(path)) in seen:
             continue
         seen.add(target)
         name = relative.with_suffix("").as_posix()
@@ -148,16 +143,16 @@ def plan(inputs: Iterable[str], output: Path) -> list[Job]:
 
 
 def _expand(inputs: Iterable[str], output: Path) -> Iterable[tuple[Path, Path]]:
-    """(path of a picture, its path below the folder it was found in)."""
+    """(path of an image, its path below the folder it was found in)."""
     told: set[str] = set()
     for text in inputs:
         path, problems = Path(text), []
         if os.path.isdir(path):  # Path.is_dir() raises for a name that is too long
             if path.resolve() == output:
                 raise CommandError(f"{text}: the input folder is the output folder; choose another --output")
-            pictures, problems = walk(path, suffixes(), output)
-            found = [(p, p.relative_to(path)) for p in pictures]
-            nothing = f"{text}: no pictures in this folder ({' '.join(sorted(suffixes()))})"
+            images, problems = walk(path, suffixes(), output)
+            found = [(p, p.relative_to(path)) for p in images]
+            nothing = f"{text}: no images in this folder ({' '.join(sorted(suffixes()))})"
         elif glob.has_magic(text) and not os.path.exists(path):
             matches, problems = _matches(path)
             found, nothing = [(p, Path(p.name)) for p in matches], f"{text}: no file matches"
@@ -176,8 +171,8 @@ def _matches(pattern: Path) -> tuple[list[Path], list[str]]:
     """The files that a glob pattern means, sorted, and what could not be looked at for **."""
     before = list(itertools.takewhile(lambda part: part != "**", pattern.parts))
     after = pattern.parts[len(before) :]
-    start = str(Path(*before))
-    places = sorted(Path(p) for p in (glob.glob(start) if glob.has_magic(start) else [start]))
+    base = str(Path(*before))
+    places = sorted(Path(p) for p in (glob.glob(base) if glob.has_magic(base) else [base]))
     if not after:
         return [p for p in places if not os.path.isdir(p)], []
     found, problems = [], []  # glob itself goes round in circles where links do
@@ -200,18 +195,18 @@ def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def _refuse_to_overwrite(jobs: Iterable[Job], output: Path, args: argparse.Namespace) -> None:
-    """Raises CommandError if a picture lies where a result, or the list of failures, would be written."""
-    folders = _Folders()
+    """Raises CommandError if an image lies where a result, or the list of failures, would be written."""
+    places = _Places()
     sources = {
-        _key(place): job.source for job in jobs for place in (folders.place(job.source), folders.target(job.source))
+        _key(place): job.source for job in jobs for place in (places.place(job.source), places.target(job.source))
     }
     names = (name for job in jobs for name in (*_files(job, args).values(), f"{job.name}.json"))
     for name in itertools.chain([FAILED], names):
-        if (source := sources.get(_key(folders.place(output / name)))) is not None:
+        if (source := sources.get(_key(places.place(output / name)))) is not None:
             raise CommandError(f"{source}: a result would be written over this input; choose another --output")
 
 
-class _Folders:
+class _Places:
     """Where paths really lie; each folder is looked up once."""
 
     def __init__(self):
@@ -238,13 +233,13 @@ def _files(job: Job, args: argparse.Namespace) -> dict[str, str]:
 
 
 def _do(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm) -> None:
-    """Each picture is skipped, done, or noted as failed."""
+    """Each image is skipped, done, or noted as failed."""
     args = batch.args
     taken: deque[tuple[int, Job, dict[str, int] | None]] = deque()  # those that the stream has, in its order
     stream = results(
         batch.model,
         _sources(jobs, batch, bar, taken),
-        batch_size=args.pictures,
+        batch_size=args.images,
         scales=args.scales,
         flip=args.flip,
         window_size=args.window_size,
@@ -258,13 +253,13 @@ def _do(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm) -> None:
             for result in stream:
                 _finish(*taken.popleft(), result, batch)
                 bar.update()
-    except PictureMemoryError as error:
+    except ImageMemoryError as error:
         text = f"{error.source}: not enough memory for one window at a time; use a smaller --window-size or --scales, "
         raise CommandError(f"{text}--dtype auto, or --device cpu", DEVICE) from error
 
 
 def _sources(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm, taken: deque) -> Iterator[Path]:
-    """The pictures that are to be done; `taken` gets (place, job, facts) of each."""
+    """The images that are to be done; `taken` gets (place, job, facts) of each."""
     for place, job in jobs:
         if batch.resume and is_done(batch.output / f"{job.name}.json", job.source, batch.settings):
             batch.tally.skipped += 1
@@ -273,24 +268,24 @@ def _sources(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm, taken: de
         try:
             with _errors_of_writing(job, batch.output):
                 _make_room(job, batch)
-        except PictureError as error:
+        except ImageError as error:
             batch.fail(place, job, error)
             bar.update()
         else:
-            # facts before reading: a picture that changes meanwhile is done again
-            taken.append((place, job, picture_facts(job.source)))
+            # facts before reading: an image that changes meanwhile is done again
+            taken.append((place, job, image_facts(job.source)))
             yield job.source
 
 
 def _finish(place: int, job: Job, facts: dict[str, int] | None, result: Result, batch: Batch) -> None:
-    """Writes the results of one picture, or notes why there are none."""
+    """Writes the results of one image, or notes why there are none."""
     if result.error is not None:
         batch.fail(place, job, result.error)
         return
     try:
         with _errors_of_writing(job, batch.output):
             _write_results(job, batch, result.pixels, result.labels.numpy(), facts)
-    except PictureError as error:
+    except ImageError as error:
         batch.fail(place, job, error)
     else:
         batch.tally.done += 1
@@ -302,18 +297,18 @@ def _errors_of_writing(job: Job, output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise PictureError(f"{job.source}: the names of its results are too long; rename it") from error
-        # whatever else it is, a full disk or a missing permission, the next picture would meet it too
+            raise ImageError(f"{job.source}: the names of its results are too long; rename it") from error
+        # whatever else it is, a full disk or a missing permission, the next image would meet it too
         raise CommandError(f"{output / job.name}: cannot write: {cause(error)}", FAILURE) from error
 
 
 def _make_room(job: Job, batch: Batch) -> None:
-    """Makes the folder, and raises OSError for names that are too long, before time is spent on the picture."""
-    folder = (batch.output / job.name).parent
-    if folder not in batch.folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        batch.folders.add(folder)
+    """Makes the folder, and raises OSError for names that are too long, before time is spent on the image."""
+    directory = (batch.output / job.name).parent
+    if directory not in batch.directories:
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory)
+        batch.directories.add(directory)
     for name in (*_files(job, batch.args).values(), f"{job.name}.json"):
         with contextlib.suppress(FileNotFoundError):
             os.lstat(batch.output / name)
@@ -322,12 +317,12 @@ def _make_room(job: Job, batch: Batch) -> None:
 def _write_results(
     job: Job, batch: Batch, pixels: np.ndarray, labels: np.ndarray, facts: dict[str, int] | None
 ) -> None:
-    """All files of one picture; the JSON comes last, so that a picture with a JSON is complete."""
+    """All files of one image; the JSON comes last, so that an image with a JSON is complete."""
     args, classes, files = batch.args, batch.classes, _files(job, batch.args)
     paths = {kind: batch.output / name for kind, name in files.items()}
     if "overlay" in paths:
-        picture = overlay(pixels, labels, classes, args.alpha)
-        save_png(with_legend(picture, labels, classes) if args.legend else picture, paths["overlay"])
+        image = overlay(pixels, labels, classes, args.alpha)
+        save_png(with_legend(image, labels, classes) if args.legend else image, paths["overlay"])
     if "png" in paths:
         save_label_png(labels, paths["png"], classes)
     if "raw" in paths:
@@ -345,22 +340,3 @@ def _write_results(
         "settings": batch.settings,
     }
     write_json(batch.output / f"{job.name}.json", result)
-
-
-def _report(batch: Batch, total: int, seconds: float, finished: bool) -> None:
-    try:
-        with contextlib.nullcontext() if finished else contextlib.suppress(OSError):  # show what stopped it instead
-            write_failed(batch.tally, batch.output)
-    finally:
-        say(batch.tally, total, seconds, batch.args.output, "" if finished else "stopped early, --resume goes on: ")
-
-
-def _report_together(shared: SharedReport, batch: Batch, total: int, seconds: float) -> None:
-    """One report of all processes, made by the one that finishes last; the others say nothing."""
-    merged = shared.finish(batch.tally, seconds)
-    if merged is not None:
-        try:
-            write_failed(merged[0], batch.output)
-        finally:
-            say(merged[0], total, merged[1], batch.args.output, by=f" by {shared.shard.world} processes")
-        shared.remove()

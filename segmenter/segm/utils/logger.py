@@ -103,13 +103,13 @@ class MetricLogger:
 
     def log_every(self, iterable: Any, print_freq: int, header: str | None = None) -> Iterator[Any]:
         """Passes items on and prints a line of all meters at every `print_freq`-th and the last of them."""
-        n, start = len(iterable), time.monotonic()
+        n, began = len(iterable), time.monotonic()
         for i, item in enumerate(iterable):
             yield item
             if i % print_freq == 0 or i == n - 1:
-                passed = time.monotonic() - start
+                passed = time.monotonic() - began
                 eta = datetime.timedelta(seconds=int(passed / (i + 1) * (n - 1 - i)))
                 parts = [header or "", f"[{i:{len(str(n))}}/{n}]", f"eta: {eta}", str(self)]
                 print(self.delimiter.join([*parts, f"time: {passed / (i + 1):.4f}"]), flush=True)
-        passed = time.monotonic() - start
+        passed = time.monotonic() - began
         print(f"{header or ''} Total time: {datetime.timedelta(seconds=int(passed))} ({passed / max(n, 1):.4f} s / it)")

@@ -1,13 +1,17 @@
-"""May a fused operator read a layer's parameters instead of calling the layer?
+"""May a fused operator read a layer's parameters instead of calling the layer? The one place where that is asked.
 
 Only if the layer does nothing but what its type says. A LoRA layer still has the `weight` of the layer that it wraps,
 and a quantised one may have a null pointer for it: reading either would be silently wrong. And only as long as nobody
 listens in or has put something else in the place of what would be called: hooks of one module or of all, methods
 replaced on a class, functions replaced in torch.
+
+`why_not_bypass` asks it of one layer. A block asks it of all its layers in its method `decide`, and calls that through
+`decision`, which asks again only if something has changed that the answer can depend on.
 """
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,9 +19,118 @@ import torch.nn.functional as F
 from torch.nn.modules import module as _module
 from torch.overrides import _get_current_function_mode_stack
 
-_PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
+PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+DECISION = "_segmenter_decision"  # where `decision` keeps its answer in a module
 _FORWARD, _PRE = _module._global_forward_hooks, _module._global_forward_pre_hooks
 _BACKWARD, _BACKWARD_PRE = _module._global_backward_hooks, _module._global_backward_pre_hooks
+
+
+def decision(module: nn.Module, x: torch.Tensor) -> Any:
+    """`module.decide(x)`, asked again only if something has changed that the answer may depend on.
+
+    That is: whatever is in the dictionaries of the module and of all modules below it (layers, hooks, flags, modes),
+    classes and their methods, types and shapes of parameters; type and device of x; autocast and transforms of
+    torch.func; what is replaced in torch and hooks on all modules. `decide` may look at nothing else.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor):  # traced: the compiler itself watches
+        return module.decide(x)
+    seen = module.__dict__.setdefault(DECISION, None)
+    if seen is None or not seen.holds_for(module, x):
+        seen = _Decision(module, x)  # looks first: what changes while the answer is found shows in the next call
+        seen.answer = module.decide(x)
+        module.__dict__[DECISION] = seen
+    return seen.answer
+
+
+class _Decision:
+    """An answer of `decide` with all that it may depend on, and nothing that would keep memory from being freed.
+
+    Copies and pickles of it hold for nothing.
+    """
+
+    answer: Any = None
+    state: list | None = None
+    classes = names = ()
+
+    def __init__(self, root: nn.Module, x: torch.Tensor):
+        modules: list[nn.Module | None] = [root]
+        for module in modules:  # grows
+            modules += () if module is None else module._modules.values()
+        bases = dict.fromkeys(base for module in modules for base in type(module).__mro__)
+        self.classes = [cls for cls in bases if issubclass(cls, nn.Module)]
+        ours = {*_OF_EVERY_MODULE, DECISION}
+        self.names = [[name for name in getattr(module, "__dict__", ()) if name not in ours] for module in modules]
+        self.state, self.values = self._look(root)
+        if any(isinstance(value, torch.Tensor) for value in self.values):  # somebody's results: not to be kept
+            self.state, self.values = [object()], []
+        self.around = _around(x)
+
+    def holds_for(self, root: nn.Module, x: torch.Tensor) -> bool:
+        """Whether nothing has changed. Written for speed: it runs at every call of a block."""
+        state, values = self._look(root)
+        return state == self.state and all(map(operator.is_, values, self.values)) and _around(x) == self.around
+
+    def _look(self, root: nn.Module) -> tuple[list, list]:
+        """(what to compare by ==, attributes to compare by `is`) of the modules as they are now.
+
+        An object() in the first equals nothing, so that no answer holds.
+        """
+        state, values, modules, parameters = [], [], [root], []
+        try:
+            state += map(_METHODS, self.classes)
+            for module, names in zip(modules, self.names, strict=False):  # `modules` grows
+                if module is None:
+                    continue
+                held = module.__dict__
+                hooked = (
+                    held["_forward_hooks"]
+                    or held["_forward_pre_hooks"]
+                    or held["_backward_hooks"]
+                    or held["_backward_pre_hooks"]
+                )
+                state += type(module), len(held), held["training"], bool(hooked)
+                if children := held["_modules"]:
+                    state += children
+                    modules += children.values()
+                if tensors := held["_parameters"]:
+                    parameters += tensors.values()
+                if names:
+                    values += map(held.__getitem__, names)
+        except (AttributeError, KeyError):  # an attribute is gone, or never was there, as in modules of torch.jit
+            return [object()], []
+        kinds = list(map(type, parameters))
+        if not _PLAIN_OR_NONE.issuperset(kinds):
+            return [object()], []
+        state += kinds
+        state += map(_TYPE_AND_SHAPE, parameters if _NONE not in kinds else [p for p in parameters if p is not None])
+        return state, values
+
+    def __getstate__(self) -> dict:
+        return {}
+
+
+_NONE = type(None)
+_PLAIN_OR_NONE = frozenset((*PLAIN_TENSORS, _NONE))
+_TYPE_AND_SHAPE = operator.attrgetter("dtype", "shape")
+_METHODS = operator.attrgetter("forward", "__call__", "_call_impl")
+
+
+def _around(x: torch.Tensor) -> tuple:
+    """What an answer depends on besides the module."""
+    device = x.device
+    kind = device.type if device.type in ("cpu", "cuda") else "cpu"  # no kernels elsewhere, whatever autocast is
+    return (
+        type(x),
+        x.dtype,
+        device,
+        torch.is_autocast_enabled(kind),
+        torch.get_autocast_dtype(kind),
+        torch.autograd.forward_ad._current_level,
+        torch._C._functorch.maybe_current_level(),
+        hooks_of_all(),
+        altered(),
+    )
 
 
 def why_not_bypass(module: nn.Module, kinds: tuple[type, ...]) -> str | None:
@@ -48,7 +161,7 @@ def why_not_bypass(module: nn.Module, kinds: tuple[type, ...]) -> str | None:
     if cls is nn.LayerNorm and len(state["normalized_shape"]) != 1:
         return "a mean over several dimensions"
     for parameter in state["_parameters"].values():
-        if parameter is not None and type(parameter) not in _PLAIN_TENSORS and not is_fake(parameter):
+        if parameter is not None and type(parameter) not in PLAIN_TENSORS and not is_fake(parameter):
             return f"weights of type {qualified(type(parameter))}"
     return None
 

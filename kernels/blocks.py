@@ -1,4 +1,4 @@
-"""Numerics that several kernels share: the GELU, and the LayerNorm of a tile of whole rows.
+"""Device code that several kernels share: loading a tile, the order of blocks, the GELU, LayerNorm of whole rows.
 
 GELU is x Phi(x). `tl.erf` costs 34 instructions an element, more than a narrow layer's matrix product. Half types are
 served well by a sigmoid with a fitted argument: gelu(x) = x / (1 + 2^(-x Q(x^2))), Q a polynomial fitted to the exact
@@ -11,6 +11,54 @@ import triton
 import triton.language as tl
 
 from segmenter.kernels import launch
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_tile(X, index, rows, stride, n_rows, WIDTH: tl.constexpr, COLS: tl.constexpr,
+              DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """A tile of COLS columns of a matrix. 0 beyond WIDTH columns; and beyond n_rows rows, unless that is None.
+
+    Args:
+        X: with DESCRIPTORS a tensor descriptor, else a pointer to the matrix. index: where the tile begins, (...,
+            row, column). stride: from row to row.
+        rows: the tile's rows, counted from there. int32, and addresses within a tile stay from step to step (a tile
+            must span less than 2**31 elements); int64, and they are computed anew.
+    """
+    if DESCRIPTORS:  # the copy engine fills with zeros what is outside
+        x = X.load(index).reshape([rows.shape[0], COLS])
+    else:
+        row = index[len(index) - 2]
+        cols = index[len(index) - 1] + tl.arange(0, COLS)
+        if rows.dtype == tl.int64:
+            pointers = X + (row + rows)[:, None] * stride + cols[None, :]
+        else:
+            pointers = X + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+        if n_rows is not None:
+            mask = (row + rows)[:, None] < n_rows
+            if WIDTH % COLS != 0:
+                mask = mask & (cols[None, :] < WIDTH)
+            x = tl.load(pointers, mask=mask, other=0.0)
+        elif WIDTH % COLS != 0:
+            x = tl.load(pointers, mask=cols[None, :] < WIDTH, other=0.0)
+        else:
+            x = tl.load(pointers)
+    return x
+
+
+@triton.jit
+def program_block(n_blocks_m, N_BLOCKS_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row block and column block of this program of a product.
+
+    Programs that run side by side share GROUP_M row blocks and a few column blocks: both stay in the L2 cache.
+    """
+    pid = tl.program_id(0)
+    group = pid // (GROUP_M * N_BLOCKS_N)
+    within = pid % (GROUP_M * N_BLOCKS_N)
+    group_rows = tl.minimum(n_blocks_m - group * GROUP_M, GROUP_M)
+    return group * GROUP_M + within % group_rows, within // group_rows
 
 
 @triton.jit

@@ -1,0 +1,190 @@
+"""What weights are: whose, by their names, and of which architecture, by their shapes. Found once and handed on.
+
+Kinds of weights; all become the names of the published Segmenter, `encoder.*` and, for whole models, `decoder.*`:
+
+    segmenter   the published checkpoints and ours
+    mmseg       Segmenter of mmsegmentation, or only its pretrained ViT (with and without `backbone.`)
+    timm        ViT and DeiT of timm and facebookresearch/deit, as a state dict or a live model
+    npz         ViT of google-research/vision_transformer ("augreg", JAX)
+    hf          ViT and DeiT of Hugging Face transformers, as stored on the hub and as held in memory by version 5
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from segmenter.config import ModelConfig
+from segmenter.weights.read import CheckpointError, listing
+
+State = dict[str, torch.Tensor]
+KINDS = ("segmenter", "mmseg", "timm", "npz", "hf")
+_MARKS = {  # a name that only this kind has
+    "segmenter": r"encoder\.patch_embed\.proj\.weight$",
+    "mmseg": r"(backbone\.)?patch_embed\.projection\.weight$",
+    "hf": r"((vit|deit)\.)?embeddings\.patch_embeddings\.projection\.weight$",
+    "npz": r"(opt/target/)?embedding/kernel$",
+    "timm": r"patch_embed\.proj\.weight$",
+}
+_DIMENSIONS = (  # of our tensors; the first that matches
+    (r"(cls_token|dist_token|pos_embed|cls_emb)$", 3),
+    (r"patch_embed\.proj\.weight$", 4),
+    (r"(bias|norm\w*\.weight)$", 1),
+    (r"(\.weight|\.proj_patch|\.proj_classes)$", 2),
+)
+_UNSUPPORTED = (  # what the Segmenter encoder has not, by a part of the name
+    (r"(^|[._])rope|rotary|freqs_cis|inv_freq", "rotary positions"),
+    (r"rel_pos_[hw]$", "decomposed relative positions (SAM, ViTDet)"),
+    (r"relative_position|rel_pos|attention_bias|cpb_mlp", "relative positions (BEiT, Swin)"),
+    (r"reg_token|register_token|storage_token|detection_token", "register tokens"),
+    (r"\.proj_[lw]\.", "talking heads (CaiT)"),
+    (r"gating_param|pos_proj\.", "gated positional attention (ConViT)"),
+    (r"attn\.temperature$", "cross-covariance attention (XCiT)"),
+    (r"conv_root/|patch_embed(dings)?\.(backbone|conv|proj\.\d)", "a convolutional or ResNet stem (hybrid)"),
+    (r"attn_mask$|(layers|stages)\.\d+\.blocks\.|logit_scale", "windows or stages (Swin)"),
+    (r"\.(q|k|query|key)_(layer)?norm\.|\.norm_[qk]\.|\.(q|k)_ln\.", "qk-norm (norms of queries and keys)"),
+    (r"\.lambda_[qk]\d$|\.lambda_a$|attn\.sub_norm", "differential attention"),
+    (r"attn\.gate\.", "gated attention"),
+    (r"mlp\.(w12|w[0-3]|fc1_[gx]|gate_proj|weights_in)\.", "a gated MLP (SwiGLU)"),
+    (r"attn\.(inner_attn_ln|ffn_ln|norm)\.|mlp\.(ffn_ln|norm)\.", "norms inside attention or MLP (BEiT-3, EVA-02)"),
+    (r"\.in_proj\.|\.in_norm\.|(attns|ffns)\.\d", "parallel attention and MLP"),
+    (r"attn\.[qv]_bias$", "biases of queries and values alone (BEiT, EVA)"),
+    (r"layer_scale|\.lambda_?[12]$|gamma[123]$", "a layer scale of another layout (BEiT, XCiT, DINOv2)"),
+    (r"(^|\.)fc_norm\.", "a norm after pooling (fc_norm) in place of the final norm"),
+    (r"norm_pre\.|ln_pre\.|pre_?layrnorm\.", "a norm before the blocks (CLIP)"),
+    (r"patch_embed\.norm\.|patch_embed\.ln", "a norm in the patch embedding"),
+    (r"attn_pool\.", "attention pooling"),
+    (r"decoder_(embed|blocks|pos_embed)", "a decoder that restores masked images (MAE)"),
+)
+
+
+@dataclass
+class Recognised:
+    """Weights under our names, and all that was found out about them.
+
+    Attributes:
+        state: `encoder.*` and, if `has_decoder`, `decoder.*`.
+        config: the architecture. Without a decoder in the file, its decoder and n_cls are those asked for.
+        kind: one of KINDS; None: nobody has looked, they are said to be ours.
+        has_decoder: the file holds a whole segmentation model.
+        notes: what was added, dropped or changed, for people.
+        difference: from the tokens of the live model it was made from, as a share of their norm (see `live.compare`);
+            None if there was nothing to compare with.
+    """
+
+    state: Mapping[str, torch.Tensor]
+    config: ModelConfig
+    kind: str | None = None
+    has_decoder: bool = True
+    notes: list[str] = field(default_factory=list)
+    difference: float | None = None
+
+
+def recognise(weights: Mapping[str, Any], kind: str | None = None) -> str:
+    """The kind (one of KINDS) of weights: what `kind` says, else what their names say.
+
+    Raises:
+        CheckpointError: they are of no known kind.
+    """
+    found = kind or kind_of(weights)
+    if found in KINDS:
+        return found
+    what = "weights of no known kind" if found is None else f"kind {found!r} is unknown"
+    odd = feature(weights) if found is None else None
+    raise CheckpointError(
+        f"{what} (choose one of {', '.join(KINDS)}){f'; they have {odd}' if odd else ''}; "
+        f"the names in the file: {listing(list(weights)) or 'none'}"
+    )
+
+
+def kind_of(names: Iterable[str]) -> str | None:
+    """The kind (one of KINDS) that weights with these names are, or None."""
+    names = [str(name) for name in names]
+    return next((kind for kind, mark in _MARKS.items() if any(re.match(mark, name) for name in names)), None)
+
+
+def feature(names: Iterable[str]) -> str | None:
+    """What weights with these names have and the Segmenter encoder has not, by name; None if they look plain."""
+    names = list(names)
+    return next((what for part, what in _UNSUPPORTED if any(re.search(part, name) for name in names)), None)
+
+
+def check_plain(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises CheckpointError: something that is no tensor with values that can be computed with."""
+    for name, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{name} is a {type(tensor).__name__}, no tensor")
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device, it has no values; load the weights first")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+            raise CheckpointError(f"{name} is no plain tensor (sparse, nested or quantised)")
+
+
+def check_dimensions(weights: Mapping[str, torch.Tensor], dimensions: Iterable[tuple[str, int]] = _DIMENSIONS) -> None:
+    """Raises CheckpointError: a tensor with another number of dimensions than its name implies, or without elements.
+
+    Args:
+        dimensions: (regular expression, number) pairs; the first that matches a name counts. By default for our names.
+    """
+    for name, tensor in weights.items():
+        wanted = next((n for pattern, n in dimensions if re.search(pattern, name)), tensor.ndim)
+        if tensor.ndim != wanted or 0 in tensor.shape:
+            raise CheckpointError(f"{name} must have {wanted} dimensions and elements, found {tuple(tensor.shape)}")
+
+
+def architecture(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What the shapes under our names tell, as fields of ModelConfig.
+
+    `image_size` is there only for a square position embedding, `n_cls` and `decoder` only if the decoder is.
+
+    Raises:
+        CheckpointError: tensors that no Segmenter has.
+    """
+    for name in ("encoder.patch_embed.proj.weight", "encoder.pos_embed"):
+        if name not in state:
+            raise CheckpointError(f"the weights lack {name}")
+    patch, positions = state["encoder.patch_embed.proj.weight"], state["encoder.pos_embed"]
+    if patch.ndim != 4 or patch.shape[1] != 3 or patch.shape[2] != patch.shape[3] or 0 in patch.shape:
+        raise CheckpointError(f"the patch embedding must be (d, 3, P, P), found {tuple(patch.shape)}")
+    distilled = "encoder.dist_token" in state
+    tokens = positions.shape[1] if positions.ndim == 3 else 0
+    if tokens <= 1 + distilled or (positions.shape[0], positions.shape[2]) != (1, patch.shape[0]):
+        raise CheckpointError(f"the position embedding must be (1, tokens, d), found {tuple(positions.shape)}")
+    check_dimensions(state)
+    layers = n_blocks(state)
+    arch: dict[str, Any] = {
+        "patch_size": patch.shape[2],
+        "d_model": patch.shape[0],
+        "n_layers": layers["encoder"],
+        "distilled": distilled,
+    }
+    if grid := square(tokens - 1 - distilled):
+        arch["image_size"] = (grid[0] * arch["patch_size"], grid[1] * arch["patch_size"])
+    if "decoder.head.weight" in state:
+        arch |= {"n_cls": state["decoder.head.weight"].shape[0], "decoder": {"name": "linear"}}
+    elif "decoder.cls_emb" in state:
+        decoder = {"name": "mask_transformer", "n_layers": layers["decoder"]}
+        arch |= {"n_cls": state["decoder.cls_emb"].shape[1], "decoder": decoder}
+    fc1 = state.get("encoder.blocks.0.mlp.fc1.bias")
+    if fc1 is not None and fc1.shape[0] != 4 * arch["d_model"]:
+        raise CheckpointError(f"the MLP is {fc1.shape[0]} wide; the Segmenter encoder has 4 x {arch['d_model']}")
+    fc2 = state.get("encoder.blocks.0.mlp.fc2.weight")
+    if fc1 is not None and fc2 is not None and fc2.shape[1] * 2 == fc1.shape[0]:
+        raise CheckpointError("a gated MLP (GLU): fc2 takes half of what fc1 gives; the Segmenter encoder has none")
+    return arch
+
+
+def n_blocks(names: Iterable[str]) -> Counter[str]:
+    """The number of transformer layers that "encoder" and "decoder" have in a state dict of our names."""
+    matches = (re.match(r"(encoder|decoder)\.blocks\.(\d{1,4})\.", str(name)) for name in names)
+    return Counter(part for part, _ in {(match[1], int(match[2])) for match in matches if match})
+
+
+def square(n: int) -> tuple[int, int] | None:
+    """The square grid of `n` patches, if there is one."""
+    side = math.isqrt(max(n, 0))
+    return (side, side) if side and side * side == n else None

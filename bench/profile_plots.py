@@ -102,7 +102,9 @@ def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figur
         small = {"fontsize": 8, "color": SOFT, "ha": "right"}
         ax.text(right, 1.15 * ceiling, f"matrix product: {ceiling:.3g} TFLOP/s ", **small)
         ax.text(0.99, 0.03, f"slope: copy, {1e3 * slope:.3g} GB/s", transform=ax.transAxes, **small)
-        ax.scatter([_intensity(line) for line in lines], [line["tflops"] for line in lines], s=30, c=colour, marker=marker)
+        ax.scatter(
+            [_intensity(line) for line in lines], [line["tflops"] for line in lines], s=30, c=colour, marker=marker
+        )
         for i, line in enumerate(sorted(lines, key=lambda line: -line["tflops"])):
             ax.annotate(
                 f"{short_region(line['region'])}  {line['share_percent']:.1f} %",

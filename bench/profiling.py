@@ -116,6 +116,7 @@ def _hookable(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if name and not name.startswith(closed) and not name.endswith("mask_norm") and not isinstance(module, silent)
     ]
 
+
 _FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
 _NOTHING_MOVES = {"_unsafe_view", "_reshape_alias", "lift_fresh"}
 _OVERWRITES = {"copy_", "zero_", "fill_", "uniform_", "normal_"}  # their first argument is not read

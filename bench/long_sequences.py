@@ -77,8 +77,7 @@ def scaling(
         seconds_left: what may still be spent, asked before each size.
         memory_share: on a CPU, the part of the available memory that a call may take before it fails.
     """
-    last: _Measured | None = None
-    stopped = unavailable(provider, device, dtype)
+    last, stopped = None, unavailable(provider, device, dtype)
     for size in sorted(sizes):
         shape = shape._replace(size=size)
         reason = stopped or _over_budget(shape, last, seconds_left())
@@ -209,7 +208,7 @@ def unavailable(provider: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def rounded(seconds: float) -> str:
-    """Three digits, for people: no exponent for long times."""
+    """Three digits, no exponent for long times."""
     return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:,.0f}"
 
 

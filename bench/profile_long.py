@@ -140,8 +140,7 @@ def _by_torch(
 ) -> dict[str, float]:
     """Profiles with torch.profiler and writes the Chrome trace. Fills `found` and returns the regions' seconds."""
     device = setting.device.type
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    activities = {torch.profiler.ProfilerActivity.CPU, getattr(torch.profiler.ProfilerActivity, device.upper())}
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=forwards, repeat=1) if warm_up else None
     with torch.profiler.profile(activities=activities, schedule=schedule, profile_memory=True) as profiler:
         for _ in range(warm_up + forwards):
@@ -219,8 +218,8 @@ def scaling_points(args: argparse.Namespace, setting: Setting, bar: Any) -> Iter
 
 def cost_of(provider: str, shape: Shape, points: list[tuple[Point, float]]) -> float:
     """What profiling this shape takes at least, by the provider's point of this length or the longest below it."""
-    near = [(p.tokens, took) for p, took in points if p.provider == provider and not p.reason]
-    return max((item for item in near if item[0] <= shape.tokens), default=(0, 0.0))[1]
+    done = [(p.tokens, took) for p, took in points if p.provider == provider and not p.reason]
+    return max((one for one in done if one[0] <= shape.tokens), default=(0, 0.0))[1]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -299,8 +298,9 @@ def main(argv: list[str] | None = None) -> None:
             report.profiles.append(profile(provider, setting, cost_of(provider, shape, points)))
             bar.update()
     profile_report.write(report, args.out)
-    print(profile_report.short(report))
-    print(f"\n{args.out / 'report.html'}")
+    for table in (profile_report.overview(report), *profile_report.scaling_tables(report.points)):
+        print(f"{table.caption}\n{table.plain()}\n")
+    print(args.out / "report.html")
 
 
 if __name__ == "__main__":

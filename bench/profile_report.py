@@ -44,6 +44,13 @@ CAPTIONS = {
 }
 
 
+SCALING_CAPTIONS = {
+    "ms": "Milliseconds a call, by tokens",
+    "peak_mib": "Peak MiB beyond model and image, by tokens",
+    "attention_percent": "Attention, percent of the time, by tokens",
+}
+
+
 class Report(NamedTuple):
     """All that was found. `facts`: of bench.results."""
 
@@ -63,6 +70,15 @@ class Report(NamedTuple):
     @property
     def where(self) -> str:
         return self.facts["name"] if self.facts["device"] == "cuda" else f"CPU ({self.facts['name']})"
+
+    @property
+    def software(self) -> str:
+        return "torch {torch}, triton {triton}, commit {commit}".format(**self.facts)
+
+    @property
+    def ceilings(self) -> str:
+        products, copies = self.roofs.flops_per_second / 1e12, self.roofs.bytes_per_second / 1e9
+        return f"{products:.3g} TFLOP/s of {self.roofs.dtype} matrix products, {copies:.3g} GB/s of copies"
 
 
 def write(report: Report, out: Path) -> None:
@@ -138,14 +154,8 @@ def scaling_lines(points: Sequence[Point]) -> list[Line]:
 
 def scaling_tables(points: Sequence[Point]) -> list[Table]:
     """One line a provider, one column a length."""
-    captions = {
-        "ms": "Milliseconds a call, by tokens",
-        "peak_mib": "Peak MiB beyond model and image, by tokens",
-        "attention_percent": "Attention, percent of the time, by tokens",
-    }
-    lines = scaling_lines(points)
-    found = []
-    for key, caption in captions.items():
+    lines, found = scaling_lines(points), []
+    for key, caption in SCALING_CAPTIONS.items():
         if all(line[key] is None and not line["reason"] for line in lines):  # of a compiled program alone
             continue
         by_provider: dict[str, Line] = {}
@@ -188,33 +198,20 @@ def notes(report: Report) -> list[str]:
     return [*found, *(f"{p.provider}: {note}" for p in report.profiles for note in p.notes)]
 
 
-def short(report: Report) -> str:
-    """What is printed at the end."""
-    return "\n\n".join(f"{t.caption}\n{t.plain()}" for t in [overview(report), *scaling_tables(report.points)])
-
-
-def _ceilings(roofs: Ceilings) -> str:
-    return (
-        f"{roofs.flops_per_second / 1e12:.3g} TFLOP/s of {roofs.dtype} matrix products,"
-        f" {roofs.bytes_per_second / 1e9:.3g} GB/s of copies"
-    )
-
-
 def markdown(report: Report) -> str:
     """summary.md."""
     f = report.facts
     parts = [
         f"# Profile: {report.title}",
-        f"`{f['command']}`; torch {f['torch']}, triton {f['triton']}, commit {f['commit']}.",
-        f"Measured ceilings: {_ceilings(report.roofs)}.",
+        f"`{f['command']}`; {report.software}.",
+        f"Measured ceilings: {report.ceilings}.",
         "\n".join(f"- {note}" for note in notes(report)),
     ]
     tables = [*([overview(report)] if report.profiles else []), *scaling_tables(report.points)]
     parts += [f"**{t.caption}**\n\n{t.markdown()}" for t in tables]
     for p in report.profiles:
-        parts.append(f"## {p.provider}" + (f"\n\n{p.reason}" if p.reason else ""))
-        found = provider_tables(p)
-        parts += [f"**{t.caption}**\n\n{t.markdown()}\n\nAll of it: {file}" for t, file in found]
+        parts += [f"## {p.provider}", *([p.reason] if p.reason else [])]
+        parts += [f"**{t.caption}**\n\n{t.markdown()}\n\nAll of it: {file}" for t, file in provider_tables(p)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -222,17 +219,15 @@ def html_page(report: Report, svgs: dict[str, str]) -> str:
     """report.html: everything in one file."""
     f = report.facts
     known = {"Machine": report.where, "Command": f["command"], "Profiler": report.profiler}
-    known["Software"] = f"torch {f['torch']}, triton {f['triton']}, commit {f['commit']}"
-    known["Ceilings, measured"] = _ceilings(report.roofs)
+    known |= {"Software": report.software, "Ceilings, measured": report.ceilings}
     known |= {name: f[name] for name in ("driver_version", "clocks.max.sm", "power.limit", "cuda") if name in f}
     sections = [Section("about", "What was measured", [html.facts(known.items()), html.items(notes(report))])]
     if report.profiles:
         sections.append(Section("providers", "Providers", [overview(report)], "Providers"))
     for name, caption in CAPTIONS.items():
         inside: list[Any] = [html.plots([svgs[name]], caption, wide=True)] if name in svgs else []
-        if name == "scaling":
-            for t in scaling_tables(report.points):
-                inside += [html.paragraph(t.caption), t]
+        for t in scaling_tables(report.points) if name == "scaling" else ():
+            inside += [html.paragraph(t.caption), t]
         if inside:
             sections.append(Section(name, name.capitalize(), inside, name.capitalize()))
     for p in report.profiles:

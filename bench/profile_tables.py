@@ -125,16 +125,16 @@ def region_seconds(events: Iterable[Any], regions: Collection[str], on_device: b
     named, found = {FORWARD, *regions}, collections.Counter()
 
     def kernels(event: Any) -> float:
-        of_children = sum(kernels(child) for child in event.cpu_children)
-        return of_children + sum(kernel.duration for kernel in event.kernels if kernel.name not in named)
+        launched = sum(kernel.duration for kernel in event.kernels if kernel.name not in named)
+        return launched + sum(map(kernels, event.cpu_children))
 
     for event in events:
         if event.name in named and event.device_type == DeviceType.CPU:
             took = kernels(event) if on_device else event.time_range.elapsed_us()
             found[event.name] += took / 1e6
-            around = event.cpu_parent
-            while around is not None and around.name not in named:
-                around = around.cpu_parent
+            around = event
+            while (around := around.cpu_parent) is not None and around.name not in named:
+                pass
             if around is not None:
                 found[around.name] -= took / 1e6
     found[""] = found.pop(FORWARD)
@@ -143,14 +143,12 @@ def region_seconds(events: Iterable[Any], regions: Collection[str], on_device: b
 
 def operator_lines(averages: Iterable[Any], regions: Collection[str], forwards: int, on_device: bool) -> list[Line]:
     """torch's own table, `torch.profiler.profile.key_averages()`, of operators: their time without those inside."""
-    microseconds = "self_device_time_total" if on_device else "self_cpu_time_total"
-    annotations = {FORWARD, *regions}
-    found = [
-        {"operator": row.key, "calls": row.count / forwards, "ms": getattr(row, microseconds) / 1e3 / forwards}
-        for row in averages
-        if row.device_type == DeviceType.CPU and row.key not in annotations and "ProfilerStep" not in row.key
-    ]
-    return _by_time([line for line in found if line["ms"] or not on_device])
+    found = []
+    for row in averages:
+        if row.device_type == DeviceType.CPU and row.key not in {FORWARD, *regions} and "ProfilerStep" not in row.key:
+            ms = (row.self_device_time_total if on_device else row.self_cpu_time_total) / 1e3 / forwards
+            found += [{"operator": row.key, "calls": row.count / forwards, "ms": ms}] if ms or not on_device else []
+    return _by_time(found)
 
 
 def kernel_lines(trace: Mapping[str, Any], forwards: int) -> list[Line]:
@@ -179,15 +177,12 @@ def timeline(trace: Mapping[str, Any], regions: Collection[str], device: str) ->
     named = [event for event in events if event.get("cat") == "user_annotation"]
     forward = max((event for event in named if event["name"] == FORWARD), key=lambda event: event["ts"])
     start, seconds = forward["ts"], forward["dur"] / 1e6
-    steps = [
-        ((event["ts"] - start) / 1e6, event["args"]["Bytes"])
-        for event in events
-        if event.get("name") == "[memory]" and event["args"].get("Device Type") == MEMORY_TYPE[device]
-    ]
+    steps = [event for event in events if event.get("name") == "[memory]"]
     held, memory = 0, [(0.0, 0)]
-    for time, change in sorted(steps, key=lambda step: step[0]):  # stable: an allocation and its release at one time
-        if 0 <= time <= seconds:
-            held += change
+    for event in sorted(steps, key=lambda step: step["ts"]):  # stable: an allocation and its release at one time
+        time = (event["ts"] - start) / 1e6
+        if 0 <= time <= seconds and event["args"].get("Device Type") == MEMORY_TYPE[device]:
+            held += event["args"]["Bytes"]
             memory.append((time, held))
     times = [(event["name"], (event["ts"] - start) / 1e6, event["dur"] / 1e6) for event in named]
     spans = [(name, begin, begin + took) for name, begin, took in times if name in regions and 0 <= begin <= seconds]

@@ -143,8 +143,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self, where: Callable[[], str] = lambda: ""):
         super().__init__()
-        self.found: dict[tuple[str, str], Counted] = {}
-        self._where = where
+        self.found, self._where = {}, where
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -17,6 +17,7 @@ A trace and a snapshot hold function names and a snapshot the paths of source fi
 import argparse
 import contextlib
 import gzip
+import importlib
 import json
 import os
 import pickle
@@ -182,9 +183,7 @@ def _by_proton(forward: Call, forwards: int, regions: Regions, found: Profile, s
 
 
 def _proton() -> Any:
-    import triton.profiler
-
-    return triton.profiler
+    return importlib.import_module("triton.profiler")
 
 
 def memory_snapshot(forward: Call, provider: str, out: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench.long_sequences import OUT_OF_MEMORY, Point
-from bench.profile_tables import Line, Profile, Span, pattern
+from bench.profile_tables import Profile, Span, pattern
 from bench.report_plots import INK, SOFT, TINTS, look, new_figure
 from bench.timing import Ceilings
 
@@ -85,15 +85,17 @@ def _against_tokens(ax: Any, points: Sequence[Point], value: Callable[[Point], f
 
 def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figure | None":
     """Every region that has matrix products as a point below the measured ceilings, by provider; None without any."""
-    points = {p.provider: [line for line in p.regions if line["tflops"] and line["gbps"]] for p in profiles}
-    points = {provider: lines for provider, lines in points.items() if lines}
+    points = {}  # provider -> (intensity, TFLOP/s, region, share in percent), the fastest first
+    for p in profiles:
+        kept = [line for line in p.regions if line["tflops"] and line["gbps"]]
+        if kept := [(1e3 * r["gflop"] / r["mbytes"], r["tflops"], r["region"], r["share_percent"]) for r in kept]:
+            points[p.provider] = sorted(kept, key=lambda point: -point[1])
     if not points:
         return None
     figure, axes = _rows(title, [3.0] * len(points), sharex=True, sharey=True)
     ceiling, slope = roofs.flops_per_second / 1e12, roofs.bytes_per_second / 1e12
-    every = [line for lines in points.values() for line in lines]
-    left, right = (limit(*map(_intensity, every), ceiling / slope) for limit in (min, max))
-    left, right, bottom = left / 2, right * 2, min(line["tflops"] for line in every) / 2
+    x, y = zip(*((x, y) for lines in points.values() for x, y, *_ in lines), strict=True)
+    left, right, bottom = min(*x, ceiling / slope) / 2, max(*x, ceiling / slope) * 2, min(y) / 2
     for ax, (provider, lines) in zip(axes, points.items(), strict=True):
         colour, marker = look(provider).light, look(provider).marker
         ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * ceiling), ylabel="TFLOP/s")
@@ -102,13 +104,10 @@ def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figur
         small = {"fontsize": 8, "color": SOFT, "ha": "right"}
         ax.text(right, 1.15 * ceiling, f"matrix product: {ceiling:.3g} TFLOP/s ", **small)
         ax.text(0.99, 0.03, f"slope: copy, {1e3 * slope:.3g} GB/s", transform=ax.transAxes, **small)
-        ax.scatter(
-            [_intensity(line) for line in lines], [line["tflops"] for line in lines], s=30, c=colour, marker=marker
-        )
-        for i, line in enumerate(sorted(lines, key=lambda line: -line["tflops"])):
+        ax.scatter([x for x, *_ in lines], [y for _, y, *_ in lines], s=30, c=colour, marker=marker)
+        for i, (x, y, region, share) in enumerate(lines):
             ax.annotate(
-                f"{short_region(line['region'])}  {line['share_percent']:.1f} %",
-                (_intensity(line), line["tflops"]), (1.03, 0.97 - 0.97 * i / max(len(lines) - 1, 8)),
+                f"{short_region(region)}  {share:.1f} %", (x, y), (1.03, 0.97 - 0.97 * i / max(len(lines) - 1, 8)),
                 textcoords="axes fraction", fontsize=8, va="center", annotation_clip=False,
                 arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.45, "lw": 0.7, "relpos": (0, 0.5)},
             )  # fmt: skip
@@ -116,10 +115,6 @@ def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figur
         _numbers(ax.yaxis)
     axes[-1].set_xlabel("intensity, FLOP of matrix products for each byte read or written")
     return figure
-
-
-def _intensity(line: Line) -> float:
-    return 1e3 * line["gflop"] / line["mbytes"]
 
 
 def short_region(region: str) -> str:

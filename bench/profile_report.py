@@ -86,7 +86,7 @@ def write(report: Report, out: Path) -> None:
     svgs = {}
     for name in CAPTIONS:
         (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier run
-    if matplotlib_is_there():
+    if importlib.util.find_spec("matplotlib"):
         s = report.shape
         with style():
             every = f"{s.name}, batch {s.batch}, {SHORT[report.dtype]}, {report.where}"
@@ -101,22 +101,13 @@ def write(report: Report, out: Path) -> None:
     write_text(out / "report.html", html_page(report, svgs))
 
 
-def matplotlib_is_there() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def text(value: Any) -> str:
-    """A value for people: three digits."""
-    if value is None or isinstance(value, str):
-        return NO_VALUE if value is None else value
-    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.3g}"
-
-
 def table(caption: str, lines: Sequence[Line]) -> Table:
-    """Lines for every form that a report takes."""
+    """Lines for every form that a report takes, numbers with three digits."""
 
     def cell(value: Any) -> Cell:
-        shown, number = text(value), isinstance(value, int | float)
+        shown, number = NO_VALUE if value is None else value, isinstance(value, int | float)
+        if number:
+            shown = f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.3g}"
         look = "" if number or value is None else "who"
         return Cell(shown if len(shown) < 100 else f"{shown[:99]}…", value if number else None, look, shown)
 
@@ -191,7 +182,7 @@ def notes(report: Report) -> list[str]:
         "Attention's share is the time from q, k and v to the output, encoder and decoder, without a profiler.",
         f"compile is torch.compile({COMPILE_MODE}); no provider runs as a CUDA graph here.",
     ]
-    if not matplotlib_is_there():
+    if not importlib.util.find_spec("matplotlib"):
         found.append("There are no plots, because matplotlib is not installed.")
     if report.facts["device"] != "cuda":
         found.append("Measured on a CPU: nothing of this says how a GPU does.")

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from bench import models, results, shapes, waterfall
+from bench import machine, models, shapes, waterfall
 from bench.harness import Call, Row
 from bench.operations import IGNORE
 
@@ -69,7 +69,7 @@ def bench_waterfall(benchmark, harness, pytestconfig, step):
     def build():
         on = waterfall.features(step, device)
         dtype = waterfall.dtype_of(on)
-        extra.update(step=step, text=text, speed_model=shape.name, dtype=results.SHORT[dtype])
+        extra.update(step=step, text=text, speed_model=shape.name, dtype=machine.SHORT[dtype])
 
         def check(labels, inputs):
             verdict, _ = models.check_labels(shape, name, labels, *inputs, dtype)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import results, shapes, timing
+from bench import machine, results, shapes, timing
 from bench.harness import Harness
 
 # Most telling first: a run that is cut short has these.
@@ -29,7 +29,7 @@ TRAINING = ("bench_loss", "bench_train_step")  # only of shapes that are worth i
 def pytest_addoption(parser):
     group = parser.getgroup("segmenter's benchmark")
     group.addoption("--sweep", choices=shapes.SWEEPS, help="default: core; smoke with --benchmark-disable")
-    group.addoption("--dtype", choices=results.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    group.addoption("--dtype", choices=machine.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     group.addoption("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     group.addoption("--results", type=Path, metavar="DIR", help="folder of the results file")
     group.addoption("--missing", action="store_true", help="only rows that the results file does not hold yet")
@@ -48,7 +48,7 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels: there they can only be interpreted
     config.option.device = device
     config.option.sweep = config.option.sweep or ("smoke" if smoke else "core")
-    config.option.dtype = results.DTYPES[config.option.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    config.option.dtype = machine.DTYPES[config.option.dtype or ("bf16" if device.type == "cuda" else "fp32")]
 
 
 def pytest_generate_tests(metafunc):
@@ -82,9 +82,9 @@ def pytest_collection_modifyitems(config, items):
 def harness(request):
     option = request.config.option
     gc.freeze()  # what imports made stays, so the collection before each row need not look at it
-    path = option.results and option.results / results.results_name(option.device, option.dtype)
+    path = option.results and option.results / machine.results_name(option.device, option.dtype)
     try:
-        file = path and results.ResultsFile(path, results.facts(option.device))
+        file = path and results.ResultsFile(path, machine.facts(option.device))
     except results.ResultsError as error:
         pytest.exit(str(error), returncode=4)
     known = file.names() if file is not None and option.missing else frozenset()
@@ -94,7 +94,7 @@ def harness(request):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.pop("node", None)  # the host's name is nobody's business
-    machine_info.update(results.facts(config.option.device))
+    machine_info.update(machine.facts(config.option.device))
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
@@ -104,5 +104,5 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 def pytest_report_header(config):
     option = config.option
     ends = "" if option.deadline == float("inf") else time.strftime(", until %H:%M:%S", time.localtime(option.deadline))
-    what = f"{results.device_name(option.device)}, {results.SHORT[option.dtype]}, {option.sweep} sweep"
+    what = f"{machine.device_name(option.device)}, {machine.SHORT[option.dtype]}, {option.sweep} sweep"
     return f"segmenter bench: {what}{ends}"

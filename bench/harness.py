@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bench import providers, results, timing
+from bench import machine, providers, results, timing
 from bench.operations import Operation
 from bench.shapes import Shape, Work
 
@@ -57,7 +57,7 @@ class Harness:
     @property
     def short(self) -> str:
         """The session's type: "bf16"."""
-        return results.SHORT[self.dtype]
+        return machine.SHORT[self.dtype]
 
     @functools.cached_property
     def ceilings(self) -> timing.Ceilings:
@@ -139,14 +139,14 @@ class Harness:
             benchmark.pedantic(call.fn, args=inputs)
             return
         roofs = self.ceilings
-        count = timing.n_sets(timing.tensor_bytes(inputs), results.cache_bytes(self.device), seconds)
+        count = timing.n_sets(timing.tensor_bytes(inputs), machine.cache_bytes(self.device), seconds)
         sets = [inputs, *(inputs_of(i) for i in range(1, count))]
         run, calls, mode = self._round(row, call.fn, sets, seconds)
         timing.CLOCK.reset("wall" if mode == "wall" else "events", calls, self.device)
         rounds = timing.rounds_for(seconds * calls, self.seconds)
         if time.time() + (rounds + 2) * calls * seconds > self.deadline:
             raise providers.Unavailable(OUT_OF_TIME)
-        state = results.sampling(self.device)
+        state = machine.sampling(self.device)
         benchmark.pedantic(run, rounds=rounds, warmup_rounds=1, iterations=1)
         benchmark.extra_info.update(timing=mode, input_sets=count, state=state())
         del run, sets

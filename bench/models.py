@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from bench import gate, providers
+from bench.machine import ROOT
 from bench.operations import full_labels, labels_by, segmentation_loss, upsampled
-from bench.results import ROOT
 from bench.shapes import Shape
 from segmenter.config import preset
 from segmenter.inference import pruned_argmax

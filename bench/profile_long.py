@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from bench import long_sequences, profile_report, profiling, providers, results, timing
+from bench import long_sequences, machine, profile_report, profiling, providers, timing
 from bench import profile_tables as tables
 from bench.long_sequences import Point
 from bench.profile_tables import FORWARD, Profile, csv_text
@@ -239,7 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("batch", type=int, default=1)
     add("classes", "2 to 256 (default: 150)", type=int, default=150)
     add("providers", nargs="+", choices=providers.PROVIDERS)
-    add("dtype", choices=results.DTYPES)
+    add("dtype", choices=machine.DTYPES)
     add("device", "default: a GPU if there is one", choices=("cuda", "cpu"))
     add("tokens", "lengths for the scaling; ", type=int, nargs="*")
     add("minutes", "nothing is started after so long; ", type=float)
@@ -277,14 +277,14 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its library reports every start and stop on a CPU otherwise
     args.out.mkdir(parents=True, exist_ok=True)
-    device, dtype = torch.device(args.device), results.DTYPES[args.dtype]
+    device, dtype = torch.device(args.device), machine.DTYPES[args.dtype]
     shape = Shape(args.model, args.patch, args.size, args.batch, args.classes, args.decoder == "mask")
     with tqdm(total=1 + len(args.providers) * (1 + len(args.tokens)), file=sys.stderr, desc="ceilings") as bar:
         roofs = timing.measure_ceilings(device, dtype, small=args.model == "X")
         bar.update()
         deadline = started + 60 * args.minutes
         setting = Setting(shape, device, dtype, args.profiler, roofs, deadline, args.out)
-        facts = results.facts(device) | {"command": command(sys.argv[1:] if argv is None else argv)}
+        facts = machine.facts(device) | {"command": command(sys.argv[1:] if argv is None else argv)}
         points: list[tuple[Point, float]] = []
         for found in scaling_points(args, setting, bar):
             points.append(found)

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from bench import report, results
+from bench import machine, report
 from bench.harness import rates, row_facts
-from bench.results import ROOT, ResultsError, ResultsFile
+from bench.machine import ROOT
+from bench.results import ResultsError, ResultsFile
 from bench.shapes import Shape
 from bench.shapes import model as model_work
 from bench.timing import Ceilings
@@ -75,7 +76,7 @@ def add_long_rows(file: ResultsFile, scaling: Path, device: str, dtype: str) -> 
             file.add_unavailable("long", provider, shape._asdict(), name, point["reason"])
             continue
         median, spread = float(point["ms"]) / 1e3, point["spread_percent"]
-        work = model_work(shape, results.DTYPES[dtype].itemsize)
+        work = model_work(shape, machine.DTYPES[dtype].itemsize)
         info = row_facts("long", provider, name, dtype, work, shape)
         info |= {"timing": "wall", "tflops": work.flops / median / 1e12}
         info["peak_bytes"] = int(float(point["peak_mib"]) * 2**20) if point["peak_mib"] else None
@@ -108,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results file, logs and report")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it; default 9")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=results.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--dtype", choices=machine.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--camvid", type=Path, help="CamVid (images/test, annotations/test), for mIoU")
     args = parser.parse_args(arguments)
     # Of the steps: threads that wait actively take the core from each other on small or shared CPUs.
@@ -118,13 +119,13 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(args.device)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    path = out / results.results_name(device, results.DTYPES[dtype])
+    path = out / machine.results_name(device, machine.DTYPES[dtype])
     steps: list[dict[str, Any]] = []
     shares = SHARES["gpu" if args.device == "cuda" else "cpu"]
     todo = commands(out, args.device, dtype, args.camvid and args.camvid.resolve())
 
     def note() -> dict[str, Any]:
-        file = ResultsFile(path, results.facts(device))
+        file = ResultsFile(path, machine.facts(device))
         done = [step["name"] for step in steps if step["state"] == "done"]
         scaling = out / "long" / "scaling.csv"
         if steps[-1]["name"] == "long" and scaling.exists():
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         return file.content
 
     try:
-        before = ResultsFile(path, results.facts(device)).content.get("steps", [])
+        before = ResultsFile(path, machine.facts(device)).content.get("steps", [])
     except ResultsError as error:
         print(error, file=sys.stderr)
         return 1

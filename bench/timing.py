@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench.results import DTYPES, device_name
+from bench.machine import DTYPES, device_name
 
 MAX_SETS = 64
 SLOW = 0.5  # seconds: fewer rounds, because they vary less and there is no time

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from bench import timing
+from bench.machine import ROOT
 from bench.models import pixels_to_labels, set_operators
 from bench.providers import PUBLISHED, Unavailable
 from bench.published import published_inference
-from bench.results import ROOT
 from bench.shapes import Shape
 from segmenter.evaluation.metrics import ConfusionMatrix
 from segmenter.inference.images import normalize

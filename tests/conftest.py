@@ -43,7 +43,7 @@ def _poisoned(function):
 
 
 def _poisoned_torch() -> types.ModuleType:
-    """A copy of the module `torch` whose empty tensors are full of NaN, or of the largest integer. A real module, so that Dynamo knows it."""
+    """A copy of the module `torch` whose empty tensors hold NaN or the largest integer. A real module, for Dynamo."""
     module = types.ModuleType("torch")
     module.__dict__.update(torch.__dict__)
     for name in ("empty", "empty_like", "empty_strided"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_peers, harness, models, operations, providers, results, run_all, timing, waterfall
+from bench import bench_peers, harness, machine, models, operations, providers, results, run_all, timing, waterfall
 from bench.results import ResultsError, ResultsFile, load
 from bench.shapes import Shape, Work
 
@@ -227,14 +227,14 @@ def test_a_command_tells_no_folders_of_this_machine(monkeypatch):
     monkeypatch.setattr(
         sys, "argv", [str(ROOT / "bench" / "x.py"), "-k", "a/b", "--out", "/data/me/out", "../me/camvid"]
     )
-    assert results.facts(CPU)["command"] == "bench/x.py -k a/b --out out camvid"
+    assert machine.facts(CPU)["command"] == "bench/x.py -k a/b --out out camvid"
 
 
 def test_name_says_machine_stack_and_type(monkeypatch):
-    monkeypatch.setattr(results, "device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(results, "triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(machine, "triton_version", lambda: "3.6.0")
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    assert results.results_name(torch.device("cuda"), torch.bfloat16) == "h200_torch2.11_triton3.6_bf16.json"
+    assert machine.results_name(torch.device("cuda"), torch.bfloat16) == "h200_torch2.11_triton3.6_bf16.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,8 +378,8 @@ class Steps:
 
 def run_with(monkeypatch, tmp_path, steps, minutes="9"):
     monkeypatch.setattr(run_all.subprocess, "run", steps)
-    monkeypatch.setattr(results, "facts", lambda device: MACHINE)
-    monkeypatch.setattr(results, "results_name", lambda device, dtype: "r.json")
+    monkeypatch.setattr(machine, "facts", lambda device: MACHINE)
+    monkeypatch.setattr(machine, "results_name", lambda device, dtype: "r.json")
     return run_all.main(["--out", str(tmp_path), "--minutes", minutes, "--device", "cpu"])
 
 

@@ -39,26 +39,29 @@ def scaling(points: Sequence[Point], title: str) -> "Figure | None":
     if not any(p.seconds for p in points):
         return None
     figure, axes = _rows(title, (3.4, 3.0, 1.9), sharex=True)
-    tokens = sorted({p.tokens for p in points})
     _against_tokens(axes[0], points, lambda p: p.seconds and 1e3 * p.seconds, "ms a call")
     _against_tokens(axes[1], points, lambda p: p.peak_bytes and p.peak_bytes / 2**20, "peak MiB beyond the model")
-    for provider in dict.fromkeys(p.provider for p in points if p.attention is not None):
-        line = [(p.tokens, 100 * p.attention) for p in points if p.provider == provider and p.attention is not None]
-        axes[2].plot(*zip(*line, strict=True), color=look(provider).light, marker=look(provider).marker)
+    _lines(axes[2], points, lambda p: None if p.attention is None else 100 * p.attention)
     axes[2].set(ylim=(0, 100), ylabel="attention, % of time", xlabel="tokens of the encoder")
-    axes[2].set_xticks(tokens, [f"{count:,}" for count in tokens])
+    axes[2].set_xticks(sorted({p.tokens for p in points}))
+    axes[2].xaxis.set_major_formatter("{x:,g}")
     axes[2].minorticks_off()
     axes[0].legend(loc="upper left")
     return figure
 
 
+def _lines(ax: Any, points: Sequence[Point], value: Callable[[Point], float | None]) -> None:
+    """One line a provider, of the points that have a value."""
+    for provider in dict.fromkeys(p.provider for p in points):
+        line = [(p.tokens, value(p)) for p in points if p.provider == provider and value(p) is not None]
+        if line:
+            ax.plot(*zip(*line, strict=True), color=look(provider).light, marker=look(provider).marker, label=provider)
+
+
 def _against_tokens(ax: Any, points: Sequence[Point], value: Callable[[Point], float | None], label: str) -> None:
     """One quantity of all providers on logarithmic axes, two guides, and crosses where memory ran out."""
     ax.set(xscale="log", yscale="log", ylabel=label)
-    for provider in dict.fromkeys(p.provider for p in points):
-        line = [(p.tokens, value(p)) for p in points if p.provider == provider and value(p)]
-        if line:
-            ax.plot(*zip(*line, strict=True), color=look(provider).light, marker=look(provider).marker, label=provider)
+    _lines(ax, points, lambda p: value(p) or None)
     y, x = max(((value(p), p.tokens) for p in points if value(p)), default=(0, 0))
     gone = [p for p in points if p.reason == OUT_OF_MEMORY]
     if y:
@@ -96,18 +99,11 @@ def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figur
         ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * ceiling), ylabel="TFLOP/s")
         ax.set_title(provider)
         ax.plot([left, ceiling / slope, right], [left * slope, ceiling, ceiling], color=INK, zorder=1)
-        ax.text(right, 1.15 * ceiling, f"matrix product: {ceiling:.3g} TFLOP/s ", fontsize=8, color=SOFT, ha="right")
-        ax.text(
-            0.99,
-            0.03,
-            f"slope: copy, {1e3 * slope:.3g} GB/s",
-            transform=ax.transAxes,
-            fontsize=8,
-            color=SOFT,
-            ha="right",
-        )
+        small = {"fontsize": 8, "color": SOFT, "ha": "right"}
+        ax.text(right, 1.15 * ceiling, f"matrix product: {ceiling:.3g} TFLOP/s ", **small)
+        ax.text(0.99, 0.03, f"slope: copy, {1e3 * slope:.3g} GB/s", transform=ax.transAxes, **small)
         ax.scatter(
-            *zip(*((_intensity(line), line["tflops"]) for line in lines), strict=True), s=30, c=colour, marker=marker
+            [_intensity(line) for line in lines], [line["tflops"] for line in lines], s=30, c=colour, marker=marker
         )
         for i, line in enumerate(sorted(lines, key=lambda line: -line["tflops"])):
             ax.annotate(

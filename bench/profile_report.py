@@ -19,6 +19,7 @@ from bench.timing import Ceilings
 from segmenter.files import write_atomically, write_text
 
 OPERATORS_SHOWN = 20
+MIB = 2**-20
 HINTS = {
     "layers": "regions that are together in this line",
     "ms": "of one forward, all layers",
@@ -72,14 +73,11 @@ def write(report: Report, out: Path) -> None:
     if matplotlib_is_there():
         s = report.shape
         with style():
-            figures = {
-                "scaling": profile_plots.scaling(
-                    report.points, f"{s.name}, batch {s.batch}, {SHORT[report.dtype]}, {report.where}"
-                ),
-                "roofline": profile_plots.roofline(report.profiles, report.roofs, report.title),
-                "memory": profile_plots.memory(report.profiles, report.title),
-            }
-            for name, figure in figures.items():
+            every = f"{s.name}, batch {s.batch}, {SHORT[report.dtype]}, {report.where}"
+            scaling = profile_plots.scaling(report.points, every)
+            roofline = profile_plots.roofline(report.profiles, report.roofs, report.title)
+            memory = profile_plots.memory(report.profiles, report.title)
+            for name, figure in zip(CAPTIONS, (scaling, roofline, memory), strict=True):
                 if figure is not None:
                     write_atomically(out / f"{name}.png", lambda file, figure=figure: figure.savefig(file, dpi=130))
                     svgs[name] = to_svg(figure)
@@ -89,10 +87,6 @@ def write(report: Report, out: Path) -> None:
 
 def matplotlib_is_there() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
 
 
 def text(value: Any) -> str:
@@ -114,42 +108,32 @@ def table(caption: str, lines: Sequence[Line]) -> Table:
     return Table(caption, columns, [Row([cell(value) for value in line.values()]) for line in lines])
 
 
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else factor * value
+
+
 def overview(report: Report) -> Table:
     """One line a provider."""
     lines, flops = [], forward_flops(report.shape)
     for p in report.profiles:
         rate = flops / p.seconds if p.seconds else None
         most = f"{p.regions[0]['region']} {p.regions[0]['share_percent']:.0f} %" if p.regions else None
-        lines.append(
-            {
-                "provider": p.provider,
-                "ms": p.seconds and 1e3 * p.seconds,
-                "tflops": rate and rate / 1e12,
-                "percent_flops": rate and 100 * rate / report.roofs.flops_per_second,
-                "profiled_ms": p.profiled_seconds and 1e3 * p.profiled_seconds,
-                "peak_mib": p.peak_bytes and p.peak_bytes / 2**20,
-                "most_time_in": p.reason or most,
-                "in_regions_percent": 100 * p.covered if p.regions else None,
-            }
-        )
+        line = {"provider": p.provider, "ms": _times(p.seconds, 1e3), "tflops": _times(rate, 1e-12)}
+        line["percent_flops"] = _times(rate, 100 / report.roofs.flops_per_second)
+        line |= {"profiled_ms": _times(p.profiled_seconds, 1e3), "peak_mib": _times(p.peak_bytes, MIB)}
+        line |= {"most_time_in": p.reason or most, "in_regions_percent": 100 * p.covered if p.regions else None}
+        lines.append(line)
     return table(f"Providers, {report.title}", lines)
 
 
 def scaling_lines(points: Sequence[Point]) -> list[Line]:
     """One line a point: scaling.csv."""
-    return [
-        {
-            "provider": p.provider,
-            "tokens": p.tokens,
-            "size": p.size,
-            "ms": p.seconds and 1e3 * p.seconds,
-            "spread_percent": None if p.spread is None else 100 * p.spread,
-            "peak_mib": None if p.peak_bytes is None else p.peak_bytes / 2**20,
-            "attention_percent": None if p.attention is None else 100 * p.attention,
-            "reason": p.reason,
-        }
-        for p in points
-    ]
+    lines = []
+    for p in points:
+        line = {"provider": p.provider, "tokens": p.tokens, "size": p.size, "ms": _times(p.seconds, 1e3)}
+        line |= {"spread_percent": _times(p.spread, 100), "peak_mib": _times(p.peak_bytes, MIB)}
+        lines.append(line | {"attention_percent": _times(p.attention, 100), "reason": p.reason})
+    return lines
 
 
 def scaling_tables(points: Sequence[Point]) -> list[Table]:
@@ -181,10 +165,6 @@ def provider_tables(profile: Profile) -> list[tuple[Table, str]]:
         (f"{name}: kernels on the device{more}", profile.kernels[:OPERATORS_SHOWN], f"device_kernels_{name}.csv"),
     ]
     return [(table(caption, lines), file) for caption, lines, file in tables if lines]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The three forms
 
 
 def notes(report: Report) -> list[str]:

@@ -30,21 +30,15 @@ PARTS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Regions
-
-
 class Regions:
     """Named parts of a forward pass, opened as annotations of a profiler. Results are the same with them and without.
 
     Args:
         scope: makes the context manager of a name: `torch.profiler.record_function`, `triton.profiler.scope`.
-    Attributes:
-        names: all that were opened.
     """
 
     def __init__(self, scope: Callable[[str], Any] = torch.profiler.record_function):
-        self.names: set[str] = set()
+        self.names: set[str] = set()  # all that were opened
         self._scope = scope
         self._open: list[tuple[str, Any]] = []
 
@@ -122,9 +116,6 @@ def _hookable(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if name and not name.startswith(closed) and not name.endswith("mask_norm") and not isinstance(module, silent)
     ]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Counted work
 
 _FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
 _NOTHING_MOVES = {"_unsafe_view", "_reshape_alias", "lift_fresh"}

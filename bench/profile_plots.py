@@ -71,7 +71,7 @@ def _against_tokens(ax: Any, points: Sequence[Point], value: Callable[[Point], f
             ax.plot(tokens, guide, color=SOFT, ls=(0, dashes), lw=1, zorder=1, label=name)
         ax.set_ylim(bottom, max(top, y * (3.0 if gone else 1.3)))
     drawn = {p.provider for p in points if p.seconds}
-    skipped = [p for p in points if p.reason and p.reason != OUT_OF_MEMORY and p.provider in drawn]
+    skipped = [p for p in points if p.reason and p not in gone and p.provider in drawn]
     notes = [(p.tokens, 0.97 - 0.07 * i, f"{p.provider}: out of memory x", "right") for i, p in enumerate(gone)]
     for count in sorted({p.tokens for p in skipped}):
         names = "\n".join(p.provider for p in skipped if p.tokens == count)

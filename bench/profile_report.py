@@ -1,6 +1,7 @@
 """The profile as a short table, as summary.md and as one page that needs nothing else."""
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import torch
 
 from bench import profile_plots
 from bench.long_sequences import COMPILE_MODE, Point
-from bench.profile_tables import Line, Profile
+from bench.profile_tables import TABLES, Line, Profile
 from bench.report_page import NO_VALUE, Cell, Column, Section, Table, html, page
 from bench.report_page import Line as Row
 from bench.report_plots import style, to_svg
@@ -44,6 +45,13 @@ CAPTIONS = {
 }
 
 
+SCALING_CAPTIONS = {
+    "ms": "Milliseconds a call, by tokens",
+    "peak_mib": "Peak MiB beyond model and image, by tokens",
+    "attention_percent": "Attention, percent of the time, by tokens",
+}
+
+
 class Report(NamedTuple):
     """All that was found. `facts`: of bench.results."""
 
@@ -64,6 +72,15 @@ class Report(NamedTuple):
     def where(self) -> str:
         return self.facts["name"] if self.facts["device"] == "cuda" else f"CPU ({self.facts['name']})"
 
+    @property
+    def software(self) -> str:
+        return "torch {torch}, triton {triton}, commit {commit}".format(**self.facts)
+
+    @property
+    def ceilings(self) -> str:
+        products, copies = self.roofs.flops_per_second / 1e12, self.roofs.bytes_per_second / 1e9
+        return f"{products:.3g} TFLOP/s of {self.roofs.dtype} matrix products, {copies:.3g} GB/s of copies"
+
 
 def write(report: Report, out: Path) -> None:
     """Writes the plots, summary.md and report.html into `out`."""
@@ -74,10 +91,10 @@ def write(report: Report, out: Path) -> None:
         s = report.shape
         with style():
             every = f"{s.name}, batch {s.batch}, {SHORT[report.dtype]}, {report.where}"
-            scaling = profile_plots.scaling(report.points, every)
-            roofline = profile_plots.roofline(report.profiles, report.roofs, report.title)
-            memory = profile_plots.memory(report.profiles, report.title)
-            for name, figure in zip(CAPTIONS, (scaling, roofline, memory), strict=True):
+            figures = {"scaling": profile_plots.scaling(report.points, every)}
+            figures["roofline"] = profile_plots.roofline(report.profiles, report.roofs, report.title)
+            figures["memory"] = profile_plots.memory(report.profiles, report.title)
+            for name, figure in figures.items():
                 if figure is not None:
                     write_atomically(out / f"{name}.png", lambda file, figure=figure: figure.savefig(file, dpi=130))
                     svgs[name] = to_svg(figure)
@@ -128,43 +145,35 @@ def overview(report: Report) -> Table:
 
 def scaling_lines(points: Sequence[Point]) -> list[Line]:
     """One line a point: scaling.csv."""
-    lines = []
-    for p in points:
-        line = {"provider": p.provider, "tokens": p.tokens, "size": p.size, "ms": _times(p.seconds, 1e3)}
-        line |= {"spread_percent": _times(p.spread, 100), "peak_mib": _times(p.peak_bytes, MIB)}
-        lines.append(line | {"attention_percent": _times(p.attention, 100), "reason": p.reason})
-    return lines
+    return [
+        {"provider": p.provider, "tokens": p.tokens, "size": p.size, "ms": _times(p.seconds, 1e3)}
+        | {"spread_percent": _times(p.spread, 100), "peak_mib": _times(p.peak_bytes, MIB)}
+        | {"attention_percent": _times(p.attention, 100), "reason": p.reason}
+        for p in points
+    ]
 
 
 def scaling_tables(points: Sequence[Point]) -> list[Table]:
     """One line a provider, one column a length."""
-    captions = {
-        "ms": "Milliseconds a call, by tokens",
-        "peak_mib": "Peak MiB beyond model and image, by tokens",
-        "attention_percent": "Attention, percent of the time, by tokens",
-    }
-    lines = scaling_lines(points)
-    found = []
-    for key, caption in captions.items():
-        if all(line[key] is None and not line["reason"] for line in lines):  # of a compiled program alone
-            continue
-        by_provider: dict[str, Line] = {}
+    lines, found = scaling_lines(points), []
+    for key, caption in SCALING_CAPTIONS.items():
+        by_provider: dict[str, Line] = {p.provider: {"provider": p.provider} for p in points}
         for line in sorted(lines, key=lambda line: line["tokens"]):
-            cells = by_provider.setdefault(line["provider"], {"provider": line["provider"]})
-            cells[f"{line['tokens']:,}"] = line["reason"] or line[key]
-        found.append(table(caption, [by_provider[p] for p in dict.fromkeys(p.provider for p in points)]))
+            by_provider[line["provider"]][f"{line['tokens']:,}"] = line["reason"] or line[key]
+        if any(line[key] is not None or line["reason"] for line in lines):  # else of a compiled program alone
+            found.append(table(caption, list(by_provider.values())))
     return found
 
 
 def provider_tables(profile: Profile) -> list[tuple[Table, str]]:
     """The tables of one provider, each with the file that has all of it."""
-    name, more = profile.provider, f", the {OPERATORS_SHOWN} slowest"
-    tables = [
-        (f"{name}: time and memory by region", profile.regions, f"regions_{name}.csv"),
-        (f"{name}: time by operator{more}", profile.operators[:OPERATORS_SHOWN], f"kernels_{name}.csv"),
-        (f"{name}: kernels on the device{more}", profile.kernels[:OPERATORS_SHOWN], f"device_kernels_{name}.csv"),
-    ]
-    return [(table(caption, lines), file) for caption, lines, file in tables if lines]
+    found = []
+    for name, (file, caption) in TABLES.items():
+        lines, caption = getattr(profile, name), f"{profile.provider}: {caption}"
+        if name != "regions":
+            lines, caption = lines[:OPERATORS_SHOWN], f"{caption}, the {OPERATORS_SHOWN} slowest"
+        found += [(table(caption, lines), f"{file}_{profile.provider}.csv")] if lines else []
+    return found
 
 
 def notes(report: Report) -> list[str]:
@@ -188,56 +197,39 @@ def notes(report: Report) -> list[str]:
     return [*found, *(f"{p.provider}: {note}" for p in report.profiles for note in p.notes)]
 
 
-def short(report: Report) -> str:
-    """What is printed at the end."""
-    return "\n\n".join(f"{t.caption}\n{t.plain()}" for t in [overview(report), *scaling_tables(report.points)])
-
-
-def _ceilings(roofs: Ceilings) -> str:
-    return (
-        f"{roofs.flops_per_second / 1e12:.3g} TFLOP/s of {roofs.dtype} matrix products,"
-        f" {roofs.bytes_per_second / 1e9:.3g} GB/s of copies"
-    )
-
-
 def markdown(report: Report) -> str:
     """summary.md."""
-    f = report.facts
     parts = [
         f"# Profile: {report.title}",
-        f"`{f['command']}`; torch {f['torch']}, triton {f['triton']}, commit {f['commit']}.",
-        f"Measured ceilings: {_ceilings(report.roofs)}.",
+        f"`{report.facts['command']}`; {report.software}.",
+        f"Measured ceilings: {report.ceilings}.",
         "\n".join(f"- {note}" for note in notes(report)),
     ]
     tables = [*([overview(report)] if report.profiles else []), *scaling_tables(report.points)]
     parts += [f"**{t.caption}**\n\n{t.markdown()}" for t in tables]
     for p in report.profiles:
-        parts.append(f"## {p.provider}" + (f"\n\n{p.reason}" if p.reason else ""))
-        found = provider_tables(p)
-        parts += [f"**{t.caption}**\n\n{t.markdown()}\n\nAll of it: {file}" for t, file in found]
+        parts += [f"## {p.provider}", *([p.reason] if p.reason else [])]
+        parts += [f"**{t.caption}**\n\n{t.markdown()}\n\nAll of it: {file}" for t, file in provider_tables(p)]
     return "\n\n".join(parts) + "\n"
 
 
 def html_page(report: Report, svgs: dict[str, str]) -> str:
     """report.html: everything in one file."""
-    f = report.facts
-    known = {"Machine": report.where, "Command": f["command"], "Profiler": report.profiler}
-    known["Software"] = f"torch {f['torch']}, triton {f['triton']}, commit {f['commit']}"
-    known["Ceilings, measured"] = _ceilings(report.roofs)
-    known |= {name: f[name] for name in ("driver_version", "clocks.max.sm", "power.limit", "cuda") if name in f}
+    known = {"Machine": report.where, "Command": report.facts["command"], "Profiler": report.profiler}
+    known |= {"Software": report.software, "Ceilings, measured": report.ceilings}
+    gpu = ("driver_version", "clocks.max.sm", "power.limit", "cuda")
+    known |= {name: report.facts[name] for name in gpu if name in report.facts}
     sections = [Section("about", "What was measured", [html.facts(known.items()), html.items(notes(report))])]
     if report.profiles:
         sections.append(Section("providers", "Providers", [overview(report)], "Providers"))
     for name, caption in CAPTIONS.items():
         inside: list[Any] = [html.plots([svgs[name]], caption, wide=True)] if name in svgs else []
-        if name == "scaling":
-            for t in scaling_tables(report.points):
-                inside += [html.paragraph(t.caption), t]
+        for t in scaling_tables(report.points) if name == "scaling" else ():
+            inside += [html.paragraph(t.caption), t]
         if inside:
             sections.append(Section(name, name.capitalize(), inside, name.capitalize()))
     for p in report.profiles:
-        inside = [p.reason] if p.reason else []
-        for t, file in provider_tables(p):
-            inside += [html.paragraph(t.caption), t, f"All of it: {file}"]
+        found = ([html.paragraph(t.caption), t, f"All of it: {file}"] for t, file in provider_tables(p))
+        inside = [p.reason or None, *itertools.chain(*found)]
         sections.append(Section(f"p-{p.provider}", p.provider, inside, p.provider, group=1))
     return page(f"Profile: {report.title}", sections)

@@ -16,7 +16,6 @@ A trace and a snapshot hold function names and a snapshot the paths of source fi
 
 import argparse
 import contextlib
-import functools
 import gzip
 import importlib
 import json
@@ -109,10 +108,8 @@ def _profile(provider: str, setting: Setting) -> Profile:
             first = timing.wall_seconds(forward, device)
     found.seconds = statistics.median(long_sequences.wall_times(forward, device, first))
     forwards = FORWARDS if found.seconds < QUICK else 1
-    warm_up = first < QUICK or compiled  # the first launches under a profiler are slow
     with contextlib.nullcontext() if compiled else regions.of(model):
-        by = _by_proton if by_proton else functools.partial(_by_torch, warm_up)
-        seconds = by(forward, forwards, regions, found, setting)
+        seconds = (_by_proton if by_proton else _by_torch)(forward, forwards, regions, found, setting)
     found.regions = tables.region_lines(seconds, counter.found, found.region_peaks(), forwards, setting.roofs)
     for name, (file, _) in tables.TABLES.items():
         if lines := getattr(found, name):
@@ -122,11 +119,10 @@ def _profile(provider: str, setting: Setting) -> Profile:
     return found
 
 
-def _by_torch(
-    warm_up: bool, forward: Call, forwards: int, regions: Regions, found: Profile, setting: Setting
-) -> dict[str, float]:
+def _by_torch(forward: Call, forwards: int, regions: Regions, found: Profile, setting: Setting) -> dict[str, float]:
     """Profiles with torch.profiler and writes the Chrome trace. Fills `found` and returns the regions' seconds."""
     device = setting.device.type
+    warm_up = forwards > 1 or found.provider == "compile"  # the first launches under a profiler are slow
     activities = {torch.profiler.ProfilerActivity.CPU, getattr(torch.profiler.ProfilerActivity, device.upper())}
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=forwards, repeat=1) if warm_up else None
     with torch.profiler.profile(activities=activities, schedule=schedule, profile_memory=True) as profiler:
@@ -188,14 +184,13 @@ def memory_snapshot(forward: Call, provider: str, out: Path) -> None:
 
 def scaling_points(args: argparse.Namespace, setting: Setting, bar: Any) -> Iterator[tuple[Point, float]]:
     """All providers at all lengths, each with the seconds that it took; providers share the time that scaling gets."""
-    sizes, on = long_sequences.sizes_for(args.tokens, args.patch), (setting.device, setting.dtype)
-    stop = (1 - SCALING_SHARE) * time.monotonic() + SCALING_SHARE * setting.deadline
+    sizes, start = long_sequences.sizes_for(args.tokens, args.patch), time.monotonic()
+    stop = start + SCALING_SHARE * (setting.deadline - start)
     for i, provider in enumerate(args.providers):
-        start = time.monotonic()
-        end = start + max(stop - start, 0) / (len(args.providers) - i)
         bar.set_description_str(f"scaling {provider}")
+        end = start + max(stop - start, 0) / (len(args.providers) - i)
         left = lambda end=end: end - time.monotonic()  # noqa: E731
-        for point in long_sequences.scaling(setting.shape, sizes, provider, *on, left):
+        for point in long_sequences.scaling(setting.shape, sizes, provider, setting.device, setting.dtype, left):
             bar.update()
             yield point, time.monotonic() - start
             start = time.monotonic()
@@ -264,17 +259,14 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its library reports every start and stop on a CPU otherwise
     args.out.mkdir(parents=True, exist_ok=True)
     shape = Shape(args.model, args.patch, args.size, args.batch, args.classes, args.decoder == "mask")
-    device, dtype = torch.device(args.device), results.DTYPES[args.dtype]
+    device, dtype, points = torch.device(args.device), results.DTYPES[args.dtype], []
     with tqdm(total=1 + len(args.providers) * (1 + len(args.tokens)), file=sys.stderr, desc="ceilings") as bar:
         roofs = timing.measure_ceilings(device, dtype, small=args.model == "X")
         bar.update()
-        deadline = started + 60 * args.minutes
-        setting = Setting(shape, device, dtype, args.profiler, roofs, deadline, args.out)
+        setting = Setting(shape, device, dtype, args.profiler, roofs, started + 60 * args.minutes, args.out)
         facts = results.facts(device) | {"command": command(sys.argv[1:] if argv is None else argv)}
-        points: list[tuple[Point, float]] = []
         for found in scaling_points(args, setting, bar):
-            points.append(found)
-            # after each: an interruption loses one point
+            points.append(found)  # and written at once: an interruption loses one point
             write_text(args.out / "scaling.csv", csv_text(profile_report.scaling_lines([point for point, _ in points])))
         report = profile_report.Report(shape, dtype, args.profiler, roofs, facts, [], [p for p, _ in points])
         profile_report.write(report, args.out)  # in case that what follows is interrupted

@@ -43,8 +43,6 @@ CAPTIONS = {
     " have no place here; the tables have them.",
     "memory": "Bytes that tensors hold during one forward beyond the model and the image.",
 }
-
-
 SCALING_CAPTIONS = {
     "ms": "Milliseconds a call, by tokens",
     "peak_mib": "Peak MiB beyond model and image, by tokens",
@@ -91,9 +89,11 @@ def write(report: Report, out: Path) -> None:
         s = report.shape
         with style():
             every = f"{s.name}, batch {s.batch}, {SHORT[report.dtype]}, {report.where}"
-            figures = {"scaling": profile_plots.scaling(report.points, every)}
-            figures["roofline"] = profile_plots.roofline(report.profiles, report.roofs, report.title)
-            figures["memory"] = profile_plots.memory(report.profiles, report.title)
+            figures = {
+                "scaling": profile_plots.scaling(report.points, every),
+                "roofline": profile_plots.roofline(report.profiles, report.roofs, report.title),
+                "memory": profile_plots.memory(report.profiles, report.title),
+            }
             for name, figure in figures.items():
                 if figure is not None:
                     write_atomically(out / f"{name}.png", lambda file, figure=figure: figure.savefig(file, dpi=130))
@@ -125,30 +125,26 @@ def table(caption: str, lines: Sequence[Line]) -> Table:
     return Table(caption, columns, [Row([cell(value) for value in line.values()]) for line in lines])
 
 
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else factor * value
-
-
 def overview(report: Report) -> Table:
     """One line a provider."""
     lines, flops = [], forward_flops(report.shape)
     for p in report.profiles:
-        rate = flops / p.seconds if p.seconds else None
+        rate = p.seconds and flops / p.seconds
         most = f"{p.regions[0]['region']} {p.regions[0]['share_percent']:.0f} %" if p.regions else None
-        line = {"provider": p.provider, "ms": _times(p.seconds, 1e3), "tflops": _times(rate, 1e-12)}
-        line["percent_flops"] = _times(rate, 100 / report.roofs.flops_per_second)
-        line |= {"profiled_ms": _times(p.profiled_seconds, 1e3), "peak_mib": _times(p.peak_bytes, MIB)}
-        line |= {"most_time_in": p.reason or most, "in_regions_percent": 100 * p.covered if p.regions else None}
-        lines.append(line)
+        line = {"provider": p.provider, "ms": p.seconds and 1e3 * p.seconds, "tflops": rate and rate / 1e12}
+        line["percent_flops"] = rate and 100 * rate / report.roofs.flops_per_second
+        line["profiled_ms"] = p.profiled_seconds and 1e3 * p.profiled_seconds
+        line |= {"peak_mib": p.peak_bytes and MIB * p.peak_bytes, "most_time_in": p.reason or most}
+        lines.append(line | {"in_regions_percent": 100 * p.covered if p.regions else None})
     return table(f"Providers, {report.title}", lines)
 
 
 def scaling_lines(points: Sequence[Point]) -> list[Line]:
     """One line a point: scaling.csv."""
     return [
-        {"provider": p.provider, "tokens": p.tokens, "size": p.size, "ms": _times(p.seconds, 1e3)}
-        | {"spread_percent": _times(p.spread, 100), "peak_mib": _times(p.peak_bytes, MIB)}
-        | {"attention_percent": _times(p.attention, 100), "reason": p.reason}
+        {"provider": p.provider, "tokens": p.tokens, "size": p.size, "ms": p.seconds and 1e3 * p.seconds}
+        | {"spread_percent": p.spread and 100 * p.spread, "peak_mib": p.peak_bytes and MIB * p.peak_bytes}
+        | {"attention_percent": p.attention and 100 * p.attention, "reason": p.reason}
         for p in points
     ]
 

@@ -34,8 +34,7 @@ PARTS = {
 class Regions:
     """Named parts of a forward pass, opened as annotations of a profiler. Results are the same with them and without.
 
-    Args:
-        scope: makes the context manager of a name: `torch.profiler.record_function`, `triton.profiler.scope`.
+    `scope` makes the context manager of a name: `torch.profiler.record_function`, `triton.profiler.scope`.
     """
 
     def __init__(self, scope: Callable[[str], Any] = torch.profiler.record_function):
@@ -119,12 +118,9 @@ class Counted(NamedTuple):
 class Counter(TorchDispatchMode):
     """Counts the work of every operator that is called while it is active.
 
-    Args:
-        where: tells the region of a call.
-    Attributes:
-        found: (region, operator as profilers call it, "aten::mm") -> its calls and work. Views are in it, without work.
-
-    Under `torch.no_grad`, not `torch.inference_mode`: there, composite operators would arrive whole.
+    `where` tells the region of a call. `found`: (region, operator as profilers call it, "aten::mm") -> its calls and
+    work; views are in it, without work. Under `torch.no_grad`, not `torch.inference_mode`: there, composite operators
+    would arrive whole.
     """
 
     def __init__(self, where: Callable[[], str] = lambda: ""):

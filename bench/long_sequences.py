@@ -65,11 +65,8 @@ def scaling(
     """Measures one provider at growing sizes, one point a size, smallest first.
 
     A size whose time, extrapolated quadratically from the last, is more than is left is not run; nor is one beyond a
-    size that ran out of memory. Their points say why.
-
-    Args:
-        shape: all but the size. sizes: pixels, multiples of the patch. seconds_left: asked before each size.
-        memory_share: on a CPU, the part of the available memory that a call may take before it fails.
+    size that ran out of memory. Their points say why. `sizes` are in pixels, multiples of the patch; `memory_share` is
+    the part of a CPU's available memory that a call may take before it fails.
     """
     last, stopped, on = None, "", (provider, device, dtype)
     for size in sorted(sizes):
@@ -139,21 +136,16 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = self._now()
+        event = lambda: torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))  # noqa: E731
+        now = event if self._on_gpu else time.perf_counter
+        start = now()
         yield
-        self._spans.append((name, start, self._now()))
+        self._spans.append((name, start, now()))
 
     def seconds(self, ending: str) -> float:
         """Of all regions whose names end so; the device must have finished."""
         chosen = [(start, end) for name, start, end in self._spans if name.endswith(ending)]
         return sum(start.elapsed_time(end) / 1e3 if self._on_gpu else end - start for start, end in chosen)
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -172,9 +164,8 @@ def network(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The provider's way from a normalised image (B, 3, H, W) to labels (B, H, W) uint8. Sets the model's operators.
 
-    Args:
-        regions: where the parts are opened as regions; the caller opens those of the model itself.
-        compile_options: of torch.compile, beyond those of COMPILE_MODE.
+    The labels, or all of a compiled program, are one of `regions`; the caller opens those of the model itself.
+    `compile_options` are beyond those of COMPILE_MODE.
     """
     models.set_operators(model, EAGER if provider == "compile" else providers.operators(provider))
     labels = operations.full_labels

@@ -216,14 +216,12 @@ def html_page(report: Report, svgs: dict[str, str]) -> str:
     gpu = ("driver_version", "clocks.max.sm", "power.limit", "cuda")
     known |= {name: report.facts[name] for name in gpu if name in report.facts}
     sections = [Section("about", "What was measured", [html.facts(known.items()), html.items(notes(report))])]
-    if report.profiles:
-        sections.append(Section("providers", "Providers", [overview(report)], "Providers"))
-    for name, caption in CAPTIONS.items():
-        inside: list[Any] = [html.plots([svgs[name]], caption, wide=True)] if name in svgs else []
-        for t in scaling_tables(report.points) if name == "scaling" else ():
-            inside += [html.paragraph(t.caption), t]
-        if inside:
-            sections.append(Section(name, name.capitalize(), inside, name.capitalize()))
+    parts: dict[str, list[Any]] = {"providers": [overview(report)] if report.profiles else []}
+    parts |= {name: [html.plots([svgs[name]], CAPTIONS[name], wide=True)] if name in svgs else [] for name in CAPTIONS}
+    for t in scaling_tables(report.points):
+        parts["scaling"] += [html.paragraph(t.caption), t]
+    titled = {name.capitalize(): inside for name, inside in parts.items() if inside}
+    sections += [Section(title.lower(), title, inside, title) for title, inside in titled.items()]
     for p in report.profiles:
         found = ([html.paragraph(t.caption), t, f"All of it: {file}"] for t, file in provider_tables(p))
         inside = [p.reason or None, *itertools.chain(*found)]

@@ -97,14 +97,14 @@ def region_lines(
         time[pattern(region)] += took
     for (region, _), one in counted.items():
         work[pattern(region)] += one.work
-    lines = []
-    for region, took in time.most_common():
-        line = {"region": region, "layers": layers[region], "ms": 1e3 * took / forwards}
-        line["share_percent"] = 100 * took / (time.total() or 1.0)
-        line |= {"gflop": work[region].flops / 1e9 or None, "mbytes": work[region].bytes / 1e6 or None}
-        line |= rates(work[region], max(took, 1e-9) / forwards, roofs)
-        lines.append(line | {"peak_mib": peaks[region] / 2**20 if region in peaks else None})
-    return lines
+    return [
+        {"region": region, "layers": layers[region], "ms": 1e3 * took / forwards}
+        | {"share_percent": 100 * took / (time.total() or 1.0)}
+        | {"gflop": work[region].flops / 1e9 or None, "mbytes": work[region].bytes / 1e6 or None}
+        | rates(work[region], max(took, 1e-9) / forwards, roofs)
+        | {"peak_mib": peaks[region] / 2**20 if region in peaks else None}
+        for region, took in time.most_common()
+    ]
 
 
 def forwards_of(events: Iterable[Any]) -> list[Any]:

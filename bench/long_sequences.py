@@ -73,8 +73,9 @@ def scaling(
         shape = shape._replace(size=size)
         # The first call, that for the memory, one round.
         needed = 3 * last.point.seconds * (shape.tokens / last.point.tokens) ** 2 + last.setup if last else 0.0
+        left = max(seconds_left(), 1e-9) if last else seconds_left()  # what is known of a smaller size is the reason
         run = functools.partial(_measure, shape, *on, memory_share)
-        measured, reason = (None, stopped) if stopped else attempt(run, *on, needed, seconds_left())
+        measured, reason = (None, stopped) if stopped else attempt(run, *on, needed, left)
         if reason and not reason.startswith("not run"):
             stopped = f"not run: {reason} at {shape.tokens} tokens"
         last = measured or last

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,14 +28,10 @@ COMPILE_MODE = "max-autotune-no-cudagraphs"  # graphs would keep their memory an
 MEMORY_SHARE = 0.5  # of what is available on a CPU, for one call
 ROUND_SECONDS, MOST_ROUNDS = 1.0, 9
 OUT_OF_MEMORY = "out of memory"
-Network = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Point(NamedTuple):
-    """One provider at one length.
-
-    `attention` is unknown for a compiled program, and where peak memory cannot be seen.
-    """
+    """One provider at one length."""
 
     tokens: int  # of the encoder, CLS included
     provider: str
@@ -42,16 +39,14 @@ class Point(NamedTuple):
     seconds: float | None = None  # median of a call
     spread: float | None = None  # half the distance of its quartiles, relative to the median; None: too few rounds
     peak_bytes: int | None = None  # beyond the loaded model and the image; None where it cannot be seen
-    attention: float | None = None  # share of the time between qkv and its output, of all layers
+    attention: float | None = (
+        None  # share of the time between qkv and its output, of all layers; None as above, or compiled
+    )
     reason: str = ""  # why it was not measured: OUT_OF_MEMORY, "not run: ...", "failed: ..."
 
 
 def sizes_for(tokens: Sequence[int], patch: int) -> list[int]:
-    """Sides in pixels of the square images that have so many tokens, CLS included.
-
-    Raises:
-        ValueError: a number is no square and one.
-    """
+    """Sides in pixels of the square images that have so many tokens, CLS included. Raises ValueError if none has."""
     for count in tokens:
         if count < 2 or math.isqrt(count - 1) ** 2 != count - 1:
             raise ValueError(f"{count} tokens are no square number of patches and one more, like 257 or 4097")
@@ -70,26 +65,21 @@ def scaling(
     """Measures one provider at growing sizes, one point a size, smallest first.
 
     A size whose time, extrapolated quadratically from the last, is more than is left is not run; nor is one beyond a
-    size that ran out of memory. Their points say why.
-
-    Args:
-        shape: all but the size. sizes: pixels, multiples of the patch.
-        seconds_left: what may still be spent, asked before each size.
-        memory_share: on a CPU, the part of the available memory that a call may take before it fails.
+    size that ran out of memory. Their points say why. `sizes` are in pixels, multiples of the patch; `memory_share` is
+    the part of a CPU's available memory that a call may take before it fails.
     """
-    last, stopped = None, unavailable(provider, device, dtype)
+    last, stopped, on = None, "", (provider, device, dtype)
     for size in sorted(sizes):
         shape = shape._replace(size=size)
-        reason = stopped or _over_budget(shape, last, seconds_left())
-        if not reason:
-            try:
-                last = _measure(shape, provider, device, dtype, memory_share)
-            except (RuntimeError, MemoryError) as error:
-                reason = why_failed(error)
-                stopped = f"not run: {reason} at {shape.tokens} tokens"
-            finally:
-                timing.release(device)
-        yield Point(shape.tokens, provider, size, reason=reason) if reason else last.point
+        # The first call, that for the memory, one round.
+        needed = 3 * last.point.seconds * (shape.tokens / last.point.tokens) ** 2 + last.setup if last else 0.0
+        left = max(seconds_left(), 1e-9) if last else seconds_left()  # what is known of a smaller size is the reason
+        run = functools.partial(_measure, shape, *on, memory_share)
+        measured, reason = (None, stopped) if stopped else attempt(run, *on, needed, left)
+        if reason and not reason.startswith("not run"):
+            stopped = f"not run: {reason} at {shape.tokens} tokens"
+        last = measured or last
+        yield Point(shape.tokens, provider, size, reason=reason) if reason else measured.point
 
 
 class _Measured(NamedTuple):
@@ -97,31 +87,40 @@ class _Measured(NamedTuple):
     setup: float  # seconds before the first round: building, compiling, the first call and that for the memory
 
 
-def _over_budget(shape: Shape, last: _Measured | None, seconds_left: float) -> str:
-    """Why this size is not run, or ""."""
-    if last is None:
-        return "" if seconds_left > 0 else "not run: no time left"
-    predicted = last.point.seconds * (shape.tokens / last.point.tokens) ** 2
-    needed = 3 * predicted + last.setup  # the first call, that for the memory, one round
-    return f"not run: predicted {rounded(needed)} s" if needed > seconds_left else ""
+def attempt(
+    run: Callable[[], Any], provider: str, device: torch.device, dtype: torch.dtype, needed: float, left: float
+) -> tuple[Any, str]:
+    """(what `run` returns, ""), or (None, why not): the provider, no time, no memory, a failure."""
+    try:
+        providers.require(provider, device, dtype)
+        if left <= 0 or needed > left:
+            predicted = f"{needed:.3g}" if needed < 1000 else f"{needed:,.0f}"  # no exponent
+            raise providers.Unavailable(f"predicted {predicted} s" if left > 0 else "no time left")
+        return run(), ""
+    except providers.Unavailable as error:
+        return None, f"not run: {error}"
+    except (RuntimeError, MemoryError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return None, OUT_OF_MEMORY if timing.out_of_memory(error) else f"failed: {first[:200]}"
+    finally:
+        timing.release(device)
 
 
 def _measure(shape: Shape, provider: str, device: torch.device, dtype: torch.dtype, memory_share: float) -> _Measured:
     start = time.perf_counter()
     im, model = image(shape, device, dtype), build(shape, device, dtype)
-    watch = Stopwatch(device)
-    regions = Regions(watch) if provider != "compile" else None
+    watch, compiled = Stopwatch(device), provider == "compile"
     with limited_memory(device, memory_share), torch.no_grad():
-        run = network(model, provider)
-        seconds = [timing.wall_seconds(lambda: run(im), device)]
-        with regions.of(model) if regions else contextlib.nullcontext():
-            peak = timing.peak_bytes(lambda: seconds.append(timing.wall_seconds(lambda: run(im), device)), device)
-        seen = regions and len(seconds) > 1  # no call where peak memory cannot be seen
+        run = functools.partial(network(model, provider), im)
+        seconds = [timing.wall_seconds(run, device)]
+        with contextlib.nullcontext() if compiled else Regions(watch).of(model):
+            peak = timing.peak_bytes(lambda: seconds.append(timing.wall_seconds(run, device)), device)
+        seen = not compiled and len(seconds) > 1  # no call where peak memory cannot be seen
         share = watch.seconds(".attn") / seconds[1] if seen else None
-        setup = time.perf_counter() - start - 2 * min(seconds)
-        times = wall_times(lambda: run(im), device, seconds[-1])
+        setup = max(time.perf_counter() - start - 2 * min(seconds), 0.0)
+        times = wall_times(run, device, seconds[-1])
     median, spread = statistics.median(times), timing.spread(times)
-    return _Measured(Point(shape.tokens, provider, shape.size, median, spread, peak, share), max(setup, 0.0))
+    return _Measured(Point(shape.tokens, provider, shape.size, median, spread, peak, share), setup)
 
 
 def wall_times(run: Callable[[], Any], device: torch.device, expected: float) -> list[float]:
@@ -138,21 +137,16 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = self._now()
+        event = lambda: torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))  # noqa: E731
+        now = event if self._on_gpu else time.perf_counter
+        start = now()
         yield
-        self._spans.append((name, start, self._now()))
+        self._spans.append((name, start, now()))
 
     def seconds(self, ending: str) -> float:
         """Of all regions whose names end so; the device must have finished."""
         chosen = [(start, end) for name, start, end in self._spans if name.endswith(ending)]
         return sum(start.elapsed_time(end) / 1e3 if self._on_gpu else end - start for start, end in chosen)
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
@@ -168,55 +162,25 @@ def image(shape: Shape, device: torch.device, dtype: torch.dtype) -> torch.Tenso
 
 def network(
     model: torch.nn.Module, provider: str, regions: Regions | None = None, compile_options: dict | None = None
-) -> Network:
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """The provider's way from a normalised image (B, 3, H, W) to labels (B, H, W) uint8. Sets the model's operators.
 
-    Args:
-        regions: where the parts are opened as regions; the caller opens those of the model itself.
-        compile_options: of torch.compile, beyond those of COMPILE_MODE.
+    The labels, or all of a compiled program, are one of `regions`; the caller opens those of the model itself.
+    `compile_options` are beyond those of COMPILE_MODE.
     """
     models.set_operators(model, EAGER if provider == "compile" else providers.operators(provider))
-    labels, scope = operations.full_labels, contextlib.nullcontext if regions is None else regions.region
+    labels = operations.full_labels
     if provider == "triton":
         labels = functools.partial(operations.labels_by, pruned_argmax.operator(providers.operators(provider)))
-
-    def run(im: torch.Tensor) -> torch.Tensor:
-        masks = model.masks(im)
-        with scope(LABELS):
-            return labels(masks, model.patch_size)
-
+    if regions and provider != "compile":
+        labels = regions.region(LABELS)(labels)
+    run = lambda im: labels(model.masks(im), model.patch_size)  # noqa: E731
     if provider != "compile":
         return run
     options = {**torch._inductor.list_mode_options(COMPILE_MODE), **(compile_options or {})}
     torch._dynamo.reset()  # or a model of the ninth size would run uncompiled
-    compiled = torch.compile(lambda im: labels(model.masks(im), model.patch_size), options=options, dynamic=False)
-
-    def run_compiled(im: torch.Tensor) -> torch.Tensor:
-        with scope(COMPILED):
-            return compiled(im)
-
-    return run_compiled
-
-
-def unavailable(provider: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the provider cannot run here, or ""."""
-    try:
-        providers.require(provider, device, dtype)
-    except providers.Unavailable as error:
-        return f"not run: {error}"
-    return ""
-
-
-def rounded(seconds: float) -> str:
-    """Three digits, no exponent for long times."""
-    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:,.0f}"
-
-
-def why_failed(error: BaseException) -> str:
-    """One line, for tables."""
-    if timing.out_of_memory(error):
-        return OUT_OF_MEMORY
-    return f"failed: {(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
+    compiled = torch.compile(run, options=options, dynamic=False)
+    return regions.region(COMPILED)(compiled) if regions else compiled
 
 
 @contextlib.contextmanager
@@ -225,33 +189,26 @@ def limited_memory(device: torch.device, share: float = MEMORY_SHARE) -> Iterato
 
     Only on a CPU and only on Linux; a GPU's memory has its own limit.
     """
-    try:
-        import resource
+    with contextlib.ExitStack() as undo:
+        with contextlib.suppress(ImportError, OSError):
+            import resource
 
-        limit = timing.status_bytes("VmSize") + int(share * _available_bytes())
-    except (ImportError, OSError):
-        limit = None
-    if device.type != "cpu" or limit is None:
+            limit = timing.status_bytes("VmSize") + int(share * _available_bytes())
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            if device.type == "cpu":
+                undo.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
+                lower = limit if soft == resource.RLIM_INFINITY else min(limit, soft)
+                resource.setrlimit(resource.RLIMIT_AS, (lower, hard))
         yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        limit = min(limit, soft)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _available_bytes() -> int:
     """What Linux would give without swapping, and what a container's limit leaves of it."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(max(limit - used, 0))
+    found = re.search(r"^MemAvailable: *(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
     if not found:
         raise OSError("/proc/meminfo has no MemAvailable")
-    return min(found)
+    available, group = int(found[1]) * 1024, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        available = min(available, max(limit - used, 0))
+    return available

@@ -21,6 +21,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import statistics
 import sys
 import tempfile
@@ -45,9 +46,6 @@ FORWARDS = 3
 SCALING_SHARE = 0.55  # of the time; it goes first, what is left is for the profiles
 SNAPSHOT_ENTRIES = 200_000
 Call = Callable[[], None]
-FILES = {"regions": "regions", "operators": "kernels", "kernels": "device_kernels"}
-
-
 DEFAULTS = {  # option -> on a GPU, on a CPU, where compiling alone would take a minute a size
     "model": ("S", "T"),
     "size": (1024, 256),
@@ -59,7 +57,7 @@ DEFAULTS = {  # option -> on a GPU, on a CPU, where compiling alone would take a
 
 
 class Setting(NamedTuple):
-    """What is profiled, on what, with what, until when (`time.monotonic`), and where to."""
+    """What is profiled, on what, with what, until when (`time.monotonic`) and where to; and what was found."""
 
     shape: Shape
     device: torch.device
@@ -69,29 +67,18 @@ class Setting(NamedTuple):
     deadline: float
     out: Path
 
-    def seconds_left(self) -> float:
-        return self.deadline - time.monotonic()
-
 
 def profile(provider: str, setting: Setting, cost: float = 0.0) -> Profile:
-    """Profiles one provider and writes its files; where that cannot be, the profile says why.
+    """Profiles one provider and writes its files; where that cannot be, the profile says why. `cost`: of `cost_of`."""
 
-    `cost`: seconds that it takes, as far as something like it was measured before.
-    """
-    reason = long_sequences.unavailable(provider, setting.device, setting.dtype)
-    least = 3 * forward_flops(setting.shape) / setting.roofs.flops_per_second  # counted, profiled, timed
-    needed, left = max(cost, least), setting.seconds_left()
-    if not reason and needed > left:
-        reason = f"not run: predicted {long_sequences.rounded(needed)} s" if left > 0 else "not run: no time left"
-    if reason:
-        return Profile(provider, reason)
-    try:
+    def run() -> Profile:
         with long_sequences.limited_memory(setting.device), torch.no_grad():
             return _profile(provider, setting)
-    except (RuntimeError, MemoryError) as error:
-        return Profile(provider, long_sequences.why_failed(error))
-    finally:
-        timing.release(setting.device)
+
+    least = 3 * forward_flops(setting.shape) / setting.roofs.flops_per_second  # counted, profiled, timed
+    needed, left = max(cost, least), setting.deadline - time.monotonic()
+    found, reason = long_sequences.attempt(run, provider, setting.device, setting.dtype, needed, left)
+    return found or Profile(provider, reason)
 
 
 def _profile(provider: str, setting: Setting) -> Profile:
@@ -122,25 +109,20 @@ def _profile(provider: str, setting: Setting) -> Profile:
     found.seconds = statistics.median(long_sequences.wall_times(forward, device, first))
     forwards = FORWARDS if found.seconds < QUICK else 1
     with contextlib.nullcontext() if compiled else regions.of(model):
-        if by_proton:
-            seconds = _by_proton(forward, forwards, regions, found, setting)
-        else:
-            warm_up = first < QUICK or compiled  # the first launches under a profiler are slow
-            seconds = _by_torch(forward, forwards, warm_up, regions, found, setting)
+        seconds = (_by_proton if by_proton else _by_torch)(forward, forwards, regions, found, setting)
     found.regions = tables.region_lines(seconds, counter.found, found.region_peaks(), forwards, setting.roofs)
-    for name in ("regions", "operators", "kernels"):
+    for name, (file, _) in tables.TABLES.items():
         if lines := getattr(found, name):
-            write_text(setting.out / f"{FILES[name]}_{provider}.csv", csv_text(lines))
+            write_text(setting.out / f"{file}_{provider}.csv", csv_text(lines))
     if device.type == "cuda":
         memory_snapshot(forward, provider, setting.out)
     return found
 
 
-def _by_torch(
-    forward: Call, forwards: int, warm_up: bool, regions: Regions, found: Profile, setting: Setting
-) -> dict[str, float]:
+def _by_torch(forward: Call, forwards: int, regions: Regions, found: Profile, setting: Setting) -> dict[str, float]:
     """Profiles with torch.profiler and writes the Chrome trace. Fills `found` and returns the regions' seconds."""
     device = setting.device.type
+    warm_up = forwards > 1 or found.provider == "compile"  # the first launches under a profiler are slow
     activities = {torch.profiler.ProfilerActivity.CPU, getattr(torch.profiler.ProfilerActivity, device.upper())}
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=forwards, repeat=1) if warm_up else None
     with torch.profiler.profile(activities=activities, schedule=schedule, profile_memory=True) as profiler:
@@ -202,14 +184,13 @@ def memory_snapshot(forward: Call, provider: str, out: Path) -> None:
 
 def scaling_points(args: argparse.Namespace, setting: Setting, bar: Any) -> Iterator[tuple[Point, float]]:
     """All providers at all lengths, each with the seconds that it took; providers share the time that scaling gets."""
-    sizes, on = long_sequences.sizes_for(args.tokens, args.patch), (setting.device, setting.dtype)
-    stop = time.monotonic() + SCALING_SHARE * setting.seconds_left()
+    sizes, start = long_sequences.sizes_for(args.tokens, args.patch), time.monotonic()
+    stop = start + SCALING_SHARE * (setting.deadline - start)
     for i, provider in enumerate(args.providers):
-        start = time.monotonic()
-        end = start + max(stop - start, 0) / (len(args.providers) - i)
         bar.set_description_str(f"scaling {provider}")
+        end = start + max(stop - start, 0) / (len(args.providers) - i)
         left = lambda end=end: end - time.monotonic()  # noqa: E731
-        for point in long_sequences.scaling(setting.shape, sizes, provider, *on, left):
+        for point in long_sequences.scaling(setting.shape, sizes, provider, setting.device, setting.dtype, left):
             bar.update()
             yield point, time.monotonic() - start
             start = time.monotonic()
@@ -268,8 +249,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def command(argv: list[str]) -> str:
     """The command line without the directory, which is of this machine."""
-    words = ["DIR" if before == "--out" else word for before, word in zip(["", *argv], argv, strict=False)]
-    return " ".join(["python -m bench.profile_long", *("--out=DIR" if w.startswith("--out=") else w for w in words)])
+    words = re.sub("--out[\0=][^\0]*", "--out DIR", "\0".join(argv))
+    return f"python -m bench.profile_long\0{words}".rstrip("\0").replace("\0", " ")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -277,18 +258,15 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its library reports every start and stop on a CPU otherwise
     args.out.mkdir(parents=True, exist_ok=True)
-    device, dtype = torch.device(args.device), machine.DTYPES[args.dtype]
     shape = Shape(args.model, args.patch, args.size, args.batch, args.classes, args.decoder == "mask")
+    device, dtype, points = torch.device(args.device), machine.DTYPES[args.dtype], []
     with tqdm(total=1 + len(args.providers) * (1 + len(args.tokens)), file=sys.stderr, desc="ceilings") as bar:
         roofs = timing.measure_ceilings(device, dtype, small=args.model == "X")
         bar.update()
-        deadline = started + 60 * args.minutes
-        setting = Setting(shape, device, dtype, args.profiler, roofs, deadline, args.out)
+        setting = Setting(shape, device, dtype, args.profiler, roofs, started + 60 * args.minutes, args.out)
         facts = machine.facts(device) | {"command": command(sys.argv[1:] if argv is None else argv)}
-        points: list[tuple[Point, float]] = []
         for found in scaling_points(args, setting, bar):
-            points.append(found)
-            # after each: an interruption loses one point
+            points.append(found)  # and written at once: an interruption loses one point
             write_text(args.out / "scaling.csv", csv_text(profile_report.scaling_lines([point for point, _ in points])))
         report = profile_report.Report(shape, dtype, args.profiler, roofs, facts, [], [p for p, _ in points])
         profile_report.write(report, args.out)  # in case that what follows is interrupted

@@ -27,11 +27,11 @@ def _rows(title: str, heights: Sequence[float], **kwargs: Any) -> tuple["Figure"
 
 def _numbers(axis: Any, dense: bool = False) -> None:
     """Numbers instead of powers on a logarithmic axis; `dense`: also at 2 and 5."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if dense else (1,)))
-    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter("")
 
 
 def scaling(points: Sequence[Point], title: str) -> "Figure | None":
@@ -70,33 +70,36 @@ def _against_tokens(ax: Any, points: Sequence[Point], value: Callable[[Point], f
             guide = [y * (count / x) ** power for count in tokens]
             ax.plot(tokens, guide, color=SOFT, ls=(0, dashes), lw=1, zorder=1, label=name)
         ax.set_ylim(bottom, max(top, y * (3.0 if gone else 1.3)))
-    drawn = {p.provider for p in points if p.seconds}
-    skipped = [p for p in points if p.reason and p not in gone and p.provider in drawn]
-    notes = [(p.tokens, 0.97 - 0.07 * i, f"{p.provider}: out of memory x", "right") for i, p in enumerate(gone)]
-    for count in sorted({p.tokens for p in skipped}):
-        names = "\n".join(p.provider for p in skipped if p.tokens == count)
-        notes.append((count, 0.02, f"not run:\n{names}", "center"))
-    for count, height, text, side in notes:
-        ax.text(count, height, text, fontsize=7.5, color=SOFT, ha=side, va="bottom" if height < 0.1 else "top",
-                transform=ax.get_xaxis_transform())  # fmt: skip
+    drawn, skipped = {p.provider for p in points if p.seconds}, {}
+    small = {"fontsize": 7.5, "color": SOFT, "transform": ax.get_xaxis_transform()}
+    for i, p in enumerate(gone):
+        ax.text(p.tokens, 0.97 - 0.07 * i, f"{p.provider}: out of memory x", ha="right", va="top", **small)
+    for p in points:
+        if p.reason and p not in gone and p.provider in drawn:
+            skipped[p.tokens] = f"{skipped.get(p.tokens, 'not run:')}\n{p.provider}"
+    for count, text in skipped.items():
+        ax.text(count, 0.02, text, ha="center", va="bottom", **small)
     bottom, top = ax.get_ylim()
     _numbers(ax.yaxis, dense=top / bottom < 1e3)
 
 
 def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figure | None":
     """Every region that has matrix products as a point below the measured ceilings, by provider; None without any."""
-    points = {}  # provider -> (intensity, TFLOP/s, region, share in percent), the fastest first
+    points = {}  # provider -> (FLOP a byte, TFLOP/s, name) of each region, the fastest first
     for p in profiles:
-        kept = [line for line in p.regions if line["tflops"] and line["gbps"]]
-        if kept := [(1e3 * r["gflop"] / r["mbytes"], r["tflops"], r["region"], r["share_percent"]) for r in kept]:
-            points[p.provider] = sorted(kept, key=lambda point: -point[1])
+        found = [
+            (1e3 * line["gflop"] / line["mbytes"], line["tflops"],
+             f"{short_region(line['region'])}  {line['share_percent']:.1f} %")
+            for line in p.regions if line["tflops"] and line["gbps"]
+        ]  # fmt: skip
+        points |= {p.provider: sorted(found, key=lambda point: -point[1])} if found else {}
     if not points:
         return None
     figure, axes = _rows(title, [3.0] * len(points), sharex=True, sharey=True)
     ceiling, slope = roofs.flops_per_second / 1e12, roofs.bytes_per_second / 1e12
-    x, y = zip(*((x, y) for lines in points.values() for x, y, *_ in lines), strict=True)
-    left, right, bottom = min(*x, ceiling / slope) / 2, max(*x, ceiling / slope) * 2, min(y) / 2
-    for ax, (provider, lines) in zip(axes, points.items(), strict=True):
+    intensities, rates, _ = zip(*itertools.chain(*points.values()), strict=True)
+    left, right, bottom = min(*intensities, ceiling / slope) / 2, max(*intensities, ceiling / slope) * 2, min(rates) / 2
+    for ax, (provider, found) in zip(axes, points.items(), strict=True):
         colour, marker = look(provider).light, look(provider).marker
         ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * ceiling), ylabel="TFLOP/s")
         ax.set_title(provider)
@@ -104,10 +107,10 @@ def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figur
         small = {"fontsize": 8, "color": SOFT, "ha": "right"}
         ax.text(right, 1.15 * ceiling, f"matrix product: {ceiling:.3g} TFLOP/s ", **small)
         ax.text(0.99, 0.03, f"slope: copy, {1e3 * slope:.3g} GB/s", transform=ax.transAxes, **small)
-        ax.scatter([x for x, *_ in lines], [y for _, y, *_ in lines], s=30, c=colour, marker=marker)
-        for i, (x, y, region, share) in enumerate(lines):
+        for i, (intensity, rate, name) in enumerate(found):
+            ax.scatter(intensity, rate, s=30, c=colour, marker=marker)
             ax.annotate(
-                f"{short_region(region)}  {share:.1f} %", (x, y), (1.03, 0.97 - 0.97 * i / max(len(lines) - 1, 8)),
+                name, (intensity, rate), (1.03, 0.97 - 0.97 * i / max(len(found) - 1, 8)),
                 textcoords="axes fraction", fontsize=8, va="center", annotation_clip=False,
                 arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.45, "lw": 0.7, "relpos": (0, 0.5)},
             )  # fmt: skip
@@ -120,8 +123,7 @@ def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figur
 def short_region(region: str) -> str:
     """For narrow places: "enc attn" for "encoder.blocks.*.attn"."""
     parts = {"encoder.blocks.*.": "enc ", "decoder.blocks.*.": "dec ", "encoder.": "", "decoder.": ""}
-    long = next((long for long in parts if region.startswith(long)), "")
-    return parts.get(long, "") + region.removeprefix(long)
+    return next((short + region.removeprefix(long) for long, short in parts.items() if region.startswith(long)), region)
 
 
 def memory(profiles: Sequence[Profile], title: str) -> "Figure | None":
@@ -133,13 +135,13 @@ def memory(profiles: Sequence[Profile], title: str) -> "Figure | None":
     for ax, profile in zip(axes, found, strict=True):
         times = [1e3 * time for time, _ in profile.memory]
         held, colour = [count / 2**20 for _, count in profile.memory], look(profile.provider).light
+        most, at = max(zip(held, times, strict=True), key=lambda step: step[0])
         ax.fill_between(times, held, step="post", color=colour, alpha=0.25, lw=0)
         ax.step(times, held, where="post", color=colour, lw=1)
-        ax.set(xlim=(0, times[-1]), ylim=(0, 1.16 * max(held)), ylabel="MiB")
+        ax.set(xlim=(0, times[-1]), ylim=(0, 1.16 * most), ylabel="MiB")
         ax.set_title(profile.provider, pad=18)
-        at = times[held.index(max(held))]
         side = "right" if at > 0.7 * times[-1] else "left"
-        ax.text(at, 1.03 * max(held), f" peak {max(held):,.4g} MiB ", fontsize=8.5, ha=side)
+        ax.text(at, 1.03 * most, f" peak {most:,.4g} MiB ", fontsize=8.5, ha=side)
         for i, (name, start, end) in enumerate(outermost(profile.spans)):
             ax.axvspan(1e3 * start, 1e3 * end, color=TINTS[i % len(TINTS)], lw=0, zorder=0)
             width = 1e3 * (end - start) / times[-1]

@@ -1,6 +1,7 @@
 """The profile as a short table, as summary.md and as one page that needs nothing else."""
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +10,11 @@ import torch
 
 from bench import profile_plots
 from bench.long_sequences import COMPILE_MODE, Point
-from bench.machine import SHORT
-from bench.profile_tables import Line, Profile
+from bench.profile_tables import TABLES, Line, Profile
 from bench.report_page import NO_VALUE, Cell, Column, Section, Table, html, page
 from bench.report_page import Line as Row
 from bench.report_plots import style, to_svg
+from bench.machine import SHORT
 from bench.shapes import Shape, forward_flops
 from bench.timing import Ceilings
 from segmenter.files import write_atomically, write_text
@@ -42,8 +43,6 @@ CAPTIONS = {
     " have no place here; the tables have them.",
     "memory": "Bytes that tensors hold during one forward beyond the model and the image.",
 }
-
-
 SCALING_CAPTIONS = {
     "ms": "Milliseconds a call, by tokens",
     "peak_mib": "Peak MiB beyond model and image, by tokens",
@@ -86,14 +85,16 @@ def write(report: Report, out: Path) -> None:
     svgs = {}
     for name in CAPTIONS:
         (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier run
-    if importlib.util.find_spec("matplotlib"):
+    if matplotlib_is_there():
         s = report.shape
         with style():
             every = f"{s.name}, batch {s.batch}, {SHORT[report.dtype]}, {report.where}"
-            scaling = profile_plots.scaling(report.points, every)
-            roofline = profile_plots.roofline(report.profiles, report.roofs, report.title)
-            memory = profile_plots.memory(report.profiles, report.title)
-            for name, figure in zip(CAPTIONS, (scaling, roofline, memory), strict=True):
+            figures = {
+                "scaling": profile_plots.scaling(report.points, every),
+                "roofline": profile_plots.roofline(report.profiles, report.roofs, report.title),
+                "memory": profile_plots.memory(report.profiles, report.title),
+            }
+            for name, figure in figures.items():
                 if figure is not None:
                     write_atomically(out / f"{name}.png", lambda file, figure=figure: figure.savefig(file, dpi=130))
                     svgs[name] = to_svg(figure)
@@ -101,13 +102,22 @@ def write(report: Report, out: Path) -> None:
     write_text(out / "report.html", html_page(report, svgs))
 
 
+def matplotlib_is_there() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def text(value: Any) -> str:
+    """A value for people: three digits."""
+    if value is None or isinstance(value, str):
+        return NO_VALUE if value is None else value
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.3g}"
+
+
 def table(caption: str, lines: Sequence[Line]) -> Table:
-    """Lines for every form that a report takes, numbers with three digits."""
+    """Lines for every form that a report takes."""
 
     def cell(value: Any) -> Cell:
-        shown, number = NO_VALUE if value is None else value, isinstance(value, int | float)
-        if number:
-            shown = f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.3g}"
+        shown, number = text(value), isinstance(value, int | float)
         look = "" if number or value is None else "who"
         return Cell(shown if len(shown) < 100 else f"{shown[:99]}…", value if number else None, look, shown)
 
@@ -115,57 +125,51 @@ def table(caption: str, lines: Sequence[Line]) -> Table:
     return Table(caption, columns, [Row([cell(value) for value in line.values()]) for line in lines])
 
 
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else factor * value
-
-
 def overview(report: Report) -> Table:
     """One line a provider."""
     lines, flops = [], forward_flops(report.shape)
     for p in report.profiles:
-        rate = flops / p.seconds if p.seconds else None
+        rate = p.seconds and flops / p.seconds
         most = f"{p.regions[0]['region']} {p.regions[0]['share_percent']:.0f} %" if p.regions else None
-        line = {"provider": p.provider, "ms": _times(p.seconds, 1e3), "tflops": _times(rate, 1e-12)}
-        line["percent_flops"] = _times(rate, 100 / report.roofs.flops_per_second)
-        line |= {"profiled_ms": _times(p.profiled_seconds, 1e3), "peak_mib": _times(p.peak_bytes, MIB)}
-        line |= {"most_time_in": p.reason or most, "in_regions_percent": 100 * p.covered if p.regions else None}
-        lines.append(line)
+        line = {"provider": p.provider, "ms": p.seconds and 1e3 * p.seconds, "tflops": rate and rate / 1e12}
+        line["percent_flops"] = rate and 100 * rate / report.roofs.flops_per_second
+        line["profiled_ms"] = p.profiled_seconds and 1e3 * p.profiled_seconds
+        line |= {"peak_mib": p.peak_bytes and MIB * p.peak_bytes, "most_time_in": p.reason or most}
+        lines.append(line | {"in_regions_percent": 100 * p.covered if p.regions else None})
     return table(f"Providers, {report.title}", lines)
 
 
 def scaling_lines(points: Sequence[Point]) -> list[Line]:
     """One line a point: scaling.csv."""
-    lines = []
-    for p in points:
-        line = {"provider": p.provider, "tokens": p.tokens, "size": p.size, "ms": _times(p.seconds, 1e3)}
-        line |= {"spread_percent": _times(p.spread, 100), "peak_mib": _times(p.peak_bytes, MIB)}
-        lines.append(line | {"attention_percent": _times(p.attention, 100), "reason": p.reason})
-    return lines
+    return [
+        {"provider": p.provider, "tokens": p.tokens, "size": p.size, "ms": p.seconds and 1e3 * p.seconds}
+        | {"spread_percent": p.spread and 100 * p.spread, "peak_mib": p.peak_bytes and MIB * p.peak_bytes}
+        | {"attention_percent": p.attention and 100 * p.attention, "reason": p.reason}
+        for p in points
+    ]
 
 
 def scaling_tables(points: Sequence[Point]) -> list[Table]:
     """One line a provider, one column a length."""
     lines, found = scaling_lines(points), []
     for key, caption in SCALING_CAPTIONS.items():
-        if all(line[key] is None and not line["reason"] for line in lines):  # of a compiled program alone
-            continue
-        by_provider: dict[str, Line] = {}
+        by_provider: dict[str, Line] = {p.provider: {"provider": p.provider} for p in points}
         for line in sorted(lines, key=lambda line: line["tokens"]):
-            cells = by_provider.setdefault(line["provider"], {"provider": line["provider"]})
-            cells[f"{line['tokens']:,}"] = line["reason"] or line[key]
-        found.append(table(caption, [by_provider[p] for p in dict.fromkeys(p.provider for p in points)]))
+            by_provider[line["provider"]][f"{line['tokens']:,}"] = line["reason"] or line[key]
+        if any(line[key] is not None or line["reason"] for line in lines):  # else of a compiled program alone
+            found.append(table(caption, list(by_provider.values())))
     return found
 
 
 def provider_tables(profile: Profile) -> list[tuple[Table, str]]:
     """The tables of one provider, each with the file that has all of it."""
-    name, more = profile.provider, f", the {OPERATORS_SHOWN} slowest"
-    tables = [
-        (f"{name}: time and memory by region", profile.regions, f"regions_{name}.csv"),
-        (f"{name}: time by operator{more}", profile.operators[:OPERATORS_SHOWN], f"kernels_{name}.csv"),
-        (f"{name}: kernels on the device{more}", profile.kernels[:OPERATORS_SHOWN], f"device_kernels_{name}.csv"),
-    ]
-    return [(table(caption, lines), file) for caption, lines, file in tables if lines]
+    found = []
+    for name, (file, caption) in TABLES.items():
+        lines, caption = getattr(profile, name), f"{profile.provider}: {caption}"
+        if name != "regions":
+            lines, caption = lines[:OPERATORS_SHOWN], f"{caption}, the {OPERATORS_SHOWN} slowest"
+        found += [(table(caption, lines), f"{file}_{profile.provider}.csv")] if lines else []
+    return found
 
 
 def notes(report: Report) -> list[str]:
@@ -182,7 +186,7 @@ def notes(report: Report) -> list[str]:
         "Attention's share is the time from q, k and v to the output, encoder and decoder, without a profiler.",
         f"compile is torch.compile({COMPILE_MODE}); no provider runs as a CUDA graph here.",
     ]
-    if not importlib.util.find_spec("matplotlib"):
+    if not matplotlib_is_there():
         found.append("There are no plots, because matplotlib is not installed.")
     if report.facts["device"] != "cuda":
         found.append("Measured on a CPU: nothing of this says how a GPU does.")
@@ -191,10 +195,9 @@ def notes(report: Report) -> list[str]:
 
 def markdown(report: Report) -> str:
     """summary.md."""
-    f = report.facts
     parts = [
         f"# Profile: {report.title}",
-        f"`{f['command']}`; {report.software}.",
+        f"`{report.facts['command']}`; {report.software}.",
         f"Measured ceilings: {report.ceilings}.",
         "\n".join(f"- {note}" for note in notes(report)),
     ]
@@ -208,22 +211,19 @@ def markdown(report: Report) -> str:
 
 def html_page(report: Report, svgs: dict[str, str]) -> str:
     """report.html: everything in one file."""
-    f = report.facts
-    known = {"Machine": report.where, "Command": f["command"], "Profiler": report.profiler}
+    known = {"Machine": report.where, "Command": report.facts["command"], "Profiler": report.profiler}
     known |= {"Software": report.software, "Ceilings, measured": report.ceilings}
-    known |= {name: f[name] for name in ("driver_version", "clocks.max.sm", "power.limit", "cuda") if name in f}
+    gpu = ("driver_version", "clocks.max.sm", "power.limit", "cuda")
+    known |= {name: report.facts[name] for name in gpu if name in report.facts}
     sections = [Section("about", "What was measured", [html.facts(known.items()), html.items(notes(report))])]
-    if report.profiles:
-        sections.append(Section("providers", "Providers", [overview(report)], "Providers"))
-    for name, caption in CAPTIONS.items():
-        inside: list[Any] = [html.plots([svgs[name]], caption, wide=True)] if name in svgs else []
-        for t in scaling_tables(report.points) if name == "scaling" else ():
-            inside += [html.paragraph(t.caption), t]
-        if inside:
-            sections.append(Section(name, name.capitalize(), inside, name.capitalize()))
+    parts: dict[str, list[Any]] = {"providers": [overview(report)] if report.profiles else []}
+    parts |= {name: [html.plots([svgs[name]], CAPTIONS[name], wide=True)] if name in svgs else [] for name in CAPTIONS}
+    for t in scaling_tables(report.points):
+        parts["scaling"] += [html.paragraph(t.caption), t]
+    titled = {name.capitalize(): inside for name, inside in parts.items() if inside}
+    sections += [Section(title.lower(), title, inside, title) for title, inside in titled.items()]
     for p in report.profiles:
-        inside = [p.reason] if p.reason else []
-        for t, file in provider_tables(p):
-            inside += [html.paragraph(t.caption), t, f"All of it: {file}"]
+        found = ([html.paragraph(t.caption), t, f"All of it: {file}"] for t, file in provider_tables(p))
+        inside = [p.reason or None, *itertools.chain(*found)]
         sections.append(Section(f"p-{p.provider}", p.provider, inside, p.provider, group=1))
     return page(f"Profile: {report.title}", sections)

@@ -20,6 +20,12 @@ from bench.timing import Ceilings
 FORWARD = "forward"  # the annotation around what is measured
 ELSEWHERE = "(elsewhere)"  # outside every named region
 DEVICE_KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
+# A profile's tables: the beginning of the file's name, what the table shows.
+TABLES = {
+    "regions": ("regions", "time and memory by region"),
+    "operators": ("kernels", "time by operator"),
+    "kernels": ("device_kernels", "kernels on the device"),
+}
 MEMORY_TYPE = {"cpu": 0, "cuda": 1}  # the device of a trace's memory events
 PROTON_METADATA = "__proton_launch_metadata"  # kernels that Proton itself launches to count
 PROTON_UNITS = {"time (s)": 1.0, "time (ms)": 1e-3, "time (us)": 1e-6, "time (ns)": 1e-9}
@@ -72,13 +78,8 @@ def rates(work: Work, seconds: float, roofs: Ceilings) -> dict[str, float | None
     """TFLOP/s, GB/s, percent of each ceiling, percent of the best time that both allow; None where there is no work."""
     best = work.floor(roofs.flops_per_second, roofs.bytes_per_second)
     flops, moved = work.flops / seconds, work.bytes / seconds
-    found = {
-        "tflops": flops / 1e12,
-        "gbps": moved / 1e9,
-        "percent_flops": 100 * flops / roofs.flops_per_second,
-        "percent_bytes": 100 * moved / roofs.bytes_per_second,
-        "percent_of_roof": 100 * best / seconds,
-    }
+    found = {"tflops": flops / 1e12, "gbps": moved / 1e9, "percent_flops": 100 * flops / roofs.flops_per_second}
+    found |= {"percent_bytes": 100 * moved / roofs.bytes_per_second, "percent_of_roof": 100 * best / seconds}
     return {name: value or None for name, value in found.items()}
 
 
@@ -87,10 +88,8 @@ def region_lines(
 ) -> list[Line]:
     """Layers together, and the work of one forward against the ceilings.
 
-    Args:
-        seconds: region -> its time without its parts, in all forwards.
-        counted: `Counter.found` of one forward; empty: unknown.
-        peaks: as of `Profile.region_peaks`.
+    `seconds`: region -> its time without its parts, in all forwards. `counted`: `Counter.found` of one forward; empty:
+    unknown. `peaks`: as of `Profile.region_peaks`.
     """
     time, layers = collections.Counter(), collections.Counter(map(pattern, seconds))
     work: dict[str, Work] = collections.defaultdict(lambda: Work(0, 0))
@@ -98,22 +97,18 @@ def region_lines(
         time[pattern(region)] += took
     for (region, _), one in counted.items():
         work[pattern(region)] += one.work
-    lines = []
-    for region, took in time.most_common():
-        line = {"region": region, "layers": layers[region], "ms": 1e3 * took / forwards}
-        line["share_percent"] = 100 * took / (time.total() or 1.0)
-        line |= {"gflop": work[region].flops / 1e9 or None, "mbytes": work[region].bytes / 1e6 or None}
-        line |= rates(work[region], max(took, 1e-9) / forwards, roofs)
-        lines.append(line | {"peak_mib": peaks[region] / 2**20 if region in peaks else None})
-    return lines
+    return [
+        {"region": region, "layers": layers[region], "ms": 1e3 * took / forwards}
+        | {"share_percent": 100 * took / (time.total() or 1.0)}
+        | {"gflop": work[region].flops / 1e9 or None, "mbytes": work[region].bytes / 1e6 or None}
+        | rates(work[region], max(took, 1e-9) / forwards, roofs)
+        | {"peak_mib": peaks[region] / 2**20 if region in peaks else None}
+        for region, took in time.most_common()
+    ]
 
 
 def forwards_of(events: Iterable[Any]) -> list[Any]:
-    """The annotations FORWARD of `torch.profiler.profile.events()`.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The annotations FORWARD of `torch.profiler.profile.events()`. Raises ValueError if there is none."""
     found = [event for event in events if event.name == FORWARD and event.device_type == DeviceType.CPU]
     if not found:
         raise ValueError(f"the profile has no annotation {FORWARD!r}: nothing was profiled, or it is incomplete")
@@ -158,16 +153,16 @@ def kernel_lines(trace: Mapping[str, Any], forwards: int) -> list[Line]:
         if event.get("cat") in DEVICE_KINDS:
             args = event.get("args", {})
             groups[event["name"], args.get("registers per thread"), args.get("shared memory")].append(event["dur"])
-    lines = []
-    for (name, registers, shared), times in groups.items():
-        line = {"kernel": name, "launches": len(times) / forwards, "ms": sum(times) / 1e3 / forwards}
-        lines.append(line | {"registers": registers, "shared_bytes": shared})
-    return _by_time(lines)
+    return _by_time(
+        {"kernel": name, "launches": len(times) / forwards, "ms": sum(times) / 1e3 / forwards}
+        | {"registers": registers, "shared_bytes": shared}
+        for (name, registers, shared), times in groups.items()
+    )
 
 
-def _by_time(lines: list[Line]) -> list[Line]:
-    total = sum(line["ms"] for line in lines) or 1.0
+def _by_time(lines: Iterable[Line]) -> list[Line]:
     lines = sorted(lines, key=lambda line: -line["ms"])
+    total = sum(line["ms"] for line in lines) or 1.0
     return [line | {"share_percent": 100 * line["ms"] / total} for line in lines]
 
 
@@ -190,16 +185,10 @@ def timeline(trace: Mapping[str, Any], regions: Collection[str], device: str) ->
 
 
 def read_hatchet(data: Any, regions: Collection[str], forwards: int) -> tuple[dict[str, float], list[Line]]:
-    """(as of `region_seconds`, kernels as operators) from a .hatchet file of Proton, parsed.
-
-    Proton knows scopes and kernels, not torch's operators.
-
-    Raises:
-        ValueError: it is no tree of frames.
-    """
+    """(as of `region_seconds`, kernels as operators) from a .hatchet file of Proton, parsed; or raises ValueError."""
     if not isinstance(data, list) or not data or "frame" not in data[0]:
         raise ValueError("this is no .hatchet file of Proton: it does not begin with a frame")
-    time, kernels, calls = collections.Counter(), collections.Counter(), collections.Counter()
+    time, lines = collections.Counter(), {}
 
     def visit(node: dict[str, Any], region: str) -> None:
         name, metrics = node["frame"]["name"], node.get("metrics", {})
@@ -208,16 +197,14 @@ def read_hatchet(data: Any, regions: Collection[str], forwards: int) -> tuple[di
         seconds = sum(float(metrics[unit]) * scale for unit, scale in PROTON_UNITS.items() if unit in metrics)
         if seconds and "device_id" in metrics:
             time[region] += seconds
-            kernels[name] += seconds
-            calls[name] += int(metrics.get("count", 1))
+            line = lines.setdefault(name, {"operator": name, "calls": 0.0, "ms": 0.0})
+            line["calls"] += int(metrics.get("count", 1)) / forwards
+            line["ms"] += 1e3 * seconds / forwards
         for child in node.get("children", []):
             visit(child, name if name in regions else region)
 
     visit(data[0], "")
-    lines = [
-        {"operator": name, "calls": calls[name] / forwards, "ms": 1e3 * kernels[name] / forwards} for name in calls
-    ]
-    return dict(time), _by_time(lines)
+    return dict(time), _by_time(lines.values())
 
 
 def csv_text(lines: Sequence[Line]) -> str:

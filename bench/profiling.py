@@ -5,6 +5,7 @@ and writes, each once: what has to move if nothing stays in a cache between oper
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -33,8 +34,7 @@ PARTS = {
 class Regions:
     """Named parts of a forward pass, opened as annotations of a profiler. Results are the same with them and without.
 
-    Args:
-        scope: makes the context manager of a name: `torch.profiler.record_function`, `triton.profiler.scope`.
+    `scope` makes the context manager of a name: `torch.profiler.record_function`, `triton.profiler.scope`.
     """
 
     def __init__(self, scope: Callable[[str], Any] = torch.profiler.record_function):
@@ -49,7 +49,7 @@ class Regions:
 
     @contextlib.contextmanager
     def region(self, name: str) -> Iterator[None]:
-        """The region `name` while inside."""
+        """The region `name` while inside; as a decorator, of every call of a function."""
         self._enter(name)
         try:
             yield
@@ -64,37 +64,24 @@ class Regions:
         operators themselves are wrapped, and named after the layers that they stand for.
         """
         parameter = next(model.parameters())
-        holders = [(name, module) for name, module in model.named_modules() if hasattr(module, "ops")]
-        before = [module.ops for _, module in holders]
-        handles = []
-        try:
+        with contextlib.ExitStack() as undo:
             for name, module in _hookable(model):
-                handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)))
+                undo.callback(module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)).remove)
                 # always_call: also if the layer raises, for instance because memory is used up
-                handles.append(module.register_forward_hook(lambda *_: self._leave(), always_call=True))
-            for name, module in holders:
-                module.ops = self._named(module.ops.on(parameter), name)
+                undo.callback(module.register_forward_hook(lambda *_: self._leave(), always_call=True).remove)
+            for name, module in model.named_modules():
+                if hasattr(module, "ops"):
+                    undo.callback(setattr, module, "ops", module.ops)
+                    module.ops = self._named(module.ops.on(parameter), name)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for (_, module), ops in zip(holders, before, strict=True):
-                module.ops = ops
 
     def _named(self, ops: Operators, holder: str) -> Operators:
         """`ops` whose calls are regions of the module `holder`."""
 
-        def wrapped(function: Callable, name: str) -> Callable:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                with self.region(name):
-                    return function(*args, **kwargs)
-
-            return call
-
         def name_of(part: str) -> str:  # an Attention called by itself is "...attn" already
             return holder if holder.rpartition(".")[2] == part else f"{holder}.{part}".lstrip(".")
 
-        return ops._replace(**{op: wrapped(getattr(ops, op), name_of(part)) for op, part in PARTS.items()})
+        return ops._replace(**{op: self.region(name_of(part))(getattr(ops, op)) for op, part in PARTS.items()})
 
     def _enter(self, name: str) -> None:
         scope = self._scope(name)
@@ -108,13 +95,11 @@ class Regions:
 
 def _hookable(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules that hooks may name: blocks, and what is neither inside a block nor read by a fused operator."""
-    closed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Block | PatchEmbed))
+    named = dict(model.named_modules())
+    closed = tuple(f"{name}." for name, module in named.items() if isinstance(module, Block | PatchEmbed))
     silent = (nn.ModuleList, nn.Dropout, nn.Identity)
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if name and not name.startswith(closed) and not name.endswith("mask_norm") and not isinstance(module, silent)
-    ]
+    open_ = [name for name in named if name and not name.startswith(closed) and not name.endswith("mask_norm")]
+    return [(name, named[name]) for name in open_ if not isinstance(named[name], silent)]
 
 
 _FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
@@ -133,12 +118,9 @@ class Counted(NamedTuple):
 class Counter(TorchDispatchMode):
     """Counts the work of every operator that is called while it is active.
 
-    Args:
-        where: tells the region of a call.
-    Attributes:
-        found: (region, operator as profilers call it, "aten::mm") -> its calls and work. Views are in it, without work.
-
-    Under `torch.no_grad`, not `torch.inference_mode`: there, composite operators would arrive whole.
+    `where` tells the region of a call. `found`: (region, operator as profilers call it, "aten::mm") -> its calls and
+    work; views are in it, without work. Under `torch.no_grad`, not `torch.inference_mode`: there, composite operators
+    would arrive whole.
     """
 
     def __init__(self, where: Callable[[], str] = lambda: ""):
@@ -157,27 +139,20 @@ def work_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Work:
     """Operations and bytes of one call of an operator overload."""
     packet = func._overloadpacket
     formula = flop_registry.get(packet) or _FORMULAS.get(packet)
-    return Work(int(formula(*args, **kwargs, out_val=out)) if formula else 0, _moved(func, args, kwargs, out))
-
-
-def _moved(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
+    flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
     schema, name = func._schema, func._schema.name.rpartition("::")[2]
     returns_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
     if returns_view or name in _NOTHING_MOVES or name.startswith(("empty", "new_empty")):
-        return 0
-    outputs = _bytes(out)
+        return Work(flops, 0)
     if name in _GATHERS:
-        return 2 * outputs + _bytes(args[1:])
+        return Work(flops, 2 * _bytes(out) + _bytes(args[1:]))
     only_written = {a.name for a in schema.arguments if a.kwarg_only and a.alias_info and a.alias_info.is_write}
-    read = args[1:] if name in _OVERWRITES else args
-    return _bytes(read) + _bytes([value for key, value in kwargs.items() if key not in only_written]) + outputs
+    read = [args[1:] if name in _OVERWRITES else args, *(v for key, v in kwargs.items() if key not in only_written)]
+    return Work(flops, _bytes(read) + _bytes(out))
 
 
 def _bytes(values: Any) -> int:
     """Bytes that lie behind tensors; what is expanded lies there once."""
-    total = 0
-    for x in tree_leaves(values):
-        if isinstance(x, torch.Tensor):
-            sides = [side for side, stride in zip(x.shape, x.stride(), strict=True) if stride]
-            total += x.element_size() * torch.Size(sides).numel() if x.numel() else 0
-    return total
+    found = [x for x in tree_leaves(values) if isinstance(x, torch.Tensor) and x.numel()]
+    sides = lambda x: (side for side, stride in zip(x.shape, x.stride(), strict=True) if stride)  # noqa: E731
+    return sum(x.element_size() * math.prod(sides(x)) for x in found)

@@ -1,4 +1,5 @@
-.PHONY: help install test test-slow test-gpu golden golden-kernels compile-report mutants fuzz lint format bench bench-smoke
+.PHONY: help install test test-all test-gpu golden golden-kernels compile-report mutants fuzz lint format \
+	bench bench-smoke api
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -6,16 +7,16 @@ help:            ## this list
 install:         ## editable install with everything that tests need
 	pip install -e ".[test]"
 
+PYTEST = python -m pytest -n auto --dist worksteal
 # Run in Triton's interpreter, which is Python and slow to trace, and kernels/ is not measured anyway.
 INTERPRETED = tests/kernels tests/test_golden.py tests/bench/test_compile_report.py
-PYTEST = python -m pytest -n auto --dist loadscope -m "not gpu and not slow"
 
-test:            ## the tests that need no GPU, but for the slow ones, with the coverage gate
-	$(PYTEST) $(INTERPRETED)
-	$(PYTEST) $(INTERPRETED:%=--ignore=%) --cov --cov-report=term --cov-fail-under=90
+test:            ## the tests that need no GPU: in minutes, without the further cases of test-all
+	$(PYTEST) -m "not gpu and not more" --cases 80
 
-test-slow:       ## the rest of them: export by compilers, windows in the interpreter
-	python -m pytest -n auto -m slow
+test-all:        ## all tests that need no GPU, with the coverage gate
+	$(PYTEST) -m "not gpu" $(INTERPRETED)
+	$(PYTEST) -m "not gpu" $(INTERPRETED:%=--ignore=%) --cov --cov-report=term --cov-fail-under=90
 
 test-gpu:        ## the tests that need a GPU
 	python -m pytest -m gpu

@@ -38,7 +38,7 @@ def start(dataset, model, **changes):
 
 
 def drop_rates(model):
-    return [getattr(block.drop_path, "rate", 0.0) for block in model.encoder.blocks]
+    return [getattr(block.drop_path, "drop_prob", 0.0) for block in model.encoder.blocks]
 
 
 def encoder_of(model):

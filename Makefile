@@ -1,4 +1,4 @@
-.PHONY: help install test test-all test-gpu golden golden-kernels compile-report mutants fuzz lint format \
+.PHONY: help install test test-more test-all test-gpu golden golden-kernels compile-report mutants fuzz lint format \
 	bench bench-smoke api
 
 help:            ## this list
@@ -7,16 +7,18 @@ help:            ## this list
 install:         ## editable install with everything that tests need
 	pip install -e ".[test]"
 
-PYTEST = python -m pytest -n auto --dist worksteal
-# Run in Triton's interpreter, which is Python and slow to trace, and kernels/ is not measured anyway.
+# These run in Triton's interpreter, which is Python and slow to trace, and kernels/ is not measured anyway.
 INTERPRETED = tests/kernels tests/test_golden.py tests/bench/test_compile_report.py
+PYTEST = python -m pytest -n auto --dist loadscope
 
-test:            ## the tests that need no GPU: in minutes, without the further cases of test-all
-	$(PYTEST) -m "not gpu and not more" --cases 80
+test:            ## the tests that need no GPU, but for further cases, with the coverage gate
+	$(PYTEST) -m "not gpu and not more" $(INTERPRETED)
+	$(PYTEST) -m "not gpu and not more" $(INTERPRETED:%=--ignore=%) --cov --cov-report=term --cov-fail-under=90
 
-test-all:        ## all tests that need no GPU, with the coverage gate
-	$(PYTEST) -m "not gpu" $(INTERPRETED)
-	$(PYTEST) -m "not gpu" $(INTERPRETED:%=--ignore=%) --cov --cov-report=term --cov-fail-under=90
+test-more:       ## the further cases: random and interpreted ones, export by compilers
+	$(PYTEST) -m "more and not gpu"
+
+test-all: test test-more  ## all tests that need no GPU
 
 test-gpu:        ## the tests that need a GPU
 	python -m pytest -m gpu
@@ -51,6 +53,5 @@ bench:           ## the core sweep on this machine; see bench/conftest.py for th
 bench-smoke:     ## every kind of benchmark once on tiny inputs, checked and not timed; of torch.compile one row
 	python -m pytest bench --benchmark-disable -q -k "(not compile and not noise) or mlp"
 
-.PHONY: api
 api:             ## API pages from the docstrings, as HTML in out/api; needs pip install -e ".[docs]"
 	python docs/make_api.py out/api

@@ -1,4 +1,4 @@
-"""What a model is built from: `ModelConfig`, the 12 backbones of the published config.yml, and the paper's names."""
+"""What a model is built from (`ModelConfig`, the 12 published backbones, the paper's names), and what goes with it."""
 
 import contextlib
 import dataclasses
@@ -145,6 +145,26 @@ class ModelConfig:
             if self.n_cls == 1:
                 raise ConfigError("the mask transformer needs n_cls >= 2 (3 or more work well); use the linear decoder")
             _in_range("decoder.n_layers", self.decoder["n_layers"], 0, 1024)
+
+
+@dataclass
+class ModelInfo:
+    """What goes with the weights and is no part of the network. Attribute `info` of a model.
+
+    Attributes:
+        normalization: "vit" or "deit", the statistics of the input.
+        window_size, window_stride: sliding windows in pixels.
+        classes: key of the class names and palette ("ade20k", "camvid" ...), path of a class file, or None.
+        weights: "random", "encoder" (pretrained encoder, random decoder) or "trained".
+        source: where the weights came from, for people.
+    """
+
+    normalization: str = "vit"
+    window_size: int = 512
+    window_stride: int = 512
+    classes: str | None = None
+    weights: str = "random"
+    source: str = "random initialisation"
 
 
 def backbone_config(

@@ -7,14 +7,13 @@ Nothing here needs what reads weights or makes labels. The methods that are shor
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from segmenter.config import DECODERS, ConfigError, ModelConfig
+from segmenter.config import DECODERS, ConfigError, ModelConfig, ModelInfo
 from segmenter.decoder import DecoderLinear, MaskTransformer
 from segmenter.encoder import VisionTransformer
 from segmenter.guard import why_not_bypass
@@ -24,26 +23,6 @@ from segmenter.layers import pad_to_multiple
 from segmenter.ops import Automatic, OperatorModule, select
 
 ENCODER_HEAD_CLASSES = 1000  # the ImageNet head that every published checkpoint holds
-
-
-@dataclass
-class ModelInfo:
-    """What goes with the weights and is no part of the network. Attribute `info` of a model.
-
-    Attributes:
-        normalization: "vit" or "deit", the statistics of the input.
-        window_size, window_stride: sliding windows in pixels.
-        classes: key of the class names and palette ("ade20k", "camvid" ...), path of a class file, or None.
-        weights: "random", "encoder" (pretrained encoder, random decoder) or "trained".
-        source: where the weights came from, for people.
-    """
-
-    normalization: str = "vit"
-    window_size: int = 512
-    window_stride: int = 512
-    classes: str | None = None
-    weights: str = "random"
-    source: str = "random initialisation"
 
 
 class Segmenter(OperatorModule):

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 import segmenter
 from segmenter.cli import main
 from segmenter.cli.arguments import build_parser
-from segmenter.weights.load import variant_of
+from segmenter.weights.settings import as_published
 from tests.support import pages
 from tests.support.data_sets import make_data_set, paths
 from tests.support.pages import PAGES, ROOT
@@ -60,7 +60,7 @@ def place(tmp_path_factory):
         model.save_pretrained(root / name)
     (root / "seg_tiny_mask").mkdir()
     torch.save({"model": model.state_dict()}, root / "seg_tiny_mask" / "checkpoint.pth")
-    settings = variant_of(model)
+    settings = as_published(model)
     settings["net_kwargs"]["image_size"] = [64, 64]
     (root / "seg_tiny_mask" / "variant.yml").write_text(yaml.safe_dump(settings))
     encoder = {name: tensor.contiguous() for name, tensor in tiny_model().encoder.state_dict().items()}

@@ -313,9 +313,9 @@ class Run:
         return True
 
     def _variant_yml(self) -> dict[str, Any]:
-        from segmenter.weights.load import variant_of
+        from segmenter.weights.settings import as_published
 
-        content = variant_of(self.model)
+        content = as_published(self.model)
         im_size = self.recipe.im_size or self.recipe.crop_size
         content["dataset_kwargs"] |= {
             "dataset": self.dataset.key,

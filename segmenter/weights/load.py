@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from segmenter.config import ConfigError, ModelConfig, preset
+from segmenter.config import ConfigError, ModelConfig, ModelInfo, preset
 from segmenter.errors import InputError, cause, printable
-from segmenter.model import ModelInfo, Segmenter, create_segmenter
+from segmenter.model import Segmenter, create_segmenter
 from segmenter.ops import ImplementationError
 from segmenter.weights.build import build, load_state
 from segmenter.weights.convert import convert
@@ -302,6 +302,3 @@ def _reshaped(loaded: _Loaded, impl: str, request: Mapping[str, Any]) -> _Loaded
     reshaped = build(found, impl, "the weights")
     reshaped.info = dataclasses.replace(model.info, normalization=found.config.normalization)
     return _Loaded(reshaped, loaded.kind, loaded.notes + found.notes, loaded.published)
-
-
-variant_of = as_published  # the name that segmenter.training.loop imports

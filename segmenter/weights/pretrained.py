@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, check_windows
+from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, ModelInfo, check_windows
 from segmenter.errors import cause, printable
 from segmenter.files import flush, open_regular, write_atomically, write_text, writing_into
-from segmenter.model import ModelInfo, Segmenter
+from segmenter.model import Segmenter
 from segmenter.weights.build import build
 from segmenter.weights.read import CheckpointError, listing, read_json_object, read_state_dict
 from segmenter.weights.recognise import Recognised

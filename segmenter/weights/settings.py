@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, check_windows
+from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, ModelInfo, check_windows
 from segmenter.errors import InputError
-from segmenter.model import ModelInfo, Segmenter
+from segmenter.model import Segmenter
 from segmenter.text_files import read_yaml
 from segmenter.weights.read import CheckpointError, read_json_object
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import segmenter
 from segmenter.classes import ClassesError
-from segmenter.inference import windows as windows_of_ours
+from segmenter.inference import merge
 from segmenter.segm import metrics
 from segmenter.segm.data import utils as data_utils
 from segmenter.segm.model import utils
@@ -92,7 +92,7 @@ def views():
 def test_inference_of_any_network_is_that_of_ours(model):
     ims, metas = views()
     arguments = (ims, metas, (81, 103), 64, 32, 2)
-    want = windows_of_ours.inference(model, *arguments)
+    want = merge.inference(model, *arguments)
     other = Anybody(model)
     torch.testing.assert_close(utils.inference(other, *arguments), want, atol=1e-5, rtol=1e-5)
     assert want.std() > 0.01

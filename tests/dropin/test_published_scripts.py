@@ -14,14 +14,14 @@ import yaml
 from PIL import Image
 
 import segmenter
-from segmenter.inference import windows as windows_of_ours
+from segmenter.inference import merge
 from segmenter.segm import engine
 from segmenter.segm.eval.miou import blend_im, process_batch
 from segmenter.segm.optim.factory import create_optimizer, create_scheduler
 from segmenter.segm.utils import distributed
 from segmenter.segm.utils import torch as ptu
 from segmenter.segm.utils.logger import MetricLogger, SmoothedValue
-from segmenter.weights.load import variant_of
+from segmenter.weights.settings import as_published
 from tests.support.tiny import tiny_model
 
 
@@ -170,7 +170,7 @@ def test_an_evaluation(model):
     for batch in batches:
         batch["im_metas"] = [{**m, "ori_shape": m["ori_shape"][:2]} for m in batch["im_metas"]]
         name, im, got = process_batch(model, batch, 64, 32, 2)
-        want = windows_of_ours.inference(model, batch["im"], batch["im_metas"], (75, 95), 64, 32, 2).argmax(0)
+        want = merge.inference(model, batch["im"], batch["im_metas"], (75, 95), 64, 32, 2).argmax(0)
         assert torch.equal(got, want)
         torch.testing.assert_close(im, F.interpolate(batch["im"][-1], (75, 95), mode="bilinear"))
         assert torch.equal(process_batch(types.SimpleNamespace(module=model), batch, 64, 32, 2)[2], want)
@@ -246,7 +246,7 @@ def script(tmp_path):
     model = tiny_model(n_cls=150)
     model.info.classes = "ade20k"
     torch.save({"model": model.state_dict()}, tmp_path / "checkpoint.pth")
-    (tmp_path / "variant.yml").write_text(yaml.safe_dump(variant_of(model)))
+    (tmp_path / "variant.yml").write_text(yaml.safe_dump(as_published(model)))
     namespace = {}
     exec(compile(re.sub(r"\bsegm\b", "segmenter.segm", SCRIPT), "script.py", "exec"), namespace)
     return types.SimpleNamespace(**namespace, path=tmp_path / "checkpoint.pth", model=model)

@@ -16,7 +16,8 @@ BATCH = 40
 
 def pytest_generate_tests(metafunc):
     if "first" in metafunc.fixturenames:
-        metafunc.parametrize("first", range(0, metafunc.config.getoption("--cases"), BATCH))
+        firsts = range(0, metafunc.config.getoption("--cases"), BATCH)
+        metafunc.parametrize("first", [pytest.param(i, marks=[pytest.mark.more] if i else []) for i in firsts])
 
 
 def test_random_cases(first, request):

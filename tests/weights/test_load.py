@@ -10,8 +10,7 @@ import torch
 import yaml
 
 from segmenter import load_model as public_load_model
-from segmenter.config import ConfigError
-from segmenter.model import ModelInfo
+from segmenter.config import ConfigError, ModelInfo
 from segmenter.weights.load import (
     convert_checkpoint,
     from_pretrained,

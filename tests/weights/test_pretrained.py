@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from segmenter.classes import load_classes
-from segmenter.model import ModelInfo, Segmenter
+from segmenter.config import ModelInfo
+from segmenter.model import Segmenter
 from segmenter.weights import pretrained
 from segmenter.weights.load import from_pretrained, load_any, load_model, save_pretrained
 from segmenter.weights.pretrained import CLASSES, CONFIG, WEIGHTS

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from segmenter import layers
 from segmenter.guard import why_not_bypass
+from segmenter.inference import merge
 from segmenter.inference import windows as ours
 from segmenter.layers import init_weights
 from segmenter.model import Segmenter
@@ -111,7 +112,7 @@ def inference(
 ) -> torch.Tensor:
     """Class probabilities (n_cls, *ori_shape) of one picture from one or more views of it, on the model's device.
 
-    A `Segmenter` goes the way of `segmenter.inference.windows.inference`, in little memory. Any other model with
+    A `Segmenter` goes the way of `segmenter.inference.merge.inference`, in little memory. Any other model with
     `n_cls`, or one whose forward is not the class's own, is called with windows (b, 3, window_size, window_size) for
     their logits.
 
@@ -120,7 +121,7 @@ def inference(
         ori_shape: (height, width). window_size, window_stride: pixels. batch_size: windows a call.
     """
     if why_not_bypass(model, (Segmenter,)) is None:
-        return ours.inference(model, ims, ims_metas, ori_shape, window_size, window_stride, batch_size)
+        return merge.inference(model, ims, ims_metas, ori_shape, window_size, window_stride, batch_size)
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
     device, total = next((p.device for p in parameters), ims[0].device), 0
     for im, meta in zip(ims, ims_metas, strict=True):

@@ -58,7 +58,7 @@ def _published(device):
 
 
 @pytest.mark.parametrize("step", range(len(waterfall.STEPS)), ids=[step.name for step in waterfall.STEPS])
-def bench_waterfall(benchmark, harness, camvid, step):
+def bench_waterfall(benchmark, harness, pytestconfig, step):
     """One technique after the other, from the published code to ours."""
     device = harness.device
     on_gpu = device.type == "cuda"
@@ -74,8 +74,8 @@ def bench_waterfall(benchmark, harness, camvid, step):
         def check(labels, inputs):
             verdict, _ = models.check_labels(shape, name, labels, *inputs, dtype)
             if not harness.smoke:
-                run = waterfall.segment_with(models.shipped(), on, device)
-                extra.update(waterfall.quality(run, _published(device), camvid, waterfall.EVERY[device.type]))
+                run, chosen = waterfall.segment_with(models.shipped(), on, device), pytestconfig.option.camvid
+                extra.update(waterfall.quality(run, _published(device), chosen, waterfall.EVERY[device.type]))
             return verdict
 
         run = waterfall.labels_of(models.build(shape, device), on)

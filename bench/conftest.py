@@ -19,18 +19,10 @@ from bench.harness import Harness
 
 # Most telling first: a run that is cut short has these.
 ORDER = (
-    "bench_model",
-    "bench_waterfall",
-    "bench_attention",
-    "bench_attention_backward",
-    "bench_layernorm_mlp",
-    "bench_mask_head",
-    "bench_masks_to_labels",
-    "bench_noise_to_labels",
-    "bench_peers",
-    "bench_loss",
+    "bench_model", "bench_waterfall", "bench_attention", "bench_attention_backward", "bench_layernorm_mlp",
+    "bench_mask_head", "bench_masks_to_labels", "bench_noise_to_labels", "bench_peers", "bench_loss",
     "bench_train_step",
-)
+)  # fmt: skip
 TRAINING = ("bench_loss", "bench_train_step")  # only of shapes that are worth it
 
 
@@ -90,28 +82,14 @@ def pytest_collection_modifyitems(config, items):
 def harness(request):
     option = request.config.option
     gc.freeze()  # what imports made stays, so the collection before each row need not look at it
-    file = None
-    if option.results is not None:
-        path = option.results / results.results_name(option.device, option.dtype)
-        try:
-            file = results.ResultsFile(path, results.facts(option.device))
-        except results.ResultsError as error:
-            pytest.exit(str(error), returncode=4)
-    smoke = option.benchmark_disable
+    path = option.results and option.results / results.results_name(option.device, option.dtype)
+    try:
+        file = path and results.ResultsFile(path, results.facts(option.device))
+    except results.ResultsError as error:
+        pytest.exit(str(error), returncode=4)
     known = file.names() if file is not None and option.missing else frozenset()
-    return Harness(option.device, option.dtype, smoke, file, option.row_seconds, option.deadline, known)
-
-
-@pytest.fixture(scope="session")
-def camvid(request):
-    return request.config.option.camvid
-
-
-@pytest.fixture(autouse=True)
-def one_row_at_a_time(harness):
-    harness.clear()
-    yield
-    timing.CLOCK.reset()
+    limits = option.row_seconds, option.deadline
+    return Harness(option.device, option.dtype, option.benchmark_disable, file, *limits, known)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

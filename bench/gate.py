@@ -5,11 +5,9 @@ the worst element, four in the worst row and one in the whole. For labels there 
 judged by how far its exact score stays below the best class's: ties and near-ties may fall either way, nothing else.
 """
 
-from collections.abc import Callable
-
 import torch
 
-from segmenter.kernels import reference
+from segmenter.kernels.reference import explicit_attention
 from tests.support.parity import assert_parity
 
 
@@ -64,16 +62,12 @@ def check_labels(provider: str, labels: torch.Tensor, scores: torch.Tensor, eage
     return f"largest shortfall {ours:.2e}, eager's {theirs:.2e}; {100 * same:.3f} % of labels as eager's"
 
 
-def by_head(fn: Callable, qkv: torch.Tensor, n_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """Attention of packed qkv (B, N, 3*h*d) one image and head at a time, in `dtype`: 16k tokens fit like this."""
-    outs = []
-    for image in qkv.detach():
-        heads = image.unflatten(1, (3, n_heads, -1))
-        outs.append(torch.cat([fn(heads[:, :, i].flatten(1)[None].to(dtype), 1) for i in range(n_heads)], dim=2))
-    return torch.cat(outs)
+def attention_references(qkv: torch.Tensor, n_heads: int) -> tuple[torch.Tensor, ...]:
+    """(exact, eager in the type of qkv) attention of packed qkv, one image and head at a time: 16k tokens fit so."""
+    heads = qkv.detach().unflatten(2, (3, n_heads, -1))  # (B, N, 3, h, d)
 
+    def attend(dtype: torch.dtype) -> torch.Tensor:
+        one = [[explicit_attention(head.flatten(1)[None].to(dtype), 1) for head in image.unbind(2)] for image in heads]
+        return torch.cat([torch.cat(outs, 2) for outs in one])
 
-def attention_references(qkv: torch.Tensor, n_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(exact, eager in the type of qkv) attention."""
-    explicit = reference.explicit_attention
-    return by_head(explicit, qkv, n_heads, torch.float64), by_head(explicit, qkv, n_heads, qkv.dtype)
+    return attend(torch.float64), attend(qkv.dtype)

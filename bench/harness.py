@@ -1,9 +1,9 @@
 """One row of the benchmark, from its inputs to its line in the results file: check, warm up, time, memory, context."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,73 +17,49 @@ OUT_OF_TIME = "not run: the time was used up"
 
 
 class Call(NamedTuple):
-    """What is timed.
-
-    Attributes:
-        fn: called with what `inputs` makes; what else it needs is built before.
-        inputs: a new set of inputs each time, from torch's global generator, which is seeded before: every provider of
-            a group gets the same ones.
-        check: (result, its inputs) -> how right it is; raises gate.GateError.
-    """
+    """What is timed: `fn`, called with what `inputs` makes; what else it needs is built before."""
 
     fn: Callable
-    inputs: Callable[[], tuple]
-    check: Callable[[Any, tuple], str]
+    inputs: Callable[[], tuple]  # from torch's global generator, seeded before: all providers of a group get the same
+    check: Callable[[Any, tuple], str]  # (result, its inputs) -> how right it is; raises gate.GateError
     work: Work
 
 
 @dataclass
 class Row:
-    """One row, and what is said about it.
-
-    Attributes:
-        build: called when the row's turn has come; raises providers.Unavailable.
-        images: those of one call; the row is then timed by the wall clock as a user sees it, launches included. None
-            for single operations, which are timed on the device.
-        compiled: by torch.compile, so the first call is compilation.
-        replays: a CUDA graph's, whose memory no single call shows.
-        extra: joins `extra_info`; stands beside the reason, too, where there is nothing measured.
-    """
+    """One row, and what is said about it."""
 
     kind: str
     provider: str
     shape: Shape | None
     name: str
-    build: Callable[[], Call]
+    build: Callable[[], Call]  # called when the row's turn has come; raises providers.Unavailable
+    # Those of one call; the row is then timed by the wall clock as a user sees it, launches included. None for single
+    # operations, which are timed on the device.
     images: int | None = None
-    compiled: bool = False
-    replays: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    compiled: bool = False  # by torch.compile, so the first call is compilation
+    replays: bool = False  # a CUDA graph's, whose memory no single call shows
+    extra: dict[str, Any] = field(default_factory=dict)  # joins `extra_info`, or stands beside the reason for no result
 
 
+@dataclass
 class Harness:
-    """What the rows of one session share.
+    """What the rows of one session share."""
 
-    Args:
-        device, dtype: where and in what type. smoke: nothing is timed, sizes are tiny. results: None keeps nothing.
-        seconds: what the rounds of one row should take. deadline: `time.time()` after which no row starts any more.
-        known: names of rows that are not to be measured again.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        smoke: bool,
-        results: results.ResultsFile | None,
-        seconds: float,
-        deadline: float,
-        known: frozenset[str] = frozenset(),
-    ):
-        self.device, self.dtype, self.smoke = device, dtype, smoke
-        self.results, self.seconds, self.deadline, self.known = results, seconds, deadline, known
+    device: torch.device
+    dtype: torch.dtype
+    smoke: bool  # nothing is timed, sizes are tiny
+    results: results.ResultsFile | None  # None keeps nothing
+    seconds: float  # what the rounds of one row should take
+    deadline: float  # `time.time()` after which no row starts any more
+    known: frozenset[str] = frozenset()  # names of rows that are not to be measured again
 
     @property
     def short(self) -> str:
         """The session's type: "bf16"."""
         return results.SHORT[self.dtype]
 
-    @cached_property
+    @functools.cached_property
     def ceilings(self) -> timing.Ceilings:
         """Measured once a results file, before its first timed row."""
         known = self.results and self.results.content["ceilings"]
@@ -102,7 +78,7 @@ class Harness:
             return Call(
                 operation.call(provider, shape),
                 lambda: operation.inputs(shape, self.dtype, self.device),
-                lambda result, inputs: operation.check(provider, shape, result, inputs),
+                functools.partial(operation.check, provider, shape),
                 operation.work(shape, self.dtype.itemsize),
             )
 
@@ -115,6 +91,10 @@ class Harness:
             pytest.skip(f"{row.name}: measured before")
         if time.time() > self.deadline:
             self._unavailable(row, OUT_OF_TIME)
+        # A row that raised leaves the clock half used and memory held; neither may reach this one.
+        timing.CLOCK.reset()
+        if not self.smoke:  # tiny inputs hold little, and a release takes 0.3 s
+            timing.release(self.device)
         torch._dynamo.reset()  # or the ninth shape of a function would run uncompiled
         try:
             if row.provider in providers.PROVIDERS:
@@ -127,13 +107,7 @@ class Harness:
                 raise
             self._unavailable(row, "out of memory")
         finally:
-            self.clear()
-
-    def clear(self) -> None:
-        """A row that raised leaves the clock half used and memory held; neither may reach the next one."""
-        timing.CLOCK.reset()
-        if not self.smoke and time.time() < self.deadline:  # tiny inputs hold little, and a release takes 0.3 s
-            timing.release(self.device)
+            timing.CLOCK.reset()
 
     def _unavailable(self, row: Row, reason: str) -> None:
         if self.results is not None:
@@ -142,16 +116,22 @@ class Harness:
         pytest.skip(f"{row.name}: {reason}")
 
     def _measure(self, benchmark: Any, row: Row, call: Call) -> None:
-        inputs = self._inputs(call, 0)
-        result, first = self._call(call, inputs)  # compiles and warms up
+        def inputs_of(i: int) -> tuple:
+            torch.manual_seed(i)
+            return call.inputs()
+
+        inputs = inputs_of(0)
+        result, first = timing.timed(lambda: call.fn(*inputs), self.device)  # compiles and warms up
         seconds = first
         # A GPU's first call compiles our kernels too, and the second of torch.compile records its graph.
         more = 2 if self.device.type == "cuda" else 1 if row.compiled or first < timing.SLOW else 0
         for _ in range(more):
-            result, seconds = self._call(call, inputs)
-        benchmark.group = self.group(row)
+            result, seconds = timing.timed(lambda: call.fn(*inputs), self.device)
+        where = "CPU" if self.device.type == "cpu" else "GPU"  # a group is compared with each other
+        benchmark.group = f"{row.kind} {row.shape.id if row.shape else 'all'} {self.short} {where}"
         verdict = self._verdict(call, result, inputs)
-        benchmark.extra_info.update(self._facts(row, call), gate=verdict)
+        facts = row_facts(row.kind, row.provider, row.name, self.short, call.work, row.shape)
+        benchmark.extra_info.update(facts | row.extra, gate=verdict)
         del result
         if row.compiled:
             benchmark.extra_info["compile_seconds"] = round(first - seconds, 2)
@@ -160,7 +140,7 @@ class Harness:
             return
         roofs = self.ceilings
         count = timing.n_sets(timing.tensor_bytes(inputs), results.cache_bytes(self.device), seconds)
-        sets = [inputs, *(self._inputs(call, i) for i in range(1, count))]
+        sets = [inputs, *(inputs_of(i) for i in range(1, count))]
         run, calls, mode = self._round(row, call.fn, sets, seconds)
         timing.CLOCK.reset("wall" if mode == "wall" else "events", calls, self.device)
         rounds = timing.rounds_for(seconds * calls, self.seconds)
@@ -172,11 +152,10 @@ class Harness:
         del run, sets
         hidden = row.replays and self.device.type == "cuda"
         peak = None if hidden else timing.peak_bytes(lambda: call.fn(*inputs), self.device)
-        benchmark.extra_info["peak_bytes"] = peak
         found = rates(call.work, row.images, benchmark.stats.stats.median, roofs)
         if benchmark.extra_info["dtype"] != self.short:  # the ceilings are of another type
             found = {key: value for key, value in found.items() if key in ("tflops", "gbps", "images_per_second")}
-        benchmark.extra_info.update(found)
+        benchmark.extra_info.update(found, peak_bytes=peak)
         if self.results is not None:
             self.results.add(benchmark.stats.as_dict(include_data=False))
 
@@ -187,16 +166,6 @@ class Harness:
             if not timing.out_of_memory(error):
                 raise
         raise providers.Unavailable("its exact result does not fit in memory, so it cannot be checked")
-
-    def _call(self, call: Call, inputs: tuple) -> tuple[Any, float]:
-        start = time.perf_counter()
-        result = call.fn(*inputs)
-        timing.synchronize(self.device)
-        return result, time.perf_counter() - start
-
-    def _inputs(self, call: Call, i: int) -> tuple:
-        torch.manual_seed(i)
-        return call.inputs()
 
     def _round(self, row: Row, fn: Callable, sets: Sequence[tuple], seconds: float) -> tuple[Callable, int, str]:
         """What a round runs, the number of calls in it, and how that is called in the results."""
@@ -217,27 +186,22 @@ class Harness:
                 pytest.exit(f"{row.name}: a failed capture left torch unusable ({error}); run again with --missing", 3)
             return run, len(sets), "events"
 
-    def group(self, row: Row) -> str:
-        """What rows have in common that are compared with each other."""
-        where = "CPU" if self.device.type == "cpu" else "GPU"
-        return f"{row.kind} {row.shape.id if row.shape else 'all'} {self.short} {where}"
 
-    def _facts(self, row: Row, call: Call) -> dict[str, Any]:
-        facts = {"kind": row.kind, "provider": row.provider, "row": row.name, "dtype": self.short}
-        facts |= {"flops": call.work.flops, "bytes": call.work.bytes}
-        if row.shape is not None:
-            facts |= {"model": row.shape.name, "shape": row.shape._asdict(), "tokens": row.shape.tokens}
-        return facts | row.extra
+def row_facts(kind: str, provider: str, name: str, dtype: str, work: Work, shape: Shape | None) -> dict[str, Any]:
+    """What `extra_info` says of every row."""
+    facts = {"kind": kind, "provider": provider, "row": name, "dtype": dtype, "flops": work.flops, "bytes": work.bytes}
+    return facts | ({"model": shape.name, "shape": shape._asdict(), "tokens": shape.tokens} if shape else {})
 
 
 def rates(work: Work, images: int | None, seconds: float, roofs: timing.Ceilings) -> dict[str, Any]:
     """What was reached in `seconds` a call, absolutely and in percent of the measured ceilings and of the floor."""
     found: dict[str, Any] = {}
-    flops, moved = work.flops / seconds, work.bytes / seconds
     if work.flops:
-        found |= {"tflops": flops / 1e12, "percent_flops": 100 * flops / roofs.flops_per_second}
+        reached = work.flops / seconds
+        found |= {"tflops": reached / 1e12, "percent_flops": 100 * reached / roofs.flops_per_second}
     if work.bytes:
-        found |= {"gbps": moved / 1e9, "percent_bytes": 100 * moved / roofs.bytes_per_second}
+        reached = work.bytes / seconds
+        found |= {"gbps": reached / 1e9, "percent_bytes": 100 * reached / roofs.bytes_per_second}
     if found:
         floor = work.floor(roofs.flops_per_second, roofs.bytes_per_second)
         found |= {"floor_seconds": floor, "percent_of_floor": 100 * floor / seconds}

@@ -33,23 +33,17 @@ Network = Callable[[torch.Tensor], torch.Tensor]
 class Point(NamedTuple):
     """One provider at one length.
 
-    Attributes:
-        tokens: of the encoder, CLS included. size: side of the square image in pixels.
-        seconds: median of a call. spread: half the distance of its quartiles, relative to the median; None if there
-            were too few rounds. peak_bytes: beyond the loaded model and the image; None where it cannot be seen.
-        attention: share of the time between qkv and its output, of all layers; None for a compiled
-            program, and where peak memory cannot be seen.
-        reason: "" if measured, else why not: OUT_OF_MEMORY, "not run: ...", "failed: ...".
+    `attention` is unknown for a compiled program, and where peak memory cannot be seen.
     """
 
-    tokens: int
+    tokens: int  # of the encoder, CLS included
     provider: str
-    size: int
-    seconds: float | None = None
-    spread: float | None = None
-    peak_bytes: int | None = None
-    attention: float | None = None
-    reason: str = ""
+    size: int  # side of the square image in pixels
+    seconds: float | None = None  # median of a call
+    spread: float | None = None  # half the distance of its quartiles, relative to the median; None: too few rounds
+    peak_bytes: int | None = None  # beyond the loaded model and the image; None where it cannot be seen
+    attention: float | None = None  # share of the time between qkv and its output, of all layers
+    reason: str = ""  # why it was not measured: OUT_OF_MEMORY, "not run: ...", "failed: ..."
 
 
 def sizes_for(tokens: Sequence[int], patch: int) -> list[int]:
@@ -65,17 +59,12 @@ def sizes_for(tokens: Sequence[int], patch: int) -> list[int]:
 
 
 def scaling(
-    model: str,
-    patch: int,
+    shape: Shape,
     sizes: Sequence[int],
     provider: str,
     device: torch.device,
     dtype: torch.dtype,
-    *,
-    batch: int = 1,
-    mask: bool = True,
     seconds_left: Callable[[], float],
-    n_cls: int = 150,
     memory_share: float = MEMORY_SHARE,
 ) -> Iterator[Point]:
     """Measures one provider at growing sizes, one point a size, smallest first.
@@ -84,14 +73,13 @@ def scaling(
     size that ran out of memory. Their points say why.
 
     Args:
-        model: "T", "S", "B", "L", or "X" for tests. patch, sizes: pixels; sizes are multiples of the patch.
+        shape: all but the size. sizes: pixels, multiples of the patch.
         seconds_left: what may still be spent, asked before each size.
         memory_share: on a CPU, the part of the available memory that a call may take before it fails.
     """
-    last: _Measured | None = None
-    stopped = unavailable(provider, device, dtype)
+    last, stopped = None, unavailable(provider, device, dtype)
     for size in sorted(sizes):
-        shape = Shape(model, patch, size, batch, n_cls, mask)
+        shape = shape._replace(size=size)
         reason = stopped or _over_budget(shape, last, seconds_left())
         if not reason:
             try:
@@ -113,8 +101,7 @@ def _over_budget(shape: Shape, last: _Measured | None, seconds_left: float) -> s
     """Why this size is not run, or ""."""
     if last is None:
         return "" if seconds_left > 0 else "not run: no time left"
-    growth = (shape.tokens / last.point.tokens) ** 2
-    predicted = last.point.seconds * growth
+    predicted = last.point.seconds * (shape.tokens / last.point.tokens) ** 2
     needed = 3 * predicted + last.setup  # the first call, that for the memory, one round
     return f"not run: predicted {rounded(needed)} s" if needed > seconds_left else ""
 
@@ -168,10 +155,6 @@ class Stopwatch:
         return event
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What runs
-
-
 def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The shape's model in evaluation mode with random weights and a position embedding of its own size."""
     return copy.deepcopy(models.build(shape, device)).to(dtype)
@@ -184,10 +167,7 @@ def image(shape: Shape, device: torch.device, dtype: torch.dtype) -> torch.Tenso
 
 
 def network(
-    model: torch.nn.Module,
-    provider: str,
-    regions: Regions | None = None,
-    compile_options: dict[str, Any] | None = None,
+    model: torch.nn.Module, provider: str, regions: Regions | None = None, compile_options: dict | None = None
 ) -> Network:
     """The provider's way from a normalised image (B, 3, H, W) to labels (B, H, W) uint8. Sets the model's operators.
 
@@ -196,13 +176,13 @@ def network(
         compile_options: of torch.compile, beyond those of COMPILE_MODE.
     """
     models.set_operators(model, EAGER if provider == "compile" else providers.operators(provider))
-    labels = operations.full_labels
+    labels, scope = operations.full_labels, contextlib.nullcontext if regions is None else regions.region
     if provider == "triton":
         labels = functools.partial(operations.labels_by, pruned_argmax.operator(providers.operators(provider)))
 
     def run(im: torch.Tensor) -> torch.Tensor:
         masks = model.masks(im)
-        with contextlib.nullcontext() if regions is None else regions.region(LABELS):
+        with scope(LABELS):
             return labels(masks, model.patch_size)
 
     if provider != "compile":
@@ -210,18 +190,12 @@ def network(
     options = {**torch._inductor.list_mode_options(COMPILE_MODE), **(compile_options or {})}
     torch._dynamo.reset()  # or a model of the ninth size would run uncompiled
     compiled = torch.compile(lambda im: labels(model.masks(im), model.patch_size), options=options, dynamic=False)
-    if regions is None:
-        return compiled
 
     def run_compiled(im: torch.Tensor) -> torch.Tensor:
-        with regions.region(COMPILED):
+        with scope(COMPILED):
             return compiled(im)
 
     return run_compiled
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What can fail
 
 
 def unavailable(provider: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -234,7 +208,7 @@ def unavailable(provider: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def rounded(seconds: float) -> str:
-    """Three digits, for people: no exponent for long times."""
+    """Three digits, no exponent for long times."""
     return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:,.0f}"
 
 
@@ -246,27 +220,26 @@ def why_failed(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def limited_memory(device: torch.device, share: float = MEMORY_SHARE) -> Iterator[int | None]:
+def limited_memory(device: torch.device, share: float = MEMORY_SHARE) -> Iterator[None]:
     """While inside, allocations beyond `share` of the memory that is available now fail, instead of the whole machine.
 
-    Only on a CPU and only on Linux; a GPU's memory has its own limit. Yields the bytes, or None.
+    Only on a CPU and only on Linux; a GPU's memory has its own limit.
     """
     try:
         import resource
 
-        more = int(share * _available_bytes())
-        limit = timing.status_bytes("VmSize") + more
+        limit = timing.status_bytes("VmSize") + int(share * _available_bytes())
     except (ImportError, OSError):
         limit = None
     if device.type != "cpu" or limit is None:
-        yield None
+        yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY:
         limit = min(limit, soft)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     try:
-        yield more
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 

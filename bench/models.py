@@ -71,12 +71,7 @@ def set_operators(model: torch.nn.Module, ops: Operators) -> None:
 
 
 def pixels_to_labels(
-    model: Segmenter,
-    ops: Operators,
-    dtype: torch.dtype,
-    tail: str,
-    compiled: bool = False,
-    from_bytes: bool = False,
+    model: Segmenter, ops: Operators, dtype: torch.dtype, tail: str, compiled: bool = False, from_bytes: bool = False
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A way from pixels (B, H, W, 3) uint8 to labels (B, H, W) uint8, with a copy of the model in `dtype`.
 
@@ -104,14 +99,11 @@ def pixels_to_labels(
 
 def labels_of(model: Segmenter, provider: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     """The provider's way from pixels to labels. "pruned" is what `impl="auto"` does without a GPU."""
-    if provider == "pruned":
-        return pixels_to_labels(model, EAGER, dtype, "labels", from_bytes=True)
-    if provider == "compile":
-        return pixels_to_labels(model, EAGER, dtype, "logits", compiled=True)
     if provider in providers.BACKENDS:  # held once for the whole call, not in every layer
         return providers.with_backend(provider, pixels_to_labels(model, EAGER, dtype, "logits"))
-    tail, ours = {"eager": "softmax", "triton": "labels"}.get(provider, "logits"), provider == "triton"
-    return pixels_to_labels(model, providers.operators(provider), dtype, tail, from_bytes=ours)
+    ops = EAGER if provider in ("pruned", "compile") else providers.operators(provider)
+    tail = {"eager": "softmax", "triton": "labels", "pruned": "labels"}.get(provider, "logits")
+    return pixels_to_labels(model, ops, dtype, tail, compiled=provider == "compile", from_bytes=tail == "labels")
 
 
 @torch.inference_mode()
@@ -119,10 +111,10 @@ def exact_scores(model: Segmenter, pixels: torch.Tensor) -> torch.Tensor:
     """Full-resolution float32 logits (B, K, H, W) by the published order of work, float32 products in full."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # the patch embedding is a convolution
     try:
-        normalize = Normalize(model.info.normalization, torch.float32, pixels.device)
-        no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # the patch embedding is a convolution
         with providers.using(model, providers.PUBLISHED), no_tf32:
+            normalize = Normalize(model.info.normalization, torch.float32, pixels.device)
             return upsampled(model.masks(normalize(pixels)), model.patch_size)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -176,12 +168,9 @@ class TrainStep:
             self.model.double()
         set_operators(self.model, providers.operators(provider))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE, momentum=0.9)
-        self.loss = self._loss
+        self.loss = lambda im, target: segmentation_loss(self.model.masks(im), target, self.model.patch_size)
         if provider == "compile":
-            self.loss = torch.compile(self._loss, mode="max-autotune", dynamic=False)
-
-    def _loss(self, im: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return segmentation_loss(self.model.masks(im), target, self.model.patch_size)
+            self.loss = torch.compile(self.loss, mode="max-autotune", dynamic=False)
 
     def backward(self, im: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss, with gradients in the parameters."""
@@ -210,8 +199,7 @@ def check_gradients(model: Segmenter, provider: str, im: torch.Tensor, target: t
         step = TrainStep(model, name, kind)
         step.model.eval()
         step.backward(im[:1], target[:1])
-        last = getattr(step.model.decoder, "proj_patch", None)
-        last = step.model.decoder.head.weight if last is None else last
+        decoder = step.model.decoder
+        last = decoder.proj_patch if hasattr(decoder, "proj_patch") else decoder.head.weight
         found.append((step.model.encoder.patch_embed.proj.weight.grad.flatten(1), last.grad))
-    verdicts = [gate.check(provider, *tensors, max_ratio=4.0) for tensors in zip(*found, strict=True)]
-    return "; ".join(verdicts)
+    return "; ".join(gate.check(provider, *tensors, max_ratio=4.0) for tensors in zip(*found, strict=True))

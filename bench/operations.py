@@ -19,22 +19,14 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 class Operation(NamedTuple):
-    """One operation.
-
-    Attributes:
-        kind: its name in results. providers: those that compute it, by name.
-        inputs: (shape, dtype, device) -> random tensors to call with.
-        call: (provider, shape) -> a function of those tensors.
-        check: (provider, shape, result, tensors) -> how right it is, for people; raises GateError.
-        work: (shape, bytes an element) -> operations and bytes.
-    """
+    """One operation: its name in results and the names of the providers that compute it."""
 
     kind: str
     providers: tuple[str, ...]
-    inputs: Callable[[Shape, torch.dtype, torch.device], Tensors]
-    call: Callable[[str, Shape], Callable]
-    check: Callable[[str, Shape, Any, Tensors], str]
-    work: Callable[[Shape, int], Work]
+    inputs: Callable[[Shape, torch.dtype, torch.device], Tensors]  # random tensors to call with
+    call: Callable[[str, Shape], Callable]  # (provider, shape) -> a function of those tensors
+    check: Callable[[str, Shape, Any, Tensors], str]  # -> how right the result is, for people; raises GateError
+    work: Callable[[Shape, int], Work]  # (shape, bytes an element) -> operations and bytes
 
 
 def _compiled(provider: str, fn: Callable) -> Callable:
@@ -94,19 +86,16 @@ def _check_attention_backward(provider: str, shape: Shape, dqkv: torch.Tensor, i
 
 
 ATTENTION = Operation("attention", providers.PROVIDERS, _qkv, _attention_call, _check_attention, shapes.attention)
-ATTENTION_BACKWARD = Operation(
-    "attention-backward",
-    providers.PROVIDERS,
-    _qkv_and_gradient,
-    _attention_backward_call,
-    _check_attention_backward,
-    lambda s, i: shapes.attention(s, i) + shapes.attention_backward(s, i),
+ATTENTION_BACKWARD = ATTENTION._replace(
+    kind="attention-backward",
+    inputs=_qkv_and_gradient,
+    call=_attention_backward_call,
+    check=_check_attention_backward,
+    work=lambda *args: shapes.attention(*args) + shapes.attention_backward(*args),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LayerNorm-MLP and mask head
-
-_FUSED = ("eager", "compile", "triton")
 
 
 def _mlp_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
@@ -124,41 +113,22 @@ def _mask_head_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) ->
     return *tokens, *projections, 1 + _random((K,), dtype, device, 0.2), _random((K,), dtype, device, 0.2)
 
 
-def _reference_call(name: str) -> Callable[[str, Shape], Callable]:
-    def call(provider: str, shape: Shape) -> Callable:
-        return getattr(load_kernels(), name) if provider == "triton" else _compiled(provider, getattr(reference, name))
-
-    return call
-
-
-def _reference_check(name: str) -> Callable[[str, Shape, Any, Tensors], str]:
+def _fused(kind: str, name: str, inputs: Callable[..., Tensors], work: Callable[[Shape, int], Work]) -> Operation:
+    """An operation that the reference defines under the name that our kernel has."""
     definition = getattr(reference, name)
 
+    def call(provider: str, shape: Shape) -> Callable:
+        return getattr(load_kernels(), name) if provider == "triton" else _compiled(provider, definition)
+
     def check(provider: str, shape: Shape, out: torch.Tensor, inputs: Tensors) -> str:
-        x = _ends(inputs[0])
-        rest = [_ends(t) if t.ndim == 3 else t for t in inputs[1:]]
-        exact = definition(x.double(), *(t.double() for t in rest))
-        return gate.check(provider, _ends(out), exact, definition(x, *rest))
+        ends = [_ends(t) if t.ndim == 3 else t for t in inputs]
+        return gate.check(provider, _ends(out), definition(*(t.double() for t in ends)), definition(*ends))
 
-    return check
+    return Operation(kind, ("eager", "compile", "triton"), inputs, call, check, work)
 
 
-LAYERNORM_MLP = Operation(
-    "layernorm-mlp",
-    _FUSED,
-    _mlp_inputs,
-    _reference_call("layernorm_mlp"),
-    _reference_check("layernorm_mlp"),
-    shapes.layernorm_mlp,
-)
-MASK_HEAD = Operation(
-    "mask-head",
-    _FUSED,
-    _mask_head_inputs,
-    _reference_call("mask_head"),
-    _reference_check("mask_head"),
-    shapes.mask_head,
-)
+LAYERNORM_MLP = _fused("layernorm-mlp", "layernorm_mlp", _mlp_inputs, shapes.layernorm_mlp)
+MASK_HEAD = _fused("mask-head", "mask_head", _mask_head_inputs, shapes.mask_head)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From low-resolution masks to labels, and to the loss
@@ -179,10 +149,13 @@ def _regions(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Te
     return (F.one_hot(regions, shape.n_cls) * 4.0 + noise).to(dtype).permute(0, 3, 1, 2)
 
 
+def _full_size(masks: torch.Tensor, patch: int) -> tuple[int, int]:
+    return masks.shape[2] * patch, masks.shape[3] * patch
+
+
 def upsampled(masks: torch.Tensor, patch: int) -> torch.Tensor:
     """(B, K, g, g) -> (B, K, g * patch, g * patch), bilinear."""
-    size = (masks.shape[2] * patch, masks.shape[3] * patch)
-    return F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(masks, size=_full_size(masks, patch), mode="bilinear", align_corners=False)
 
 
 def full_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
@@ -192,18 +165,17 @@ def full_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
 
 def band_labels(masks: torch.Tensor, patch: int) -> torch.Tensor:
     """The same without ever holding the logits of a whole image: `segmenter.inference.merge`."""
-    class_last = masks.float().permute(0, 2, 3, 1).contiguous()
-    H, W = masks.shape[2] * patch, masks.shape[3] * patch
-    labels = torch.empty(len(masks), H, W, dtype=torch.uint8, device=masks.device)
-    windows = Windows((0,), (0,), (H, W), (H, W), (H, W))
-    for of_image, target in zip(class_last, labels, strict=True):
+    size = _full_size(masks, patch)
+    labels = torch.empty(len(masks), *size, dtype=torch.uint8, device=masks.device)
+    windows = Windows((0,), (0,), size, size, size)
+    for of_image, target in zip(masks.float().permute(0, 2, 3, 1).contiguous(), labels, strict=True):
         fill_labels(target, [View(of_image[None], windows)])
     return labels
 
 
 def labels_by(operator: Callable, masks: torch.Tensor, patch: int) -> torch.Tensor:
     """The same by an operator `windows_argmax`: (B, K, g, g) -> (B, H, W) uint8."""
-    size = (masks.shape[2] * patch, masks.shape[3] * patch)
+    size = _full_size(masks, patch)
     return operator(masks.permute(0, 2, 3, 1).unsqueeze(1), (0,), (0,), size, size, size)
 
 
@@ -230,11 +202,9 @@ def _masks_and_target(shape: Shape, dtype: torch.dtype, device: torch.device) ->
 
 def segmentation_loss(masks: torch.Tensor, target: torch.Tensor, patch: int) -> torch.Tensor:
     """Mean cross-entropy of the upsampled masks, in float32 as under autocast; pixels labelled 255 do not count."""
-    return F.cross_entropy(_at_least_float32(upsampled(masks, patch)), target, ignore_index=IGNORE)
-
-
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    logits = upsampled(masks, patch)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, target, ignore_index=IGNORE)
 
 
 def _loss_call(provider: str, shape: Shape) -> Callable:
@@ -244,14 +214,8 @@ def _loss_call(provider: str, shape: Shape) -> Callable:
 
 def _check_loss(provider: str, shape: Shape, gradient: torch.Tensor, inputs: Tensors) -> str:
     masks, target = inputs
-
-    def exact(dtype: torch.dtype) -> torch.Tensor:
-        x = masks.detach().to(dtype).requires_grad_()
-        total = F.cross_entropy(upsampled(x, shape.patch), target, ignore_index=IGNORE, reduction="mean")
-        return torch.autograd.grad(total, x)[0]
-
-    eager = torch.autograd.grad(segmentation_loss(masks, target, shape.patch), masks)[0]
-    return gate.check(provider, gradient, exact(torch.float64), eager)
+    exact = _loss_call("eager", shape)(masks.detach().double().requires_grad_(), target)
+    return gate.check(provider, gradient, exact, _loss_call("eager", shape)(masks, target))
 
 
 _LABELS = ("eager", "compile", "bands", "pruned", "triton")

@@ -22,9 +22,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import yaml
+from torch.optim.swa_utils import update_bn
 
 from segmenter.config import preset
-from segmenter.model import Segmenter, create_segmenter
+from segmenter.model import create_segmenter
 
 Build = Callable[[int, int], nn.Module]
 
@@ -60,9 +61,9 @@ class Peer(NamedTuple):
     miou_ms: Figure | None
     images_per_second: Figure | None
     parameters: Figure | None
-    multiply_adds: Figure | None
-    training_only: float
-    note: str
+    multiply_adds: Figure | None = None
+    training_only: float = 0.0
+    note: str = ""
 
     @property
     def id(self) -> str:
@@ -83,14 +84,9 @@ class ConvBNReLU(nn.Sequential):
     """Convolution that keeps the resolution, BatchNorm, ReLU."""
 
     def __init__(self, in_channels: int, channels: int, kernel_size: int = 1, dilation: int = 1, groups: int = 1):
-        padding = dilation * (kernel_size // 2)
-        super().__init__(
-            nn.Conv2d(
-                in_channels, channels, kernel_size, padding=padding, dilation=dilation, groups=groups, bias=False
-            ),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-        )
+        kwargs = {"padding": dilation * (kernel_size // 2), "dilation": dilation, "groups": groups, "bias": False}
+        convolution = nn.Conv2d(in_channels, channels, kernel_size, **kwargs)
+        super().__init__(convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 def separable(in_channels: int, channels: int, dilation: int = 1) -> nn.Sequential:
@@ -170,25 +166,24 @@ class MLAHead(nn.Module):
 
     def __init__(self, d_model: int, n_cls: int, channels: int = 256, head_channels: int = 128):
         super().__init__()
-        four = range(4)
-        self.norms = nn.ModuleList(nn.LayerNorm(d_model, eps=1e-6) for _ in four)
-        self.lateral = nn.ModuleList(ConvBNReLU(d_model, channels) for _ in four)
-        self.smooth = nn.ModuleList(ConvBNReLU(channels, channels, 3) for _ in four)
-        self.heads = nn.ModuleList(
-            nn.Sequential(ConvBNReLU(channels, head_channels, 3), ConvBNReLU(head_channels, head_channels, 3))
-            for _ in four
-        )
+
+        def four(layer: Callable[[], nn.Module]) -> nn.ModuleList:
+            return nn.ModuleList(layer() for _ in range(4))
+
+        self.norms = four(lambda: nn.LayerNorm(d_model, eps=1e-6))
+        self.lateral = four(lambda: ConvBNReLU(d_model, channels))
+        self.smooth = four(lambda: ConvBNReLU(channels, channels, 3))
+        sizes = (channels, head_channels, 3), (head_channels, head_channels, 3)
+        self.heads = four(lambda: nn.Sequential(*(ConvBNReLU(*size) for size in sizes)))
         self.cls = nn.Conv2d(4 * head_channels, n_cls, 3, padding=1)
 
     def forward(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
-        B, N, d_model = layers[0].shape
-        side = round(N**0.5)
+        side = round(layers[0].shape[1] ** 0.5)
         total, streams = 0, []
-        for layer, norm, lateral, smooth, head in reversed(
-            list(zip(layers, self.norms, self.lateral, self.smooth, self.heads, strict=True))
-        ):
-            total = total + lateral(norm(layer).transpose(1, 2).reshape(B, d_model, side, side))
-            streams.append(resize(head(smooth(total)), (4 * side, 4 * side)))
+        for i in reversed(range(4)):
+            tokens = self.norms[i](layers[i]).transpose(1, 2)
+            total = total + self.lateral[i](tokens.unflatten(2, (side, side)))
+            streams.append(resize(self.heads[i](self.smooth[i](total)), (4 * side, 4 * side)))
         return self.cls(torch.cat(streams, 1))
 
 
@@ -227,10 +222,6 @@ def semantic_scores(class_logits: torch.Tensor, mask_logits: torch.Tensor) -> to
     return torch.einsum("bqc,bqhw->bchw", class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
 
 
-def _logits(model: nn.Module, im: torch.Tensor) -> torch.Tensor:
-    return model(im).logits
-
-
 def _head_logits(model: nn.Module, im: torch.Tensor) -> torch.Tensor:
     # Not the model's forward, which resizes all scores to the image.
     return model.decode_head(model.backbone(im).feature_maps)
@@ -247,42 +238,34 @@ def library(name: str, package: str, *attributes: str) -> list[Any]:
     Raises:
         ImportError: it is not installed, or too old to have one of them; the message says what to install.
     """
+    wrong = f"this model needs {package}: pip install {package} ({{}})"
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"this model needs {package}: pip install {package} ({error})") from error
-    try:
+        wrong = f"this model needs a newer {package} than {getattr(module, '__version__', 'installed')}: {{}}"
         return [getattr(module, attribute) for attribute in attributes]
     except (AttributeError, ImportError) as error:
-        version = getattr(module, "__version__", "installed")
-        raise ImportError(f"this model needs a newer {package} than {version}: {error}") from error
+        raise ImportError(wrong.format(error)) from error
 
 
-@torch.no_grad()
 def settled(network: nn.Module) -> nn.Module:
     """The network with BatchNorm statistics of noise, so that random convolutions do not let values grow.
 
     Without that OCR's scores are about 1e7, and float16 ends at 65504.
     """
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    if next(network.parameters()).is_meta:
-        return network
-    for norm in norms:
-        norm.momentum = 1.0
-    network.train()(torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0)))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    if not next(network.parameters()).is_meta:
+        noise = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+        update_bn([noise], network)
     return network
-
-
-def _transformers(*names: str) -> list[Any]:
-    return library("transformers", "transformers", *names)
 
 
 def _timm(name: str, **kwargs: Any) -> nn.Module:
     (create_model,) = library("timm", "timm", "create_model")
     return create_model(name, pretrained=False, **kwargs)
+
+
+def _transformers(config_name: str, network_name: str, **kwargs: Any) -> nn.Module:
+    config, network = library("transformers", "transformers", config_name, network_name)
+    return network(config(**kwargs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,47 +295,35 @@ def _ocr_hrnet(n_cls: int, image_size: int) -> nn.Module:
 
 def _setr_mla(n_cls: int, image_size: int) -> nn.Module:
     """ViT-L/16 without class token, as in the authors' code; layers 6, 12, 18 and 24 go to the head."""
-    vit = _timm(
-        "vit_large_patch16_384",
-        img_size=image_size,
-        num_classes=0,
-        class_token=False,
-        global_pool="",
-        final_norm=False,  # the head has a norm for each layer
-    )
+    kwargs = {"img_size": image_size, "num_classes": 0, "class_token": False, "global_pool": ""}
+    vit = _timm("vit_large_patch16_384", **kwargs, final_norm=False)  # the head has a norm for each layer
     return nn.Sequential(Layers(vit, (5, 11, 17, 23)), MLAHead(vit.embed_dim, n_cls))
 
 
 def _swin_large() -> Any:
     """Configuration of Swin-L with windows of 12, as pretrained at 384 pixels on ImageNet-22k."""
-    (config,) = _transformers("SwinConfig")
-    return config(
-        image_size=384,
-        embed_dim=192,
-        depths=[2, 2, 18, 2],
-        num_heads=[6, 12, 24, 48],
-        window_size=12,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
+    (config,) = library("transformers", "transformers", "SwinConfig")
+    sizes = {"image_size": 384, "embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]}
+    return config(**sizes, window_size=12, out_features=["stage1", "stage2", "stage3", "stage4"])
 
 
 def _upernet_swin(n_cls: int, image_size: int) -> nn.Module:
-    config, network = _transformers("UperNetConfig", "UperNetForSemanticSegmentation")
     kwargs = {"backbone_config": _swin_large(), "num_labels": n_cls, "use_auxiliary_head": False}
-    return Scores(network(config(**kwargs)), _head_logits)
+    return Scores(_transformers("UperNetConfig", "UperNetForSemanticSegmentation", **kwargs), _head_logits)
 
 
 def _segformer_b5(n_cls: int, image_size: int) -> nn.Module:
     """MiT-B5 (table 6 of the paper) with the decoder of width 768."""
-    config, network = _transformers("SegformerConfig", "SegformerForSemanticSegmentation")
     kwargs = {"depths": [3, 6, 40, 3], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 768}
-    return Scores(network(config(num_labels=n_cls, **kwargs)), _logits)
+    network = _transformers("SegformerConfig", "SegformerForSemanticSegmentation", num_labels=n_cls, **kwargs)
+    return Scores(network, lambda model, im: model(im).logits)
 
 
 def _mask2former_swin(n_cls: int, image_size: int) -> nn.Module:
     """100 queries and transformers' defaults, which are the authors': 6 encoder and 9 decoder layers of width 256."""
-    config, network = _transformers("Mask2FormerConfig", "Mask2FormerForUniversalSegmentation")
-    return Scores(network(config(backbone_config=_swin_large(), num_labels=n_cls, num_queries=100)), _query_scores)
+    kwargs = {"backbone_config": _swin_large(), "num_labels": n_cls, "num_queries": 100}
+    network = _transformers("Mask2FormerConfig", "Mask2FormerForUniversalSegmentation", **kwargs)
+    return Scores(network, _query_scores)
 
 
 def _eomt(prefix: str, n_cls: int, image_size: int) -> nn.Module:
@@ -362,15 +333,11 @@ def _eomt(prefix: str, n_cls: int, image_size: int) -> nn.Module:
     Training anneals that away, published weights hold zeros there, and the authors' code skips it in inference. A
     plain tuple instead of the buffer also spares one transfer from the device for each layer.
     """
-    config, network = _transformers(f"{prefix}Config", f"{prefix}ForUniversalSegmentation")
-    model = network(config(num_labels=n_cls, image_size=image_size, num_queries=100))
+    kwargs = {"num_labels": n_cls, "image_size": image_size, "num_queries": 100}
+    model = _transformers(f"{prefix}Config", f"{prefix}ForUniversalSegmentation", **kwargs)
     del model.attn_mask_probs
     model.attn_mask_probs = (0.0,) * model.config.num_blocks
     return Scores(model, _query_scores)
-
-
-def _segmenter(name: str, n_cls: int, image_size: int) -> Segmenter:
-    return create_segmenter(preset(name, n_cls=n_cls, image_size=image_size), impl="eager")
 
 
 OURS = "segmenter"
@@ -386,27 +353,19 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "mask2former_swin": _mask2former_swin,
     "eomt_dinov2": functools.partial(_eomt, "Eomt"),
     "eomt_dinov3": functools.partial(_eomt, "EomtDinov3"),
-    OURS: _segmenter,
+    OURS: lambda name, n_cls, size: create_segmenter(preset(name, n_cls=n_cls, image_size=size), impl="eager"),
 }
-
-
-def _evaluating(build: Build, n_cls: int, image_size: int) -> nn.Module:
-    return build(n_cls, image_size).eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
 
 
 def _peer(row: dict[str, Any]) -> Peer:
     """A row of peers.yml. Misspelt keys and values without a source are errors."""
-    row = {"build": None, "crop": row["size"], "multiply_adds": None, "training_only": 0.0, "note": "", **row}
+    row = {"build": None, "crop": row["size"], "multiply_adds": None, **row}
     for key in ("miou_ss", "miou_ms", "images_per_second", "parameters", "multiply_adds"):
         row[key] = row[key] and Figure(**row[key])
     key = row["build"]
     if key is not None:
-        build = functools.partial(_segmenter, row["name"]) if key == OURS else BUILDERS[key]
-        row["build"] = functools.partial(_evaluating, build)
+        build = functools.partial(BUILDERS[key], row["name"]) if key == OURS else BUILDERS[key]
+        row["build"] = lambda n_cls, image_size: build(n_cls, image_size).eval()
     return Peer(ours=key == OURS, **row)
 
 

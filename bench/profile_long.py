@@ -17,6 +17,7 @@ A trace and a snapshot hold function names and a snapshot the paths of source fi
 import argparse
 import contextlib
 import gzip
+import importlib
 import json
 import os
 import pickle
@@ -43,31 +44,17 @@ QUICK = 1.0  # seconds: a forward below it is profiled several times
 FORWARDS = 3
 SCALING_SHARE = 0.55  # of the time; it goes first, what is left is for the profiles
 SNAPSHOT_ENTRIES = 200_000
+Call = Callable[[], None]
 FILES = {"regions": "regions", "operators": "kernels", "kernels": "device_kernels"}
 
 
-class Defaults(NamedTuple):
-    """What a device gets where the command line is silent."""
-
-    model: str
-    size: int
-    dtype: str
-    providers: tuple[str, ...]
-    tokens: tuple[int, ...]
-    minutes: float
-
-
-DEFAULTS = {
-    "cuda": Defaults(
-        "S",
-        1024,
-        "bf16",
-        ("eager", "sdpa-flash", "sdpa-cudnn", "triton", "compile"),
-        (257, 1025, 4097, 16385, 65537),
-        15.0,
-    ),
-    # Compiling alone would take a minute a size here.
-    "cpu": Defaults("T", 256, "fp32", ("eager", "sdpa-flash"), (257, 1025, 4097), 1.5),
+DEFAULTS = {  # option -> on a GPU, on a CPU, where compiling alone would take a minute a size
+    "model": ("S", "T"),
+    "size": (1024, 256),
+    "dtype": ("bf16", "fp32"),
+    "providers": (("eager", "sdpa-flash", "sdpa-cudnn", "triton", "compile"), ("eager", "sdpa-flash")),
+    "tokens": ((257, 1025, 4097, 16385, 65537), (257, 1025, 4097)),
+    "minutes": (15.0, 1.5),
 }
 
 
@@ -86,15 +73,10 @@ class Setting(NamedTuple):
         return self.deadline - time.monotonic()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One provider
-
-
 def profile(provider: str, setting: Setting, cost: float = 0.0) -> Profile:
     """Profiles one provider and writes its files; where that cannot be, the profile says why.
 
-    Args:
-        cost: seconds that it takes, as far as something like it was measured before.
+    `cost`: seconds that it takes, as far as something like it was measured before.
     """
     reason = long_sequences.unavailable(provider, setting.device, setting.dtype)
     least = 3 * forward_flops(setting.shape) / setting.roofs.flops_per_second  # counted, profiled, timed
@@ -155,12 +137,11 @@ def _profile(provider: str, setting: Setting) -> Profile:
 
 
 def _by_torch(
-    forward: Callable[[], None], forwards: int, warm_up: bool, regions: Regions, found: Profile, setting: Setting
+    forward: Call, forwards: int, warm_up: bool, regions: Regions, found: Profile, setting: Setting
 ) -> dict[str, float]:
     """Profiles with torch.profiler and writes the Chrome trace. Fills `found` and returns the regions' seconds."""
     device = setting.device.type
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    activities = {torch.profiler.ProfilerActivity.CPU, getattr(torch.profiler.ProfilerActivity, device.upper())}
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=forwards, repeat=1) if warm_up else None
     with torch.profiler.profile(activities=activities, schedule=schedule, profile_memory=True) as profiler:
         for _ in range(warm_up + forwards):
@@ -183,9 +164,7 @@ def _by_torch(
     return tables.region_seconds(events, regions.names, device == "cuda")
 
 
-def _by_proton(
-    forward: Callable[[], None], forwards: int, regions: Regions, found: Profile, setting: Setting
-) -> dict[str, float]:
+def _by_proton(forward: Call, forwards: int, regions: Regions, found: Profile, setting: Setting) -> dict[str, float]:
     """As `_by_torch` with Proton and its .hatchet. Never together with torch.profiler: both need CUPTI."""
     proton = _proton()
     with tempfile.TemporaryDirectory() as directory:
@@ -204,12 +183,10 @@ def _by_proton(
 
 
 def _proton() -> Any:
-    import triton.profiler
-
-    return triton.profiler
+    return importlib.import_module("triton.profiler")
 
 
-def memory_snapshot(forward: Callable[[], None], provider: str, out: Path) -> None:
+def memory_snapshot(forward: Call, provider: str, out: Path) -> None:
     """Writes what torch's allocator on the GPU did during one forward, as a pickle and as a page."""
     from torch.cuda import _memory_viz, memory
 
@@ -223,31 +200,16 @@ def memory_snapshot(forward: Callable[[], None], provider: str, out: Path) -> No
     write_text(out / f"memory_{provider}.html", _memory_viz.trace_plot(snapshot))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it
-
-
 def scaling_points(args: argparse.Namespace, setting: Setting, bar: Any) -> Iterator[tuple[Point, float]]:
     """All providers at all lengths, each with the seconds that it took; providers share the time that scaling gets."""
-    shape, sizes = setting.shape, long_sequences.sizes_for(args.tokens, args.patch)
+    sizes, on = long_sequences.sizes_for(args.tokens, args.patch), (setting.device, setting.dtype)
     stop = time.monotonic() + SCALING_SHARE * setting.seconds_left()
     for i, provider in enumerate(args.providers):
         start = time.monotonic()
         end = start + max(stop - start, 0) / (len(args.providers) - i)
         bar.set_description_str(f"scaling {provider}")
-        points = long_sequences.scaling(
-            args.model,
-            args.patch,
-            sizes,
-            provider,
-            setting.device,
-            setting.dtype,
-            batch=args.batch,
-            mask=shape.mask,
-            seconds_left=lambda end=end: end - time.monotonic(),
-            n_cls=shape.n_cls,
-        )
-        for point in points:
+        left = lambda end=end: end - time.monotonic()  # noqa: E731
+        for point in long_sequences.scaling(setting.shape, sizes, provider, *on, left):
             bar.update()
             yield point, time.monotonic() - start
             start = time.monotonic()
@@ -255,38 +217,39 @@ def scaling_points(args: argparse.Namespace, setting: Setting, bar: Any) -> Iter
 
 def cost_of(provider: str, shape: Shape, points: list[tuple[Point, float]]) -> float:
     """What profiling this shape takes at least, by the provider's point of this length or the longest below it."""
-    near = [(p.tokens, took) for p, took in points if p.provider == provider and not p.reason]
-    return max((item for item in near if item[0] <= shape.tokens), default=(0, 0.0))[1]
+    done = [(p.tokens, took) for p, took in points if p.provider == provider and not p.reason]
+    return max((one for one in done if one[0] <= shape.tokens), default=(0, 0.0))[1]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.profile_long", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    both = {name: tuple(getattr(d, name) for d in DEFAULTS.values()) for name in Defaults._fields}
 
-    def default(name: str) -> str:
-        gpu, cpu = (" ".join(map(str, v)) if isinstance(v, tuple) else v for v in both[name])
-        return f"default: {gpu} on a GPU, {cpu} on a CPU"
+    def add(name: str, words: str = "", **kwargs: Any) -> None:
+        if name in DEFAULTS:
+            gpu, cpu = (" ".join(map(str, v)) if isinstance(v, tuple) else v for v in DEFAULTS[name])
+            words += f"default: {gpu} on a GPU, {cpu} on a CPU"
+        parser.add_argument(f"--{name}", help=words or None, **kwargs)
 
-    parser.add_argument("--model", choices=WIDTHS, help=default("model"))
-    parser.add_argument("--patch", type=int, default=8, help="pixels (default: 8)")
-    parser.add_argument("--size", type=int, help=f"side of the profiled image in pixels; {default('size')}")
-    parser.add_argument("--decoder", choices=("mask", "linear"), default="mask")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--classes", type=int, default=150, help="2 to 256 (default: 150)")
-    parser.add_argument("--providers", nargs="+", choices=providers.PROVIDERS, help=default("providers"))
-    parser.add_argument("--dtype", choices=results.DTYPES, help=default("dtype"))
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
-    parser.add_argument("--tokens", type=int, nargs="*", help=f"lengths for the scaling; {default('tokens')}")
-    parser.add_argument("--minutes", type=float, help=f"nothing is started after so long; {default('minutes')}")
-    parser.add_argument("--profiler", choices=("torch", "proton"), default="torch")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything")
+    add("model", choices=WIDTHS)
+    add("patch", "pixels (default: 8)", type=int, default=8)
+    add("size", "side of the profiled image in pixels; ", type=int)
+    add("decoder", choices=("mask", "linear"), default="mask")
+    add("batch", type=int, default=1)
+    add("classes", "2 to 256 (default: 150)", type=int, default=150)
+    add("providers", nargs="+", choices=providers.PROVIDERS)
+    add("dtype", choices=results.DTYPES)
+    add("device", "default: a GPU if there is one", choices=("cuda", "cpu"))
+    add("tokens", "lengths for the scaling; ", type=int, nargs="*")
+    add("minutes", "nothing is started after so long; ", type=float)
+    add("profiler", choices=("torch", "proton"), default="torch")
+    add("out", "folder for everything", type=Path, required=True, metavar="DIR")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for name, value in DEFAULTS[args.device]._asdict().items():
+    for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, values[args.device == "cpu"])
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
     if args.profiler == "proton" and args.device == "cpu":
@@ -305,13 +268,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def command(argv: list[str]) -> str:
     """The command line without the directory, which is of this machine."""
-    words = list(argv)
-    for i, word in enumerate(words):
-        if word == "--out":
-            words[i + 1] = "DIR"
-        elif word.startswith("--out="):
-            words[i] = "--out=DIR"
-    return " ".join(["python -m bench.profile_long", *words])
+    words = ["DIR" if before == "--out" else word for before, word in zip(["", *argv], argv, strict=False)]
+    return " ".join(["python -m bench.profile_long", *("--out=DIR" if w.startswith("--out=") else w for w in words)])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -339,8 +297,9 @@ def main(argv: list[str] | None = None) -> None:
             report.profiles.append(profile(provider, setting, cost_of(provider, shape, points)))
             bar.update()
     profile_report.write(report, args.out)
-    print(profile_report.short(report))
-    print(f"\n{args.out / 'report.html'}")
+    for table in (profile_report.overview(report), *profile_report.scaling_tables(report.points)):
+        print(f"{table.caption}\n{table.plain()}\n")
+    print(args.out / "report.html")
 
 
 if __name__ == "__main__":

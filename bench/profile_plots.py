@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench.long_sequences import OUT_OF_MEMORY, Point
-from bench.profile_tables import Line, Profile, Span, pattern
+from bench.profile_tables import Profile, Span, pattern
 from bench.report_plots import INK, SOFT, TINTS, look, new_figure
 from bench.timing import Ceilings
 
@@ -39,26 +39,29 @@ def scaling(points: Sequence[Point], title: str) -> "Figure | None":
     if not any(p.seconds for p in points):
         return None
     figure, axes = _rows(title, (3.4, 3.0, 1.9), sharex=True)
-    tokens = sorted({p.tokens for p in points})
     _against_tokens(axes[0], points, lambda p: p.seconds and 1e3 * p.seconds, "ms a call")
     _against_tokens(axes[1], points, lambda p: p.peak_bytes and p.peak_bytes / 2**20, "peak MiB beyond the model")
-    for provider in dict.fromkeys(p.provider for p in points if p.attention is not None):
-        line = [(p.tokens, 100 * p.attention) for p in points if p.provider == provider and p.attention is not None]
-        axes[2].plot(*zip(*line, strict=True), color=look(provider).light, marker=look(provider).marker)
+    _lines(axes[2], points, lambda p: None if p.attention is None else 100 * p.attention)
     axes[2].set(ylim=(0, 100), ylabel="attention, % of time", xlabel="tokens of the encoder")
-    axes[2].set_xticks(tokens, [f"{count:,}" for count in tokens])
+    axes[2].set_xticks(sorted({p.tokens for p in points}))
+    axes[2].xaxis.set_major_formatter("{x:,g}")
     axes[2].minorticks_off()
     axes[0].legend(loc="upper left")
     return figure
 
 
+def _lines(ax: Any, points: Sequence[Point], value: Callable[[Point], float | None]) -> None:
+    """One line a provider, of the points that have a value."""
+    for provider in dict.fromkeys(p.provider for p in points):
+        line = [(p.tokens, value(p)) for p in points if p.provider == provider and value(p) is not None]
+        if line:
+            ax.plot(*zip(*line, strict=True), color=look(provider).light, marker=look(provider).marker, label=provider)
+
+
 def _against_tokens(ax: Any, points: Sequence[Point], value: Callable[[Point], float | None], label: str) -> None:
     """One quantity of all providers on logarithmic axes, two guides, and crosses where memory ran out."""
     ax.set(xscale="log", yscale="log", ylabel=label)
-    for provider in dict.fromkeys(p.provider for p in points):
-        line = [(p.tokens, value(p)) for p in points if p.provider == provider and value(p)]
-        if line:
-            ax.plot(*zip(*line, strict=True), color=look(provider).light, marker=look(provider).marker, label=provider)
+    _lines(ax, points, lambda p: value(p) or None)
     y, x = max(((value(p), p.tokens) for p in points if value(p)), default=(0, 0))
     gone = [p for p in points if p.reason == OUT_OF_MEMORY]
     if y:
@@ -68,7 +71,7 @@ def _against_tokens(ax: Any, points: Sequence[Point], value: Callable[[Point], f
             ax.plot(tokens, guide, color=SOFT, ls=(0, dashes), lw=1, zorder=1, label=name)
         ax.set_ylim(bottom, max(top, y * (3.0 if gone else 1.3)))
     drawn = {p.provider for p in points if p.seconds}
-    skipped = [p for p in points if p.reason and p.reason != OUT_OF_MEMORY and p.provider in drawn]
+    skipped = [p for p in points if p.reason and p not in gone and p.provider in drawn]
     notes = [(p.tokens, 0.97 - 0.07 * i, f"{p.provider}: out of memory x", "right") for i, p in enumerate(gone)]
     for count in sorted({p.tokens for p in skipped}):
         names = "\n".join(p.provider for p in skipped if p.tokens == count)
@@ -82,37 +85,29 @@ def _against_tokens(ax: Any, points: Sequence[Point], value: Callable[[Point], f
 
 def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figure | None":
     """Every region that has matrix products as a point below the measured ceilings, by provider; None without any."""
-    points = {p.provider: [line for line in p.regions if line["tflops"] and line["gbps"]] for p in profiles}
-    points = {provider: lines for provider, lines in points.items() if lines}
+    points = {}  # provider -> (intensity, TFLOP/s, region, share in percent), the fastest first
+    for p in profiles:
+        kept = [line for line in p.regions if line["tflops"] and line["gbps"]]
+        if kept := [(1e3 * r["gflop"] / r["mbytes"], r["tflops"], r["region"], r["share_percent"]) for r in kept]:
+            points[p.provider] = sorted(kept, key=lambda point: -point[1])
     if not points:
         return None
     figure, axes = _rows(title, [3.0] * len(points), sharex=True, sharey=True)
     ceiling, slope = roofs.flops_per_second / 1e12, roofs.bytes_per_second / 1e12
-    every = [line for lines in points.values() for line in lines]
-    left, right = (limit(*map(_intensity, every), ceiling / slope) for limit in (min, max))
-    left, right, bottom = left / 2, right * 2, min(line["tflops"] for line in every) / 2
+    x, y = zip(*((x, y) for lines in points.values() for x, y, *_ in lines), strict=True)
+    left, right, bottom = min(*x, ceiling / slope) / 2, max(*x, ceiling / slope) * 2, min(y) / 2
     for ax, (provider, lines) in zip(axes, points.items(), strict=True):
         colour, marker = look(provider).light, look(provider).marker
         ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * ceiling), ylabel="TFLOP/s")
         ax.set_title(provider)
         ax.plot([left, ceiling / slope, right], [left * slope, ceiling, ceiling], color=INK, zorder=1)
-        ax.text(right, 1.15 * ceiling, f"matrix product: {ceiling:.3g} TFLOP/s ", fontsize=8, color=SOFT, ha="right")
-        ax.text(
-            0.99,
-            0.03,
-            f"slope: copy, {1e3 * slope:.3g} GB/s",
-            transform=ax.transAxes,
-            fontsize=8,
-            color=SOFT,
-            ha="right",
-        )
-        ax.scatter(
-            *zip(*((_intensity(line), line["tflops"]) for line in lines), strict=True), s=30, c=colour, marker=marker
-        )
-        for i, line in enumerate(sorted(lines, key=lambda line: -line["tflops"])):
+        small = {"fontsize": 8, "color": SOFT, "ha": "right"}
+        ax.text(right, 1.15 * ceiling, f"matrix product: {ceiling:.3g} TFLOP/s ", **small)
+        ax.text(0.99, 0.03, f"slope: copy, {1e3 * slope:.3g} GB/s", transform=ax.transAxes, **small)
+        ax.scatter([x for x, *_ in lines], [y for _, y, *_ in lines], s=30, c=colour, marker=marker)
+        for i, (x, y, region, share) in enumerate(lines):
             ax.annotate(
-                f"{short_region(line['region'])}  {line['share_percent']:.1f} %",
-                (_intensity(line), line["tflops"]), (1.03, 0.97 - 0.97 * i / max(len(lines) - 1, 8)),
+                f"{short_region(region)}  {share:.1f} %", (x, y), (1.03, 0.97 - 0.97 * i / max(len(lines) - 1, 8)),
                 textcoords="axes fraction", fontsize=8, va="center", annotation_clip=False,
                 arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.45, "lw": 0.7, "relpos": (0, 0.5)},
             )  # fmt: skip
@@ -120,10 +115,6 @@ def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figur
         _numbers(ax.yaxis)
     axes[-1].set_xlabel("intensity, FLOP of matrix products for each byte read or written")
     return figure
-
-
-def _intensity(line: Line) -> float:
-    return 1e3 * line["gflop"] / line["mbytes"]
 
 
 def short_region(region: str) -> str:

@@ -19,6 +19,7 @@ from bench.timing import Ceilings
 from segmenter.files import write_atomically, write_text
 
 OPERATORS_SHOWN = 20
+MIB = 2**-20
 HINTS = {
     "layers": "regions that are together in this line",
     "ms": "of one forward, all layers",
@@ -43,6 +44,13 @@ CAPTIONS = {
 }
 
 
+SCALING_CAPTIONS = {
+    "ms": "Milliseconds a call, by tokens",
+    "peak_mib": "Peak MiB beyond model and image, by tokens",
+    "attention_percent": "Attention, percent of the time, by tokens",
+}
+
+
 class Report(NamedTuple):
     """All that was found. `facts`: of bench.results."""
 
@@ -63,23 +71,29 @@ class Report(NamedTuple):
     def where(self) -> str:
         return self.facts["name"] if self.facts["device"] == "cuda" else f"CPU ({self.facts['name']})"
 
+    @property
+    def software(self) -> str:
+        return "torch {torch}, triton {triton}, commit {commit}".format(**self.facts)
+
+    @property
+    def ceilings(self) -> str:
+        products, copies = self.roofs.flops_per_second / 1e12, self.roofs.bytes_per_second / 1e9
+        return f"{products:.3g} TFLOP/s of {self.roofs.dtype} matrix products, {copies:.3g} GB/s of copies"
+
 
 def write(report: Report, out: Path) -> None:
     """Writes the plots, summary.md and report.html into `out`."""
     svgs = {}
     for name in CAPTIONS:
         (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier run
-    if matplotlib_is_there():
+    if importlib.util.find_spec("matplotlib"):
         s = report.shape
         with style():
-            figures = {
-                "scaling": profile_plots.scaling(
-                    report.points, f"{s.name}, batch {s.batch}, {SHORT[report.dtype]}, {report.where}"
-                ),
-                "roofline": profile_plots.roofline(report.profiles, report.roofs, report.title),
-                "memory": profile_plots.memory(report.profiles, report.title),
-            }
-            for name, figure in figures.items():
+            every = f"{s.name}, batch {s.batch}, {SHORT[report.dtype]}, {report.where}"
+            scaling = profile_plots.scaling(report.points, every)
+            roofline = profile_plots.roofline(report.profiles, report.roofs, report.title)
+            memory = profile_plots.memory(report.profiles, report.title)
+            for name, figure in zip(CAPTIONS, (scaling, roofline, memory), strict=True):
                 if figure is not None:
                     write_atomically(out / f"{name}.png", lambda file, figure=figure: figure.savefig(file, dpi=130))
                     svgs[name] = to_svg(figure)
@@ -87,31 +101,22 @@ def write(report: Report, out: Path) -> None:
     write_text(out / "report.html", html_page(report, svgs))
 
 
-def matplotlib_is_there() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def text(value: Any) -> str:
-    """A value for people: three digits."""
-    if value is None or isinstance(value, str):
-        return NO_VALUE if value is None else value
-    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.3g}"
-
-
 def table(caption: str, lines: Sequence[Line]) -> Table:
-    """Lines for every form that a report takes."""
+    """Lines for every form that a report takes, numbers with three digits."""
 
     def cell(value: Any) -> Cell:
-        shown, number = text(value), isinstance(value, int | float)
+        shown, number = NO_VALUE if value is None else value, isinstance(value, int | float)
+        if number:
+            shown = f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:.3g}"
         look = "" if number or value is None else "who"
         return Cell(shown if len(shown) < 100 else f"{shown[:99]}…", value if number else None, look, shown)
 
     columns = [Column(name.replace("_", " "), HINTS.get(name)) for name in lines[0]]
     return Table(caption, columns, [Row([cell(value) for value in line.values()]) for line in lines])
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else factor * value
 
 
 def overview(report: Report) -> Table:
@@ -120,48 +125,28 @@ def overview(report: Report) -> Table:
     for p in report.profiles:
         rate = flops / p.seconds if p.seconds else None
         most = f"{p.regions[0]['region']} {p.regions[0]['share_percent']:.0f} %" if p.regions else None
-        lines.append(
-            {
-                "provider": p.provider,
-                "ms": p.seconds and 1e3 * p.seconds,
-                "tflops": rate and rate / 1e12,
-                "percent_flops": rate and 100 * rate / report.roofs.flops_per_second,
-                "profiled_ms": p.profiled_seconds and 1e3 * p.profiled_seconds,
-                "peak_mib": p.peak_bytes and p.peak_bytes / 2**20,
-                "most_time_in": p.reason or most,
-                "in_regions_percent": 100 * p.covered if p.regions else None,
-            }
-        )
+        line = {"provider": p.provider, "ms": _times(p.seconds, 1e3), "tflops": _times(rate, 1e-12)}
+        line["percent_flops"] = _times(rate, 100 / report.roofs.flops_per_second)
+        line |= {"profiled_ms": _times(p.profiled_seconds, 1e3), "peak_mib": _times(p.peak_bytes, MIB)}
+        line |= {"most_time_in": p.reason or most, "in_regions_percent": 100 * p.covered if p.regions else None}
+        lines.append(line)
     return table(f"Providers, {report.title}", lines)
 
 
 def scaling_lines(points: Sequence[Point]) -> list[Line]:
     """One line a point: scaling.csv."""
-    return [
-        {
-            "provider": p.provider,
-            "tokens": p.tokens,
-            "size": p.size,
-            "ms": p.seconds and 1e3 * p.seconds,
-            "spread_percent": None if p.spread is None else 100 * p.spread,
-            "peak_mib": None if p.peak_bytes is None else p.peak_bytes / 2**20,
-            "attention_percent": None if p.attention is None else 100 * p.attention,
-            "reason": p.reason,
-        }
-        for p in points
-    ]
+    lines = []
+    for p in points:
+        line = {"provider": p.provider, "tokens": p.tokens, "size": p.size, "ms": _times(p.seconds, 1e3)}
+        line |= {"spread_percent": _times(p.spread, 100), "peak_mib": _times(p.peak_bytes, MIB)}
+        lines.append(line | {"attention_percent": _times(p.attention, 100), "reason": p.reason})
+    return lines
 
 
 def scaling_tables(points: Sequence[Point]) -> list[Table]:
     """One line a provider, one column a length."""
-    captions = {
-        "ms": "Milliseconds a call, by tokens",
-        "peak_mib": "Peak MiB beyond model and image, by tokens",
-        "attention_percent": "Attention, percent of the time, by tokens",
-    }
-    lines = scaling_lines(points)
-    found = []
-    for key, caption in captions.items():
+    lines, found = scaling_lines(points), []
+    for key, caption in SCALING_CAPTIONS.items():
         if all(line[key] is None and not line["reason"] for line in lines):  # of a compiled program alone
             continue
         by_provider: dict[str, Line] = {}
@@ -183,10 +168,6 @@ def provider_tables(profile: Profile) -> list[tuple[Table, str]]:
     return [(table(caption, lines), file) for caption, lines, file in tables if lines]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three forms
-
-
 def notes(report: Report) -> list[str]:
     """What a reader has to know."""
     clock = "of their kernels on the GPU" if report.facts["device"] == "cuda" else "on the CPU"
@@ -201,23 +182,11 @@ def notes(report: Report) -> list[str]:
         "Attention's share is the time from q, k and v to the output, encoder and decoder, without a profiler.",
         f"compile is torch.compile({COMPILE_MODE}); no provider runs as a CUDA graph here.",
     ]
-    if not matplotlib_is_there():
+    if not importlib.util.find_spec("matplotlib"):
         found.append("There are no plots, because matplotlib is not installed.")
     if report.facts["device"] != "cuda":
         found.append("Measured on a CPU: nothing of this says how a GPU does.")
     return [*found, *(f"{p.provider}: {note}" for p in report.profiles for note in p.notes)]
-
-
-def short(report: Report) -> str:
-    """What is printed at the end."""
-    return "\n\n".join(f"{t.caption}\n{t.plain()}" for t in [overview(report), *scaling_tables(report.points)])
-
-
-def _ceilings(roofs: Ceilings) -> str:
-    return (
-        f"{roofs.flops_per_second / 1e12:.3g} TFLOP/s of {roofs.dtype} matrix products,"
-        f" {roofs.bytes_per_second / 1e9:.3g} GB/s of copies"
-    )
 
 
 def markdown(report: Report) -> str:
@@ -225,16 +194,15 @@ def markdown(report: Report) -> str:
     f = report.facts
     parts = [
         f"# Profile: {report.title}",
-        f"`{f['command']}`; torch {f['torch']}, triton {f['triton']}, commit {f['commit']}.",
-        f"Measured ceilings: {_ceilings(report.roofs)}.",
+        f"`{f['command']}`; {report.software}.",
+        f"Measured ceilings: {report.ceilings}.",
         "\n".join(f"- {note}" for note in notes(report)),
     ]
     tables = [*([overview(report)] if report.profiles else []), *scaling_tables(report.points)]
     parts += [f"**{t.caption}**\n\n{t.markdown()}" for t in tables]
     for p in report.profiles:
-        parts.append(f"## {p.provider}" + (f"\n\n{p.reason}" if p.reason else ""))
-        found = provider_tables(p)
-        parts += [f"**{t.caption}**\n\n{t.markdown()}\n\nAll of it: {file}" for t, file in found]
+        parts += [f"## {p.provider}", *([p.reason] if p.reason else [])]
+        parts += [f"**{t.caption}**\n\n{t.markdown()}\n\nAll of it: {file}" for t, file in provider_tables(p)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -242,17 +210,15 @@ def html_page(report: Report, svgs: dict[str, str]) -> str:
     """report.html: everything in one file."""
     f = report.facts
     known = {"Machine": report.where, "Command": f["command"], "Profiler": report.profiler}
-    known["Software"] = f"torch {f['torch']}, triton {f['triton']}, commit {f['commit']}"
-    known["Ceilings, measured"] = _ceilings(report.roofs)
+    known |= {"Software": report.software, "Ceilings, measured": report.ceilings}
     known |= {name: f[name] for name in ("driver_version", "clocks.max.sm", "power.limit", "cuda") if name in f}
     sections = [Section("about", "What was measured", [html.facts(known.items()), html.items(notes(report))])]
     if report.profiles:
         sections.append(Section("providers", "Providers", [overview(report)], "Providers"))
     for name, caption in CAPTIONS.items():
         inside: list[Any] = [html.plots([svgs[name]], caption, wide=True)] if name in svgs else []
-        if name == "scaling":
-            for t in scaling_tables(report.points):
-                inside += [html.paragraph(t.caption), t]
+        for t in scaling_tables(report.points) if name == "scaling" else ():
+            inside += [html.paragraph(t.caption), t]
         if inside:
             sections.append(Section(name, name.capitalize(), inside, name.capitalize()))
     for p in report.profiles:

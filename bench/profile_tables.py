@@ -14,7 +14,6 @@ from typing import Any
 
 from torch.autograd import DeviceType
 
-from bench.profiling import Counted
 from bench.shapes import Work
 from bench.timing import Ceilings
 
@@ -30,26 +29,19 @@ Span = tuple[str, float, float]  # a region, its start and end in seconds
 
 @dataclass
 class Profile:
-    """One provider, profiled.
-
-    Attributes:
-        reason: why there is nothing, else "". notes: what a reader has to know.
-        seconds: median of a forward without any profiler. profiled_seconds: mean with it, as everything below.
-        regions, operators, kernels: tables for one forward, the slowest first.
-        memory: (seconds since the start, bytes beyond those at the start) of the last forward, one step an event.
-        spans: its regions from the same start.
-    """
+    """One provider, profiled. The tables are those of one forward, the slowest line first."""
 
     provider: str
-    reason: str = ""
-    notes: list[str] = field(default_factory=list)
-    seconds: float | None = None
-    profiled_seconds: float | None = None
+    reason: str = ""  # why there is nothing
+    notes: list[str] = field(default_factory=list)  # what a reader has to know
+    seconds: float | None = None  # median of a forward without any profiler
+    profiled_seconds: float | None = None  # mean with it, as everything below
     regions: list[Line] = field(default_factory=list)
     operators: list[Line] = field(default_factory=list)
     kernels: list[Line] = field(default_factory=list)
+    # (seconds since the start, bytes beyond those at the start) of the last forward, one step an event
     memory: list[tuple[float, int]] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)  # its regions from the same start
 
     @property
     def covered(self) -> float:
@@ -79,27 +71,25 @@ def pattern(region: str) -> str:
 def rates(work: Work, seconds: float, roofs: Ceilings) -> dict[str, float | None]:
     """TFLOP/s, GB/s, percent of each ceiling, percent of the best time that both allow; None where there is no work."""
     best = work.floor(roofs.flops_per_second, roofs.bytes_per_second)
+    flops, moved = work.flops / seconds, work.bytes / seconds
     found = {
-        "tflops": work.flops / seconds / 1e12,
-        "gbps": work.bytes / seconds / 1e9,
-        "percent_flops": 100 * work.flops / seconds / roofs.flops_per_second,
-        "percent_bytes": 100 * work.bytes / seconds / roofs.bytes_per_second,
+        "tflops": flops / 1e12,
+        "gbps": moved / 1e9,
+        "percent_flops": 100 * flops / roofs.flops_per_second,
+        "percent_bytes": 100 * moved / roofs.bytes_per_second,
         "percent_of_roof": 100 * best / seconds,
     }
     return {name: value or None for name, value in found.items()}
 
 
 def region_lines(
-    seconds: Mapping[str, float],
-    counted: Mapping[tuple[str, str], Counted],
-    peaks: Mapping[str, int],
-    forwards: int,
-    roofs: Ceilings,
+    seconds: Mapping[str, float], counted: Mapping, peaks: Mapping[str, int], forwards: int, roofs: Ceilings
 ) -> list[Line]:
     """Layers together, and the work of one forward against the ceilings.
 
     Args:
-        seconds: region -> its time without its parts, in all forwards. counted: work of one; empty: unknown.
+        seconds: region -> its time without its parts, in all forwards.
+        counted: `Counter.found` of one forward; empty: unknown.
         peaks: as of `Profile.region_peaks`.
     """
     time, layers = collections.Counter(), collections.Counter(map(pattern, seconds))
@@ -110,25 +100,12 @@ def region_lines(
         work[pattern(region)] += one.work
     lines = []
     for region, took in time.most_common():
-        flops, moved = work[region]
-        peak = peaks.get(region)
-        lines.append(
-            {
-                "region": region,
-                "layers": layers[region],
-                "ms": 1e3 * took / forwards,
-                "share_percent": 100 * took / (time.total() or 1.0),
-                "gflop": flops / 1e9 or None,
-                "mbytes": moved / 1e6 or None,
-                **rates(work[region], max(took, 1e-9) / forwards, roofs),
-                "peak_mib": None if peak is None else peak / 2**20,
-            }
-        )
+        line = {"region": region, "layers": layers[region], "ms": 1e3 * took / forwards}
+        line["share_percent"] = 100 * took / (time.total() or 1.0)
+        line |= {"gflop": work[region].flops / 1e9 or None, "mbytes": work[region].bytes / 1e6 or None}
+        line |= rates(work[region], max(took, 1e-9) / forwards, roofs)
+        lines.append(line | {"peak_mib": peaks[region] / 2**20 if region in peaks else None})
     return lines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# torch.profiler
 
 
 def forwards_of(events: Iterable[Any]) -> list[Any]:
@@ -148,16 +125,16 @@ def region_seconds(events: Iterable[Any], regions: Collection[str], on_device: b
     named, found = {FORWARD, *regions}, collections.Counter()
 
     def kernels(event: Any) -> float:
-        of_children = sum(kernels(child) for child in event.cpu_children)
-        return of_children + sum(kernel.duration for kernel in event.kernels if kernel.name not in named)
+        launched = sum(kernel.duration for kernel in event.kernels if kernel.name not in named)
+        return launched + sum(map(kernels, event.cpu_children))
 
     for event in events:
         if event.name in named and event.device_type == DeviceType.CPU:
             took = kernels(event) if on_device else event.time_range.elapsed_us()
             found[event.name] += took / 1e6
-            around = event.cpu_parent
-            while around is not None and around.name not in named:
-                around = around.cpu_parent
+            around = event
+            while (around := around.cpu_parent) is not None and around.name not in named:
+                pass
             if around is not None:
                 found[around.name] -= took / 1e6
     found[""] = found.pop(FORWARD)
@@ -166,14 +143,12 @@ def region_seconds(events: Iterable[Any], regions: Collection[str], on_device: b
 
 def operator_lines(averages: Iterable[Any], regions: Collection[str], forwards: int, on_device: bool) -> list[Line]:
     """torch's own table, `torch.profiler.profile.key_averages()`, of operators: their time without those inside."""
-    microseconds = "self_device_time_total" if on_device else "self_cpu_time_total"
-    annotations = {FORWARD, *regions}
-    found = [
-        {"operator": row.key, "calls": row.count / forwards, "ms": getattr(row, microseconds) / 1e3 / forwards}
-        for row in averages
-        if row.device_type == DeviceType.CPU and row.key not in annotations and "ProfilerStep" not in row.key
-    ]
-    return _by_time([line for line in found if line["ms"] or not on_device])
+    found = []
+    for row in averages:
+        if row.device_type == DeviceType.CPU and row.key not in {FORWARD, *regions} and "ProfilerStep" not in row.key:
+            ms = (row.self_device_time_total if on_device else row.self_cpu_time_total) / 1e3 / forwards
+            found += [{"operator": row.key, "calls": row.count / forwards, "ms": ms}] if ms or not on_device else []
+    return _by_time(found)
 
 
 def kernel_lines(trace: Mapping[str, Any], forwards: int) -> list[Line]:
@@ -183,18 +158,11 @@ def kernel_lines(trace: Mapping[str, Any], forwards: int) -> list[Line]:
         if event.get("cat") in DEVICE_KINDS:
             args = event.get("args", {})
             groups[event["name"], args.get("registers per thread"), args.get("shared memory")].append(event["dur"])
-    return _by_time(
-        [
-            {
-                "kernel": name,
-                "launches": len(times) / forwards,
-                "ms": sum(times) / 1e3 / forwards,
-                "registers": registers,
-                "shared_bytes": shared,
-            }
-            for (name, registers, shared), times in groups.items()
-        ]
-    )
+    lines = []
+    for (name, registers, shared), times in groups.items():
+        line = {"kernel": name, "launches": len(times) / forwards, "ms": sum(times) / 1e3 / forwards}
+        lines.append(line | {"registers": registers, "shared_bytes": shared})
+    return _by_time(lines)
 
 
 def _by_time(lines: list[Line]) -> list[Line]:
@@ -209,23 +177,16 @@ def timeline(trace: Mapping[str, Any], regions: Collection[str], device: str) ->
     named = [event for event in events if event.get("cat") == "user_annotation"]
     forward = max((event for event in named if event["name"] == FORWARD), key=lambda event: event["ts"])
     start, seconds = forward["ts"], forward["dur"] / 1e6
-    steps = [
-        ((event["ts"] - start) / 1e6, event["args"]["Bytes"])
-        for event in events
-        if event.get("name") == "[memory]" and event["args"].get("Device Type") == MEMORY_TYPE[device]
-    ]
+    steps = [event for event in events if event.get("name") == "[memory]"]
     held, memory = 0, [(0.0, 0)]
-    for time, change in sorted(steps, key=lambda step: step[0]):  # stable: an allocation and its release at one time
-        if 0 <= time <= seconds:
-            held += change
+    for event in sorted(steps, key=lambda step: step["ts"]):  # stable: an allocation and its release at one time
+        time = (event["ts"] - start) / 1e6
+        if 0 <= time <= seconds and event["args"].get("Device Type") == MEMORY_TYPE[device]:
+            held += event["args"]["Bytes"]
             memory.append((time, held))
     times = [(event["name"], (event["ts"] - start) / 1e6, event["dur"] / 1e6) for event in named]
     spans = [(name, begin, begin + took) for name, begin, took in times if name in regions and 0 <= begin <= seconds]
     return [*memory, (seconds, held)], sorted(spans, key=lambda span: (span[1], -span[2]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Proton
 
 
 def read_hatchet(data: Any, regions: Collection[str], forwards: int) -> tuple[dict[str, float], list[Line]]:

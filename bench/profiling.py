@@ -30,21 +30,15 @@ PARTS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Regions
-
-
 class Regions:
     """Named parts of a forward pass, opened as annotations of a profiler. Results are the same with them and without.
 
     Args:
         scope: makes the context manager of a name: `torch.profiler.record_function`, `triton.profiler.scope`.
-    Attributes:
-        names: all that were opened.
     """
 
     def __init__(self, scope: Callable[[str], Any] = torch.profiler.record_function):
-        self.names: set[str] = set()
+        self.names: set[str] = set()  # all that were opened
         self._scope = scope
         self._open: list[tuple[str, Any]] = []
 
@@ -123,9 +117,6 @@ def _hookable(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counted work
-
 _FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
 _NOTHING_MOVES = {"_unsafe_view", "_reshape_alias", "lift_fresh"}
 _OVERWRITES = {"copy_", "zero_", "fill_", "uniform_", "normal_"}  # their first argument is not read
@@ -152,8 +143,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self, where: Callable[[], str] = lambda: ""):
         super().__init__()
-        self.found: dict[tuple[str, str], Counted] = {}
-        self._where = where
+        self.found, self._where = {}, where
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -69,8 +69,8 @@ def require(provider: str, device: torch.device, dtype: torch.dtype, timed: bool
     """
     if provider == "triton":
         reason = why_not_on(device.type, device.index)
-        if reason is None and device.type == "cpu" and timed:
-            reason = INTERPRETED
+        if device.type == "cpu" and timed:
+            reason = reason or INTERPRETED
         if reason is not None:
             raise Unavailable(reason)
     elif provider in BACKENDS:
@@ -85,12 +85,11 @@ def require(provider: str, device: torch.device, dtype: torch.dtype, timed: bool
 @contextlib.contextmanager
 def using(model: nn.Module, ops: Operators) -> Iterator[None]:
     """While inside, every part of `model` that has a choice computes with `ops`."""
-    holders = [module for module in model.modules() if hasattr(module, "ops")]
-    before = [module.ops for module in holders]
+    before = [(module, module.ops) for module in model.modules() if hasattr(module, "ops")]
     try:
-        for module in holders:
+        for module, _ in before:
             module.ops = ops
         yield
     finally:
-        for module, old in zip(holders, before, strict=True):
+        for module, old in before:
             module.ops = old

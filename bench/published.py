@@ -5,6 +5,8 @@ Score matrices are written out in attention, every window is upsampled to full r
 github.com/rstrudel/segmenter in our own words; `tests/test_golden.py` checks it against the golden cases.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -32,11 +34,7 @@ def published_inference(
     for im, flip in zip(ims, flips, strict=True):
         im = resize(im, window_size)
         H, W = im.shape[-2:]
-        anchors = [
-            (top, left)
-            for top in window_anchors(H, window_size, window_stride)
-            for left in window_anchors(W, window_size, window_stride)
-        ]
+        anchors = list(itertools.product(*(window_anchors(side, window_size, window_stride) for side in (H, W))))
         crops = torch.stack([im[0, :, top : top + window_size, left : left + window_size] for top, left in anchors])
         seg_maps = torch.zeros(len(crops), model.n_cls, window_size, window_size)
         with using(model, ops):

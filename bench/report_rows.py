@@ -336,9 +336,7 @@ def _in_units(value: float, units: dict[str, float]) -> str:
 duration = or_dash(lambda seconds: _in_units(seconds, {"s": 1, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}))  # "1.23 ms"
 memory = or_dash(lambda count: _in_units(count, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}))  # "12.3 MiB"
 times = or_dash(lambda ratio: f"{ratio:.2f}x" if ratio < 10 else f"{significant(ratio)}x")  # "1.23x"
-percent = or_dash(
-    lambda n: f"{n:.0f} %" if n >= 99.95 else f"{n:.1f} %" if n >= 1 else f"{n:.2g} %"
-)  # "101 %", "4.0 %"
+percent = or_dash(lambda n: f"{n:.0f} %" if n >= 99.95 else f"{n:.1f} %" if n >= 1 else f"{n:.2g} %")
 share = or_dash(lambda n: f"{math.floor(n * 1e4 + 1e-6) / 100:.2f} %")  # rounded down: never "100.00 %" of less than 1
 points = or_dash("{:.2f}".format)  # mIoU, given in percent
 whole = or_dash("{:,.0f}".format)  # "16,385"

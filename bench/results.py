@@ -181,7 +181,7 @@ def sampling(device: torch.device, fields: tuple[str, ...] = _STATE) -> Callable
         except subprocess.TimeoutExpired:
             process.kill()
             return unknown
-        values = [value.strip() for value in text.strip().split(",")]
+        values = [value.strip() for value in text.split(",")]
         ok = process.returncode == 0 and len(values) == len(fields)
         return dict(zip(fields, values, strict=True)) if ok else unknown
 
@@ -209,11 +209,9 @@ def device_name(device: torch.device) -> str:
 
 def cpu_name() -> str:
     """Brand of the processor, without trademark signs."""
-    brand = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        brand = match[1] if match else brand
+    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    brand = match[1] if match else platform.processor() or platform.machine()
     return re.sub(r"\((R|TM)\)", "", brand).strip()
 
 

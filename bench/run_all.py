@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench import report, results
-from bench.harness import rates
+from bench.harness import rates, row_facts
 from bench.results import ROOT, ResultsError, ResultsFile
 from bench.shapes import Shape
 from bench.shapes import model as model_work
@@ -25,22 +25,20 @@ from bench.timing import Ceilings
 
 OUT_OF_TIME = "stopped: out of time"
 GRACE = 45.0  # seconds that a step may run over its share: the row that was being measured, and writing
-# Steps after the gate: name, and the share of what is left of the time that it may use.
 LONG_MODEL, LONG_PATCH = {"cuda": "S", "cpu": "T"}, 8
+# Steps after the gate: name, and the share of what is left of the time that it may use.
 SHARES = {"gpu": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, "long": 1.0}}
 
 
 def commands(out: Path, device: str, dtype: str, camvid: Path | None) -> dict[str, list[str]]:
     """The command of each step, without its time limit."""
     at = ["--device", device, "--dtype", dtype]
-    bench = ["pytest", "bench", "-q", "--no-header", "-p", "no:cacheprovider", *at]
-    seconds = {"cuda": "0.3", "cpu": "0.5"}[device]
-    timed = [*bench, "--missing", "--row-seconds", seconds, "--results", str(out)]
+    uncached = ["-q", "-p", "no:cacheprovider"]
+    bench = ["pytest", "bench", "--no-header", *uncached, *at]
+    timed = [*bench, "--missing", "--row-seconds", {"cuda": "0.3", "cpu": "0.5"}[device], "--results", str(out)]
     timed += ["--camvid", str(camvid)] if camvid else []
-    if device == "cuda":
-        # Without what takes minutes by itself; every row has a gate of its own besides.
-        chosen = ["-m", "gpu", "-k", "not random and not golden"]
-        gate = ["pytest", "tests/gpu", *chosen, "-q", "-x", "-p", "no:cacheprovider"]
+    if device == "cuda":  # without what takes minutes by itself; every row has a gate of its own besides
+        gate = ["pytest", "tests/gpu", "-m", "gpu", "-k", "not random and not golden", "-x", *uncached]
     else:  # through Triton's interpreter, on tiny inputs
         gate = [*bench, "--benchmark-disable", "-k", "triton"]
     model = ["--model", LONG_MODEL[device], "--patch", str(LONG_PATCH)]
@@ -48,17 +46,12 @@ def commands(out: Path, device: str, dtype: str, camvid: Path | None) -> dict[st
     return {"gate": gate, "core": [*timed, "--sweep", "core"], "long": long, "full": [*timed, "--sweep", "full"]}
 
 
-def limited(name: str, command: list[str], seconds: float) -> list[str]:
-    """The command with its own end: it finishes the row it is at and says what is missing."""
-    if name == "long":
-        return [*command, "--minutes", f"{seconds / 60:.2f}"]
-    return command if name == "gate" else [*command, "--deadline", f"{time.time() + seconds:.0f}"]
-
-
 def run(name: str, command: list[str], seconds: float, log: Path) -> dict[str, Any]:
     """Runs one step, its output in `log`. Returns its entry for the results file."""
     start = time.monotonic()
-    full = [sys.executable, "-m", *limited(name, command, seconds)]
+    # A step ends by itself: it finishes the row it is at and says what is missing.
+    limit = {"long": ["--minutes", f"{seconds / 60:.2f}"], "gate": []}
+    full = [sys.executable, "-m", *command, *limit.get(name, ["--deadline", f"{time.time() + seconds:.0f}"])]
     print(f"{name}: up to {seconds:.0f} s, output in {log}", flush=True)
     with log.open("w") as file:
         try:
@@ -83,9 +76,8 @@ def add_long_rows(file: ResultsFile, scaling: Path, device: str, dtype: str) -> 
             continue
         median, spread = float(point["ms"]) / 1e3, point["spread_percent"]
         work = model_work(shape, results.DTYPES[dtype].itemsize)
-        info = {"kind": "long", "provider": provider, "row": name, "dtype": dtype, "timing": "wall"}
-        info |= {"model": shape.name, "shape": shape._asdict(), "tokens": shape.tokens}
-        info |= {"flops": work.flops, "bytes": work.bytes, "tflops": work.flops / median / 1e12}
+        info = row_facts("long", provider, name, dtype, work, shape)
+        info |= {"timing": "wall", "tflops": work.flops / median / 1e12}
         info["peak_bytes"] = int(float(point["peak_mib"]) * 2**20) if point["peak_mib"] else None
         if roofs:
             reached = rates(work, None, median, Ceilings(**roofs))
@@ -102,12 +94,10 @@ def add_long_rows(file: ResultsFile, scaling: Path, device: str, dtype: str) -> 
 def summary(content: dict[str, Any]) -> str:
     """A line for each whole model, peer and step of the waterfall: what to look at first."""
     lines = []
-    for row in content["benchmarks"]:
-        info = row["extra_info"]
+    for info in (row["extra_info"] for row in content["benchmarks"]):
         if "images_per_second" in info:
             what = f"{info['kind']:10} {info.get('model', ''):18} {info['provider']:22}"
-            peak = info.get("peak_bytes")
-            memory = f"{peak / 2**20:8.0f} MiB" if peak is not None else ""
+            memory = "" if info.get("peak_bytes") is None else f"{info['peak_bytes'] / 2**20:8.0f} MiB"
             lines.append(f"{what} {info['images_per_second']:9.2f} images/s {memory}")
     lines.append(f"{len(content['benchmarks'])} rows, {len(content['unavailable'])} not to be had here or not reached")
     return "\n".join(lines)
@@ -148,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ResultsError as error:
         print(error, file=sys.stderr)
         return 1
-    passed = [step for step in before if step["name"] == "gate" and step["state"] == "done"]
+    passed = [step for step in before if (step["name"], step["state"]) == ("gate", "done")]
     steps += passed or [run("gate", todo["gate"], 0.4 * (end - time.monotonic()), out / "gate.log")]
     content = note()
     if steps[-1]["state"] == OUT_OF_TIME:

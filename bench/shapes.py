@@ -35,9 +35,6 @@ class Work(NamedTuple):
     def __add__(self, other: "Work") -> "Work":
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
-    def __mul__(self, times: int) -> "Work":
-        return Work(self.flops * times, self.bytes * times)
-
 
 class Shape(NamedTuple):
     """One point of the sweep: a model of the paper, square images of `size` pixels, `batch` of them at a time."""

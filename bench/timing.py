@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import itertools
 import math
 import statistics
 import time
@@ -36,13 +37,11 @@ Call = Callable[..., Any]
 class Clock:
     """The timer of pytest-benchmark: called before and after each round; the difference is seconds a call.
 
-    Attributes:
-        mode: "wall" (after waiting for the device) or "events" (of CUDA).
-        calls: calls of the measured function in a round.
+    `mode` is "wall" (after waiting for the device) or "events" (of CUDA); a round has `calls` of what is measured.
     """
 
-    def __init__(self) -> None:
-        self.reset()
+    def __init__(self, mode: str = "wall", calls: int = 1):
+        self.reset(mode, calls)
 
     def reset(self, mode: str = "wall", calls: int = 1, device: torch.device | None = None) -> None:
         """Must come before each measurement: a call that raised would leave the events half used."""
@@ -51,8 +50,8 @@ class Clock:
 
     def __call__(self) -> float:
         if self.mode == "wall":
-            if self.device is not None and self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if self.device is not None:
+                synchronize(self.device)
             return time.perf_counter() / self.calls
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -79,52 +78,41 @@ _ALLOCATION_FAILED = ("out of memory", "can't allocate memory", "not enough memo
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
+    failed = isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
+    return failed or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def n_sets(bytes_per_set: int, cache: int, seconds: float) -> int:
     """How many input sets are larger than twice the last cache together: two to MAX_SETS, two if a call takes long."""
-    if seconds > LONG:
-        return 2
-    return min(MAX_SETS, max(2, math.ceil(2 * cache / max(bytes_per_set, 1))))
+    return 2 if seconds > LONG else min(MAX_SETS, max(2, math.ceil(2 * cache / max(bytes_per_set, 1))))
 
 
 class Rotation:
     """Calls `fn` on `calls` input sets, the next ones every time, and returns the last result."""
 
     def __init__(self, fn: Call, sets: Sequence[tuple], calls: int):
-        self.fn, self.sets, self.calls, self.next = fn, sets, calls, 0
+        self.fn, self.sets, self.calls = fn, itertools.cycle(sets), calls
 
     def __call__(self) -> Any:
-        for _ in range(self.calls):
-            inputs = self.sets[self.next]
-            self.next = (self.next + 1) % len(self.sets)
+        for inputs in itertools.islice(self.sets, self.calls):
             result = self.fn(*inputs)
         return result
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     """`run` as a CUDA graph. Raises RuntimeError if it cannot be captured."""
-    before = torch.cuda.current_stream()
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     try:
-        return _captured(run)
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            run(), run()
+        before.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
     except RuntimeError:
         torch.cuda.set_stream(before)  # torch 2.11 stays on the capture's stream if that fails
         raise
-
-
-def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
 
     def replay() -> Any:
         graph.replay()
@@ -133,13 +121,18 @@ def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, up to the end of the device's work."""
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """(result, seconds) of one call, up to the end of the device's work."""
     synchronize(device)
     start = time.perf_counter()
-    run()
+    result = run()
     synchronize(device)
-    return time.perf_counter() - start
+    return result, time.perf_counter() - start
+
+
+def wall_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, up to the end of the device's work."""
+    return timed(run, device)[1]
 
 
 def rounds_for(seconds: float, budget: float) -> int:
@@ -222,20 +215,18 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, small: bool = Fal
     float32 products are as `torch.set_float32_matmul_precision` says.
     """
     side = SMALL_SIDE if small else _side(device, dtype)
-    products = _seconds(_product(side, device, dtype), device)
+    products = _product_seconds(side, device, dtype)
     source = torch.empty((SMALL_COPY if small else COPY[device.type]) // 4, device=device).uniform_()
     target = torch.empty_like(source)
     copies = _seconds(lambda: target.copy_(source), device)
-    moved = 2 * source.numel() * source.element_size()
-    name = str(dtype).removeprefix("torch.")
-    rates = (2 * side**3 / statistics.median(products), moved / statistics.median(copies))
-    return Ceilings(name, *rates, spread(products), spread(copies))
+    rates = 2 * side**3 / statistics.median(products), 2 * tensor_bytes(source) / statistics.median(copies)
+    return Ceilings(str(dtype).removeprefix("torch."), *rates, spread(products), spread(copies))
 
 
-def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    """x W^T, the form of every linear layer, which libraries do at least as fast as any other."""
+def _product_seconds(side: int, device: torch.device, dtype: torch.dtype, rounds: int = 10) -> list[float]:
+    """Of x W^T, the form of every linear layer, which libraries do at least as fast as any other."""
     x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return lambda: F.linear(x, weight)
+    return _seconds(lambda: F.linear(x, weight), device, rounds)
 
 
 def _side(device: torch.device, dtype: torch.dtype) -> int:
@@ -243,7 +234,7 @@ def _side(device: torch.device, dtype: torch.dtype) -> int:
     if device.type == "cuda":
         return SIDE["cuda"]
     side = 256
-    while side < SIDE["cpu"] and statistics.median(_seconds(_product(side, device, dtype), device, 2)) < 0.05:
+    while side < SIDE["cpu"] and statistics.median(_product_seconds(side, device, dtype, 2)) < 0.05:
         side *= 2
     return side
 
@@ -256,15 +247,12 @@ def _seconds(run: Callable[[], torch.Tensor], device: torch.device, rounds: int 
     while time.perf_counter() - start < 0.5:
         run()
         torch.cuda.synchronize(device)
-    times = []
+    clock, times = Clock("events", 10), []
     for _ in range(rounds):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
+        clock()
         for _ in range(10):
             run()
-        after.record()
-        after.synchronize()
-        times.append(before.elapsed_time(after) / 1e3 / 10)
+        times.append(clock())
     return times
 
 
@@ -275,11 +263,10 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     found = measure_ceilings(device, DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")])
-    print(
-        f"{device_name(device)}: {found.flops_per_second / 1e12:.2f} TFLOP/s of {found.dtype} matrix products "
-        f"(+-{100 * found.flops_spread:.0f} %), {found.bytes_per_second / 1e9:.1f} GB/s of copies "
-        f"(+-{100 * found.bytes_spread:.0f} %)"
-    )
+    product = f"{found.flops_per_second / 1e12:.2f} TFLOP/s of {found.dtype} matrix products"
+    spreads = [f"(+-{100 * part:.0f} %)" for part in (found.flops_spread, found.bytes_spread)]
+    copy = f"{found.bytes_per_second / 1e9:.1f} GB/s of copies"
+    print(f"{device_name(device)}: {product} {spreads[0]}, {copy} {spreads[1]}")
 
 
 if __name__ == "__main__":

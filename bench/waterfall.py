@@ -25,12 +25,13 @@ from segmenter.inference.segment import cpu_has_bfloat16
 from segmenter.model import Segmenter
 from segmenter.ops import EAGER, Operators, load_kernels, why_not_on
 
+Labels = Callable[[np.ndarray], torch.Tensor]  # of one image
 GPU_SHAPE, CPU_SHAPE = Shape("L", 16, 640, 8), Shape("S", 16, 512, 1)
 EVERY = {"cuda": 5, "cpu": 20}  # every so many-th test image of CamVid counts for mIoU
 
 
 class Step(NamedTuple):
-    """A technique: its name in results, and what it does."""
+    """A technique: its name in results, what it adds, and what that does."""
 
     name: str
     adds: str
@@ -64,9 +65,7 @@ def why_not(adds: str, device: torch.device) -> str | None:
         return "this processor has no bfloat16 instructions; what follows stays in float32"
     if adds in KERNELS and adds != "labels":  # which there is in plain PyTorch too
         return "our kernels need a GPU" if device.type == "cpu" else why_not_on(device.type, device.index)
-    if adds == "graph" and device.type != "cuda":
-        return "CUDA graphs need a GPU"
-    return None
+    return "CUDA graphs need a GPU" if adds == "graph" and device.type != "cuda" else None
 
 
 def features(index: int, device: torch.device) -> frozenset[str]:
@@ -102,8 +101,7 @@ def labels_of(model: Segmenter, on: frozenset[str]) -> Callable[[torch.Tensor], 
         Unavailable: it cannot be captured in a CUDA graph.
     """
     tail = "labels" if "labels" in on else "logits" if "sdpa" in on else "softmax"
-    compiled, from_bytes = "compile" in on, "pixels" in on
-    run = pixels_to_labels(model, operators(on), dtype_of(on), tail, compiled, from_bytes)
+    run = pixels_to_labels(model, operators(on), dtype_of(on), tail, "compile" in on, "pixels" in on)
     return _Graphed(run) if "graph" in on else run
 
 
@@ -129,7 +127,7 @@ class _Graphed:
 # What the steps do to a trained model's labels
 
 
-def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
+def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> Labels:
     """The step's way from one image of any size (H, W, 3) to its labels (H, W), sliding windows included."""
     model, dtype, ops, info = copy.deepcopy(model).to(device, dtype_of(on)), dtype_of(on), operators(on), model.info
     set_operators(model, ops)
@@ -147,10 +145,13 @@ def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> 
     return run
 
 
+def _pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
 def examples() -> Iterator[np.ndarray]:
     """The photographs in examples/, (H, W, 3) uint8."""
-    for path in sorted((ROOT / "examples").glob("*.jpg")):
-        yield np.asarray(Image.open(path).convert("RGB"))
+    return map(_pixels, sorted((ROOT / "examples").glob("*.jpg")))
 
 
 def camvid_test(camvid: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -159,28 +160,20 @@ def camvid_test(camvid: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarr
     Raises:
         FileNotFoundError: it has no such images.
     """
-    paths = sorted((camvid / "images" / "test").iterdir())[::every] if (camvid / "images" / "test").is_dir() else []
+    paths = sorted((camvid / "images" / "test").glob("*"))[::every]
     if not paths:
         raise FileNotFoundError(f"{camvid} has no pictures in images/test")
     for path in paths:
-        label = camvid / "annotations" / "test" / f"{path.stem}.png"
-        yield np.asarray(Image.open(path).convert("RGB")), np.asarray(Image.open(label))
+        yield _pixels(path), np.asarray(Image.open(camvid / "annotations" / "test" / f"{path.stem}.png"))
 
 
-def quality(
-    run: Callable[[np.ndarray], torch.Tensor],
-    exact: Callable[[np.ndarray], torch.Tensor],
-    camvid: Path | None,
-    every: int,
-) -> dict[str, float | int | None]:
+def quality(run: Labels, exact: Labels, camvid: Path | None, every: int) -> dict[str, float | int | None]:
     """How a step labels: the share of pixels labelled as by the first step, and mIoU in percent if CamVid is there."""
-    same, total, matrix, n = 0, 0, ConfusionMatrix(11), 0
-    for pixels in examples():
-        agree = run(pixels) == exact(pixels)
-        same, total = same + int(agree.sum()), total + agree.numel()
-    if camvid is not None:
-        for pixels, label in camvid_test(camvid, every):
-            matrix.update(run(pixels).numpy(), np.where(label >= 11, 255, label))
-            n += 1
+    pairs = [(run(pixels), exact(pixels)) for pixels in examples()]
+    agreement = torch.cat([(found == expected).flatten() for found, expected in pairs]).double().mean().item()
+    matrix, n = ConfusionMatrix(11), 0
+    for pixels, label in camvid_test(camvid, every) if camvid is not None else ():
+        matrix.update(run(pixels).numpy(), np.where(label >= 11, 255, label))
+        n += 1
     miou = round(100 * float(matrix.scores()["mIoU"]), 2) if n else None
-    return {"agreement": same / total, "miou": miou, "miou_pictures": n}
+    return {"agreement": agreement, "miou": miou, "miou_pictures": n}

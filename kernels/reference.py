@@ -335,8 +335,7 @@ def windows_argmax(
     size: tuple[int, int],
     window: tuple[int, int],
     shape: tuple[int, int],
-    score: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Labels of pictures from the masks of overlapping windows, by way of full-resolution logits.
 
     Args:
@@ -344,34 +343,20 @@ def windows_argmax(
         tops, lefts: first row of each row of windows, first column of each column of windows, in pixels.
         size: (h, w) that a window's masks are upsampled to (bilinear, align_corners=False).
         window: (h, w) of a window; what `size` has more is padding. shape: (H, W) of the pictures.
-        score: also return for each pixel "probability", the softmax of the winning class as uint8 (255 is 1), or
-            "margin", its logit minus the second best as float16 (infinite if there is one class).
     Returns:
-        labels (B, H, W) of `label_dtype(K)`, the lowest index among equals; or (labels, scores (B, H, W)).
+        labels (B, H, W) of `label_dtype(K)`, the lowest index among equals.
     """
     logits = windows_scores(masks, tops, lefts, size, window, shape)
-    labels = logits.argmax(1).to(label_dtype(logits.shape[1]))
-    if score is None:
-        return labels
-    if score == "probability":
-        return labels, (logits.softmax(1).amax(1) * 255).round().to(torch.uint8)
-    if score != "margin":
-        raise ValueError(f"score={score!r} is unknown; choose probability or margin")
-    best = logits.topk(min(2, logits.shape[1]), dim=1).values
-    margin = best[:, 0] - best[:, 1] if best.shape[1] == 2 else torch.full_like(best[:, 0], torch.inf)
-    return labels, margin.half()
+    return logits.argmax(1).to(label_dtype(logits.shape[1]))
 
 
-def upsample_argmax(
-    masks: torch.Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None, score: str | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def upsample_argmax(masks: torch.Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None) -> torch.Tensor:
     """Labels of upsampled masks: F.interpolate(masks, size, mode="bilinear")[..., :H0, :W0].argmax.
 
     Args:
         masks: (B, h, w, K), class last. size: (H, W) to upsample to. crop: (H0, W0) to cut the result to, or None.
-        score: as for `windows_argmax`.
     Returns:
-        labels (B, H0, W0), or (labels, scores); as `windows_argmax`.
+        labels (B, H0, W0); as `windows_argmax`.
     """
     crop = tuple(crop or size)
-    return windows_argmax(masks.unsqueeze(1), (0,), (0,), tuple(size), crop, crop, score)
+    return windows_argmax(masks.unsqueeze(1), (0,), (0,), tuple(size), crop, crop)

@@ -34,7 +34,6 @@ import triton
 import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference, upsample_tiles
-from segmenter.kernels.blocks import LOG2E
 from segmenter.kernels.operators import define, forbid_forward_mode
 from segmenter.kernels.upsample_tiles import MAX_CLASSES, MAX_SLOTS, Axis
 
@@ -145,14 +144,13 @@ def _class_logits(k, t, corners, h, w, y, x, in_y, in_x, K: tl.constexpr, SLOTS_
 
 @triton.jit
 def _upsample_argmax_kernel(
-    Masks, Labels, Score,  # (B, windows, gh, gw, K), (B, H, W), (B, H, W) or None
+    Masks, Labels,  # (B, windows, gh, gw, K), (B, H, W)
     RowTiles, ColTiles, RowWeights, ColWeights,  # int32 (intervals, _HEADER + 2 slots) twice, float32 (slots, H or W)
     n_row_tiles, n_col_tiles, windows_x, n_windows, grid_h, grid_w, height, width,
     K: tl.constexpr, K_PAD: tl.constexpr,
     SLOTS_Y: tl.constexpr, SLOTS_X: tl.constexpr,  # the most windows over one pixel, along each axis
     BLOCK_Y: tl.constexpr,  # rows at a time
     BLOCK_X: tl.constexpr,  # at least the columns of any tile
-    SCORE: tl.constexpr,  # None, "probability" or "margin"
 ):  # fmt: skip
     pid = tl.program_id(0)
     image = pid // (n_row_tiles * n_col_tiles)
@@ -171,12 +169,10 @@ def _upsample_argmax_kernel(
               grid_h, grid_w, height, width)  # fmt: skip
     corners = _corners(t, 0, K, SLOTS_Y, SLOTS_X)
     c = tl.arange(0, K_PAD)
-    candidate = c < K
-    if SCORE is None:
-        excess, best_of_cells = _excess(corners, c, None, K)
-        for s in range(1, n_slots):
-            excess += _excess(_corners(t, s, K, SLOTS_Y, SLOTS_X), c, best_of_cells, K)[0]
-        candidate = candidate & ~(excess < 0.0)  # with NaN, or beyond the largest number, all are left
+    excess, best_of_cells = _excess(corners, c, None, K)
+    for s in range(1, n_slots):
+        excess += _excess(_corners(t, s, K, SLOTS_Y, SLOTS_X), c, best_of_cells, K)[0]
+    candidate = (c < K) & ~(excess < 0.0)  # with NaN, or beyond the largest number, all are left
 
     x = x_0 + tl.arange(0, BLOCK_X)
     in_x = x < x_end
@@ -186,14 +182,11 @@ def _upsample_argmax_kernel(
         in_y = y < y_end
         h = tl.load(RowWeights + y, mask=in_y, other=0.0)[:, None]
         best = tl.full([BLOCK_Y, BLOCK_X], float("-inf"), tl.float32)
-        second = best
         label = tl.zeros([BLOCK_Y, BLOCK_X], tl.int32)
         k = tl.min(tl.where(candidate, c, K_PAD), 0)
         while k < K_PAD:
             v = _class_logits(k, t, corners, h, w, y, x, in_y, in_x, K, SLOTS_Y, SLOTS_X)
             better = v > best
-            if SCORE == "margin":
-                second = tl.where(better, best, tl.maximum(second, v))
             label = tl.where(better, k, label)
             best = tl.where(better, v, best)
             k = tl.min(tl.where(candidate & (c > k), c, K_PAD), 0)
@@ -201,14 +194,6 @@ def _upsample_argmax_kernel(
         inside = in_y[:, None] & in_x[None, :]
         pixels = image.to(tl.int64) * height * width + y[:, None] * width + x[None, :]
         tl.store(Labels + pixels, label.to(Labels.dtype.element_ty), mask=inside)
-        if SCORE == "margin":
-            tl.store(Score + pixels, (best - second).to(tl.float16), mask=inside)
-        if SCORE == "probability":
-            total = tl.zeros([BLOCK_Y, BLOCK_X], tl.float32)
-            for k in range(0, K):
-                v = _class_logits(k, t, corners, h, w, y, x, in_y, in_x, K, SLOTS_Y, SLOTS_X)
-                total += tl.exp2((v - best) * LOG2E)
-            tl.store(Score + pixels, (255.0 / total + 0.5).to(tl.uint8), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,14 +241,12 @@ def _run(
     size: tuple[int, int],
     window: tuple[int, int],
     shape: tuple[int, int],
-    score: str | None,
     config: configs.UpsampleArgmaxConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     B, n_windows, grid_h, grid_w, K = masks.shape
     labels = torch.empty(B, *shape, dtype=reference.label_dtype(K), device=masks.device)
-    scores = torch.empty(labels.shape if score else 0, dtype=_score_dtype(score), device=masks.device)
     if B == 0:
-        return labels, scores
+        return labels
     geometry = (tops, lefts, (grid_h, grid_w), size, window, shape)
     axes = _axes(*geometry)
     slots = (axes[0].n_slots, axes[1].n_slots)
@@ -280,63 +263,52 @@ def _run(
         n_tiles = [len(axis.starts) - 1 for axis in axes]
         scalars = (
             *n_tiles, len(lefts), n_windows, grid_h, grid_w, *shape,
-            K, k_pad, *slots, min(c.block_y, triton.next_power_of_2(axes[0].longest)), block_x, score,
+            K, k_pad, *slots, min(c.block_y, triton.next_power_of_2(axes[0].longest)), block_x,
         )  # fmt: skip
         options = {"num_warps": c.num_warps, "num_stages": 1}
-        return launch.Plan(_upsample_argmax_kernel, B * n_tiles[0] * n_tiles[1], (None,) * 7, scalars, options)
+        return launch.Plan(_upsample_argmax_kernel, B * n_tiles[0] * n_tiles[1], (None,) * 6, scalars, options)
 
-    key = (launch.layout(masks), geometry, score, config)
-    launch.planned(_PLANS, key, plan).run(masks, labels, scores if score else None, *tables)
-    return labels, scores
-
-
-def _score_dtype(score: str | None) -> torch.dtype:
-    return torch.float16 if score == "margin" else torch.uint8
+    key = (launch.layout(masks), geometry, config)
+    launch.planned(_PLANS, key, plan).run(masks, labels, *tables)
+    return labels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Operator
 
 
-def _check(masks: torch.Tensor, tops: Sequence[int], lefts: Sequence[int], score: str) -> None:
+def _check(masks: torch.Tensor, tops: Sequence[int], lefts: Sequence[int]) -> None:
     if masks.ndim != 5 or masks.shape[1] != len(tops) * len(lefts):
         n = len(tops) * len(lefts)
         raise ValueError(f"masks must be (B, {n}, gh, gw, K), one for each window, got {tuple(masks.shape)}")
     if masks.shape[-1] == 0:
         raise ValueError(f"there are no classes: masks is {tuple(masks.shape)}")
-    if score not in ("", "probability", "margin"):
-        raise ValueError(f"score={score!r} is unknown; choose probability or margin")
 
 
-def _windows_argmax_kernel(masks, tops, lefts, size, window, shape, score):
+def _windows_argmax_kernel(masks, tops, lefts, size, window, shape):
     launch.check_device(masks)
     launch.check_floats("masks", masks)
-    _check(masks, tops, lefts, score)
+    _check(masks, tops, lefts)
     if masks.shape[2] * masks.shape[3] * masks.shape[4] >= 2**31:
         raise launch.KernelError("the masks of one window have 2^31 elements or more; use smaller windows")
     if masks.shape[-1] > MAX_CLASSES:
         raise launch.KernelError(f'{masks.shape[-1]} classes are more than {MAX_CLASSES}; use impl="eager"')
     geometry = (tuple(x) for x in (tops, lefts, size, window, shape))
-    return _run(masks.contiguous(), *geometry, score or None)
+    return _run(masks.contiguous(), *geometry)
 
 
-def _windows_argmax_fake(masks, tops, lefts, size, window, shape, score):
-    _check(masks, tops, lefts, score)
-    labels = masks.new_empty(masks.shape[0], *shape, dtype=reference.label_dtype(masks.shape[-1]))
-    return labels, masks.new_empty(labels.shape if score else 0, dtype=_score_dtype(score))
+def _windows_argmax_fake(masks, tops, lefts, size, window, shape):
+    _check(masks, tops, lefts)
+    return masks.new_empty(masks.shape[0], *shape, dtype=reference.label_dtype(masks.shape[-1]))
 
 
-def _windows_argmax_reference(masks, tops, lefts, size, window, shape, score):
-    _check(masks, tops, lefts, score)
-    if score:
-        return reference.windows_argmax(masks, tops, lefts, size, window, shape, score)
-    labels = reference.windows_argmax(masks, tops, lefts, size, window, shape)
-    return labels, torch.empty(0, dtype=torch.uint8, device=masks.device)
+def _windows_argmax_reference(masks, tops, lefts, size, window, shape):
+    _check(masks, tops, lefts)
+    return reference.windows_argmax(masks, tops, lefts, size, window, shape)
 
 
 _windows_argmax = define(
-    "windows_argmax(Tensor masks, int[] tops, int[] lefts, int[] size, int[] window, int[] shape, str score)"
-    " -> (Tensor, Tensor)",
+    "windows_argmax(Tensor masks, int[] tops, int[] lefts, int[] size, int[] window, int[] shape) -> Tensor",
     kernel=_windows_argmax_kernel,
     reference=_windows_argmax_reference,
     fake=_windows_argmax_fake,
@@ -352,8 +324,7 @@ def windows_argmax(
     size: tuple[int, int],
     window: tuple[int, int],
     shape: tuple[int, int],
-    score: str | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Labels of pictures from the masks of overlapping windows; not differentiable.
 
     Args:
@@ -362,33 +333,28 @@ def windows_argmax(
             window ends where the picture ends.
         size: (h, w) that a window's masks are upsampled to (bilinear, align_corners=False).
         window: (h, w) of a window; what `size` has more is padding. shape: (H, W) of the pictures.
-        score: also return for each pixel "probability", the softmax of the winning class as uint8 (255 is 1), or
-            "margin", its logit minus the second best as float16. All classes are upsampled then.
     Returns:
-        labels (B, H, W), uint8 up to 256 classes, else int16; with `score` a pair (labels, scores (B, H, W)).
+        labels (B, H, W), uint8 up to 256 classes, else int16.
     Raises:
         KernelError: another type or device, too many classes or windows. ValueError: sizes that do not fit.
     """
     launch.check_device(masks)
     forbid_forward_mode()
-    labels, scores = _windows_argmax(masks, list(tops), list(lefts), list(size), list(window), list(shape), score or "")
-    return (labels, scores) if score else labels
+    return _windows_argmax(masks, list(tops), list(lefts), list(size), list(window), list(shape))
 
 
-def upsample_argmax(
-    masks: torch.Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None, score: str | None = None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def upsample_argmax(masks: torch.Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None) -> torch.Tensor:
     """Labels of upsampled masks, as F.interpolate(masks, size, mode="bilinear")[..., :H0, :W0].argmax; exact.
 
     Args:
         masks: (B, h, w, K), class last; bfloat16, float16 or float32. size: (H, W) to upsample to, any.
-        crop: (H0, W0) to cut the result to, or None. score: as for `windows_argmax`.
+        crop: (H0, W0) to cut the result to, or None.
     Returns:
-        labels (B, H0, W0), uint8 up to 256 classes, else int16; with `score` a pair (labels, scores (B, H0, W0)).
+        labels (B, H0, W0), uint8 up to 256 classes, else int16.
     Raises:
         KernelError: another type or device, too many classes. ValueError: sizes that do not fit.
     """
     if masks.ndim != 4:
         raise ValueError(f"masks must be (B, h, w, K), got {tuple(masks.shape)}")
     crop = tuple(crop or size)
-    return windows_argmax(masks.unsqueeze(1), (0,), (0,), tuple(size), crop, crop, score)
+    return windows_argmax(masks.unsqueeze(1), (0,), (0,), tuple(size), crop, crop)

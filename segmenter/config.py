@@ -236,7 +236,7 @@ def preset(
 def check_windows(size: Any, stride: Any, image_size: tuple[int, int]) -> None:
     """Checks sliding windows, in pixels, for a model whose positions are made for `image_size`.
 
-    A picture that is smaller than a window is enlarged to it, and attention costs the square of its area.
+    An image that is smaller than a window is enlarged to it, and attention costs the square of its area.
 
     Raises:
         ConfigError: no integers, a window beyond MAX_STRETCH times the longer side, a stride beyond the window.

@@ -164,7 +164,7 @@ class VisionTransformer(OperatorModule):
         return x + self.positions((H // self.patch_size, W // self.patch_size))
 
     def embed_pixels(self, pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-        """Tokens with positions of pictures as bytes: `embed` of the normalised and padded picture.
+        """Tokens with positions of images as bytes: `embed` of the normalised and padded image.
 
         Args:
             pixels: (B, H, W, 3) uint8, on the model's device, any H and W from 1 on.
@@ -175,7 +175,7 @@ class VisionTransformer(OperatorModule):
             TypeError: pixels are no bytes. ValueError: another shape.
         """
         if pixels.dtype != torch.uint8:
-            raise TypeError(f"expected pictures as bytes, got {pixels.dtype}; for normalised images use embed()")
+            raise TypeError(f"expected images as bytes, got {pixels.dtype}; for normalised images use embed()")
         P = self.patch_size
         _, *grid = reference.patch_grid(pixels, P)
         if self.why_not_bytes() is not None:

@@ -83,7 +83,7 @@ class Segmenter(OperatorModule):
         return self.decoder(x, im.shape[-2:])
 
     def masks_of_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """`masks` of pictures as bytes, normalised as the model's `info` says.
+        """`masks` of images as bytes, normalised as the model's `info` says.
 
         On a GPU, normalisation and patch embedding are one kernel that reads the bytes (`encoder.embed_pixels`). An
         encoder of another class, or with hooks, is called with the normalised image, and so is a `masks` of one's own.
@@ -99,7 +99,7 @@ class Segmenter(OperatorModule):
 
         if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8:
             what = pixels.dtype if isinstance(pixels, torch.Tensor) else type(pixels).__name__
-            raise TypeError(f"expected uint8 pictures (B, H, W, 3), got {what}; for normalised images use masks()")
+            raise TypeError(f"expected uint8 images (B, H, W, 3), got {what}; for normalised images use masks()")
         _, grid_h, grid_w = reference.patch_grid(pixels, self.patch_size)
         mean, std = NORMALIZATION[self.info.normalization]
         overridden = type(self).masks is not Segmenter.masks or "masks" in self.__dict__
@@ -122,7 +122,7 @@ class Segmenter(OperatorModule):
         return logits[..., : im.shape[-2], : im.shape[-1]]
 
     def segment(self, image: Any, **kwargs: Any) -> Any:
-        """Labels of a picture at its own size; see `segmenter.inference.segment.segment_image`."""
+        """Labels of an image at its own size; see `segmenter.inference.segment.segment_image`."""
         from segmenter.inference.segment import segment_image
 
         return segment_image(self, image, **kwargs)
@@ -134,7 +134,7 @@ class Segmenter(OperatorModule):
         return segment_stream(self, images, **kwargs)
 
     def compile_inference(self, batch: int, height: int, width: int, **kwargs: Any) -> Any:
-        """A function from pictures (B, H, W, 3) uint8 to labels (B, H, W), as a CUDA graph for each shape.
+        """A function from images (B, H, W, 3) uint8 to labels (B, H, W), as a CUDA graph for each shape.
 
         Args:
             batch, height, width: the shape to capture now; others follow as they come.
@@ -257,8 +257,8 @@ def create_segmenter(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto"
 
 def _check_image(im: torch.Tensor, channels: int) -> None:
     if not isinstance(im, torch.Tensor):
-        raise TypeError(f"expected a tensor (B, {channels}, H, W), got {type(im).__name__}; for pictures use segment()")
+        raise TypeError(f"expected a tensor (B, {channels}, H, W), got {type(im).__name__}; for images use segment()")
     if im.ndim != 4 or im.shape[1] != channels or 0 in im.shape[2:]:
         raise ValueError(f"expected an image batch (B, {channels}, H, W), got {tuple(im.shape)}")
     if not im.is_floating_point():
-        raise TypeError(f"expected a normalised float image, got {im.dtype}; for uint8 pictures use segment()")
+        raise TypeError(f"expected a normalised float image, got {im.dtype}; for uint8 images use segment()")

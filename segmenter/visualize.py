@@ -1,4 +1,4 @@
-"""Labels and attention as pictures: colours, overlay, legend, label files, grids of attention maps."""
+"""Labels and attention as images: colours, overlay, legend, label files, grids of attention maps."""
 
 import math
 from collections.abc import Sequence
@@ -38,9 +38,9 @@ def colorize(labels: np.ndarray, classes: ClassSet) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, classes: ClassSet, alpha: float = 0.5) -> np.ndarray:
-    """RGB bytes (H, W, 3) with the class colours laid over them; alpha 0 is the picture, 1 the colours alone."""
+    """RGB bytes (H, W, 3) with the class colours laid over them; alpha 0 is the image, 1 the colours alone."""
     if image.shape[:2] != np.shape(labels):
-        raise ValueError(f"picture {image.shape[:2]} and labels {np.shape(labels)} differ in size")
+        raise ValueError(f"image {image.shape[:2]} and labels {np.shape(labels)} differ in size")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha} must lie in 0..1")
     colors = Image.fromarray(colorize(labels, classes))
@@ -48,9 +48,9 @@ def overlay(image: np.ndarray, labels: np.ndarray, classes: ClassSet, alpha: flo
 
 
 def legend(labels: np.ndarray, classes: ClassSet) -> np.ndarray:
-    """A panel to stand right of the picture: colour, name and share of the classes present, largest first.
+    """A panel to stand right of the image: colour, name and share of the classes present, largest first.
 
-    Letters grow with the picture. What does not fit in its height is summed in a last line.
+    Letters grow with the image. What does not fit in its height is summed in a last line.
 
     Returns:
         RGB (at least H, width of the text, 3) uint8.
@@ -82,7 +82,7 @@ def legend(labels: np.ndarray, classes: ClassSet) -> np.ndarray:
 
 
 def with_legend(image: np.ndarray, labels: np.ndarray, classes: ClassSet) -> np.ndarray:
-    """The RGB picture with the `legend` of its labels on its right; a low picture gets white below."""
+    """The RGB image with the `legend` of its labels on its right; a low image gets white below."""
     panel = legend(labels, classes)
     canvas = np.full((panel.shape[0], image.shape[1] + panel.shape[1], 3), 255, np.uint8)
     canvas[: image.shape[0], : image.shape[1]] = image
@@ -99,7 +99,7 @@ def save_label_png(labels: np.ndarray, path: str | Path, classes: ClassSet | Non
     """Writes labels (H, W) as a PNG whose pixel values are the labels.
 
     With `classes` its colours go in as the palette, so that viewers show them and readers get the labels. Without, or
-    with labels above 255, it is a plain grey picture of 8 or 16 bits.
+    with labels above 255, it is a plain grey image of 8 or 16 bits.
     """
     labels = np.asarray(labels)
     wide = labels.max() > 255 or (classes is not None and len(classes) > 256)
@@ -124,14 +124,14 @@ def enlarge(grid: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def mark_patch(image: np.ndarray, x: int, y: int, patch_size: int) -> np.ndarray:
-    """A copy of the picture with the patch in column x, row y painted red."""
+    """A copy of the image with the patch in column x, row y painted red."""
     marked = image.copy()
     marked[y * patch_size : (y + 1) * patch_size, x * patch_size : (x + 1) * patch_size] = _RED
     return marked
 
 
 def attention_grid(tiles: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Pictures (h, w, 3) of one size, each with a line of text above it, in a nearly square grid with few gaps."""
+    """Images (h, w, 3) of one size, each with a line of text above it, in a nearly square grid with few gaps."""
     h, w = tiles[0][1].shape[:2]
     side = math.ceil(math.sqrt(len(tiles)))
     columns = min(side, side + 1, key=lambda c: -len(tiles) % c)

@@ -47,13 +47,13 @@ def model() -> Segmenter:
 def _poisoned(function):
     def allocate(*args, **kwargs):
         tensor = function(*args, **kwargs)
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+        return tensor.fill_(math.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
     return allocate
 
 
 def _poisoned_torch() -> types.ModuleType:
-    """A copy of the module `torch` whose empty tensors are full of NaN. A real module, so that Dynamo knows it."""
+    """A copy of the module `torch` whose empty tensors are full of NaN, or of the largest integer. A real module, so that Dynamo knows it."""
     module = types.ModuleType("torch")
     module.__dict__.update(torch.__dict__)
     for name in ("empty", "empty_like", "empty_strided"):

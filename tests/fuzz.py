@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 SECONDS = 20  # a case; most take a hundredth of one
-MEMORY = 2 << 30  # bytes of address space that a case may add; a picture may have 64 million pixels
+MEMORY = 2 << 30  # bytes of address space that a case may add; an image may have 64 million pixels
 RESIDENT = 1 << 30  # bytes of memory
 HARMLESS = ("refused", "same", "other")
 KINDS = ("silent", "hung", "crashed", "memory", "wrong exception")

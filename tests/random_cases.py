@@ -284,7 +284,7 @@ def pixels_to_tokens_case(draw: Draw) -> Case:
 
 
 def windows_argmax_case(draw: Draw) -> Case:
-    """Few tiles and classes, each of which the interpreter takes long for; with a score all classes are upsampled."""
+    """Few tiles and classes, each of which the interpreter takes long for."""
     grid, K, size, window, starts = [], draw.choice((1, 2, 3, 4)), [], [], []
     for axis in range(2):
         grid.append(draw.choice((1, 2, 3) if axis == 0 else (1, 1, 2)))
@@ -297,13 +297,11 @@ def windows_argmax_case(draw: Draw) -> Case:
     n, B, kind, dtype = len(starts[0]) * len(starts[1]), draw.choice((1, 1, 1, 2)), draw.choice(MASKS), draw.dtype()
     dtype = torch.float32 if kind == "close" else dtype  # beyond the range of float16
     masks = MASKS[kind](B * n, *grid, K, draw.random.randrange(2**31)).unflatten(0, (B, n))
-    score = draw.choice((None, None, None, "margin", "probability"))
 
     def call(masks):
-        out = upsample_argmax.windows_argmax(masks, *geometry, score)
-        return out if score is None else out[0]
+        return upsample_argmax.windows_argmax(masks, *geometry)
 
-    what = f"B={B} grid={grid} K={K} {geometry} {kind} {dtype} score={score}"
+    what = f"B={B} grid={grid} K={K} {geometry} {kind} {dtype}"
     args = (draw.placed(masks.to(dtype).to(DEVICE)),)
     return Case(args, call, lambda masks: expected_labels(masks.cpu(), *geometry).to(DEVICE), what, labels=True)
 

@@ -23,11 +23,11 @@ VIT = NORMALIZATION["vit"]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def pictures(B=2, H=40, W=56):
+def images(B=2, H=40, W=56):
     return torch.randint(0, 256, (B, H, W, 3), generator=torch.Generator().manual_seed(0)).byte()
 
 
-def images(pixels, stats="vit"):
+def floats(pixels, stats="vit"):
     return pad_to_multiple(torch.stack([normalize(p.numpy(), stats) for p in pixels]), 16)
 
 
@@ -48,21 +48,21 @@ def tokens(model, pixels):
 @pytest.mark.parametrize("check", ["tokens", "grid"])
 def test_kernels_equal_the_float_path(distilled, check):
     overrides = {"distilled": distilled, "normalization": "deit" if distilled else "vit", "pos_embed_check": check}
-    model, pixels = tiny_model(**overrides), pictures()
-    want = model.double().masks(images(pixels, model.info.normalization).double())
+    model, pixels = tiny_model(**overrides), images()
+    want = model.double().masks(floats(pixels, model.info.normalization).double())
     model.float()
     with torch.inference_mode():
-        assert_bitwise_equal(model.masks_of_pixels(pixels), model.masks(images(pixels, model.info.normalization)))
+        assert_bitwise_equal(model.masks_of_pixels(pixels), model.masks(floats(pixels, model.info.normalization)))
         got = fast(model).masks_of_pixels(pixels.to(DEVICE))
         torch.testing.assert_close(got.cpu().double(), want, atol=1e-3, rtol=1e-3)
         for shape in ((1, 64, 64), (1, 16, 256), (1, 1, 1)):  # the model's grid; as many tokens; one padded patch
-            a, b = (tokens(m, pictures(*shape)).cpu() for m in (model, fast(model)))
+            a, b = (tokens(m, images(*shape)).cpu() for m in (model, fast(model)))
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_half_precision_and_autocast():
-    model, pixels = tiny_model(), pictures()
-    exact = model.encoder.double().embed(images(pixels).double())
+    model, pixels = tiny_model(), images()
+    exact = model.encoder.double().embed(floats(pixels).double())
     quick = fast(model.float())
     with torch.inference_mode():
         with torch.autocast(DEVICE, torch.bfloat16):
@@ -73,7 +73,7 @@ def test_half_precision_and_autocast():
         assert low.dtype == torch.bfloat16 and (low.cpu() - exact).norm() / exact.norm() < 1e-2
 
 
-def test_wrong_pictures_are_refused(model):
+def test_wrong_images_are_refused(model):
     for pixels in (torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 8, 3, dtype=torch.int64)):
         for function in (model.masks_of_pixels, lambda x: model.encoder.embed_pixels(x, *VIT)):
             with pytest.raises(TypeError, match="for normalised images use"):
@@ -87,7 +87,7 @@ def test_wrong_pictures_are_refused(model):
 
 @pytest.mark.parametrize("what", ["hook", "adapted", "convolution"])
 def test_a_patch_embedding_that_does_more_is_called(what):
-    model, pixels = tiny_model(), pictures()
+    model, pixels = tiny_model(), images()
     quick = fast(model)
     embed = quick.encoder.patch_embed
     if what == "hook":
@@ -100,13 +100,13 @@ def test_a_patch_embedding_that_does_more_is_called(what):
     assert quick.encoder.why_not_bytes() is not None
     assert ops.parts(quick)["pixels_to_tokens"].startswith("layer by layer (")
     with torch.inference_mode():
-        want = quick.encoder.embed(images(pixels).to(DEVICE))
+        want = quick.encoder.embed(floats(pixels).to(DEVICE))
         assert_bitwise_equal(tokens(quick, pixels), want)
 
 
 def test_encoders_with_hooks_and_foreign_ones_are_called(model):
-    pixels, calls = pictures(), []
-    want = model.masks(images(pixels))
+    pixels, calls = images(), []
+    want = model.masks(floats(pixels))
     handle = model.encoder.register_forward_hook(lambda *a: calls.append(1))
     assert_bitwise_equal(model.masks_of_pixels(pixels), want)
     assert calls == [1]
@@ -124,10 +124,10 @@ def test_encoders_with_hooks_and_foreign_ones_are_called(model):
 
 
 def test_gradients_reach_all_parameters_of_the_embedding():
-    model, pixels = tiny_model(distilled=True), pictures()
+    model, pixels = tiny_model(distilled=True), images()
     names = ("cls_token", "dist_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
     grads = []
-    for m, out in ((model, lambda e: e.embed(images(pixels))), (q := fast(model), lambda e: tokens(q, pixels))):
+    for m, out in ((model, lambda e: e.embed(floats(pixels))), (q := fast(model), lambda e: tokens(q, pixels))):
         parameters = dict(m.encoder.named_parameters())
         result = out(m.encoder)
         grads.append(torch.autograd.grad(result.square().sum(), [parameters[name] for name in names]))
@@ -137,7 +137,7 @@ def test_gradients_reach_all_parameters_of_the_embedding():
 
 
 def test_compiles_into_one_graph():
-    quick, pixels = fast(tiny_model()), pictures().to(DEVICE)
+    quick, pixels = fast(tiny_model()), images().to(DEVICE)
     compiled = torch.compile(lambda x: quick.encoder.embed_pixels(x, *VIT), backend="aot_eager", fullgraph=True)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(pixels), tokens(quick, pixels))
@@ -209,8 +209,8 @@ CHANGES = [changed_in_place, changed_under_inference, loaded, assigned, half_and
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_nothing_stale_is_taken_from_the_cache(change):
     """After every way to change weights, both paths compute what a model without a cache computes."""
-    model, pixels = fast(tiny_model()), pictures(1, 24, 40)
-    im = images(pixels).to(DEVICE)
+    model, pixels = fast(tiny_model()), images(1, 24, 40)
+    im = floats(pixels).to(DEVICE)
     with torch.inference_mode():
         before = tokens(model, pixels), model.encoder.embed(im)
         assert len(model.encoder.cache) == 2
@@ -226,7 +226,7 @@ def test_nothing_stale_is_taken_from_the_cache(change):
 
 
 def test_what_is_cached_is_used(monkeypatch):
-    model, pixels = fast(tiny_model()), pictures(1, 24, 40)
+    model, pixels = fast(tiny_model()), images(1, 24, 40)
     made, fold = [], reference.fold_normalization
     monkeypatch.setattr(reference, "fold_normalization", lambda *args: made.append(args[5]) or fold(*args))
     with torch.inference_mode():
@@ -234,9 +234,9 @@ def test_what_is_cached_is_used(monkeypatch):
         assert_bitwise_equal(tokens(model, pixels), first)
         positions = model.encoder.positions((2, 3))
         assert model.encoder.positions((2, 3)) is positions and not positions.is_inference()
-        tokens(model, pictures(1, 40, 24))  # padded alike
+        tokens(model, images(1, 40, 24))  # padded alike
         assert made == [(8, 8)]
-        tokens(model, pictures(1, 41, 24))
+        tokens(model, images(1, 41, 24))
         with torch.autocast(DEVICE, torch.bfloat16):
             tokens(model, pixels)
         assert made == [(8, 8), (9, 8), (8, 8)]
@@ -251,7 +251,7 @@ def test_what_is_cached_is_used(monkeypatch):
 
 
 def test_copies_and_files_hold_an_empty_cache():
-    model, pixels = fast(tiny_model()), pictures(1, 24, 40)
+    model, pixels = fast(tiny_model()), images(1, 24, 40)
     names = set(model.state_dict())
     with torch.inference_mode():
         want = tokens(model, pixels)
@@ -333,7 +333,7 @@ def test_eager_models_cache_positions_only(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(launch.Plan, "run", lambda *args: pytest.fail("launched"))
     with torch.inference_mode():
-        tokens(model, pictures())
+        tokens(model, images())
     assert len(model.encoder.cache) == 1
     assert create_segmenter(tiny_config(), impl="eager").encoder.ops.name == "eager"
 
@@ -346,7 +346,7 @@ def test_masks_of_ones_own_are_those_of_pixels(way):
         def masks(self, im):
             return 2 * super().masks(im)
 
-    model, pixels = tiny_model().eval(), pictures(1)
+    model, pixels = tiny_model().eval(), images(1)
     with torch.no_grad():
         want = 2 * model.masks_of_pixels(pixels)
         if way == "subclass":

@@ -65,8 +65,8 @@ def test_labels_without_logits(case, impl):
     size = tuple(n * model.patch_size for n in masks.shape[1:3])
     shape = tuple(im.shape[2:])
     labels = model.ops.on(masks).windows_argmax(masks.unsqueeze(1), (0,), (0,), size, shape, shape)
-    for picture, logits in zip(labels.cpu(), data["logits"], strict=True):
-        assert_labels(picture, logits)
+    for image, logits in zip(labels.cpu(), data["logits"], strict=True):
+        assert_labels(image, logits)
 
 
 @pytest.mark.parametrize("impl", BOTH)

@@ -195,7 +195,7 @@ def test_attention_map_layer_range(model, layer):
         (torch.zeros(1, 4, 64, 64), ValueError, "got .1, 4, 64, 64"),
         (torch.zeros(1, 3, 0, 64), ValueError, "got .1, 3, 0, 64"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), TypeError, "normalised float image, got torch.uint8"),
-        ("photo.jpg", TypeError, "for pictures use segment"),
+        ("photo.jpg", TypeError, "for images use segment"),
     ],
 )
 def test_bad_input(model, im, error, message):

@@ -75,7 +75,7 @@ def test_legend_sums_up_what_does_not_fit():
     assert panel.shape[0] < 250
 
 
-def test_legend_grows_with_the_picture_and_cuts_long_names():
+def test_legend_grows_with_the_image_and_cuts_long_names():
     small, large = (visualize.legend(np.ones((side, side), np.uint8), ABC) for side in (300, 1500))
     assert large.shape[1] > 2 * small.shape[1]
     long = ClassSet("long", ("x" * 500,), ((1, 2, 3),))
@@ -83,7 +83,7 @@ def test_legend_grows_with_the_picture_and_cuts_long_names():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (300, 400)])
-def test_with_legend_keeps_the_picture(shape):
+def test_with_legend_keeps_the_image(shape):
     labels = np.ones(shape, np.uint8)
     image = np.full((*shape, 3), 77, np.uint8)
     got = visualize.with_legend(image, labels, ABC)

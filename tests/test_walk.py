@@ -93,7 +93,7 @@ def test_what_cannot_be_entered_is_said(tmp_path, monkeypatch):
 
 
 def test_links_that_lead_nowhere(tmp_path):
-    """By its extension one is a picture that cannot be read; what else it was nobody knows."""
+    """By its extension one is an image that cannot be read; what else it was nobody knows."""
     for name in ("gone.png", "self.png", "day2", "self", "note.txt"):
         (tmp_path / name).symlink_to(name if "self" in name else "nowhere")
     os.mkfifo(tmp_path / "pipe.png")

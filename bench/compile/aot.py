@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.knobs import NvidiaTool
 from triton.runtime.jit import native_specialize_impl
@@ -35,38 +34,25 @@ _REGISTERS = 65_536  # of an SM, 32 bits each, handed to warps in units of 8 a t
 _SM = {
     "sm_80": (167_936, 2048, 32),
     "sm_86": (102_400, 1536, 16),
-    "sm_89": (102_400, 1536, 24),
-    "sm_90": (233_472, 2048, 32),
-    "sm_100": (233_472, 2048, 32),
-    "sm_103": (233_472, 2048, 32),
-    "sm_120": (102_400, 1536, 24),
+    **dict.fromkeys(("sm_89", "sm_120"), (102_400, 1536, 24)),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103"), (233_472, 2048, 32)),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What one kernel became.
-
-    Args:
-        registers: a thread; accumulation registers included on AMD.
-        spills: bytes of local memory a thread.
-        shared: bytes a program.
-        tensor_core: the instruction that multiplies matrices, "none" if there is none.
-        has_dot: whether the kernel asks for such a product.
-        binary: cubin or hsaco.
-        assembly: PTX or AMD GCN.
-    """
+    """What one kernel became."""
 
     kernel: str
     architecture: str
-    registers: int
-    spills: int
-    shared: int
+    registers: int  # a thread; accumulation registers included on AMD
+    spills: int  # bytes of local memory a thread
+    shared: int  # bytes a program
     num_warps: int
-    tensor_core: str
-    has_dot: bool
-    binary: bytes
-    assembly: str
+    tensor_core: str  # the instruction that multiplies matrices, "none" if there is none
+    has_dot: bool  # whether the kernel asks for such a product
+    binary: bytes  # cubin or hsaco
+    assembly: str  # PTX or AMD GCN
     options: Any  # what Triton's backend compiled it with
 
 
@@ -110,13 +96,8 @@ def source(recorded: Launch, architecture: str) -> tuple[ASTSource, dict[str, in
     for i, (parameter, value) in enumerate(zip(plan.kernel.params, arguments, strict=True)):
         kind, key = "constexpr", None
         if not parameter.is_constexpr:  # the very function that a launch specialises its arguments with
-            kind, key = native_specialize_impl(
-                backend,
-                value,
-                parameter.is_const,
-                not parameter.do_not_specialize,
-                not parameter.do_not_specialize_on_alignment,
-            )
+            specialised = not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
+            kind, key = native_specialize_impl(backend, value, parameter.is_const, *specialised)
         if kind == "constexpr":
             constants[parameter.name] = value
         elif isinstance(key, str) and key:
@@ -137,17 +118,15 @@ def compile_launch(recorded: Launch, architecture: str) -> Compiled:
     compiled = triton.compile(src, target=target(architecture), options=dict(options))
     has_dot = "tt.dot" in compiled.asm["ttir"]
     if architecture.startswith("gfx"):
-        text, binary = compiled.asm["amdgcn"], compiled.asm["hsaco"]
-        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
-        spills = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1))
-        names = ("v_mfma",)
+        text, binary, names = compiled.asm["amdgcn"], compiled.asm["hsaco"], ("v_mfma",)
+        fields = (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
+        registers, spills = (int(re.search(field, text)[1]) for field in fields)
     else:
         text, binary = compiled.asm["ptx"], compiled.asm["cubin"]
         registers, spills = resource_usage(binary)
         names = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
     core = next((name for name in names if name in text), "none")
-    # num_warps from the metadata: warp specialisation adds some.
-    metadata = compiled.metadata
+    metadata = compiled.metadata  # whose num_warps counts those that warp specialisation adds
     return Compiled(compiled.name, architecture, registers, spills, metadata.shared, metadata.num_warps, core, has_dot,
                     binary, text, make_backend(target(architecture)).parse_options(dict(options)))  # fmt: skip
 
@@ -173,8 +152,8 @@ def programs_per_sm(compiled: Compiled) -> int:
 def resource_usage(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of local memory) a thread by cuobjdump."""
     output = _tool(str(_TOOLS / "cuobjdump"), ".cubin", cubin, "-res-usage")
-    found = re.search(r"REG:(\d+) STACK:(\d+)", output)
-    return int(found.group(1)), int(found.group(2))
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", output).groups()
+    return int(registers), int(stack)
 
 
 def disassemble(cubin: bytes) -> str:
@@ -213,11 +192,6 @@ def assemble(compiled: Compiled, path: str) -> tuple[bytes, str]:
         os.environ["TRITON_PTXAS_PATH"], knobs.nvidia.dump_ptxas_log = path, True
         cubin = make_backend(machine).make_cubin(compiled.assembly, {}, compiled.options, machine.arch)
     return cubin, printed.getvalue()
-
-
-def assembler_version(architecture: str) -> str:
-    """Release of ptxas that Triton uses for this architecture, such as "12.8"."""
-    return "" if architecture.startswith("gfx") else get_ptxas(target(architecture).arch).version
 
 
 def _tool(path: str, suffix: str, content: bytes, *options: str) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -74,13 +75,9 @@ def rows_of(case: Case, architecture: str) -> list[Row]:
         found.append(look_up(*args, **sizes))
         return found[-1]
 
-    configs.look_up = noting
     configs.mlp.cache_clear()
-    try:
-        with aot.recording(architecture):
-            case.run()
-    finally:
-        configs.look_up = look_up
+    with aot.recording(architecture), mock.patch.object(configs, "look_up", noting):
+        case.run()
     return found
 
 
@@ -91,7 +88,7 @@ def cases() -> tuple[Case, ...]:
 
 
 def _further_cases() -> list[Case]:
-    found = []
+    found: list[Case] = []
 
     def add(default: bool | tuple[str, ...], op: str, dtypes: str, **sizes: Any) -> None:
         """A call for each type; compiled by default on sm_90 or on the architectures named, else with --full."""
@@ -162,9 +159,6 @@ def _mask_cases(add: Callable[..., None]) -> None:
         for n_cls in CLASSES:
             add(patch == 16 or (n_cls == 150 and patch != 14), "upsample_argmax", "bf16", patch=patch, n_cls=n_cls)
             add(False, "upsample_argmax", "fp16 fp32", patch=patch, n_cls=n_cls)
-    for score in ("probability", "margin"):
-        add(True, "upsample_argmax", "bf16", n_cls=150, score=score)
-        add(False, "upsample_argmax", "fp16 fp32", n_cls=150, score=score)
     add(ARCHITECTURES, "windows_argmax", "bf16", n_cls=150)
     add(False, "windows_argmax", "fp16 fp32", n_cls=150)
 
@@ -192,14 +186,6 @@ def _empty(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.empty(*shape, dtype=dtype) for shape in shapes]
 
 
-def _attention(dtype: torch.dtype, n: int, heads: int = 12, d: int = 64, lse: bool = False) -> None:
-    attention(torch.empty(2, n, 3 * heads * d, dtype=dtype), heads, lse)
-
-
-def _cross_attention(dtype: torch.dtype, n: int, m: int) -> None:
-    cross_attention(*_empty(dtype, (2, n, 6, 64), (2, m, 6, 64), (2, m, 6, 64)))
-
-
 def _linear(dtype: torch.dtype, m: int, k: int = 768, n: int = 0, gelu=False, residual=False, stream: str = "") -> None:
     n = n or (4 * k if gelu else 768)
     added = torch.empty(m, n, dtype=TYPES.get(stream, dtype)) if residual else None
@@ -217,22 +203,13 @@ def _layernorm_mlp(dtype: torch.dtype, m: int, d: int, stream: str = "") -> None
     layernorm_mlp(*normed, *_empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d), (d,)))
 
 
-def _layernorm(dtype: torch.dtype, n: int, weights: str = "") -> None:
-    layernorm(torch.empty(8200, n, dtype=dtype), *_empty(TYPES.get(weights, dtype), (n,), (n,)))
-
-
 def _mask_head(dtype: torch.dtype, n_cls: int, d: int = 768, batch: int = 2) -> None:
     tokens, proj, norm = _empty(dtype, (batch, 1024 + n_cls, d), (d, d), (n_cls,))
     mask_head(tokens[:, :1024], tokens[:, 1024:], proj, proj, norm, norm)
 
 
-def _labels(dtype: torch.dtype, n_cls: int, patch: int = 16, score: str | None = None) -> None:
-    upsample_argmax(torch.empty(2, -(-640 // patch), -(-640 // patch), n_cls, dtype=dtype), (640, 640), None, score)
-
-
-def _window_labels(dtype: torch.dtype, n_cls: int) -> None:
-    masks = torch.empty(1, 6, 32, 32, n_cls, dtype=dtype)
-    windows_argmax(masks, (0, 88), (0, 300, 512), (512, 512), (512, 512), (600, 1024))
+def _labels(dtype: torch.dtype, n_cls: int, patch: int = 16) -> None:
+    upsample_argmax(torch.empty(2, -(-640 // patch), -(-640 // patch), n_cls, dtype=dtype), (640, 640))
 
 
 def _pixels(dtype: torch.dtype, batch: int = 32, side: int = 512, patch: int = 16, d: int = 768, stream="") -> None:
@@ -241,16 +218,22 @@ def _pixels(dtype: torch.dtype, batch: int = 32, side: int = 512, patch: int = 1
     pixels_to_tokens(pixels, weight, torch.empty(4, d), *tokens, patch)
 
 
-CALLS: dict[str, Callable[..., None]] = {
-    "attention": _attention,
-    "cross_attention": _cross_attention,
+CALLS: dict[str, Callable[..., Any]] = {
+    "attention": lambda dtype, n, heads=12, d=64, lse=False: attention(
+        *_empty(dtype, (2, n, 3 * heads * d)), heads, lse
+    ),
+    "cross_attention": lambda dtype, n, m: cross_attention(*_empty(dtype, (2, n, 6, 64), (2, m, 6, 64), (2, m, 6, 64))),
     "linear": _linear,
     "layernorm_linear": _layernorm_linear,
     "layernorm_mlp": _layernorm_mlp,
-    "layernorm": _layernorm,
+    "layernorm": lambda dtype, n, weights="": layernorm(
+        *_empty(dtype, (8200, n)), *_empty(TYPES.get(weights, dtype), (n,), (n,))
+    ),
     "fold": lambda dtype, m, d: _layernorm_linear(dtype, m, d, gelu=True),
     "mask_head": _mask_head,
     "upsample_argmax": _labels,
-    "windows_argmax": _window_labels,
+    "windows_argmax": lambda dtype, n_cls: windows_argmax(
+        *_empty(dtype, (1, 6, 32, 32, n_cls)), (0, 88), (0, 300, 512), (512, 512), (512, 512), (600, 1024)
+    ),
     "pixels_to_tokens": _pixels,
 }

@@ -13,8 +13,10 @@ half types is serialised in a loop, has a hazard or spends more on its GELU than
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -28,10 +30,12 @@ from typing import Any
 import torch
 import triton
 from tqdm import tqdm
+from triton.backends.nvidia.compiler import get_ptxas
 
 from bench.compile import aot
 from bench.compile.cases import TYPES, Case, cases
 from bench.compile.sass import Program
+from segmenter.files import write_text
 from segmenter.kernels import launch
 from segmenter.kernels.configs import SHARED_MEMORY
 
@@ -85,36 +89,33 @@ def check(row: Kernel) -> list[str]:
     """What is wrong with a kernel, in words; nothing for most."""
     if row.error:
         return [row.error]
-    found = []
-    if row.shared > row.shared_limit:
-        found.append(f"needs {row.shared} bytes of shared memory, there are {row.shared_limit}")
     exact = row.dtype == "fp32" and row.precision == "highest"
-    if row.has_dot and row.tensor_core == "none" and not exact:
-        found.append("multiplies matrices without tensor cores")
-    if row.exact and row.tensor_core not in ("none", "v_mfma"):  # AMD's has float32
-        found.append("multiplies in TF32 what was to be float32")
-    if row.architecture in SPILL_FREE and row.spills > KNOWN_SPILLS.get((row.op, row.architecture, row.what), 0):
-        found.append(f"spills {row.spills} bytes a thread")
-    if row.architecture == "sm_90" and row.dtype != "fp32":
-        if row.serialised:
-            found.append(f"waits for {row.serialised} wgmma one by one inside loops")
-        found += row.hazards
-        if row.gelu_cost is not None and row.gelu_cost > GELU_LIMIT:
-            found.append(f"the GELU costs {row.gelu_cost} instructions an element, more than {GELU_LIMIT}")
-    return found
+    allowed = KNOWN_SPILLS.get((row.op, row.architecture, row.what), 0) if row.architecture in SPILL_FREE else math.inf
+    judged = row.architecture == "sm_90" and row.dtype != "fp32"
+    faults = (
+        (row.shared > row.shared_limit, f"needs {row.shared} bytes of shared memory, there are {row.shared_limit}"),
+        (row.has_dot and row.tensor_core == "none" and not exact, "multiplies matrices without tensor cores"),
+        # AMD's v_mfma has float32
+        (row.exact and row.tensor_core not in ("none", "v_mfma"), "multiplies in TF32 what was to be float32"),
+        (row.spills > allowed, f"spills {row.spills} bytes a thread"),
+        (judged and row.serialised, f"waits for {row.serialised} wgmma one by one inside loops"),
+        *((judged, hazard) for hazard in row.hazards),
+        (judged and (row.gelu_cost or 0) > GELU_LIMIT,
+         f"the GELU costs {row.gelu_cost} instructions an element, more than {GELU_LIMIT}"),
+    )  # fmt: skip
+    return [text for wrong, text in faults if wrong]
 
 
-def failed(case: Case, architecture: str, error: str) -> Kernel:
-    """The row of what there is no kernel of."""
-    row = Kernel(case.op, architecture, case.dtype, case.precision, case.what, error=error)
-    row.failures = check(row)
-    return row
+def row_of(case: Case, architecture: str, error: str = "") -> Kernel:
+    """The case's row before it is compiled, or with the reason why there is no kernel."""
+    names = case.op, architecture, case.dtype, case.precision, case.what
+    return Kernel(*names, shared_limit=SHARED_MEMORY[architecture], error=error, failures=[error] if error else [])
 
 
 def compile_row(task: Task) -> Kernel:
     """Records the launch, compiles it and looks at the result. What goes wrong is in the row."""
     case, architecture = task.case, task.architecture
-    row = Kernel(case.op, architecture, case.dtype, case.precision, case.what, shared_limit=SHARED_MEMORY[architecture])
+    row = row_of(case, architecture)
     start = time.perf_counter()
     try:
         recorded = record(case, architecture)[task.index]
@@ -124,10 +125,14 @@ def compile_row(task: Task) -> Kernel:
         if (architecture, case.op) == ("sm_90", "linear") and case.dtype != "fp32" and constants(recorded).get("GELU"):
             row.gelu_cost = gelu_cost(recorded, architecture)
     except Exception as error:  # whatever the compiler raises is a finding, not the end of the report
-        row.error = f"does not compile: {type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
+        row.error = f"does not compile: {in_one_line(error)}"
     row.seconds = round(time.perf_counter() - start, 2)
     row.failures = check(row)
     return row
+
+
+def in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
 
 
 def _fill(row: Kernel, compiled: aot.Compiled) -> None:
@@ -171,8 +176,8 @@ def constants(recorded: launch.Launch) -> dict[str, Any]:
 
 def describe(recorded: launch.Launch) -> str:
     """Tile sizes, warps, stages and kind of loads: "M128 N64 w8 s2 tma"."""
-    sizes = [f"{k.removeprefix('BLOCK_')}{v}" for k, v in constants(recorded).items() if k.startswith("BLOCK_")]
     plan = recorded.plan
+    sizes = [f"{k.removeprefix('BLOCK_')}{v}" for k, v in constants(recorded).items() if k.startswith("BLOCK_")]
     loads = ["tma"] if any(plan.tiles) else []
     return " ".join([*sizes, f"w{plan.options['num_warps']}", f"s{plan.options['num_stages']}", *loads])
 
@@ -184,8 +189,8 @@ def gelu_cost(recorded: launch.Launch, architecture: str) -> float:
     scalars = tuple(None if name == "GELU" else value for name, value in zip(names, plan.scalars, strict=True))
     plain = launch.Plan(plan.kernel, plan.grid[0], plan.tiles, scalars, plan.options)
     counts = []
-    for item in (recorded, launch.Launch(plain, recorded.tensors)):
-        compiled = aot.compile_launch(item, architecture)
+    for kernel in (recorded, launch.Launch(plain, recorded.tensors)):
+        compiled = aot.compile_launch(kernel, architecture)
         mix = Program(aot.disassemble(compiled.binary)).mix()
         counts.append(mix.total() - mix["NOP"])  # which fill up to a whole line
     elements = known["BLOCK_M"] * known["BLOCK_N"] / (32 * compiled.num_warps)
@@ -217,8 +222,7 @@ def distinct_tasks(chosen: Iterable[tuple[Case, str]]) -> tuple[list[Task], list
         try:
             launches = record(case, architecture)
         except Exception as error:  # reported like a kernel that does not compile
-            text = f"cannot be called: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            rows.append(failed(case, architecture, text))
+            rows.append(row_of(case, architecture, f"cannot be called: {in_one_line(error)}"))
             continue
         for index, recorded in enumerate(launches):
             tasks.setdefault(aot.identity(recorded, architecture), Task(case, architecture, index))
@@ -228,53 +232,49 @@ def distinct_tasks(chosen: Iterable[tuple[Case, str]]) -> tuple[list[Task], list
 def compile_all(tasks: list[Task], jobs: int) -> list[Kernel]:
     """A row for each task, in their order; a crash of the compiler is one row's failure."""
     rows: dict[Task, Kernel] = {}
+    context = multiprocessing.get_context("spawn")  # neither torch's threads nor LLVM survive a fork
+
+    def compile_in_pool(tasks: list[Task], jobs: int) -> None:
+        with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+            futures = {pool.submit(compile_row, task): task for task in tasks}
+            for future in concurrent.futures.as_completed(futures):
+                with contextlib.suppress(BrokenProcessPool):
+                    rows[futures[future]] = future.result()
+                    progress.update()
+
     with tqdm(total=len(tasks), unit="kernel", file=sys.stderr) as progress:
-        crashed = _compile_in_pool(tasks, jobs, rows, progress)
-        for task in crashed:  # a dead worker takes all that wait with it: find out which of them it was
-            if _compile_in_pool([task], 1, rows, progress):
-                rows[task] = failed(task.case, task.architecture, "does not compile: the compiler's process died")
+        compile_in_pool(tasks, jobs)
+        for task in tasks:  # a dead worker takes all that wait with it: find out which of them it was
+            if task not in rows:
+                compile_in_pool([task], 1)
+            if task not in rows:
+                rows[task] = row_of(task.case, task.architecture, "does not compile: the compiler's process died")
                 progress.update()
     return [rows[task] for task in tasks]
-
-
-def _compile_in_pool(tasks: list[Task], jobs: int, rows: dict[Task, Kernel], progress: tqdm) -> list[Task]:
-    """Fills `rows`; returns the tasks that got no answer because a worker died."""
-    lost = []
-    context = multiprocessing.get_context("spawn")  # neither torch's threads nor LLVM survive a fork
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-        futures = {pool.submit(compile_row, task): task for task in tasks}
-        for future in concurrent.futures.as_completed(futures):
-            try:
-                rows[futures[future]] = future.result()
-                progress.update()
-            except BrokenProcessPool:
-                lost.append(futures[future])
-    return lost
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Showing it
 
-HEADER = "op, arch, type, what, config, regs, spill, instr., shared, matrix, ser., haz., per SM"
-COLUMNS = tuple(HEADER.split(", "))
+HEADER = ("op", "arch", "type", "what", "config", "regs", "spill", "instr.", "shared", "matrix", "ser.", "haz.",
+          "per SM")  # fmt: skip
 
 
 def table(rows: list[Kernel]) -> str:
     """Text with one line a kernel; what failed is marked. "A/B" is by one assembler and by the other."""
-    lines = [COLUMNS]
+    lines = [HEADER]
     for row in rows:
         kind = row.dtype + (" tf32" if row.precision == "high" else "")
         by = [*row.assemblers.values()] or [{"registers": row.registers, "spills": row.spills}]
         sizes = ["/".join(str(x.get(key, "")) for x in by) for key in ("registers", "spills", "instructions")]
-        counts = ["/".join(str(count) for count in found) for found in (
-            [x["serialised"] for x in by if "serialised" in x], [len(x["hazards"]) for x in by if "hazards" in x]
-        )]  # fmt: skip
+        serialised = "/".join(str(x["serialised"]) for x in by if "serialised" in x)
+        hazards = "/".join(str(len(x["hazards"])) for x in by if "hazards" in x)
         what = row.what if row.op in row.kernel else f"{row.what} ({row.kernel.strip('_').removesuffix('_kernel')})"
         shared = f"{row.shared}/{row.shared_limit}"
-        line = (row.op, row.architecture, kind, what, row.config, *sizes, shared, row.tensor_core, *counts)
-        lines.append(tuple(str(value) for value in (*line, row.programs_per_sm)))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    texts = ["  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)) for line in lines]
+        lines.append((row.op, row.architecture, kind, what, row.config, *sizes, shared, row.tensor_core, serialised,
+                      hazards, str(row.programs_per_sm)))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["  ".join(map(str.ljust, line, widths)) for line in lines]
     marks = ["", *("  FAILED" if row.failures else "" for row in rows)]
     return "\n".join((text + mark).rstrip() for text, mark in zip(texts, marks, strict=True))
 
@@ -282,17 +282,17 @@ def table(rows: list[Kernel]) -> str:
 def about_assemblers() -> str:
     """Which ptxas made the figures of sm_90, and when which of them is used."""
     first, *others = aot.assemblers()
-    if not others:
-        return f"sm_90 by ptxas {first}, the only one there is"
-    return (
-        f"sm_90 by ptxas {first}, Triton's choice there (TRITON_PTXAS_PATH names another), and by {', '.join(others)}, "
+    more = (
+        f"Triton's choice there (TRITON_PTXAS_PATH names another), and by {', '.join(others)}, "
         "bundled too: of the two, ptxas and ptxas-blackwell, the second is its choice from sm_100 on"
     )
+    return f"sm_90 by ptxas {first}, {more if others else 'the only one there is'}"
 
 
 def versions(architectures: Iterable[str]) -> dict[str, str]:
     """What compiled: releases of triton and torch, and of ptxas by architecture."""
-    assemblers = {f"ptxas {a}": aot.assembler_version(a) for a in architectures if a.startswith("sm_")}
+    targets = {f"ptxas {a}": aot.target(a).arch for a in architectures if a.startswith("sm_")}
+    assemblers = {name: get_ptxas(arch).version for name, arch in targets.items()}
     return {"triton": triton.__version__, "torch": torch.__version__, **assemblers}
 
 
@@ -318,23 +318,15 @@ def main(arguments: list[str] | None = None) -> int:
     rows.sort(key=lambda row: (row.op, order[row.architecture], order[row.dtype], row.what))
     print(table(rows))
     failures = [f"{r.op} {r.architecture} {r.dtype} {r.what}: {text}" for r in rows for text in r.failures]
-    for row in rows:
-        if row.gelu_cost is not None:
-            print(f"GELU of {row.dtype} {row.what}: {row.gelu_cost} instructions an element")
-    seconds = time.perf_counter() - start
+    for row in (row for row in rows if row.gelu_cost is not None):
+        print(f"GELU of {row.dtype} {row.what}: {row.gelu_cost} instructions an element")
     used = versions(args.arch)
     print(about_assemblers())
-    print(f"{len(rows)} kernels, {len(failures)} failures, {seconds:.0f} s; {used}")
+    print(f"{len(rows)} kernels, {len(failures)} failures, {time.perf_counter() - start:.0f} s; {used}")
     if args.json:
         lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)
-        temporary = args.json.with_name(args.json.name + ".tmp")
         head = f'{{"versions": {json.dumps(used)},\n"failures": {json.dumps(failures)},\n"rows": [\n'
-        temporary.write_text(f"{head}{lines}\n]}}\n")
-        os.replace(temporary, args.json)
+        write_text(args.json, f"{head}{lines}\n]}}\n")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,10 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import re
+
+import networkx
 
 _LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_x?_?\d+):")
@@ -59,9 +62,8 @@ class Instruction:
         if self.is_wgmma or self.name.startswith(_NO_RESULT):
             return frozenset()
         for operand in self.operands[:2]:  # SHFL and some others name a predicate first
-            found = re.fullmatch(r"R(\d+)(\.reuse)?", operand)
-            if found:
-                return _span(int(found.group(1)), _result_width(self.name))
+            if found := re.fullmatch(r"R(\d+)(\.reuse)?", operand):
+                return _span(int(found[1]), _result_width(self.name))
             if not re.fullmatch(r"!?U?P[T0-9]+", operand):
                 break
         return frozenset()
@@ -70,12 +72,9 @@ class Instruction:
     def reads(self) -> frozenset[int]:
         """General registers that it reads, of wide operands at least the first one."""
         stores = self.name.startswith(("ST", "RED", "ATOM"))
-        operands = self.operands if stores or not self.writes else self.operands[1:]
         found = set()
-        for operand in operands:
-            width = 1
-            if stores and operand.startswith("R"):
-                width = _result_width(self.name)
+        for operand in self.operands if stores or not self.writes else self.operands[1:]:
+            width = _result_width(self.name) if stores and operand.startswith("R") else 1
             for register, wide in re.findall(r"\bR(\d+)(\.64)?", operand):
                 found |= _span(int(register), 2 if wide else width)
         return frozenset(found)
@@ -102,9 +101,7 @@ def _result_width(name: str) -> int:
     parts = name.split(".")
     if parts[0] in ("LDSM", "STSM"):
         return int(parts[-1]) if parts[-1] in ("2", "4") else 1
-    if parts[0] in ("HMMA", "IMMA"):
-        return 4
-    if "128" in parts:
+    if parts[0] in ("HMMA", "IMMA") or "128" in parts:
         return 4
     if "64" in parts or "WIDE" in parts or parts[0] in ("DADD", "DFMA", "DMUL"):
         return 2
@@ -127,103 +124,58 @@ class Hazard:
 
 
 class Program:
-    """One kernel's instructions and how control flows through them."""
+    """One kernel's instructions and how control flows through them: a graph of basic blocks (ranges of indices)."""
 
     def __init__(self, sass: str):
         self.instructions = _parse(sass)
-        self._starts = self._block_starts()
-        self._ends = [*self._starts[1:], len(self.instructions)]
-        self._block_of = {start: i for i, start in enumerate(self._starts)}
-        self._successors = [self._successors_of(i) for i in range(len(self._starts))]
-
-    def _block_starts(self) -> list[int]:
-        starts = {0}
+        ends = len(self.instructions)
+        starts = {0} | {instruction.target for instruction in self.instructions} - {None}
         for i, instruction in enumerate(self.instructions):
-            if instruction.target is not None:
-                starts.add(instruction.target)
             if instruction.target is not None or instruction.name.startswith(("EXIT", "RET", "BRX")):
                 starts.add(i + 1)
-        return sorted(s for s in starts if s < len(self.instructions))
-
-    def _range(self, block: int) -> range:
-        return range(self._starts[block], self._ends[block])
-
-    def _successors_of(self, block: int) -> list[int]:
-        last = self.instructions[self._range(block)[-1]]
-        found = []
-        if last.target is not None:
-            found.append(self._block_of[last.target])
-        # A call's target counts as one way and the line after it as another; a return ends the path.
-        goes_on = last.guarded or not last.name.startswith(("BRA", "EXIT", "RET", "BRX"))
-        if goes_on and block + 1 < len(self._starts):
-            found.append(block + 1)
-        return found
+        bounds = [*sorted(start for start in starts if start < ends), ends]
+        self._flow = networkx.DiGraph()
+        blocks = {start: range(start, end) for start, end in zip(bounds, bounds[1:], strict=False)}
+        self._flow.add_nodes_from(blocks.values())
+        for block in blocks.values():
+            last = self.instructions[block[-1]]
+            if last.target is not None:
+                self._flow.add_edge(block, blocks[last.target])
+            # A call's target counts as one way and the line after it as another; a return ends the path.
+            goes_on = last.guarded or not last.name.startswith(("BRA", "EXIT", "RET", "BRX"))
+            if goes_on and block.stop < ends:
+                self._flow.add_edge(block, blocks[block.stop])
+        self._first = blocks[0]
 
     @functools.cached_property
     def loops(self) -> list[Loop]:
         """Natural loops, except those that only poll a barrier."""
-        dominators = self._dominators()
-        bodies: dict[int, set[int]] = {}
-        predecessors = [[] for _ in self._starts]
-        for block, successors in enumerate(self._successors):
-            for successor in successors:
-                predecessors[successor].append(block)
-        for block, successors in enumerate(self._successors):
-            for header in successors:
-                if block not in dominators or header not in dominators[block]:
-                    continue
-                body, todo = bodies.setdefault(header, {header}), [block]
-                while todo:
-                    member = todo.pop()
-                    if member not in body:
-                        body.add(member)
-                        todo.extend(p for p in predecessors[member] if p in dominators)
+        reachable = networkx.descendants(self._flow, self._first) | {self._first}
         found = []
-        for header, body in sorted(bodies.items()):
-            indices = tuple(i for block in sorted(body) for i in self._range(block))
-            if not self._is_polling(indices):
-                found.append(Loop(self._starts[header], indices))
+        for header in sorted(reachable, key=lambda block: block.start):
+            rest = self._flow.subgraph(reachable - {header})
+            past = networkx.descendants(rest, self._first) | {self._first} if header != self._first else set()
+            ends = reachable.intersection(self._flow.pred[header]) - past  # no path to them avoids the header
+            body = {header}.union(*(networkx.ancestors(rest, end) | {end} for end in ends - {header}))
+            indices = tuple(i for block in sorted(body, key=lambda block: block.start) for i in block)
+            if ends and not self._is_polling(indices):
+                found.append(Loop(header.start, indices))
         return found
 
     def _is_polling(self, indices: tuple[int, ...]) -> bool:
         names = [self.instructions[i].name for i in indices]
         return len(names) < 8 and (any(n.startswith("SYNCS") for n in names) or names == ["BRA"])
 
-    def _dominators(self) -> dict[int, set[int]]:
-        """For each reachable block those that every path to it passes."""
-        reachable, todo = {0}, [0]
-        while todo:
-            for successor in self._successors[todo.pop()]:
-                if successor not in reachable:
-                    reachable.add(successor)
-                    todo.append(successor)
-        dominators = {b: set(reachable) for b in reachable}
-        dominators[0] = {0}
-        changed = True
-        while changed:
-            changed = False
-            incoming: dict[int, list[set[int]]] = collections.defaultdict(list)
-            for block in reachable:
-                for successor in self._successors[block]:
-                    incoming[successor].append(dominators[block])
-            for block in sorted(reachable - {0}):
-                new = set.intersection(*incoming[block]) | {block}
-                if new != dominators[block]:
-                    dominators[block], changed = new, True
-        return dominators
-
     @property
     def innermost_loops(self) -> list[Loop]:
-        return [
-            loop
-            for loop in self.loops
-            if not any(other is not loop and set(other.body) < set(loop.body) for other in self.loops)
-        ]
+        bodies = [set(loop.body) for loop in self.loops]
+        return [loop for loop in self.loops if not any(body < set(loop.body) for body in bodies)]
 
     def mix(self, loop: Loop | None = None) -> collections.Counter:
         """Number of instructions by name, without modifiers but those that tell a MUFU or a wgmma apart."""
-        indices = range(len(self.instructions)) if loop is None else loop.body
-        return collections.Counter(_short(self.instructions[i]) for i in indices)
+        chosen = self.instructions if loop is None else [self.instructions[i] for i in loop.body]
+        parts = [instruction.name.split(".") for instruction in chosen]
+        return collections.Counter(".".join(p[:2]) if p[0] in ("MUFU", *_WGMMA) else p[0] for p in parts)
 
     def serialised(self, log: str = "") -> list[int]:
         """Indices of the wgmma inside loops that are waited for one by one.
@@ -232,29 +184,23 @@ class Program:
             log: of ptxas. If it warns, every wgmma waited for at once counts. Without a warning only those that go on
                 adding to what the one before them, waited for as well, has added to: one product cut in pieces.
         """
-        warned = bool(_SERIALISED.search(log))
         inside = sorted({i for loop in self.loops for i in loop.body if self.instructions[i].is_wgmma})
         alone = [i for i in inside if self._is_alone(i)]
-        if warned:
+        if _SERIALISED.search(log):
             return alone
-        found = set()
-        for before, after in zip(inside, inside[1:], strict=False):
-            same = self.instructions[before].accumulator == self.instructions[after].accumulator
-            if same and before in alone and after in alone:
-                found |= {before, after}
-        return sorted(found)
+        accumulators = {i: self.instructions[i].accumulator for i in alone}
+        pairs = [pair for pair in itertools.pairwise(inside) if accumulators.keys() >= {*pair}]
+        return sorted({i for a, b in pairs if accumulators[a] == accumulators[b] for i in (a, b)})
 
     def _is_alone(self, index: int) -> bool:
         """Whether this wgmma is a group of its own, and the next thing that happens to it is a wait for all."""
         if not self.instructions[index].ends_group:
             return False
-        before = index - 1
-        while before >= 0 and not self.instructions[before].name.startswith("WARPGROUP.ARRIVE"):
-            if self.instructions[before].is_wgmma and not self.instructions[before].ends_group:
+        for instruction in reversed(self.instructions[:index]):
+            if instruction.is_wgmma and not instruction.ends_group:
                 return False
-            if self.instructions[before].is_wgmma:
+            if instruction.is_wgmma or instruction.name.startswith("WARPGROUP.ARRIVE"):
                 break
-            before -= 1
         for instruction in self.instructions[index + 1 :]:
             if instruction.waits_for is not None:
                 return instruction.waits_for == 0
@@ -265,20 +211,18 @@ class Program:
     def hazards(self) -> list[Hazard]:
         """Registers of a wgmma in flight that something touches before a wait that covers it."""
         found: dict[tuple[int, str], Hazard] = {}
-        todo: list[tuple[int, _InFlight]] = [(0, _InFlight())]
+        todo = [(self._first, _InFlight())]
         seen = set(todo)
         while todo:
             block, state = todo.pop()
-            for i in self._range(block):
+            for i in block:
                 instruction = self.instructions[i]
                 for reason in state.conflicts(instruction):
                     found.setdefault((i, reason), Hazard(i, instruction.text, reason))
                 state = state.after(instruction)
-            for successor in self._successors[block]:
-                step = (successor, state)
-                if step not in seen:
-                    seen.add(step)
-                    todo.append(step)
+            steps = {(successor, state) for successor in self._flow.successors(block)} - seen
+            seen |= steps
+            todo += steps
         return [found[key] for key in sorted(found)]
 
 
@@ -322,20 +266,15 @@ def _parse(sass: str) -> list[Instruction]:
     lines, labels = [], {}
     for line in sass.splitlines():
         if label := _LABEL.match(line.strip()):
-            labels[label.group(1)] = len(lines)
+            labels[label[1]] = len(lines)
         elif found := _LINE.match(line):
-            lines.append(found.group(1))
+            lines.append(found[1])
     instructions = []
     for text in lines:
         bare = _GUARD.sub("", text)
         name, _, rest = bare.partition(" ")
         target = _TARGET.search(rest) if name.startswith(("BRA", "CALL", "WARPSYNC")) else None
         operands = tuple(part.strip() for part in rest.split(",")) if rest else ()
-        index = labels.get(target.group(1)) if target else None
+        index = labels.get(target[1]) if target else None
         instructions.append(Instruction(text, bare != text, name, operands, index))
     return instructions
-
-
-def _short(instruction: Instruction) -> str:
-    parts = instruction.name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "MUFU" or parts[0] in _WGMMA else parts[0]

@@ -40,23 +40,23 @@ def _add_info(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     text = (
-        "Labels pictures. For each, writes NAME_overlay.png (class colours over the picture, with a legend), "
+        "Labels images. For each, writes NAME_overlay.png (class colours over the image, with a legend), "
         "NAME_labels.png (pixel values are the labels) and NAME.json (share of each class). Files that cannot be read "
         "are reported at the end and listed in failed.json; the exit status is then 3. Started by "
-        "torchrun, for several GPUs or machines, its processes share the pictures, go on after a restart, and make one "
+        "torchrun, for several GPUs or machines, its processes share the images, go on after a restart, and make one "
         "report; the exit status is then 0, since torchrun takes any other for a lost process."
     )
-    parser = commands.add_parser("predict", help="pictures to labels and overlays", description=text)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="picture, folder (with sub-folders) or glob")
+    parser = commands.add_parser("predict", help="images to labels and overlays", description=text)
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image, folder (with sub-folders) or glob")
     _add_model(parser)
     _add_output(parser)
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="skip pictures already done, if picture, model, classes and options are still the same",
+        help="skip images already done, if image, model, classes and options are still the same",
     )
     what = parser.add_argument_group("what to write")
-    what.add_argument("--overlay", action=argparse.BooleanOptionalAction, default=True, help="the overlay picture")
+    what.add_argument("--overlay", action=argparse.BooleanOptionalAction, default=True, help="the overlay image")
     what.add_argument("--legend", action=argparse.BooleanOptionalAction, default=True, help="a legend beside it")
     what.add_argument("--alpha", type=_fraction, default=0.5, help="strength of its colours, 0..1 (default: 0.5)")
     what.add_argument(
@@ -78,22 +78,23 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     _add_dtype(how)
     _add_windows(how)
     how.add_argument(
-        "--pictures",
+        "--images",
+        "--pictures",  # the older spelling
         type=_positive_int,
         metavar="N",
-        help="pictures of one size to run together (default: 1 on a CPU, else 8); halved when memory runs out",
+        help="images of one size to run together (default: 1 on a CPU, else 8); halved when memory runs out",
     )
     how.add_argument(
         "--batch-size",
         type=_positive_int,
         metavar="N",
-        help="windows a forward call (default: --pictures, but at least 8 if not on a CPU)",
+        help="windows a forward call (default: --images, but at least 8 if not on a CPU)",
     )
     how.add_argument(
         "--workers",
         type=_positive_int,
         metavar="N",
-        help="threads that read pictures (default: one a processor, at most 4)",
+        help="threads that read images (default: one a processor, at most 4)",
     )
     _add_scales(how)
     _add_flip(how)
@@ -113,7 +114,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--classes", metavar="KEY_OR_FILE", help="names and colours to store with the model")
     parser.add_argument("--decoder", choices=("linear", "mask_transformer"), help="to put on an encoder")
     parser.add_argument(
-        "--image-size", type=_one_size, metavar="PIXELS|HxW", help="resample the position embedding to pictures of it"
+        "--image-size", type=_one_size, metavar="PIXELS|HxW", help="resample the position embedding to images of it"
     )
     parser.add_argument(
         "--grid", type=_rows_columns, metavar="RxC", help="rows and columns of the position embedding in the file"
@@ -162,10 +163,10 @@ def _add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
 
 def _add_attention(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     text = (
-        "Writes attention maps as pictures: one a head, and a grid of all heads. They are of the top left square of "
-        "the picture, resized from its short side to the model's image size."
+        "Writes attention maps as images: one a head, and a grid of all heads. They are of the top left square of "
+        "the image, resized from its short side to the model's image size."
     )
-    parser = commands.add_parser("attention", help="attention maps as pictures", description=text)
+    parser = commands.add_parser("attention", help="attention maps as images", description=text)
     parser.add_argument("image", metavar="IMAGE")
     _add_model(parser)
     _add_output(parser)
@@ -189,12 +190,12 @@ def _add_attention(commands: argparse._SubParsersAction) -> argparse.ArgumentPar
 
 def _add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     text = (
-        "Draws the labels that several models give to one picture, usually of patch 32, 16 and 8, side by side "
+        "Draws the labels that several models give to one image, usually of patch 32, 16 and 8, side by side "
         "with the truth, and enlarged where they differ most along borders. Below each stand its boundary F, mIoU and "
         "time; all figures also go into a JSON file of the same name."
     )
-    parser = commands.add_parser("compare", help="models side by side on one picture", description=text)
-    parser.add_argument("image", nargs="?", metavar="IMAGE", help="a picture of your own")
+    parser = commands.add_parser("compare", help="models side by side on one image", description=text)
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image of your own")
     parser.add_argument("--truth", metavar="FILE", help="its labels: pixel values are class ids, 255 does not count")
     sample = parser.add_argument_group("a sample of a data set instead of IMAGE")
     _add_data_set(sample, required=False)
@@ -234,8 +235,8 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def _add_eval(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     text = (
         "Scores of a model on a data set: mIoU, mAcc, aAcc, boundary F and boundary IoU, in all and for each class. "
-        "Writes scores.json, scores.yml, per_class.png (a chart), and what was counted of each picture (records/), "
-        "from which --resume goes on. Started by torchrun, its processes share the pictures and give exactly the same "
+        "Writes scores.json, scores.yml, per_class.png (a chart), and what was counted of each image (records/), "
+        "from which --resume goes on. Started by torchrun, its processes share the images and give exactly the same "
         "scores; see predict about restarts and the exit status."
     )
     parser = commands.add_parser("eval", help="scores on a data set", description=text)
@@ -261,7 +262,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         nargs="?",
         const=sys.maxsize,
         metavar="N",
-        help="overlays/NAME.png: picture, truth and prediction of N samples, evenly spread, or of all",
+        help="overlays/NAME.png: image, truth and prediction of N samples, evenly spread, or of all",
     )
     how = parser.add_argument_group("how to run")
     _add_device(how)
@@ -296,8 +297,8 @@ def _add_data(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser("data", help="check a data set", description="Data sets.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = (
-        "Reads every picture and label of a data set: ADE20K, Pascal Context, Cityscapes, CamVid, or a folder of your "
-        "own with images/, annotations/ and dataset.yml. Reports sizes, the share of each class, pictures that are the "
+        "Reads every image and label of a data set: ADE20K, Pascal Context, Cityscapes, CamVid, or a folder of your "
+        "own with images/, annotations/ and dataset.yml. Reports sizes, the share of each class, images that are the "
         "same in several splits, and every file that cannot be used; if there are any, the exit status is 3."
     )
     check = actions.add_parser("check", help="what is in a data set, and what is wrong with it", description=text)
@@ -357,7 +358,7 @@ def _add_scales(parser: argparse._ActionsContainer) -> None:
 
 
 def _add_flip(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored picture too")
+    parser.add_argument("--flip", action="store_true", help="average with the mirrored image too")
 
 
 def _add_output(parser: argparse._ActionsContainer) -> None:

@@ -1,4 +1,4 @@
-"""What `segmenter eval` has counted, a line of JSON a picture: so that a run can go on, and processes can be summed.
+"""What `segmenter eval` has counted, a line of JSON an image: so that a run can go on, and processes can be summed.
 
 Each process appends to a file of its own, so no two write to one. A process that is killed while writing leaves at most
 one line that is cut off; it is dropped.
@@ -12,22 +12,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from segmenter.cli.resume import picture_facts
+from segmenter.cli.resume import image_facts
 from segmenter.data.datasets import Dataset, Sample
 from segmenter.evaluation.evaluate import Counts
 from segmenter.files import append, open_regular
 from segmenter.text_files import parse_json
 
 DIRECTORY = "records"
-_MAX_LINE, _BLOCK = 100_000_000, 1 << 16  # bytes: a picture's counts of thousands of classes; read at once
+_MAX_LINE, _BLOCK = 100_000_000, 1 << 16  # bytes: an image's counts of thousands of classes; read at once
 _NAME = re.compile(r"rank-(\d+)\.jsonl")
 
 Facts = list[dict[str, int] | None]
 
 
 def sample_facts(sample: Sample) -> Facts:
-    """What tells whether picture and label file are still the same."""
-    return [picture_facts(sample.image), picture_facts(sample.label)]
+    """What tells whether image and label file are still the same."""
+    return [image_facts(sample.image), image_facts(sample.label)]
 
 
 class Records:
@@ -35,7 +35,7 @@ class Records:
 
     Args:
         dataset: what is evaluated. boundary: whether boundaries are counted. settings: all else that the counts depend
-            on besides picture and label file, as JSON; records of other settings are left alone.
+            on besides image and label file, as JSON; records of other settings are left alone.
         rank, world: this process and how many. keep: the records that are there stay; else they are removed.
     """
 
@@ -58,7 +58,7 @@ class Records:
             os.truncate(self._path, _end_of_whole_lines(self._path))
 
     def add(self, sample: Sample, facts: Facts, counts: Counts) -> None:
-        """Appends one picture; `facts` are those from before it was read."""
+        """Appends one image; `facts` are those from before it was read."""
         record = {"settings": self._settings, "sample": sample.name, "facts": facts, "counts": counts.to_json()}
         append(self._path, json.dumps(record, separators=(",", ":")).encode() + b"\n")
 

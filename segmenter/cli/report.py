@@ -1,4 +1,4 @@
-"""What became of the pictures of a run: for people on stdout and stderr, for programs in failed.json."""
+"""What became of the images of a run: for people on stdout and stderr, for programs in failed.json."""
 
 import json
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ FAILED = "failed.json"
 
 @dataclass
 class Tally:
-    """How far a run is. `failed`: place among the planned pictures -> {"image", "error"}."""
+    """How far a run is. `failed`: place among the planned images -> {"image", "error"}."""
 
     done: int = 0
     skipped: int = 0
@@ -24,7 +24,7 @@ class Tally:
 
 
 def say(tally: Tally, total: int, seconds: float, output: str, early: str = "", processes: int = 1) -> None:
-    """Prints the failures on stderr, in the order of the pictures, and the summary on stdout."""
+    """Prints the failures on stderr, in the order of the images, and the summary on stdout."""
     for _, entry in sorted(tally.failed.items()):
         err(f"segmenter: failed: {' '.join(entry['error'].split())}")
     by = f" by {processes} processes" if processes > 1 else ""

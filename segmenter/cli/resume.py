@@ -1,4 +1,4 @@
-"""What --resume compares: the picture, the model, the class names, and the options of the run that wrote a result."""
+"""What --resume compares: the image, the model, the class names, and the options of the run that wrote a result."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ _OPTIONS = ("overlay", "legend", "alpha", "labels", "dtype", "window_size", "win
 
 
 def run_settings(args: argparse.Namespace, model: Segmenter, classes: ClassSet) -> dict[str, Any]:
-    """All that the results depend on besides the picture, as it reads back from JSON."""
+    """All that the results depend on besides the image, as it reads back from JSON."""
     settings = {name: getattr(args, name) for name in _OPTIONS}
     settings |= {
         "classes": classes.name,
@@ -42,7 +42,7 @@ def model_fingerprint(model: Segmenter) -> str:
     return f"{crc:08x}"
 
 
-def picture_facts(path: Path) -> dict[str, int] | None:
+def image_facts(path: Path) -> dict[str, int] | None:
     """Size in bytes and time of the last change, or None: no such file."""
     try:
         status = os.stat(path)
@@ -52,8 +52,8 @@ def picture_facts(path: Path) -> dict[str, int] | None:
 
 
 def is_done(json_file: Path, source: Path, settings: dict[str, Any]) -> bool:
-    """Whether `json_file` tells of this picture as it is now, with these settings, and all its files are there."""
-    facts = picture_facts(source)
+    """Whether `json_file` tells of this image as it is now, with these settings, and all its files are there."""
+    facts = image_facts(source)
     try:
         result = read_json(json_file, InputError, _MAX_RESULT)
         then = (result["image"], result["picture"], result["settings"])

@@ -46,7 +46,7 @@ def report(
             "root": str(dataset.root),
             "kind": dataset.key,
             "split": dataset.split,
-            "pictures": counts.pictures,
+            "pictures": counts.images,
             "failed": failed,
         },
         "model": {
@@ -81,7 +81,7 @@ def write_scores(data: dict[str, Any], classes: ClassSet, counts: Counts, output
     text = yaml.safe_dump(data, sort_keys=False, width=120)
     write_text(output / "scores.yml", text)
     if chart:
-        where = f"{data['data']['kind']} {data['data']['split']}, {counts.pictures} pictures"
+        where = f"{data['data']['kind']} {data['data']['split']}, {counts.images} images"
         title = f"mIoU {_cell(data['scores']['mIoU']).strip()} %   {where}"
         save_class_chart(output / "per_class.png", classes, counts.matrix.scores()["IoU"], title)
 

@@ -32,7 +32,7 @@ from segmenter.files import locked, writing_into
 from segmenter.text_files import read_json
 
 DIRECTORY = ".segmenter-report"  # below the output; no result can be called so, because hidden folders are no input
-_MAX_REPORT = 1_000_000_000  # bytes: all pictures of a process may have failed
+_MAX_REPORT = 1_000_000_000  # bytes: all images of a process may have failed
 _RUN = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -125,7 +125,7 @@ def run_part(
     """
     shared = SharedReport(shard, Path(output), [jobs, settings]) if shard.world > 1 else None
     if shared is not None and shard.rank == 0:
-        err(f"segmenter: {shard.world} processes share {len(jobs)} pictures")
+        err(f"segmenter: {shard.world} processes share {len(jobs)} images")
     began, finished = time.perf_counter(), False
     try:
         do()
@@ -148,7 +148,7 @@ class SharedReport:
     """One report of all processes, made from one file of each in the output folder.
 
     Args:
-        work: whatever all processes must agree on, as JSON: the planned pictures and the settings.
+        work: whatever all processes must agree on, as JSON: the planned images and the settings.
     """
 
     def __init__(self, shard: Shard, output: Path, work: Any):
@@ -167,7 +167,7 @@ class SharedReport:
         if not all(report.get("finished") and report["run"] == self.shard.run for report in reports):
             return None
         if any(report["work"] != self._facts["work"] for report in reports):
-            text = "the processes tell of different pictures or options, so no summary is made; run again with --resume"
+            text = "the processes tell of different images or options, so no summary is made; run again with --resume"
             err(f"segmenter: warning: {text}")
             return None
         if not self._claim(reports):

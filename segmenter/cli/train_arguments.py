@@ -63,7 +63,7 @@ _SETTINGS = {
         "window_stride": "their stride",
         "save_minutes": "minutes between saves (default: 10)",
         "log_steps": "steps between lines of log.jsonl (default: 20)",
-        "overlays": "pictures of val drawn at each evaluation (default: 4)",
+        "overlays": "images of val drawn at each evaluation (default: 4)",
         "tensorboard": "log for TensorBoard as well",
     },
 }

@@ -1,1 +1,1 @@
-"""Data sets: pictures with their labels, as they lie on a disk."""
+"""Data sets: images with their labels, as they lie on a disk."""

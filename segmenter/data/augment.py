@@ -1,7 +1,7 @@
 """The augmentation of the published training: resize, crop, flip, photometric distortion, normalise, pad.
 
 Order and figures are those of mmsegmentation 0.x as the published code configures it (Segmenter repository,
-segm/data/config; specified in the paper, section 4.1). Pictures are resized and padded by torchvision; cropping by
+segm/data/config; specified in the paper, section 4.1). Images are resized and padded by torchvision; cropping by
 class share and the distortion are not in it as the recipe has them, so they are here.
 """
 
@@ -21,12 +21,12 @@ CROP_DRAWS = 10
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training picture and its labels. A call is random only in the generator that it is given.
+    """What is done to a training image and its labels. A call is random only in the generator that it is given.
 
     Args:
         crop_size: side of the square that comes out, pixels.
-        im_size: the picture's short side becomes ratio * im_size, with a random ratio; its long side at most
-            ratio * max_ratio * im_size. None: the picture's own size times the ratio. scale: (low, high) of the ratio,
+        im_size: the image's short side becomes ratio * im_size, with a random ratio; its long side at most
+            ratio * max_ratio * im_size. None: the image's own size times the ratio. scale: (low, high) of the ratio,
             uniform.
         normalization: "vit" or "deit". ignore_index: the label of pixels that do not count, and of the padding.
         cat_max_ratio: a crop is drawn again, up to ten times, while one class has this share of it or more.
@@ -46,7 +46,7 @@ class Augmentation:
     def __call__(
         self, pixels: np.ndarray, labels: np.ndarray, rng: np.random.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Picture (H, W, 3) uint8 and labels (H, W) -> (3, crop, crop) float32, normalised, and (crop, crop) int64."""
+        """Image (H, W, 3) uint8 and labels (H, W) -> (3, crop, crop) float32, normalised, and (crop, crop) int64."""
         ratio = rng.uniform(*self.scale)
         short, long = sorted(pixels.shape[:2])
         if self.im_size is not None:
@@ -63,7 +63,7 @@ class Augmentation:
         return self.finish(pixels, labels)
 
     def finish(self, pixels: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalises, then pads on the right and at the bottom: the picture with zeros, the mean colour."""
+        """Normalises, then pads on the right and at the bottom: the image with zeros, the mean colour."""
         from torchvision.transforms.v2.functional import pad
 
         h, w = labels.shape

@@ -33,16 +33,16 @@ class SplitReport:
 
     Attributes:
         split: its name. samples: how many good and bad pairs there are. bad: what is wrong, one error a file.
-        sizes: (width, height) -> pictures. pixels, pictures: (n_cls,) int64, the pixels of each class, and the pictures
+        sizes: (width, height) -> images. pixels, images: (n_cls,) int64, the pixels of each class, and the images
         that hold it. ignored: pixels that do not count. empty: samples without any other pixel. image_labels: samples
-        whose label file is their picture. All these are of good samples alone. values: value in the label files ->
+        whose label file is their image. All these are of good samples alone. values: value in the label files ->
         pixels, of all that can be read.
     """
 
     split: str
     samples: int
     pixels: np.ndarray
-    pictures: np.ndarray
+    images: np.ndarray
     ignored: int = 0
     empty: int = 0
     image_labels: int = 0
@@ -58,7 +58,7 @@ class SplitReport:
             return
         of_classes = facts.counts[: len(self.pixels)]
         self.pixels += of_classes
-        self.pictures += of_classes > 0
+        self.images += of_classes > 0
         self.ignored += int(facts.counts[-1])
         self.empty += not of_classes.any()
         self.image_labels += facts.image_label
@@ -102,8 +102,8 @@ class _Facts:
     """Of one sample. `values`: in the label file -> pixels, if it can be read; the rest only of a good sample.
 
     Attributes:
-        size: (width, height). counts: pixels of each label 0..ignore_index. fingerprint: tells the picture's bytes from
-        others. image_label: the label file is the picture once more.
+        size: (width, height). counts: pixels of each label 0..ignore_index. fingerprint: tells the image's bytes from
+        others. image_label: the label file is the image once more.
     """
 
     errors: list[DataError] = field(default_factory=list)
@@ -145,7 +145,7 @@ def glance(dataset: Dataset, n: int = 64, seconds: float = 10.0) -> list[str]:
 def check_dataset(
     source: Source, splits: Sequence[str] | None = None, workers: int = 1, bar: bool = False
 ) -> CheckReport:
-    """Reads every picture and label. Files that are bad raise nothing: they are in the report.
+    """Reads every image and label. Files that are bad raise nothing: they are in the report.
 
     Args:
         source: what `find_source` found. splits: their names; None: all that are there.
@@ -158,9 +158,9 @@ def check_dataset(
         raise DataError(f"{source.base}: none of the splits {', '.join(source.splits)} is there", source.base)
     listings = [source.listing(name) for name in names]
     reports = []
-    seen: dict[tuple[int, int], dict[Path, set[str]]] = defaultdict(dict)  # fingerprint -> picture -> splits
+    seen: dict[tuple[int, int], dict[Path, set[str]]] = defaultdict(dict)  # fingerprint -> image -> splits
     total = sum(len(dataset) for dataset, _ in listings)
-    with tqdm(total=total, unit="picture", file=sys.stderr, disable=not bar or None) as shown:
+    with tqdm(total=total, unit="image", file=sys.stderr, disable=not bar or None) as shown:
         for dataset, problems in listings:
             n_cls = dataset.n_cls
             report = SplitReport(dataset.split, len(dataset), np.zeros(n_cls, np.int64), np.zeros(n_cls, np.int64))
@@ -216,7 +216,7 @@ def _warnings(report: CheckReport, source: Source) -> Iterator[str]:
         if split.empty:
             yield f"{split.split}: {split.empty} label files hold ignored pixels alone"
         if split.image_labels:
-            yield f"{split.split}: {split.image_labels} label files are the picture itself once more, byte for byte"
+            yield f"{split.split}: {split.image_labels} label files are the image itself once more, byte for byte"
     yield from _advice(report, source)
     for name, parts in source.splits.items():
         if len(parts) == 1 and os.path.isdir(parts[0].images) and not parts[0].exists():

@@ -8,7 +8,7 @@
 
 No two splits may share a folder or a list. Without `splits`, the folders images/train, images/val and images/test are
 the splits, or images/training, images/validation or valid, and images/testing; in annotations/ they may have the other
-of these names. If there are none of them, all pictures are the split train.
+of these names. If there are none of them, all images are the split train.
 """
 
 import itertools
@@ -37,7 +37,7 @@ _KEYS = ("name", "classes", "ignore_index", "reduce_zero", "splits")
 
 @dataclass(frozen=True)
 class CustomData:
-    """What dataset.yml says. `splits`: split -> folder or text file; empty: all pictures are the split train."""
+    """What dataset.yml says. `splits`: split -> folder or text file; empty: all images are the split train."""
 
     classes: ClassSet
     ids: Ids
@@ -65,7 +65,7 @@ def description(root: Path) -> Path | None:
 def read_custom(root: Path, classes: ClassSet | None = None) -> CustomData:
     """Reads and checks the description in `root`, and finds the splits. `classes` are for a file that names none.
 
-    Pictures that are in no split, where folders are the splits, are warned of.
+    Images that are in no split, where folders are the splits, are warned of.
 
     Raises:
         DataError: unreadable, unknown keys, or values of a wrong type or range, which are named; no classes; splits

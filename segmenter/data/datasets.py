@@ -34,8 +34,8 @@ class Published:
 
     Attributes:
         epochs: passes over the training split. eval_freq: epochs from one evaluation to the next.
-        batch_size: pictures a step, of all processes together. learning_rate: the initial one, of SGD.
-        im_size: pixels of a picture's short side, to which it is resized, its long side at most max_ratio times that.
+        batch_size: images a step, of all processes together. learning_rate: the initial one, of SGD.
+        im_size: pixels of an image's short side, to which it is resized, its long side at most max_ratio times that.
         crop_size, window_size, window_stride: pixels; of training crops, and of the windows of evaluation.
     """
 
@@ -93,7 +93,7 @@ class Dataset:
         return tuple(self.samples[i * len(self) // n] for i in range(n))
 
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """The picture, upright, and its labels.
+        """The image, upright, and its labels.
 
         Returns:
             pixels (H, W, 3) uint8 RGB; labels (H, W) uint8 (uint16 for more than 255 classes): 0..n_cls-1 or
@@ -106,18 +106,18 @@ class Dataset:
         return pixels, labels
 
     def read_pixels(self, sample: Sample) -> np.ndarray:
-        """The picture alone, as of `read`."""
+        """The image alone, as of `read`."""
         try:
             return read_image(sample.image)
         except ImageError as error:
             raise DataError(str(error), sample.image) from error
 
     def read_labels(self, sample: Sample) -> np.ndarray:
-        """The labels alone, as of `read`; the size is not compared with the picture's."""
+        """The labels alone, as of `read`; the size is not compared with the image's."""
         return self.ids.to_labels(read_ids(sample.label), self.n_cls, sample.label)
 
     def check_sizes(self, sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> None:
-        """Raises DataError: the picture (H, W, 3) and the labels (H, W) of a sample are not of the same size."""
+        """Raises DataError: the image (H, W, 3) and the labels (H, W) of a sample are not of the same size."""
         if labels.shape != pixels.shape[:2]:
             raise DataError(_sizes_differ(sample, pixels, labels), sample.label)
 
@@ -142,7 +142,7 @@ class Source:
         return [split for split, parts in self.splits.items() if len(parts) == 1 and parts[0].exists()]
 
     def listing(self, split: str) -> tuple[Dataset, list[DataError]]:
-        """The samples of a split, and a problem for each picture or label without partner.
+        """The samples of a split, and a problem for each image or label without partner.
 
         Raises:
             DataError: no such split, or a folder of it is missing or empty.
@@ -165,7 +165,7 @@ class Source:
 def open_dataset(
     root: str | Path, split: str = "train", kind: str | None = None, classes: ClassSet | str | Path | None = None
 ) -> Dataset:
-    """A split of the data set in a folder, with every picture and label paired.
+    """A split of the data set in a folder, with every image and label paired.
 
     Args:
         root: the folder of the data set as published, or one above it as in the published code; see LAYOUTS, and
@@ -176,7 +176,7 @@ def open_dataset(
             "pascal_context_59" is said.
         classes: other names and colours: a ClassSet, or what `load_classes` takes.
     Raises:
-        DataError: not found or of several kinds, no such split, pictures without label, labels without picture.
+        DataError: not found or of several kinds, no such split, images without label, labels without image.
     """
     dataset, problems = find_source(root, kind, classes).listing(split)
     if problems:

@@ -1,4 +1,4 @@
-"""Label files: pictures whose pixel values are class ids -> labels 0..n_cls-1, or "does not count"."""
+"""Label files: images whose pixel values are class ids -> labels 0..n_cls-1, or "does not count"."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,12 +85,12 @@ def read_ids(path: Path) -> np.ndarray:
     """The pixel values as they are stored in a label file: indices of a palette, or greys of 1 to 32 bits.
 
     Values are never converted: of a grey PNG with 4 bits they are 0..15, of a float TIFF whole numbers. If the file
-    itself says how it is to be turned (EXIF or TIFF orientation), the ids are turned upright, as a picture is.
+    itself says how it is to be turned (EXIF or TIFF orientation), the ids are turned upright, as an image is.
 
     Returns:
         (H, W) uint8 or uint16.
     Raises:
-        DataError: unreadable, or a picture of another kind: colours, not of LABEL_FORMATS, several samples a pixel or
+        DataError: unreadable, or an image of another kind: colours, not of LABEL_FORMATS, several samples a pixel or
             pages, values that are not whole or beyond 0..65535, a TIFF where 0 is white: programs do not agree whether
             its values are those stored or their inverse.
     """

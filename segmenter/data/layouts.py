@@ -1,4 +1,4 @@
-"""The public folder layouts of the usual data sets, and how pictures and labels are paired.
+"""The public folder layouts of the usual data sets, and how images and labels are paired.
 
 Layouts as the data sets are published, below the folders that the published Segmenter code uses.
 """
@@ -17,7 +17,7 @@ from segmenter.inference.images import suffixes
 from segmenter.text_files import read_text
 
 SPLITS = ("train", "val", "test")
-CAMVID_DRIVES = ("0001TP_", "0006R0_", "0016E5_", "Seq05VD_")  # what the names of CamVid's pictures start with
+CAMVID_DRIVES = ("0001TP_", "0006R0_", "0016E5_", "Seq05VD_")  # what the names of CamVid's images start with
 _SHOWN = 3
 _MAX_BYTES = 64_000_000  # of a list of names
 _LIKE_A_SPLIT = re.compile(
@@ -28,7 +28,7 @@ _LIKE_A_SPLIT = re.compile(
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and its label file. `name`: unique in the data set, relative, posix, without extension."""
+    """An image and its label file. `name`: unique in the data set, relative, posix, without extension."""
 
     name: str
     image: Path
@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Part:
-    """Where the pictures and labels of one split lie.
+    """Where the images and labels of one split lie.
 
     Attributes:
         split: its name. images, labels: folders, searched with all their sub-folders.
@@ -71,7 +71,7 @@ class Layout:
     Attributes:
         key: of the data set. places: where it may lie below the folder that is opened.
         splits: split -> what it is called in paths. unlabelled: splits whose labels are not public.
-        prefixes: to be recognised, some picture's name must start with one of these.
+        prefixes: to be recognised, some image's name must start with one of these.
     """
 
     key: str
@@ -153,7 +153,7 @@ LAYOUTS = (
 
 
 def pair(part: Part) -> tuple[list[Sample], list[DataError]]:
-    """The samples of a part, and a problem for each picture or label that has no partner.
+    """The samples of a part, and a problem for each image or label that has no partner.
 
     Names are compared in one Unicode form. Folders that cannot be entered, or were already, are warned of.
 
@@ -171,17 +171,17 @@ def pair(part: Part) -> tuple[list[Sample], list[DataError]]:
     elif part.undivided:
         _refuse_hidden_splits(part, names)
     if not names:
-        raise DataError(f"{part.images}: no pictures in this folder ({' '.join(sorted(suffixes()))})", part.images)
+        raise DataError(f"{part.images}: no images in this folder ({' '.join(sorted(suffixes()))})", part.images)
     problems = []
     for name in names:
         if name not in images:
             listed = "its name is listed" if part.names else f"its label is {labels[name]}"
             file = part.images / f"{name}{part.image_ending}"
-            problems.append(DataError(f"{file}.*: no such picture, but {listed}", file))
+            problems.append(DataError(f"{file}.*: no such image, but {listed}", file))
         elif name not in labels:
             hint = f"; {part.hint}" if part.hint else ""
             wanted = part.labels / f"{name}{part.label_ending}.png"
-            problems.append(DataError(f"{images[name]}: the picture has no label, {wanted} is missing{hint}", wanted))
+            problems.append(DataError(f"{images[name]}: the image has no label, {wanted} is missing{hint}", wanted))
     samples = [Sample(name, images[name], labels[name]) for name in names if name in images and name in labels]
     return samples, problems
 
@@ -199,7 +199,7 @@ def in_short(items: Iterable[object]) -> str:
 
 
 def _named_files(directory: Path, ending: str) -> dict[str, Path]:
-    """Sample name -> file, for the pictures below `directory` whose name ends like this before the extension."""
+    """Sample name -> file, for the images below `directory` whose name ends like this before the extension."""
     found: dict[str, Path] = {}
     files, problems = walk(directory, suffixes())
     for problem in problems:

@@ -1,4 +1,4 @@
-"""Results on a data set as pictures: a bar for each class; a picture beside truth and prediction."""
+"""Results on a data set as figures: a bar for each class; an image beside truth and prediction."""
 
 import importlib.util
 import math
@@ -66,7 +66,7 @@ def _draw_bars(axes, ids: list[int], classes: ClassSet, percent: np.ndarray, mea
 def comparison(
     pixels: np.ndarray, label: np.ndarray, prediction: np.ndarray, classes: ClassSet, ignore_index: int = 255
 ) -> np.ndarray:
-    """Picture, truth and prediction side by side, and a legend of the classes in either.
+    """Image, truth and prediction side by side, and a legend of the classes in either.
 
     Args:
         pixels: (H, W, 3) uint8. label, prediction: (H, W); pixels that are ignored are darkened in the truth.
@@ -77,7 +77,7 @@ def comparison(
     right = f", {100 * np.mean(label[counted] == prediction[counted]):.1f} % right" if counted.any() else ""
     panels = attention_grid(
         [
-            ("picture", pixels),
+            ("image", pixels),
             ("truth", overlay(pixels, np.where(counted, label, len(classes)), classes, 0.6)),
             (f"prediction{right}", overlay(pixels, prediction, classes, 0.6)),
         ]

@@ -1,4 +1,4 @@
-"""Models beside each other on one picture: labels, scores and time of each, and where they differ most.
+"""Models beside each other on one image: labels, scores and time of each, and where they differ most.
 
 The paper and its poster (Strudel et al., ICCV 2021) do this for patch sizes 32, 16 and 8: the smaller the patch, the
 sharper the boundaries. `segmenter.evaluation.comparison_figure` draws what is found here.
@@ -29,14 +29,14 @@ SCORES = ("bF", "bIoU", "mIoU", "aAcc")
 
 @dataclass(frozen=True)
 class Compared:
-    """One model on the picture.
+    """One model on the image.
 
     Attributes:
         name: what it is called. patch_size: pixels. parameters: how many.
-        windows, tokens: how many a picture is cut into, and the patches of all of them; class tokens are not counted.
+        windows, tokens: how many an image is cut into, and the patches of all of them; class tokens are not counted.
         dtype: compute type, such as "float32". weights: of `ModelInfo`. warning: of MEANINGLESS, or None.
         milliseconds: of each timed run, from bytes to labels in the host's memory.
-        labels: (H, W). scores: SCORES of this picture alone, in percent with two decimals; None where 0/0; empty
+        labels: (H, W). scores: SCORES of this image alone, in percent with two decimals; None where 0/0; empty
             without truth.
     """
 
@@ -69,7 +69,7 @@ def compare(
     protocol: Protocol | None = None,
     repeats: int = 5,
 ) -> Compared:
-    """Runs a model on a picture once to warm up and `repeats` times by the clock.
+    """Runs a model on an image once to warm up and `repeats` times by the clock.
 
     Args:
         model: a `Segmenter` in evaluation mode. pixels: (H, W, 3) uint8 RGB.

@@ -1,6 +1,6 @@
-"""The picture of `segmenter compare`: columns of the photograph, each model's labels and the truth, enlarged below.
+"""The figure of `segmenter compare`: columns of the photograph, each model's labels and the truth, enlarged below.
 
-All sizes are pixels of the finished picture, made to be readable when it is shrunk to half its size.
+All sizes are pixels of the finished figure, made to be readable when it is shrunk to half its size.
 """
 
 import math
@@ -16,10 +16,10 @@ from segmenter.data.label_files import ignore_index
 from segmenter.evaluation.compare import Compared, border_pixels, telling_part
 from segmenter.visualize import class_shares, enlarge, overlay
 
-COLUMN = 480  # width of a panel; pictures of CamVid fill it pixel by pixel
+COLUMN = 480  # width of a panel; images of CamVid fill it pixel by pixel
 MAX_COLUMNS = 5  # photograph, three patch sizes and truth stand in one row
 _HIGHEST = 720
-_LARGEST_FACTOR = 32  # of pictures a few pixels wide
+_LARGEST_FACTOR = 32  # of images a few pixels wide
 _GAP, _MARGIN = 28, 28
 _TITLE, _TEXT, _SMALL = 38, 28, 24
 _LINE = 38
@@ -33,10 +33,10 @@ Facts = tuple[tuple[str, str], ...]  # what stands left and right below a panel
 
 @dataclass(frozen=True)
 class Panel:
-    """One column, from top to bottom; picture and zoom are (height, width, 3) uint8, at most COLUMN wide."""
+    """One column, from top to bottom; image and zoom are (height, width, 3) uint8, at most COLUMN wide."""
 
     title: str
-    picture: np.ndarray
+    image: np.ndarray
     zoom: np.ndarray
     facts: Facts
     warning: str | None = None
@@ -44,7 +44,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Part:
-    """A rectangle of the picture, in its pixels, and how many times as large it is shown."""
+    """A rectangle of the image, in its pixels, and how many times as large it is shown."""
 
     top: int
     left: int
@@ -59,7 +59,7 @@ class Part:
 
 
 def choose_part(predictions: Sequence[np.ndarray], truth: np.ndarray | None, n_cls: int) -> Part:
-    """The part to enlarge, a column wide when it is: a quarter of the usual picture's width; see `telling_part`."""
+    """The part to enlarge, a column wide when it is: a quarter of the usual image's width; see `telling_part`."""
     height, width = predictions[0].shape
     factor = min(max(2, round(4 * COLUMN / width)), _LARGEST_FACTOR)
     w = max(1, min(COLUMN // factor, width))
@@ -67,7 +67,7 @@ def choose_part(predictions: Sequence[np.ndarray], truth: np.ndarray | None, n_c
     return Part(*telling_part(predictions, truth, ignore_index(n_cls), (h, w)), h, w, factor)
 
 
-def comparison_picture(
+def comparison_figure(
     pixels: np.ndarray,
     models: Sequence[Compared],
     truth: np.ndarray | None,
@@ -82,7 +82,7 @@ def comparison_picture(
 
     Args:
         pixels: (H, W, 3) uint8. truth: labels (H, W), those of `ignore_index(len(classes))` are shown dark.
-        part: what is enlarged, of `choose_part`. notes: sentences for the foot of the picture.
+        part: what is enlarged, of `choose_part`. notes: sentences for the foot of the figure.
     Returns:
         RGB (height, width, 3) uint8.
     """
@@ -99,7 +99,7 @@ def comparison_picture(
 def make_panels(
     pixels: np.ndarray, models: Sequence[Compared], truth: np.ndarray | None, classes: ClassSet, part: Part
 ) -> list[Panel]:
-    """The columns from left to right; arguments as of `comparison_picture`."""
+    """The columns from left to right; arguments as of `comparison_figure`."""
     height, width = pixels.shape[:2]
     counted = None if truth is None else truth != ignore_index(len(classes))
     borders = None if truth is None else _thick(border_pixels(part.of(truth), part.of(counted)))
@@ -139,7 +139,7 @@ def _thick(lines: np.ndarray) -> np.ndarray:
 
 
 def _fit(image: np.ndarray) -> np.ndarray:
-    """A picture as wide as a column, or as high as may be; enlarged without smoothing."""
+    """An image as wide as a column, or as high as may be; enlarged without smoothing."""
     height, width = image.shape[:2]
     scale = min(COLUMN / width, _HIGHEST / height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -148,7 +148,7 @@ def _fit(image: np.ndarray) -> np.ndarray:
 
 
 def _framed(image: np.ndarray, part: Part, height: int) -> np.ndarray:
-    """With a white frame in black edges around the part of a picture that was `height` pixels high."""
+    """With a white frame in black edges around the part of an image that was `height` pixels high."""
     scale = len(image) / height
     top, left, h, w = (round(value * scale) for value in (part.top, part.left, part.height, part.width))
     canvas = Image.fromarray(image)
@@ -161,18 +161,18 @@ def _framed(image: np.ndarray, part: Part, height: int) -> np.ndarray:
 
 
 def _row(panels: Sequence[Panel], width: int) -> np.ndarray:
-    """Panels side by side; pictures, enlarged parts and figures of all begin at the same heights."""
-    pictures, zooms = (max(len(getattr(panel, name)) for panel in panels) for name in ("picture", "zoom"))
+    """Panels side by side; images, enlarged parts and facts of all begin at the same heights."""
+    images, zooms = (max(len(getattr(panel, name)) for panel in panels) for name in ("image", "zoom"))
     lines = max(len(panel.facts) + (panel.warning is not None) for panel in panels)
     top = _MARGIN + round(1.4 * _TITLE)
-    zoom_top = top + pictures + _GAP
+    zoom_top = top + images + _GAP
     facts_top = zoom_top + zooms + _GAP
     canvas = Image.new("RGB", (width, facts_top + lines * _LINE), "white")
     draw = ImageDraw.Draw(canvas)
     for i, panel in enumerate(panels):
         left = _MARGIN + i * (COLUMN + _GAP)
         draw.text((left, top - _TITLE // 3), panel.title, _INK, _font(_TITLE), anchor="ls")
-        for y, image in ((top, panel.picture), (zoom_top, panel.zoom)):
+        for y, image in ((top, panel.image), (zoom_top, panel.zoom)):
             canvas.paste(Image.fromarray(image), (left, y))
             if panel.warning:
                 _draw_banner(draw, left, y + len(image), panel.warning)
@@ -181,7 +181,7 @@ def _row(panels: Sequence[Panel], width: int) -> np.ndarray:
 
 
 def _draw_banner(draw: ImageDraw.ImageDraw, left: int, bottom: int, warning: str) -> None:
-    """The first part of the warning in white on red, over the lower end of a picture."""
+    """The first part of the warning in white on red, over the lower end of an image."""
     draw.rectangle((left, bottom - _LINE, left + COLUMN - 1, bottom - 1), _RED)
     middle = left + COLUMN // 2, bottom - _LINE // 2
     draw.text(middle, warning.partition(":")[0].upper(), _WHITE, _font(_TEXT), anchor="mm")
@@ -199,7 +199,7 @@ def _draw_facts(draw: ImageDraw.ImageDraw, left: int, top: int, panel: Panel) ->
 
 
 def _legend(labels: np.ndarray, classes: ClassSet, width: int) -> np.ndarray:
-    """Colours and names of the classes in `labels` (any shape), in lines across the picture, by id."""
+    """Colours and names of the classes in `labels` (any shape), in lines across the figure, by id."""
     font, swatch = _font(_TEXT), _TEXT
     shown = class_shares(labels, classes)
     rest = len(shown) - _MOST_CLASSES

@@ -1,7 +1,7 @@
-"""Evaluation on a data set: the published test pipeline picture by picture, and integer counts that are summed.
+"""Evaluation on a data set: the published test pipeline image by image, and integer counts that are summed.
 
-What is kept of a picture is how often each label met each prediction, and the same for boundaries. These are integers,
-so scores come out the same in whatever order, and by however many processes, the pictures are done.
+What is kept of an image is how often each label met each prediction, and the same for boundaries. These are integers,
+so scores come out the same in whatever order, and by however many processes, the images are done.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # the published scales; they go 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a picture is brought to the model.
+    """How an image is brought to the model.
 
     Attributes:
-        im_size: the short side in pixels that the picture is resized to, or None: its own size, nothing is resized.
+        im_size: the short side in pixels that the image is resized to, or None: its own size, nothing is resized.
         max_ratio: the long side gets at most max_ratio * im_size pixels; then the short side is below im_size.
         window_size, window_stride: sliding windows in pixels; None: see `of_model`.
         scales: sizes to average over, relative to im_size. flip: each also mirrored left to right.
@@ -81,16 +81,16 @@ class Protocol:
         return replace(self, window_size=window_size, window_stride=window_stride, batch_size=batch_size)
 
     def resized(self, h: int, w: int, scale: float) -> tuple[int, int]:
-        """Size of a picture (h, w) at one of the scales: the largest with its proportions inside the two limits."""
+        """Size of an image (h, w) at one of the scales: the largest with its proportions inside the two limits."""
         return resized((h, w), scale * self.im_size, scale * (self.max_ratio * self.im_size))
 
 
 def predict_labels(model: torch.nn.Module, pixels: np.ndarray, protocol: Protocol) -> np.ndarray:
-    """Labels of one picture at its own size, by the published evaluation (mmsegmentation's MultiScaleFlipAug).
+    """Labels of one image at its own size, by the published evaluation (mmsegmentation's MultiScaleFlipAug).
 
-    The picture is resized as bytes (bilinear, no antialiasing) to `protocol.resized`, normalised with the rounded
+    The image is resized as bytes (bilinear, no antialiasing) to `protocol.resized`, normalised with the rounded
     statistics, mirrored if asked for, enlarged to the window if it is smaller, and cut into windows. Windows are
-    averaged as logits at that size, resized to the picture's, and several views averaged as probabilities.
+    averaged as logits at that size, resized to the image's, and several views averaged as probabilities.
 
     Resizing differs from OpenCV's, with which the published figures were made, by at most one grey level: ours rounds
     once, from floats. Without `im_size` the result is that of `model.segment`, which normalises with exact statistics;
@@ -101,7 +101,7 @@ def predict_labels(model: torch.nn.Module, pixels: np.ndarray, protocol: Protoco
     Returns:
         (H, W) uint8 (int16 above 256 classes, int32 above 32,768), on the CPU.
     Raises:
-        RuntimeError: training mode. ValueError: a picture that would grow too large, or scores that are not finite.
+        RuntimeError: training mode. ValueError: an image that would grow too large, or scores that are not finite.
     """
     protocol = protocol.of_model(model)
     if protocol.im_size is None:
@@ -141,29 +141,29 @@ def _resize_bytes(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 class Counts:
-    """What is summed over pictures: the confusion matrix, and the boundary counts if `boundary`."""
+    """What is summed over images: the confusion matrix, and the boundary counts if `boundary`."""
 
     def __init__(self, n_cls: int, ignore_index: int = 255, boundary: bool = True):
-        self.pictures = 0
+        self.images = 0
         self.matrix = ConfusionMatrix(n_cls, ignore_index)
         self.boundary = BoundaryCounts(n_cls, ignore_index) if boundary else None
 
     def update(self, prediction: np.ndarray, label: np.ndarray) -> None:
-        """Adds one picture: two (H, W) integer arrays."""
-        self.pictures += 1
+        """Adds one image: two (H, W) integer arrays."""
+        self.images += 1
         for part in self._parts.values():
             part.update(prediction, label)
 
     def merge(self, other: "Counts") -> None:
-        """Adds the counts of other pictures."""
-        self.pictures += other.pictures
+        """Adds the counts of other images."""
+        self.images += other.images
         for part, theirs in zip(self._parts.values(), other._parts.values(), strict=True):
             part.merge(theirs)
 
     def scores(self) -> dict[str, Any]:
-        """As fractions: `ConfusionMatrix.scores`, `BoundaryCounts.scores`, and "pictures", their number."""
+        """As fractions: `ConfusionMatrix.scores`, `BoundaryCounts.scores`, and "images", their number."""
         return {name: value for part in self._parts.values() for name, value in part.scores().items()} | {
-            "pictures": self.pictures
+            "pictures": self.images
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class Counts:
             flat = part.counts.ravel()
             places = np.flatnonzero(flat)
             parts[name] = [places.tolist(), flat[places].tolist()]
-        return {"pictures": self.pictures, **parts}
+        return {"pictures": self.images, **parts}
 
     def add_json(self, data: dict[str, Any]) -> None:
         """Adds what `to_json` of counts with the same arguments gave.
@@ -181,7 +181,7 @@ class Counts:
         Raises:
             ValueError, KeyError, TypeError, IndexError: it is something else.
         """
-        self.pictures += data["pictures"]
+        self.images += data["pictures"]
         for name, part in self._parts.items():
             counts = np.zeros(part.counts.shape, np.int64)
             places, values = data[name]
@@ -198,7 +198,7 @@ class Outcome:
     """What became of one sample: either `error`, or all the others.
 
     Attributes:
-        pixels: (H, W, 3) uint8. label, prediction: (H, W). counts: of this picture alone.
+        pixels: (H, W, 3) uint8. label, prediction: (H, W). counts: of this image alone.
     """
 
     sample: Sample
@@ -222,19 +222,19 @@ def evaluate(
 
     Args:
         model: a `Segmenter` in evaluation mode, with the data set's number of classes.
-        protocol: by default, single scale at the pictures' own size, with the windows of `Protocol.of_model`.
+        protocol: by default, single scale at the images' own size, with the windows of `Protocol.of_model`.
         boundary: also the boundary scores. workers: threads that read and count; by default one a processor, at most 4.
         progress: a progress bar on stderr; None: if that is a terminal.
     Returns:
         fractions: "aAcc", "mAcc", "mIoU"; "Acc", "IoU" (n_cls,); with `boundary` those of `BoundaryCounts.scores`;
-        and "pictures", their number.
+        and "images", their number.
     Raises:
         DataError: a sample that cannot be used. ValueError: numbers of classes that differ, or see `predict_labels`.
         RuntimeError: training mode.
     """
     total = Counts(dataset.n_cls, dataset.ignore_index, boundary)
     stream = outcomes(model, dataset, protocol or Protocol(), boundary=boundary, workers=workers)
-    bar = tqdm(total=len(dataset), unit="picture", disable=None if progress is None else not progress)
+    bar = tqdm(total=len(dataset), unit="image", disable=None if progress is None else not progress)
     with contextlib.closing(stream), bar:
         for outcome in stream:
             if outcome.error is not None:
@@ -256,7 +256,7 @@ def outcomes(
 ) -> Iterator[Outcome]:
     """What became of each sample, in order; by default of all. Arguments as of `evaluate`.
 
-    While the model runs, threads read the samples that come next and count those before; 2 * workers pictures wait to
+    While the model runs, threads read the samples that come next and count those before; 2 * workers images wait to
     be run and `workers` to be given out. Close the generator, or exhaust it, to end the threads.
     """
     if model.n_cls != dataset.n_cls:

@@ -1,4 +1,4 @@
-"""Exports: a file that turns uint8 pictures into labels, for programs that do not have this package.
+"""Exports: a file that turns uint8 images into labels, for programs that do not have this package.
 
 The file holds everything from bytes to labels: normalisation, padding, network, upsampling, argmax. Batch, height and
 width stay free. It is written beside its destination, loaded again, compared with the model at several sizes, and only
@@ -46,7 +46,7 @@ class Agreement:
     """How a written file compares with the model for one batch.
 
     Attributes:
-        shape: (B, H, W) of the pictures.
+        shape: (B, H, W) of the images.
         error: of logits and masks the largest difference; of labels the largest shortfall, which is how far the
             model's score of the file's label lies below the model's best score at that pixel. In units of the model's
             largest score.
@@ -114,8 +114,8 @@ def export_model(
 ) -> ExportReport:
     """Writes a model, from uint8 pixels to labels, to one file, and checks that the file computes the same.
 
-    What goes in and comes out: see `Pipeline`. Batch, height and width are free: see `trace`. The picture is labelled
-    whole, at its own size: there are no sliding windows, and a picture smaller than a window is not enlarged. All
+    What goes in and comes out: see `Pipeline`. Batch, height and width are free: see `trace`. The image is labelled
+    whole, at its own size: there are no sliding windows, and an image smaller than a window is not enlarged. All
     (n_cls, H, W) scores of a batch may lie in memory at once.
 
     Args:
@@ -187,7 +187,7 @@ def check_file(
     dtype: torch.dtype,
     sizes: Sequence[Size],
 ) -> list[Agreement]:
-    """Loads a written file and compares it with the model on seeded pictures, in batches of 1 and 2 by turns.
+    """Loads a written file and compares it with the model on seeded images, in batches of 1 and 2 by turns.
 
     The model's side shares nothing with the file's: images pass `segmenter.inference.images.normalize` and
     `Segmenter.masks`, in the implementation that the model has, in float32 (a model in a half type is copied to it). A
@@ -204,7 +204,7 @@ def check_file(
     rounded = None if dtype == torch.float32 else eager_twin(model, dtype)
     rows = []
     for i, (H, W) in enumerate(sizes):
-        pixels = _pictures(1 + i % 2, H, W, seed=i)
+        pixels = _images(1 + i % 2, H, W, seed=i)
         with _exact_products(), torch.inference_mode():
             with as_export_error(f"the {format} file that was written fails at {H}x{W}"):
                 got = run(pixels).cpu()
@@ -217,7 +217,7 @@ def check_file(
                 raise ExportError("the model's scores are not finite; in float16 try bfloat16 or float32")
             rows.append(_compare(got, scores, output, limit, (1 + i % 2, H, W)))
     if output == "labels" and max(row.seen for row in rows) == 1:
-        text = "the model gives all of the check's pictures one label, so that they agree says little; check the logits"
+        text = "the model gives all of the check's images one label, so that they agree says little; check the logits"
         warnings.warn(text, stacklevel=3)
     return rows
 
@@ -225,7 +225,7 @@ def check_file(
 def _scores(model: Segmenter, pixels: torch.Tensor, output: str) -> torch.Tensor:
     """What "masks", else "logits", should be: float32 on the CPU."""
     parameter = next(model.parameters())
-    im = torch.stack([normalize(picture.numpy(), model.info.normalization) for picture in pixels])
+    im = torch.stack([normalize(image.numpy(), model.info.normalization) for image in pixels])
     scores = model.masks(im.to(parameter.device, parameter.dtype)).float().cpu()
     if output == "masks":
         return scores
@@ -262,8 +262,8 @@ def _compare(
     return Agreement(batch, error, limit, same, len(best.unique()))
 
 
-def _pictures(B: int, H: int, W: int, seed: int) -> torch.Tensor:
-    """Smooth seeded pictures with a little noise, (B, H, W, 3) uint8."""
+def _images(B: int, H: int, W: int, seed: int) -> torch.Tensor:
+    """Smooth seeded images with a little noise, (B, H, W, 3) uint8."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(B, 3, 6, 8, generator=generator)
     smooth = F.interpolate(coarse, (H, W), mode="bicubic", align_corners=False)

@@ -128,7 +128,7 @@ def trace(model: Segmenter, output: str = "labels", dtype: torch.dtype | None = 
     least = model.patch_size + 1
     side = max(model.info.window_size, least + 1)
     device = next(model.parameters()).device
-    # what a compiler tunes for: a batch, so that nothing holds for one picture only, of the size of windows
+    # what a compiler tunes for: a batch, so that nothing holds for one image only, of the size of windows
     example = torch.zeros(2, side, side + 1, 3, dtype=torch.uint8, device=device)
     sizes = (("batch", 1), ("height", least), ("width", least))  # PyTorch 2.6 takes none without a largest size
     dims = {i: torch.export.Dim(name, min=smallest, max=2**31 - 1) for i, (name, smallest) in enumerate(sizes)}
@@ -155,7 +155,7 @@ def check_exportable(model: nn.Module) -> None:
     if model.info.normalization not in NORMALIZATION:
         raise ValueError(f"model.info.normalization is {model.info.normalization!r}, not {' or '.join(NORMALIZATION)}")
     if model.encoder.channels != 3:
-        raise ValueError(f"pictures of 3 channels are exported; the model takes {model.encoder.channels}")
+        raise ValueError(f"images of 3 channels are exported; the model takes {model.encoder.channels}")
 
 
 def _foreign_operator(target: Any) -> str | None:

@@ -41,7 +41,7 @@ def half_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class Shape(NamedTuple):
-    """Pictures (batch, height, width, 3)."""
+    """Images (batch, height, width, 3)."""
 
     batch: int
     height: int
@@ -134,7 +134,7 @@ class Watched:
 
 
 class CompiledInference:
-    """Labels of batches of pictures, each shape captured once; see `Segmenter.compile_inference`.
+    """Labels of batches of images, each shape captured once; see `Segmenter.compile_inference`.
 
     Calls may come from several threads; they run one after the other. Weights may be changed in place
     (`load_state_dict`, a step of any optimiser in the process), replaced or moved: the next call sees it, converts
@@ -211,11 +211,11 @@ class CompiledInference:
             self._follow_weights()
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Labels of pictures.
+        """Labels of images.
 
         Args:
             pixels: (B, H, W, 3) uint8, on the CPU or on the model's device. A shape that is not captured runs without a
-                graph the first time and is captured the second; up to half fewer pictures than a captured batch of
+                graph the first time and is captured the second; up to half fewer images than a captured batch of
                 their size are filled up.
         Returns:
             labels (B, H, W), new memory, on the device of pixels.
@@ -280,7 +280,7 @@ class CompiledInference:
         """(labels, largest score), of which the next call may overwrite both."""
         self._follow_weights()
         shape = Shape(*pixels.shape[:3])
-        # a graph for a few pictures more is faster than no graph
+        # a graph for a few images more is faster than no graph
         larger = [s for s in self._shapes if s[1:] == shape[1:] and shape.batch < s.batch <= 2 * shape.batch]
         if self.graphs and shape not in self._shapes and larger:
             rest = min(larger).batch - shape.batch
@@ -313,7 +313,7 @@ class CompiledInference:
             self._shapes.clear()
         except RuntimeError as error:
             cause = str(error.__context__ or error).strip().splitlines()[0]
-            warnings.warn(f"pictures {tuple(shape)} cannot be captured and run without a graph: {cause}", stacklevel=5)
+            warnings.warn(f"images {tuple(shape)} cannot be captured and run without a graph: {cause}", stacklevel=5)
             return Direct(self._labels, pixels, None)
         self._place = Place.on(self.device)  # what the graphs before held goes back with their pool
         return Graph(self._labels, pixels, self._place)
@@ -390,7 +390,7 @@ def _check_pixels(pixels: Any) -> None:
         what = pixels.dtype if isinstance(pixels, torch.Tensor) else type(pixels).__name__
         raise ValueError(f"expected a uint8 tensor (B, H, W, 3), got {what}")
     if pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
-        raise ValueError(f"expected pictures (B, H, W, 3), got {tuple(pixels.shape)}")
+        raise ValueError(f"expected images (B, H, W, 3), got {tuple(pixels.shape)}")
 
 
 def _version(tensor: torch.Tensor) -> int:

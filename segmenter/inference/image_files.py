@@ -1,4 +1,4 @@
-"""Picture files: the one place where they are opened and decoded, for pictures and for labels.
+"""Image files: the one place where they are opened and decoded, for images and for labels.
 
 Pillow decodes. What it would read wrongly without a word is known from the header, and is refused by `samples_of`.
 """
@@ -24,7 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 64 * 1024 * 1024
 
 _ORIENTATION = 0x0112  # the tag, in EXIF as in TIFF
-_TRANSPOSE = {  # orientation -> what makes the picture upright
+_TRANSPOSE = {  # orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -43,15 +43,15 @@ _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 
 
 class ImageError(InputError):
-    """A picture that cannot be used; the message names the file and the cause."""
+    """An image that cannot be used; the message names the file and the cause."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What the numbers in a picture are, before Pillow changes them.
+    """What the numbers in an image are, before Pillow changes them.
 
     Attributes:
-        bits: of a sample; None: unknown, for pictures of 32-bit integers in memory.
+        bits: of a sample; None: unknown, for images of 32-bit integers in memory.
         per_pixel: samples a pixel, those included that Pillow leaves out; None: as the mode says.
         signed: integers that may be negative. min_is_white: a TIFF of greys where 0 is white.
     """
@@ -66,7 +66,7 @@ class Samples:
 def open_image(
     path: str | os.PathLike, max_pixels: int = MAX_PIXELS, wanted: Sequence[str] = FORMATS
 ) -> Iterator[Image.Image]:
-    """A picture file, opened and checked by its header but not decoded: `with open_image(path) as image:`.
+    """An image file, opened and checked by its header but not decoded: `with open_image(path) as image:`.
 
     Args:
         wanted: formats that the message names if it is of none of FORMATS.
@@ -77,7 +77,7 @@ def open_image(
     try:
         # Pillow gets the file, not its name: by name it maps uncompressed TIFFs into memory, and those that are to be
         # turned wrongly. It may warn of a decompression bomb besides our own error. It is left to:
-        # warnings.catch_warnings changes what the whole process does with warnings, and pictures are read in threads.
+        # warnings.catch_warnings changes what the whole process does with warnings, and images are read in threads.
         with open_regular(path) as file:
             magic = file.read(len(_PNG))
             if not magic:
@@ -94,7 +94,7 @@ def open_image(
 
 
 def decode(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture upright, in Pillow's mode. Raises ImageError: too large or empty; and whatever Pillow raises."""
+    """The image upright, in Pillow's mode. Raises ImageError: too large or empty; and whatever Pillow raises."""
     _check_size(image, max_pixels)
     name = getattr(image, "filename", "")
     try:
@@ -120,7 +120,7 @@ def orientation(path: str | os.PathLike) -> int:
 
 
 def samples_of(image: Image.Image) -> Samples:
-    """What the numbers of a picture are. To be called before it is decoded.
+    """What the numbers of an image are. To be called before it is decoded.
 
     Raises:
         ImageError: a kind of file that Pillow would read wrongly.
@@ -142,15 +142,15 @@ def _identified(source: BinaryIO, magic: bytes, wanted: Sequence[str]) -> Image.
     except UnidentifiedImageError as error:
         if magic.startswith(_TIFF):
             raise ImageError("a damaged TIFF, or one of a rare kind; convert it to PNG") from error
-        raise ImageError(f"not a picture, or not one of {', '.join(wanted)}") from error
+        raise ImageError(f"not an image, or not one of {', '.join(wanted)}") from error
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels}; shrink the picture")
+        raise ImageError(f"{width} x {height} pixels are more than the limit of {max_pixels}; shrink the image")
     if 0 in image.size:
-        raise ImageError("the picture has no pixels")
+        raise ImageError("the image has no pixels")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -233,7 +233,7 @@ def _mend_palette(image: Image.Image) -> None:
 
 
 def _is_covered(image: Image.Image, layers: int) -> bool:
-    """Whether the parts of an uncompressed file make up the picture; Pillow leaves black what is not there."""
+    """Whether the parts of an uncompressed file make up the image; Pillow leaves black what is not there."""
     tiles = getattr(image, "tile", None) or []
     area = sum((right - left) * (lower - upper) for _, (left, upper, right, lower), *_ in tiles)
     return not tiles or (area == image.size[0] * image.size[1] * layers and min(tile[2] for tile in tiles) >= 8)
@@ -242,7 +242,7 @@ def _is_covered(image: Image.Image, layers: int) -> bool:
 def _without_texts(file: BinaryIO) -> tuple[BinaryIO, dict[str, str]]:
     """A PNG as if it had only the chunks that make its pixels, and those of its texts that may tell its orientation.
 
-    Large texts and profiles make Pillow refuse a picture, and are of no use here.
+    Large texts and profiles make Pillow refuse an image, and are of no use here.
     """
     parts, texts = [(0, len(_PNG))], {}
     size, at, kind = os.fstat(file.fileno()).st_size, len(_PNG), b""
@@ -259,7 +259,7 @@ def _without_texts(file: BinaryIO) -> tuple[BinaryIO, dict[str, str]]:
             kept = _Parts(file, parts)
             return BoundedReader(kept, kept.size), texts
         if n == _MAX_CHUNKS:
-            raise ImageError(f"a PNG of more than {_MAX_CHUNKS} chunks, which no picture has")
+            raise ImageError(f"a PNG of more than {_MAX_CHUNKS} chunks, which no image has")
         at = end
 
 

@@ -1,4 +1,4 @@
-"""Pictures in: any file, PIL image, array or tensor -> RGB bytes; and RGB bytes -> the network's input."""
+"""Images in: any file, PIL image, array or tensor -> RGB bytes; and RGB bytes -> the network's input."""
 
 import functools
 import os
@@ -31,13 +31,13 @@ _WANTED = "give uint8, uint16, bool or floats in 0..1"
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """Extensions of picture files, in lower case with the dot: all that Pillow knows of FORMATS, such as ".jfif"."""
+    """Extensions of image files, in lower case with the dot: all that Pillow knows of FORMATS, such as ".jfif"."""
     kinds = (*FORMATS, "MPO")  # which opens as JPEG
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
 
 
 def read_image(source: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A picture as RGB bytes, upright (EXIF or TIFF orientation applied), whatever it comes as.
+    """An image as RGB bytes, upright (EXIF or TIFF orientation applied), whatever it comes as.
 
     Transparent pixels are laid over white. What becomes of samples of other kinds than 8-bit ones:
 
@@ -50,7 +50,7 @@ def read_image(source: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         0 is white (TIFF)            inverted
         CMYK, YCbCr, LAB             converted; colour profiles are not applied
 
-    Of a file with several pictures (animation, pages) the first is taken, with a warning. Texts in the file do not
+    Of a file with several images (animation, pages) the first is taken, with a warning. Texts in the file do not
     matter, however large.
 
     Args:
@@ -69,7 +69,7 @@ def read_image(source: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     if isinstance(source, str | os.PathLike):
         return _read_file(source, max_pixels)
-    what = "PIL image" if isinstance(source, Image.Image) else "picture"
+    what = "PIL image" if isinstance(source, Image.Image) else "image"
     try:
         if isinstance(source, Image.Image):
             return _from_pil(source, max_pixels)
@@ -81,7 +81,7 @@ def read_image(source: Any, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise
     except Exception as error:  # an image opened lazily is decoded only now; tensors and arrays have subclasses
         raise ImageError(f"cannot decode the {what}: {cause(error)}") from error
-    raise ImageError(f"a picture must be a path, PIL image, array or tensor, not {type(source).__name__}")
+    raise ImageError(f"an image must be a path, PIL image, array or tensor, not {type(source).__name__}")
 
 
 def normalize(image: np.ndarray, stats: str, rounded: bool = False) -> torch.Tensor:
@@ -100,7 +100,7 @@ def normalize(image: np.ndarray, stats: str, rounded: bool = False) -> torch.Ten
         raise ValueError(f"normalization {stats!r} is unknown; choose one of {', '.join(NORMALIZATION)}")
     mean, std = np.array(NORMALIZATION[stats])[:, :, None, None]
     pixels = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C")).float()
-    if rounded:  # in place throughout: pictures can be large
+    if rounded:  # in place throughout: images can be large
         mean, std = np.round(mean * 255, 2), np.round(std * 255, 2)
         return pixels.sub_(torch.from_numpy(mean).float()).mul_(torch.from_numpy(1 / std).float())
     return pixels.div_(255).sub_(torch.from_numpy(mean).float()).div_(torch.from_numpy(std).float())
@@ -125,7 +125,7 @@ def _from_pil(image: Image.Image, max_pixels: int) -> np.ndarray:
 
 def _to_rgb(image: Image.Image, samples: Samples) -> Image.Image:
     if image.mode == "F":
-        raise ImageError('float pictures (mode "F") have no known range; convert to 8 or 16 bit')
+        raise ImageError('float images (mode "F") have no known range; convert to 8 or 16 bit')
     if samples.signed or samples.bits == 32:
         kind = "signed" if samples.signed else "32-bit"
         raise ImageError(f"{kind} integers have no known range; convert to 8 or 16 bit, unsigned")
@@ -147,7 +147,7 @@ def _to_rgb(image: Image.Image, samples: Samples) -> Image.Image:
         clear = bool(clear) if image.mode == "1" else clear
         return Image.fromarray(np.where(values == clear, 255, grey).astype(np.uint8)).convert("RGB")
     if image.mode == "RGB" and samples.bits == 16 and clear is not None:
-        raise ImageError("16-bit colours of which one is transparent cannot be read; save the picture with alpha")
+        raise ImageError("16-bit colours of which one is transparent cannot be read; save the image with alpha")
     if image.mode == "La":  # premultiplied; converts to nothing else
         image = image.convert("LA")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or clear is not None:
@@ -173,7 +173,7 @@ def _shrink(values: np.ndarray, bits: int) -> np.ndarray:
 def _channels_last(tensor: torch.Tensor) -> np.ndarray:
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         kind = "meta" if tensor.is_meta else "nested, sparse or quantised"
-        raise ImageError(f"a {kind} tensor is no picture; give a dense one that holds its values")
+        raise ImageError(f"a {kind} tensor is no image; give a dense one that holds its values")
     if tensor.dtype not in _TENSORS:
         raise ImageError(f"dtype {tensor.dtype} is ambiguous; {_WANTED}")
     tensor = tensor.detach().cpu().resolve_neg()
@@ -193,7 +193,7 @@ def _from_array(array: np.ndarray) -> np.ndarray:
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.size == 0:
-        raise ImageError(f"one picture (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) is needed, got shape {shape}")
+        raise ImageError(f"one image (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) is needed, got shape {shape}")
     array = _to_bytes(array)
     if array.shape[2] == 4:
         return np.array(_to_rgb(Image.fromarray(np.ascontiguousarray(array)), Samples(8)))
@@ -211,5 +211,5 @@ def _to_bytes(array: np.ndarray) -> np.ndarray:
         raise ImageError(f"dtype {array.dtype} is ambiguous; {_WANTED}")
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):  # also true for NaN
-        raise ImageError(f"float pictures must lie in 0..1, found {low:g}..{high:g}; give uint8, and do not normalise")
+        raise ImageError(f"float images must lie in 0..1, found {low:g}..{high:g}; give uint8, and do not normalise")
     return np.round(array.astype(np.float32) * 255).astype(np.uint8)

@@ -133,7 +133,7 @@ def inference(
     window_stride: int,
     batch_size: int,
 ) -> torch.Tensor:
-    """Class probabilities of one picture given at one or more scales, as the published `inference`.
+    """Class probabilities of one image given at one or more scales, as the published `inference`.
 
     Args:
         model: a `Segmenter`, in evaluation mode. ims: (1, 3, h, w) each, normalised.

@@ -3,7 +3,7 @@
 The idea is that of the kernel (`segmenter.kernels.upsample_argmax`): inside a tile (`kernels.upsample_tiles`) only
 classes that are somewhere above the mean of the classes that win at its corners can win, so only these are upsampled,
 with the arithmetic of F.interpolate. Most tiles need not even that: one class wins at all corners, and so everywhere.
-Where a strip of the picture has too many candidates for that to pay, or many windows cover a pixel, all classes are
+Where a strip of the image has too many candidates for that to pay, or many windows cover a pixel, all classes are
 upsampled, a few rows of pixels at a time. Either way labels are those of `reference.windows_argmax` to the last tie, if
 the CPU has fused multiply-add and masks are float32 or narrower.
 """
@@ -41,7 +41,7 @@ def windows_argmax(
     window: tuple[int, int],
     shape: tuple[int, int],
 ) -> torch.Tensor:
-    """Labels of pictures from the masks of overlapping windows; arguments and result as `reference.windows_argmax`.
+    """Labels of images from the masks of overlapping windows; arguments and result as `reference.windows_argmax`.
 
     Memory beyond masks and labels: a few times STRIP_BYTES or what one row of tiles takes, (4, W / P, n_cls) float32,
     and a few rows of scores, (W, n_cls), and two or three more for each window over a pixel. A GPU takes
@@ -80,7 +80,7 @@ def _pruning_pays(rows: upsample_tiles.Axis, cols: upsample_tiles.Axis) -> bool:
 
 
 def _pruned(view: View, rows: upsample_tiles.Axis, cols: upsample_tiles.Axis, labels: torch.Tensor) -> None:
-    """Fills `labels` (H, W) of one picture."""
+    """Fills `labels` (H, W) of one image."""
     n_cls, n_cols = view.masks.shape[-1], len(cols.first)
     best = view.masks.topk(min(2, n_cls), dim=-1)
     winners = best.indices[..., 0].flatten()  # of each mask cell

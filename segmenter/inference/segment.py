@@ -1,4 +1,4 @@
-"""Pictures to labels, for people: any picture in, labels at the picture's own size out."""
+"""Images to labels, for people: any image in, labels at the image's own size out."""
 
 import contextlib
 from collections.abc import Sequence
@@ -38,12 +38,12 @@ def segment_image(
     dtype: str | torch.dtype | None = None,
     return_probabilities: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Labels of a picture.
+    """Labels of an image.
 
     Args:
         model: a `Segmenter` in evaluation mode.
         image: a path, a PIL image, a uint8 array or a tensor; see `segmenter.inference.images.read_image`.
-        scales: sizes to run at, relative to the picture; probabilities are averaged over them.
+        scales: sizes to run at, relative to the image; probabilities are averaged over them.
         flip: also run mirrored left to right.
         window_size, window_stride: sliding windows in pixels; by default those of the checkpoint, a stride that is
             not given in the same proportion to window_size.
@@ -55,11 +55,11 @@ def segment_image(
         labels (H, W) on the CPU, uint8 (int16 above 256 classes, int32 above 32,768); with `return_probabilities`
         a pair (labels, probabilities (n_cls, H, W) float32).
     Raises:
-        ImageError: the picture cannot be read. RuntimeError: training mode. ValueError: arguments that make no sense,
-            a scale that makes the picture too large, or scores that are not finite.
+        ImageError: the image cannot be read. RuntimeError: training mode. ValueError: arguments that make no sense,
+            a scale that makes the image too large, or scores that are not finite.
 
     Memory: the (n_cls, H, W) scores are never held whole unless asked for. Beyond the weights and one batch of
-    windows, the peak is about 7 bytes a pixel of the picture (for each at another size 24 bytes a pixel of that size),
+    windows, the peak is about 7 bytes a pixel of the image (for each at another size 24 bytes a pixel of that size),
     4 * n_cls / P**2 bytes a pixel of all windows of all views (the masks), and a few blocks of 8 MB (256 MB on a GPU).
     """
     pixels = torch.from_numpy(read_image(image))[None]
@@ -79,7 +79,7 @@ def segment_pixels(
     dtype: str | torch.dtype | None = None,
     return_probabilities: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Labels of a batch of pictures of one size; see `segment_image` for the options.
+    """Labels of a batch of images of one size; see `segment_image` for the options.
 
     Args:
         pixels: (B, H, W, 3) uint8, on any device.
@@ -91,7 +91,7 @@ def segment_pixels(
     if not scales or not all(scale > 0 for scale in scales):
         raise ValueError(f"scales must be positive and at least one, got {scales!r}")
     if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != torch.uint8 or 0 in pixels.shape:
-        raise ValueError(f"expected pictures (B, H, W, 3) uint8, got {pixels.dtype} {tuple(pixels.shape)}")
+        raise ValueError(f"expected images (B, H, W, 3) uint8, got {pixels.dtype} {tuple(pixels.shape)}")
     device = next(model.parameters()).device
     window_size, window_stride = window_of(model, window_size, window_stride)
     batch_size = usual_batch_size(device) if batch_size is None else batch_size
@@ -113,7 +113,7 @@ def segment_pixels(
 
 
 def usual_batch_size(device: torch.device) -> int:
-    """Windows a forward call, or pictures a batch, unless said otherwise: a CPU gains nothing from batches."""
+    """Windows a forward call, or images a batch, unless said otherwise: a CPU gains nothing from batches."""
     return 1 if device.type == "cpu" else 8
 
 
@@ -134,18 +134,18 @@ def predict(
     batch_size: int,
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, Windows]:
-    """Masks (B, windows, gh, gw, n_cls) of pictures (B, H, W, 3) at one scale, and how windows cut them."""
+    """Masks (B, windows, gh, gw, n_cls) of images (B, H, W, 3) at one scale, and how windows cut them."""
     size = tuple(pixels.shape[1:3])
     scaled = _scaled_shape(size, scale)
     if size == scaled == resized_shape(*scaled, window_size):
-        # no float picture is made but of one batch of windows, and of that none by the kernels
+        # no float image is made but of one batch of windows, and of that none by the kernels
         windows = windows_of(size, window_size, window_stride, model.patch_size)
         masks = predict_masks(model.masks_of_pixels, pixels, windows, batch_size)
     else:
         mean, std = NORMALIZATION[model.info.normalization]
         masks = []
-        for picture in pixels.split(1):  # one by one: a float picture is four times as large as its bytes
-            im = normalized(picture, mean, std, torch.float32)
+        for image in pixels.split(1):  # one by one: a float image is four times as large as its bytes
+            im = normalized(image, mean, std, torch.float32)
             im = resize_to(im, scaled, f"by the scale {scale}; use a smaller one")
             of_image, windows = masks_of_images(model, im, window_size, window_stride, batch_size)
             masks.append(of_image)

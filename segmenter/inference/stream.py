@@ -1,7 +1,7 @@
-"""Many pictures to labels: read in threads, batched by size, given out in the order they came in.
+"""Many images to labels: read in threads, batched by size, given out in the order they came in.
 
-The look-ahead is a short queue of pictures. The next batch is always that of the first picture without labels, with the
-pictures of its size that stand behind it: so a rare size never waits, and which pictures share a batch depends on sizes
+The look-ahead is a short queue of images. The next batch is always that of the first image without labels, with the
+images of its size that stand behind it: so a rare size never waits, and which images share a batch depends on sizes
 and order alone, not on how fast anything was read.
 """
 
@@ -27,12 +27,12 @@ OnError = str | Callable[[int, Any, ImageError], None]
 
 
 class Result(NamedTuple):
-    """What became of one picture; either `labels` or `error` is None.
+    """What became of one image; either `labels` or `error` is None.
 
     Attributes:
         index: position in the stream, from 0. source: what came in.
         pixels: (H, W, 3) uint8, or None if they were not to be kept. labels: (H, W), as of `segment_image`.
-        error: why there are no labels; the message names the picture.
+        error: why there are no labels; the message names the image.
     """
 
     index: int
@@ -43,7 +43,7 @@ class Result(NamedTuple):
 
 
 class ImageMemoryError(torch.OutOfMemoryError):
-    """One window of one picture is too much for the memory. Attribute `source`: the picture."""
+    """One window of one image is too much for the memory. Attribute `source`: the image."""
 
     def __init__(self, source: Any, message: str):
         super().__init__(message)
@@ -66,32 +66,32 @@ def segment_stream(
     on_error: OnError = "report",
     progress: bool | None = None,
 ) -> Iterator[torch.Tensor | None]:
-    """Labels of many pictures, in their order: `for labels in segment_stream(model, paths):`.
+    """Labels of many images, in their order: `for labels in segment_stream(model, paths):`.
 
     Args:
         model: a `Segmenter` in evaluation mode.
         images: whatever `segmenter.inference.images.read_image` takes, in a list or any other iterable, also an endless
             one. Paths are read in threads. Arrays, tensors and PIL images are copied as soon as they come, so a
             generator may fill the same buffer again.
-        batch_size: pictures of one size to run together; by default 1 on a CPU, 8 elsewhere. After running out of
-            memory it is halved for the rest of the stream, with a warning; for a single picture, window_batch_size is.
+        batch_size: images of one size to run together; by default 1 on a CPU, 8 elsewhere. After running out of
+            memory it is halved for the rest of the stream, with a warning; for a single image, window_batch_size is.
         scales, flip, window_size, window_stride, dtype: see `segmenter.inference.segment.segment_image`.
         window_batch_size: windows a forward call; by default batch_size, but at least 8 if not on a CPU.
         workers: threads that read; by default one a processor, at most 4.
-        lookahead: pictures taken from `images` before the first of them is given out, at least batch_size. By default
-            enough for four batches, and two a worker. For live pictures take 1, with batch_size=1.
-        on_error: what to do about a picture that cannot be read or run. "report": warn, and give None in its place.
-            "raise": raise the ImageError when its turn comes. A function: call it with (index, picture, ImageError),
+        lookahead: images taken from `images` before the first of them is given out, at least batch_size. By default
+            enough for four batches, and two a worker. For live images take 1, with batch_size=1.
+        on_error: what to do about an image that cannot be read or run. "report": warn, and give None in its place.
+            "raise": raise the ImageError when its turn comes. A function: call it with (index, image, ImageError),
             and give None.
         progress: a progress bar on stderr; None: if that is a terminal.
     Yields:
-        labels (H, W) as of `segment_image`, a tensor of its own; None for a picture without labels.
+        labels (H, W) as of `segment_image`, a tensor of its own; None for an image without labels.
     Raises:
         at once: TypeError, ValueError: arguments that make no sense. RuntimeError: training mode.
-        in its turn: ImageMemoryError: one window is too much. What `images` raises, after the pictures before it.
+        in its turn: ImageMemoryError: one window is too much. What `images` raises, after the images before it.
 
-    Memory beside that of `segment_image` for a batch: `lookahead` pictures of 3 bytes a pixel, and 1 to 4 for labels.
-    Reading pauses while they hold more than `read_ahead.MAX_BYTES` (1 GiB), so they hold at most that and one picture a
+    Memory beside that of `segment_image` for a batch: `lookahead` images of 3 bytes a pixel, and 1 to 4 for labels.
+    Reading pauses while they hold more than `read_ahead.MAX_BYTES` (1 GiB), so they hold at most that and one image a
     worker; batches are then made of what is there. Close the generator, or exhaust it, to end its threads.
     """
     if not (on_error in ("report", "raise") if isinstance(on_error, str) else callable(on_error)):
@@ -117,7 +117,7 @@ def segment_stream(
 def _labels(
     stream: Iterator[Result], total: int | None, on_error: OnError, no_bar: bool | None
 ) -> Iterator[torch.Tensor | None]:
-    bar = tqdm(total=total, unit="picture", disable=no_bar)  # None: no bar unless on a terminal
+    bar = tqdm(total=total, unit="image", disable=no_bar)  # None: no bar unless on a terminal
     with contextlib.closing(stream), bar:
         for result in stream:
             bar.update()
@@ -148,9 +148,9 @@ def results(
     lookahead: int | None = None,
     keep_pixels: bool = True,
 ) -> Iterator[Result]:
-    """As `segment_stream`, with all that is known of each picture; `keep_pixels`: the picture too."""
+    """As `segment_stream`, with all that is known of each image; `keep_pixels`: the image too."""
     if isinstance(images, str | os.PathLike | Image.Image):
-        raise TypeError(f"expected many pictures, got one ({type(images).__name__}); use segment(), or give a list")
+        raise TypeError(f"expected many images, got one ({type(images).__name__}); use segment(), or give a list")
     if model.training:
         raise RuntimeError("the model is in training mode: dropout would make the labels random; call model.eval()")
     usual = usual_batch_size(next(model.parameters()).device)
@@ -163,8 +163,8 @@ def results(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if lookahead < batch_size:
-        raise ValueError(f"lookahead={lookahead} pictures can never fill a batch of {batch_size}")
-    # each picture would be refused for these, one by one
+        raise ValueError(f"lookahead={lookahead} images can never fill a batch of {batch_size}")
+    # each image would be refused for these, one by one
     if not scales or not all(scale > 0 for scale in scales):
         raise ValueError(f"scales must be positive and at least one, got {scales!r}")
     window = model.info.window_size if window_size is None else window_size
@@ -188,10 +188,10 @@ class _Slot(Call):
         if isinstance(self.source, str | os.PathLike):
             with contextlib.suppress(Exception):  # a path need not know its name
                 return os.fsdecode(self.source)
-        return f"picture {self.index} ({type(self.source).__name__})"
+        return f"image {self.index} ({type(self.source).__name__})"
 
     def fail(self, error: Exception) -> None:
-        """Notes an error about this picture alone."""
+        """Notes an error about this image alone."""
         text, name = str(error), printable(self.name)
         if not isinstance(error, ImageError) or name not in text:
             cause, error = error, ImageError(text if name in text else f"{name}: {text}")
@@ -227,7 +227,7 @@ def _results(
                 del batch, slot
             if isinstance(head.error, ImageError):
                 head.fail(head.error)
-            elif isinstance(head.error, Exception):  # not the picture's fault
+            elif isinstance(head.error, Exception):  # not the image's fault
                 raise RuntimeError(f"{head.name}: {type(head.error).__name__}: {head.error}") from head.error
             elif head.error is not None:  # KeyboardInterrupt, SystemExit ...: nobody's fault
                 raise head.error
@@ -253,7 +253,7 @@ def _read(slot: _Slot, reader: ReadAhead) -> None:
 
 
 def _batch_of_head(slots: Iterable[_Slot], reader: ReadAhead, batch_size: int) -> list[_Slot]:
-    """The first picture, and those behind it of its size that have no labels yet, up to batch_size."""
+    """The first image, and those behind it of its size that have no labels yet, up to batch_size."""
     batch: list[_Slot] = []
     nbytes = 0
     for slot in slots:
@@ -277,7 +277,7 @@ class _Runner:
         self._cause = ""  # the last message about memory
 
     def run(self, batch: Sequence[_Slot]) -> None:
-        """Sets labels or error of each slot; their pictures are of one size."""
+        """Sets labels or error of each slot; their images are of one size."""
         while batch:
             part = batch[: self.batch_size]
             try:
@@ -315,14 +315,14 @@ class _Runner:
         h, w = part[0].value.shape[:2]
         if len(part) > 1:
             self.batch_size = len(part) // 2
-            tried, now = f"{len(part)} pictures of {w}x{h} at once", f"{self.batch_size} a batch"
+            tried, now = f"{len(part)} images of {w}x{h} at once", f"{self.batch_size} a batch"
         elif self.window_batch_size > 1:
             self.window_batch_size //= 2
-            tried, now = f"a picture of {w}x{h}", f"at most {self.window_batch_size} windows a forward call"
+            tried, now = f"an image of {w}x{h}", f"at most {self.window_batch_size} windows a forward call"
         else:
             raise ImageMemoryError(
                 part[0].source,
-                f"{part[0].name}: not enough memory for a picture of {w}x{h} by one window at a time; use a smaller "
+                f"{part[0].name}: not enough memory for an image of {w}x{h} by one window at a time; use a smaller "
                 f"window_size, smaller scales, half precision or another device ({self._cause})",
             )
         warnings.warn(f"not enough memory for {tried}; from here on {now}", stacklevel=2)

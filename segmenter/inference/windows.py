@@ -1,4 +1,4 @@
-"""From a picture to the low-resolution masks of its windows: the published resize rule and sliding windows.
+"""From an image to the low-resolution masks of its windows: the published resize rule and sliding windows.
 
 What follows, the masks' upsampling and merging, is in `merge` (scores) and `pruned_argmax` (labels) beside this file.
 """
@@ -23,7 +23,7 @@ def resize(im: torch.Tensor, window_size: int) -> torch.Tensor:
     """Applies `resized_shape` to (B, C, h, w) with bilinear interpolation.
 
     Raises:
-        ValueError: the result would have more than MAX_RESIZED_PIXELS, which only very long thin pictures reach.
+        ValueError: the result would have more than MAX_RESIZED_PIXELS, which only very long thin images reach.
     """
     h, w = im.shape[-2:]
     shape = resized_shape(h, w, window_size)
@@ -40,7 +40,7 @@ def resize_to(im: torch.Tensor, shape: tuple[int, int], why: str) -> torch.Tenso
     if shape == (h, w):
         return im
     if shape[0] * shape[1] > max(MAX_RESIZED_PIXELS, h * w):
-        raise ValueError(f"a picture of {w}x{h} would be enlarged to {shape[1]}x{shape[0]} {why}")
+        raise ValueError(f"an image of {w}x{h} would be enlarged to {shape[1]}x{shape[0]} {why}")
     return F.interpolate(im, shape, mode="bilinear", align_corners=False)
 
 
@@ -57,12 +57,12 @@ def window_anchors(length: int, window_size: int, window_stride: int) -> list[in
 
 @dataclass(frozen=True)
 class Windows:
-    """How windows cut pictures of one size.
+    """How windows cut images of one size.
 
     Attributes:
         tops, lefts: first row and column of each window, in pixels; windows are ordered row by row.
         size: (h, w) of a window, padded to whole patches, that its masks are upsampled to. window: (h, w) of it.
-        shape: (H, W) of the pictures.
+        shape: (H, W) of the images.
     """
 
     tops: tuple[int, ...]
@@ -78,7 +78,7 @@ class Windows:
 
 
 def windows_of(shape: tuple[int, int], window_size: int, window_stride: int, patch_size: int) -> Windows:
-    """Square windows over pictures of `shape` (H, W), neither side of which is below window_size."""
+    """Square windows over images of `shape` (H, W), neither side of which is below window_size."""
     tops, lefts = (tuple(window_anchors(length, window_size, window_stride)) for length in shape)
     padded = -(-window_size // patch_size) * patch_size
     return Windows(tops, lefts, (padded, padded), (window_size, window_size), tuple(shape))
@@ -87,7 +87,7 @@ def windows_of(shape: tuple[int, int], window_size: int, window_stride: int, pat
 def predict_masks(
     network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, windows: Windows, batch_size: int
 ) -> torch.Tensor:
-    """Runs a network over all windows of a batch of pictures of one size.
+    """Runs a network over all windows of a batch of images of one size.
 
     Args:
         network: `model.masks` or `model.masks_of_pixels`. images: (B, 3, H, W) normalised for the one, (B, H, W, 3)
@@ -100,7 +100,7 @@ def predict_masks(
     masks = []
     with torch.inference_mode():
         for i in range(0, len(places), batch_size):
-            if windows.shape == windows.window:  # the pictures themselves
+            if windows.shape == windows.window:  # the images themselves
                 crops = images[i : i + batch_size]
             else:
                 parts = [

@@ -6,7 +6,7 @@
     recipe.yml       the settings
     log.jsonl        a JSON line each few steps, and each evaluation
     best/, final/    models: the best on val so far, and that after the last step
-    overlays/        pictures of val as the model labels them
+    overlays/        images of val as the model labels them
 
 Each file but the log is written under another name and renamed, so a kill at any time loses the steps since the last
 save and nothing else. The leading process keeps the folder locked. No random state is saved: dropout follows from

@@ -70,7 +70,7 @@ def prepare(model: Segmenter, recipe: Recipe, dataset: Dataset) -> Segmenter:
         window_stride=recipe.window_stride,
         classes=None,  # the data set's own are saved with the model
         weights="trained",
-        source=f"{dataset.key} {recipe.split}, {len(dataset)} pictures{_STARTED}{origin}",
+        source=f"{dataset.key} {recipe.split}, {len(dataset)} images{_STARTED}{origin}",
     )
     if recipe.freeze_backbone:
         model.encoder.requires_grad_(False)

@@ -260,7 +260,7 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         if (total := state["lr_scheduler"]["iter_max"]) != self.total:  # of which order, rates and epochs follow
             raise CheckpointError(
-                f"{self.output / files.CHECKPOINT}: its run has {total} steps, but {len(self.dataset)} pictures make "
+                f"{self.output / files.CHECKPOINT}: its run has {total} steps, but {len(self.dataset)} images make "
                 f"{self.total}; bring back the data set as it was, or start in another folder"
             )
         self.model.load_state_dict(state["model"])

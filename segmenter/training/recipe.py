@@ -38,7 +38,7 @@ class Recipe:
         dropout, drop_path: of the encoder (drop_path is stochastic depth). decoder_dropout: of the mask transformer.
         freeze_backbone: train the decoder alone.
         im_size, max_ratio, scale, crop_size, cat_max_ratio, flip, photometric: see `segmenter.data.augment`. im_size
-            holds for evaluation, too; None, of data sets that have no published one: the pictures' own size.
+            holds for evaluation, too; None, of data sets that have no published one: the images' own size.
         normalization, pos_embed_mode, pos_embed_check: see `segmenter.config.ModelConfig`; None: the model's.
         epochs, batch_size: passes, and samples a step of all processes together.
         optimizer: "sgd" (Nesterov, `momentum`) or "adamw" (betas 0.9 and 0.999). learning_rate: of the decoder.
@@ -53,7 +53,7 @@ class Recipe:
             backward of their own yet: they run the eager one, and its forward a second time.
             seed: of weights, order and augmentation.
         eval_freq: epochs between evaluations. save_minutes: between saves. log_steps: between lines of the log.
-        overlays: pictures of val that are drawn at each evaluation. tensorboard: also log for TensorBoard.
+        overlays: images of val that are drawn at each evaluation. tensorboard: also log for TensorBoard.
         workers: processes that read samples. bad_samples: "stop", or "skip" and count those that cannot be read.
         window_size, window_stride: of evaluation and of the saved model; None: the data set's, or the crop size.
     """

@@ -1,4 +1,4 @@
-"""Evaluation between epochs: single scale, each process a part of the pictures."""
+"""Evaluation between epochs: single scale, each process a part of the images."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ from segmenter.visualize import save_png
 
 
 class Validation:
-    """Scores a model on the recipe's val_split, and draws some of its pictures.
+    """Scores a model on the recipe's val_split, and draws some of its images.
 
     Args:
         recipe: completed.
@@ -38,15 +38,13 @@ class Validation:
         self.bad_samples, self.reported = recipe.bad_samples, set[str]()
 
     def shared_with(self, training: Dataset) -> list[str]:
-        """A warning if there are pictures that are trained on and scored."""
+        """A warning if there are images that are trained on and scored."""
         n = len({s.image for s in self.dataset.samples} & {s.image for s in training.samples})
-        text = (
-            f"{n} of the {len(self.dataset)} pictures of split {self.dataset.split} are trained on, too: their scores"
-        )
-        return [f"{text} say nothing about other pictures"] if n else []
+        text = f"{n} of the {len(self.dataset)} images of split {self.dataset.split} are trained on, too: their scores"
+        return [f"{text} say nothing about other images"] if n else []
 
     def __call__(self, model: torch.nn.Module, directory: Path, step: int) -> dict[str, Any]:
-        """Scores of all processes together, in percent: val_mIoU, val_mAcc, val_aAcc, val_IoU, and val_pictures.
+        """Scores of all processes together, in percent: val_mIoU, val_mAcc, val_aAcc, val_IoU, and val_images.
 
         Args:
             model: is put into evaluation mode and back. directory: where overlays go, as STEP_NAME.png.
@@ -60,7 +58,7 @@ class Validation:
         model.eval()
         try:
             found = outcomes(model, self.dataset, self.protocol, samples, boundary=False)
-            for outcome in tqdm(found, "val", len(samples), leave=False, unit="picture", disable=not self.progress):
+            for outcome in tqdm(found, "val", len(samples), leave=False, unit="image", disable=not self.progress):
                 if outcome.error is not None and self.bad_samples == "stop":
                     error = outcome.error
                     break

@@ -72,16 +72,16 @@ def compare(model: nn.Module, kind: str, state: State, encoder: dict[str, Any]) 
     weights = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
     load_state(ours, weights, type(model).__name__)
     generator = torch.Generator().manual_seed(0)
-    picture = torch.randn(1, 3, *encoder["image_size"], generator=generator, device="cpu")
+    image = torch.randn(1, 3, *encoder["image_size"], generator=generator, device="cpu")
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         try:
-            theirs = _tokens(copy.deepcopy(model).to("cpu", torch.float32).eval(), picture)
+            theirs = _tokens(copy.deepcopy(model).to("cpu", torch.float32).eval(), image)
         except Exception as error:  # any code may run here
             raise CheckpointError(
-                f"{type(model).__name__} does not run on a picture of {encoder['image_size']}, so that the conversion "
+                f"{type(model).__name__} does not run on an image of {encoder['image_size']}, so that the conversion "
                 f"cannot be compared with it ({cause(error)})"
             ) from error
-        found = ours(picture, return_features=True)
+        found = ours(image, return_features=True)
     if theirs.shape != found.shape:
         raise CheckpointError(
             f"{type(model).__name__} is no plain ViT: it gives tokens of shape {tuple(theirs.shape)}, a plain one with "
@@ -129,17 +129,17 @@ def _grid(patch_embed: nn.Module | None) -> tuple[int, int] | None:
     return None if grid is None else tuple(grid)
 
 
-def _tokens(model: nn.Module, picture: torch.Tensor) -> torch.Tensor:
+def _tokens(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
     """All tokens after the last norm, (1, tokens, d)."""
     if hasattr(model, "forward_features"):
-        tokens = model.forward_features(picture)
+        tokens = model.forward_features(image)
         if isinstance(tokens, dict):  # facebookresearch/dinov2
             tokens = torch.cat([tokens["x_norm_clstoken"][:, None], tokens["x_norm_patchtokens"]], dim=1)
         return tokens
     if hasattr(model, "get_intermediate_layers"):  # facebookresearch/dino
-        return model.get_intermediate_layers(picture, 1)[0]
+        return model.get_intermediate_layers(image, 1)[0]
     if hasattr(model, "encoder") and hasattr(model, "decoder"):  # the published Segmenter
-        return model.encoder(picture, return_features=True)
+        return model.encoder(image, return_features=True)
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")  # flash attention runs on no CPU
     more: dict[str, Any] = {}
@@ -147,4 +147,4 @@ def _tokens(model: nn.Module, picture: torch.Tensor) -> torch.Tensor:
         model.config.mask_ratio = 0.0
         n_patches = model.base_model.embeddings.patch_embeddings.num_patches
         more["noise"] = torch.arange(n_patches, dtype=torch.float32, device="cpu")[None]
-    return getattr(model, "base_model", model)(pixel_values=picture, **more).last_hidden_state
+    return getattr(model, "base_model", model)(pixel_values=image, **more).last_hidden_state

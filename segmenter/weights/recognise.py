@@ -58,7 +58,7 @@ _UNSUPPORTED = (  # what the Segmenter encoder has not, by a part of the name
     (r"norm_pre\.|ln_pre\.|pre_?layrnorm\.", "a norm before the blocks (CLIP)"),
     (r"patch_embed\.norm\.|patch_embed\.ln", "a norm in the patch embedding"),
     (r"attn_pool\.", "attention pooling"),
-    (r"decoder_(embed|blocks|pos_embed)", "a decoder that restores masked pictures (MAE)"),
+    (r"decoder_(embed|blocks|pos_embed)", "a decoder that restores masked images (MAE)"),
 )
 
 

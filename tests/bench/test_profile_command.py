@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def scaled(sizes, left, provider="eager"):
-    return list(long_sequences.scaling("X", 8, sizes, provider, CPU, torch.float32, seconds_left=left, n_cls=7))
+    return list(long_sequences.scaling(TINY._replace(batch=1), sizes, provider, CPU, torch.float32, left))
 
 
 def test_scaling_measures():
@@ -72,10 +72,11 @@ def test_what_does_not_exist_here_is_not_run():
 OUT_OF_MEMORY = """
 import torch
 from bench import long_sequences as ls
+from bench.shapes import Shape
 torch.set_num_threads(1)
 share = 48e6 / ls._available_bytes()
-args = ("X", 8, [512, 40, 520], "eager", torch.device("cpu"), torch.float32)
-for point in ls.scaling(*args, seconds_left=lambda: 1e9, n_cls=7, memory_share=share):
+args = (Shape("X", 8, 0, 1, 7), [512, 40, 520], "eager", torch.device("cpu"), torch.float32)
+for point in ls.scaling(*args, lambda: 1e9, memory_share=share):
     print(point.tokens, point.seconds is not None, point.reason, sep="|")
 print(torch.zeros(100_000_000, dtype=torch.uint8).numel())
 """

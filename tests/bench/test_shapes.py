@@ -82,7 +82,7 @@ def test_work_of_gradients(shape):
 def test_floor_is_the_larger_of_the_two_times():
     assert Work(100, 10).floor(50, 100) == 2
     assert Work(100, 1000).floor(50, 100) == 10
-    assert Work(1, 2) + Work(3, 4) * 2 == Work(7, 10)
+    assert Work(1, 2) + Work(3, 4) == Work(4, 6)
 
 
 def test_tokens_of_the_paper():

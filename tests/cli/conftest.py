@@ -1,9 +1,9 @@
-"""A saved model and pictures to label."""
+"""A saved model and images to label."""
 
 import pytest
 from PIL import Image
 
-from tests.cli.tools import picture
+from tests.cli.tools import image
 from tests.support.tiny import tiny_model
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
@@ -30,7 +30,7 @@ def photos(tmp_path):
     root = tmp_path / "photos"
     (root / "sub").mkdir(parents=True)
     for i, name in enumerate(("a.png", "b.png", "sub/a.png")):
-        Image.fromarray(picture(seed=i)).save(root / name)
+        Image.fromarray(image(seed=i)).save(root / name)
     return root
 
 

@@ -11,7 +11,7 @@ from segmenter.cli import main
 from segmenter.cli.commands.attention import square_input
 from segmenter.inference.images import normalize, read_image
 from segmenter.visualize import enlarge, heat_colors
-from tests.cli.tools import files, picture
+from tests.cli.tools import files, image
 from tests.support.tiny import tiny_model
 
 
@@ -86,10 +86,10 @@ def test_attention_input_is_the_top_left_square_at_the_models_size():
     assert (square[:18, :18] == 255).all()
     assert (square[22:] == 0).all()
     assert (square[:, 22:] == 0).all()
-    np.testing.assert_array_equal(square_input(picture(64, 64), 64, 16), picture(64, 64))
+    np.testing.assert_array_equal(square_input(image(64, 64), 64, 16), image(64, 64))
 
 
-def test_attention_input_of_a_long_thin_picture_takes_no_more_memory_than_a_square(monkeypatch):
+def test_attention_input_of_a_long_thin_image_takes_no_more_memory_than_a_square(monkeypatch):
     sizes = []
     resize = Image.Image.resize
 
@@ -108,7 +108,7 @@ def test_attention_input_of_a_long_thin_picture_takes_no_more_memory_than_a_squa
     assert sizes
 
 
-def test_attention_of_a_linear_decoder_and_of_a_bad_picture(folder, photos, out, tmp_path, capsys):
+def test_attention_of_a_linear_decoder_and_of_a_bad_image(folder, photos, out, tmp_path, capsys):
     tiny_model(decoder={"name": "linear"}).save_pretrained(tmp_path / "linear")
     argv = ["-m", str(tmp_path / "linear"), "-o", str(out), "--part", "decoder", "--cls"]
     assert main(["attention", str(photos / "a.png"), *argv]) == 2

@@ -30,7 +30,7 @@ GOLDEN = ROOT / "tests" / "golden"
         (["predict", "x.png", "-m", "M", "--scales", "1,0"], "expected numbers such as"),
         (["predict", "x.png", "-m", "M", "--window-size", "0"], "expected an integer from 1"),
         (["predict", "{none}/*.png", "-m", "{model}"], "no file matches"),
-        (["predict", "{none}", "-m", "{model}"], "no pictures in this folder"),
+        (["predict", "{none}", "-m", "{model}"], "no images in this folder"),
         (["predict", "x.png", "-m", "{model}", "--classes", "nothing"], "nothing: neither a file nor one of"),
         (["predict", "x.png", "-m", "{model}", "--classes", "ade20k"], "names 150 classes, the model has 11"),
         (["predict", "x.png", "-m", "{model}", "--window-stride", "65"], "beyond the window of 64"),

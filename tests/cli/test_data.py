@@ -18,7 +18,7 @@ def test_a_good_data_set_as_a_table(tmp_path, capsys):
     lines = out.splitlines()
     assert lines[:3] == [f"camvid in {tmp_path}, 11 classes", "train: 2 samples, 0 bad files, all 32 x 24",
                          "test: 2 samples, 0 bad files, all 32 x 24"]  # fmt: skip
-    assert lines[3].split() == ["train", "%", "pictures", "test", "%", "pictures"]
+    assert lines[3].split() == ["train", "%", "images", "test", "%", "images"]
     table = {line[5:16].strip(): line[16:].split() for line in lines[4:16]}
     assert [*table][::10] == ["Sky", "Bicyclist"]
     samples = open_dataset(tmp_path).samples

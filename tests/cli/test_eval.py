@@ -21,7 +21,7 @@ from segmenter.data.datasets import open_dataset
 from segmenter.evaluation import evaluate as evaluate_module
 from segmenter.evaluation.evaluate import MULTISCALE, Protocol, evaluate
 from segmenter.evaluation.metrics import percent
-from tests.cli.tools import files, load_json, picture
+from tests.cli.tools import files, image, load_json
 from tests.support.data_sets import describe, make_data_set, rectangles, save
 from tests.support.tiny import tiny_model
 
@@ -34,7 +34,7 @@ def street_files(trained, tmp_path_factory):
     root = make_data_set(tmp_path_factory.mktemp("data"), "camvid", n=7, size=(64, 64))
     for i, sample in enumerate(open_dataset(root, "val").samples):
         size = (70, 91) if i % 2 else (64, 64)
-        pixels, noise = picture(*size, seed=i), rectangles(size, [*range(10), 11], i)
+        pixels, noise = image(*size, seed=i), rectangles(size, [*range(10), 11], i)
         half = np.arange(size[1]) < size[1] // 2
         save(sample.image, pixels)
         save(sample.label, np.where(half, trained.segment(pixels).numpy(), noise))
@@ -59,7 +59,7 @@ def argv(folder, streets, out):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """How many pictures the model has run on."""
+    """How many images the model has run on."""
     calls = []
     original = evaluate_module.predict_labels
     monkeypatch.setattr(evaluate_module, "predict_labels", lambda *a: calls.append(a[1].shape) or original(*a))
@@ -115,7 +115,7 @@ def test_processes_give_exactly_the_scores_of_one(street_files, folder, out, pro
     for rank in order[:-1]:
         process(rank, world=len(order))
         assert main([*argv, "-o", str(out / "many")]) == 0
-        told = f"segmenter: {len(order)} processes share 7 pictures\n" if rank == 0 else ""
+        told = f"segmenter: {len(order)} processes share 7 images\n" if rank == 0 else ""
         assert capsys.readouterr() == ("", told)
         assert not (out / "many" / "scores.json").exists()
     process(order[-1], world=len(order))
@@ -172,14 +172,14 @@ def test_resume_goes_on_with_another_number_of_processes(out, argv, runs, proces
 
 
 @pytest.mark.parametrize("change", ["options", "picture", "label"])
-def test_records_of_other_settings_or_pictures_are_not_taken(streets, out, argv, runs, capsys, change):
+def test_records_of_other_settings_or_images_are_not_taken(streets, out, argv, runs, capsys, change):
     assert main(argv) == 0
     before = scores(out)
     sample = open_dataset(streets, "val").samples[2]
     if change == "options":
         argv += ["--im-size", "80"]
     elif change == "picture":
-        save(sample.image, picture(64, 64, seed=99))
+        save(sample.image, image(64, 64, seed=99))
     else:
         save(sample.label, np.zeros((64, 64), np.uint8))
     runs.clear()
@@ -191,7 +191,7 @@ def test_records_of_other_settings_or_pictures_are_not_taken(streets, out, argv,
     assert scores(out)["scores"] != before["scores"]
 
 
-def test_a_picture_that_is_recorded_twice_counts_once_and_a_lost_one_is_an_error(out, argv, monkeypatch, capsys):
+def test_an_image_that_is_recorded_twice_counts_once_and_a_lost_one_is_an_error(out, argv, monkeypatch, capsys):
     assert main(argv) == 0
     want, record = scores(out), out / RECORDS / "rank-0.jsonl"
     record.write_bytes(2 * record.read_bytes())
@@ -207,17 +207,17 @@ def test_a_picture_that_is_recorded_twice_counts_once_and_a_lost_one_is_an_error
     (out / "scores.json").unlink()
     capsys.readouterr()
     assert main(argv) == 1
-    assert "pictures have no record, the first is " in capsys.readouterr().err
+    assert "images have no record, the first is " in capsys.readouterr().err
     assert not (out / "scores.json").exists()
 
 
 def test_bad_samples_stop_or_are_left_out(trained, streets, out, argv, process, capsys):
     samples = open_dataset(streets, "val").samples
-    samples[3].label.write_bytes(b"no picture")
+    samples[3].label.write_bytes(b"no image")
     assert main(argv) == 3
     captured = capsys.readouterr()
     assert captured.out.startswith("stopped early, --resume goes on: 3 done, 0 skipped, 0 failed of 7")
-    assert f"segmenter: error: {samples[3].label}: not a picture" in captured.err
+    assert f"segmenter: error: {samples[3].label}: not an image" in captured.err
     assert "--bad-samples skip" in captured.err
     assert not (out / "scores.json").exists()
 
@@ -231,8 +231,8 @@ def test_bad_samples_stop_or_are_left_out(trained, streets, out, argv, process, 
     others = percent(evaluate(trained, open_dataset(streets, "val")))
     assert want["scores"] == {name: others[name] for name in want["scores"]}
 
-    save(samples[3].image, picture())
-    samples[3].label.write_bytes(b"no picture")
+    save(samples[3].image, image())
+    samples[3].label.write_bytes(b"no image")
     for rank in (0, 1):
         process(rank)
         assert main([*argv, "--bad-samples", "skip"]) == 0, "another status would end the other processes"

@@ -16,7 +16,7 @@ from segmenter.cli import main
 from segmenter.cli.output import Lasting, err, lasting, out
 from segmenter.files import writing_into
 from segmenter.weights.pretrained import CONFIG
-from tests.cli.tools import files, load_json, picture
+from tests.cli.tools import files, image, load_json
 
 ESCAPES = "\x1b]0;x\x07\x1b[2J"
 SHOWN = r"\x1b]0;x\x07\x1b[2J"
@@ -32,7 +32,7 @@ def test_out_and_err_print_lines_that_steer_no_terminal(capsys):
 
 def test_names_texts_and_errors_of_a_command_are_escaped(folder, tmp_path, out, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / f"{ESCAPES}.png").write_bytes(b"no picture")
+    (tmp_path / f"{ESCAPES}.png").write_bytes(b"no image")
     assert main(["predict", f"{ESCAPES}.png", "-m", folder, "-o", str(out)]) == 3
     assert main(["info", ESCAPES]) == main(["predict", "x", "-m", ESCAPES, "--dtype", ESCAPES]) == 2
     assert main(["info", "-m", ESCAPES]) == 4
@@ -112,7 +112,7 @@ def test_the_streams_are_put_back(capsys):
 @pytest.mark.parametrize("broken", [True, False])
 def test_failures_are_written_though_nothing_can_be_printed(folder, photos, out, monkeypatch, broken):
     if broken:
-        (photos / "b.png").write_bytes(b"no picture")
+        (photos / "b.png").write_bytes(b"no image")
     with open("/dev/full", "w") as stdout, open("/dev/full", "w") as stderr:
         monkeypatch.setattr(sys, "stdout", stdout)
         monkeypatch.setattr(sys, "stderr", stderr)
@@ -228,4 +228,4 @@ def test_a_pipe_in_place_of_a_result_is_not_waited_for(folder, photos, out):
     os.mkfifo(out / "a.json")
     assert main(argv) == 0
     assert load_json(out / "a.json")["width"] == 91
-    Image.fromarray(picture()).save(photos / "a.png")
+    Image.fromarray(image()).save(photos / "a.png")

@@ -19,7 +19,7 @@ from segmenter.cli.resume import model_fingerprint
 from segmenter.inference import stream as stream_module
 from segmenter.inference.images import read_image
 from segmenter.visualize import overlay, with_legend
-from tests.cli.tools import files, labels_of, load_json, picture
+from tests.cli.tools import files, image, labels_of, load_json
 from tests.support.tiny import tiny_model
 
 
@@ -66,7 +66,7 @@ def test_predict_alpha_and_no_legend(trained, folder, photos, out):
     options = ["--alpha", "0", "--no-legend", "--labels", "none"]
     assert main(["predict", str(photos / "b.png"), "-m", folder, "-o", str(out), *options]) == 0
     assert files(out) == ["b.json", "b_overlay.png"]
-    np.testing.assert_array_equal(read_image(out / "b_overlay.png"), picture(seed=1))
+    np.testing.assert_array_equal(read_image(out / "b_overlay.png"), image(seed=1))
 
 
 def test_predict_own_classes(folder, photos, out, tmp_path):
@@ -81,15 +81,15 @@ def test_predict_own_classes(folder, photos, out, tmp_path):
 
 def test_folders_globs_and_names_that_clash(trained, folder, photos, out, tmp_path, capsys):
     for seed, name in ((11, "a.webp"), (12, "A.bmp")):
-        Image.fromarray(picture(seed=seed)).save(photos / name)
+        Image.fromarray(image(seed=seed)).save(photos / name)
     other = tmp_path / "other"
     other.mkdir()
-    Image.fromarray(picture(seed=9)).save(other / "a.png")
-    (photos / "notes.txt").write_text("no picture, and not asked for by name")
+    Image.fromarray(image(seed=9)).save(other / "a.png")
+    (photos / "notes.txt").write_text("no image, and not asked for by name")
     argv = ["predict", str(photos), str(other / "*.png"), str(photos / "b.png"), "-m", folder, "--no-overlay"]
     assert main([*argv, "-o", str(out)]) == 0
     names = [n for n in files(out) if n.endswith("_labels.png")]
-    assert len(names) == 6, "five pictures of the folder and one of the glob; b.png counts once"
+    assert len(names) == 6, "five images of the folder and one of the glob; b.png counts once"
     assert "sub/a_labels.png" in names
     assert len({n.lower() for n in names}) == 6
     sources = set()
@@ -106,7 +106,7 @@ def test_names_differ_where_file_systems_ignore_case():
 
 
 def test_linked_folders_are_labelled_and_loops_end(folder, photos, out, tmp_path, capsys):
-    Image.fromarray(picture(seed=3)).save(tmp_path / "c.png")
+    Image.fromarray(image(seed=3)).save(tmp_path / "c.png")
     (tmp_path / "disk").mkdir()
     (tmp_path / "c.png").rename(tmp_path / "disk/c.png")
     (photos / "day").symlink_to(tmp_path / "disk")
@@ -119,7 +119,7 @@ def test_linked_folders_are_labelled_and_loops_end(folder, photos, out, tmp_path
     assert capsys.readouterr().err == left_out
 
 
-def test_every_extension_that_is_read_is_a_picture(tmp_path):
+def test_every_extension_that_is_read_is_an_image(tmp_path):
     names = ["a.jfif", "b.jpe", "c.JPG", "d.tif", "e.TIFF", "f.mpo", "g.pnm", "h.bmp", "i.apng", "j.webp"]
     for name in (*names, "l.txt", "m.pdf", "n.eps"):
         (tmp_path / name).touch()
@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_entered_is_named(folder, photos, out, monkeypat
     assert "empty: cannot be entered (Permission denied)" in capsys.readouterr().err
 
 
-def test_what_is_called_a_picture_and_is_none_fails_alone(folder, photos, out):
+def test_what_is_called_an_image_and_is_none_fails_alone(folder, photos, out):
     (photos / "gone.png").symlink_to("nowhere.png")
     (photos / "self.jpg").symlink_to("self.jpg")
     os.mkfifo(photos / "pipe.png")
@@ -187,7 +187,7 @@ def test_names_differ_where_file_systems_know_one_unicode_form():
     assert [job.name for job in jobs] == ["caf\u00e9", "cafe\u0301_png", "CAFE\u0301_png-2"]
 
 
-def test_planning_does_the_same_for_each_picture_however_many_there_are(tmp_path, monkeypatch):
+def test_planning_does_the_same_for_each_image_however_many_there_are(tmp_path, monkeypatch):
     work = []
     for place, name in ((predict_module, "_key"), (os.path, "realpath")):
         original = getattr(place, name)
@@ -236,8 +236,8 @@ def test_the_output_folder_is_no_input_folder(folder, photos, tmp_path, capsys, 
 )
 def test_no_result_is_written_over_an_input(folder, tmp_path, capsys, monkeypatch, other, options):
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(picture(seed=1)).save("a.jpg")
-    Image.fromarray(picture(seed=2)).save(other, format="PNG")
+    Image.fromarray(image(seed=1)).save("a.jpg")
+    Image.fromarray(image(seed=2)).save(other, format="PNG")
     before = Path(other).read_bytes()
     argv = ["predict", other, "a.jpg", "-m", folder]
     assert main([*argv, "-o", ".", *options]) == 2
@@ -250,10 +250,10 @@ def test_no_result_is_written_over_an_input(folder, tmp_path, capsys, monkeypatc
 def test_an_input_that_no_result_is_written_over_may_lie_in_the_output_folder(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.jpg", "a_labels.png"):
-        Image.fromarray(picture()).save(name)
+        Image.fromarray(image()).save(name)
     assert main(["predict", "a_labels.png", "a.jpg", "-m", folder, "-o", ".", "--labels", "raw"]) == 0
     assert "a_labels_labels_raw.png" in files(tmp_path)
-    np.testing.assert_array_equal(read_image("a_labels.png"), picture())
+    np.testing.assert_array_equal(read_image("a_labels.png"), image())
 
 
 def test_unreadable_files_are_reported_and_the_rest_is_done(folder, photos, out, capsys):
@@ -274,15 +274,15 @@ def test_unreadable_files_are_reported_and_the_rest_is_done(folder, photos, out,
     assert not (out / "failed.json").exists()
 
 
-def test_a_picture_called_failed_keeps_its_json(folder, photos, out):
+def test_an_image_called_failed_keeps_its_json(folder, photos, out):
     (photos / "a.png").rename(photos / "failed.png")
-    (photos / "b.png").write_bytes(b"no picture")
+    (photos / "b.png").write_bytes(b"no image")
     assert main(["predict", str(photos), "-m", folder, "-o", str(out)]) == 3
     assert load_json(out / "failed.json")[0]["image"].endswith("b.png")
     assert load_json(out / "failed_png.json")["classes"]
 
 
-def test_a_picture_too_thin_for_the_window_fails_alone(folder, photos, out, capsys):
+def test_an_image_too_thin_for_the_window_fails_alone(folder, photos, out, capsys):
     Image.new("L", (30_000, 1)).save(photos / "thin.png")
     assert main(["predict", str(photos), "-m", folder, "-o", str(out), "--window-size", "512"]) == 3
     assert "thin.png: " in load_json(out / "failed.json")[0]["error"]
@@ -303,7 +303,7 @@ def test_a_name_too_long_for_its_results_fails_alone(folder, photos, out, runs, 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
 def test_a_full_disk_stops_the_run_and_tells_what_was_done(folder, photos, out, monkeypatch, capsys, code):
-    (photos / "a0.png").write_bytes(b"no picture")
+    (photos / "a0.png").write_bytes(b"no image")
     save = predict_module.save_png
 
     def full(image, path):
@@ -316,7 +316,7 @@ def test_a_full_disk_stops_the_run_and_tells_what_was_done(folder, photos, out, 
     captured = capsys.readouterr()
     assert captured.out.startswith("stopped early, --resume goes on: 1 done, 0 skipped, 1 failed of 4 in ")
     failure, error = captured.err.splitlines()
-    assert "a0.png: not a picture" in failure
+    assert "a0.png: not an image" in failure
     advice = "; make room and try again" if code == errno.ENOSPC else ""
     assert error == f"segmenter: error: {out / 'b'}: cannot write: {os.strerror(code)}{advice}"
     assert [Path(f["image"]).name for f in load_json(out / "failed.json")] == ["a0.png"]
@@ -336,7 +336,7 @@ def test_a_report_that_cannot_be_written_hides_no_interrupt(folder, photos, out,
 
 @pytest.fixture
 def runs(monkeypatch):
-    """How many pictures were segmented."""
+    """How many images were segmented."""
     calls = []
     segment = stream_module.segment_pixels
 
@@ -366,15 +366,15 @@ def test_resume_skips_what_is_done_and_only_that(folder, photos, out, runs, caps
     assert len(runs) == 11
 
 
-def test_resume_does_not_take_another_picture_for_done(folder, photos, out, runs):
+def test_resume_does_not_take_another_image_for_done(folder, photos, out, runs):
     for i, name in enumerate(("a.png", "sub/a.png")):
         assert main(["predict", str(photos / name), "-m", folder, "-o", str(out), "--resume"]) == 0
         assert len(runs) == i + 1
         assert load_json(out / "a.json")["image"] == str(photos / name)
 
 
-def change_picture(photos):
-    Image.fromarray(picture(seed=7)).save(photos / "a.png")
+def change_image(photos):
+    Image.fromarray(image(seed=7)).save(photos / "a.png")
 
 
 def change_time_only(photos):
@@ -389,8 +389,8 @@ def change_size_only(photos):
     os.utime(photos / "a.png", ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-@pytest.mark.parametrize("change", [change_picture, change_time_only, change_size_only])
-def test_resume_does_a_changed_picture_again(trained, folder, photos, out, runs, change):
+@pytest.mark.parametrize("change", [change_image, change_time_only, change_size_only])
+def test_resume_does_a_changed_image_again(trained, folder, photos, out, runs, change):
     argv = ["predict", str(photos), "-m", folder, "-o", str(out), "--resume"]
     assert main(argv) == 0
     change(photos)
@@ -402,7 +402,7 @@ def test_resume_does_a_changed_picture_again(trained, folder, photos, out, runs,
     np.testing.assert_array_equal(labels_of(out / "a_labels.png"), expected)
     (photos / "a.png").unlink()
     argv[1:2] = [str(photos / "a.png"), str(photos / "b.png")]
-    assert main(argv) == 3, "a picture that is gone is not done"
+    assert main(argv) == 3, "an image that is gone is not done"
 
 
 def test_resume_does_all_again_for_other_weights_at_the_same_path(photos, out, runs, tmp_path):
@@ -442,7 +442,7 @@ def test_fingerprint_of_a_model_changes_with_every_tensor(dtype):
 def test_file_names_that_are_no_unicode(folder, tmp_path, out, capsys):
     path = os.path.join(tmp_path, "caf\udce9 ü.png")
     try:
-        Image.fromarray(picture()).save(path)
+        Image.fromarray(image()).save(path)
     except OSError:
         pytest.skip("this file system takes only Unicode names")
     argv = ["predict", path, "-m", folder, "-o", str(out), "--resume"]
@@ -472,7 +472,7 @@ def test_interrupted_run_leaves_whole_results_and_resumes(folder, photos, out, r
 
 
 def test_warnings_are_one_line(folder, out, tmp_path, capsys):
-    frames = [Image.fromarray(picture(seed=i)) for i in range(2)]
+    frames = [Image.fromarray(image(seed=i)) for i in range(2)]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     showwarning = warnings.showwarning
     assert main(["predict", str(tmp_path / "moving.gif"), "-m", folder, "-o", str(out)]) == 0

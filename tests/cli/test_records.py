@@ -41,7 +41,7 @@ def test_a_line_that_was_cut_off_is_dropped(dataset, tmp_path, monkeypatch, bloc
     assert path.read_bytes() == whole
     add(kept, dataset, 2)
     total, names = kept.total()
-    assert (total.pictures, len(names)) == (3, 3)
+    assert (total.images, len(names)) == (3, 3)
     path.write_bytes(b"no line at all")
     of_rank(dataset, tmp_path)
     assert path.read_bytes() == b""

@@ -18,20 +18,20 @@ from segmenter.cli.report import Tally, say, write_failed
 from segmenter.cli.shards import DIRECTORY, Shard, SharedReport
 from segmenter.inference import stream as stream_module
 from tests.cli.conftest import VARIABLES
-from tests.cli.tools import files, labels_of, load_json, picture
+from tests.cli.tools import files, image, labels_of, load_json
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def many(tmp_path):
-    """7 pictures of two sizes, of which 2 and 5 cannot be read."""
+    """7 images of two sizes, of which 2 and 5 cannot be read."""
     folder = tmp_path / "many"
     folder.mkdir()
     for i in range(7):
-        Image.fromarray(picture(*((70, 91), (64, 64))[i % 3 == 0], seed=i)).save(folder / f"{i}.png")
+        Image.fromarray(image(*((70, 91), (64, 64))[i % 3 == 0], seed=i)).save(folder / f"{i}.png")
     for i in (2, 5):
-        (folder / f"{i}.png").write_bytes(b"no picture")
+        (folder / f"{i}.png").write_bytes(b"no image")
     return folder
 
 
@@ -44,7 +44,7 @@ def done(out):
     return [f for f in files(out) if f.endswith("_labels.png")]
 
 
-def test_pictures_run_in_batches_and_each_gets_its_own_labels(trained, many, out, argv, monkeypatch):
+def test_images_run_in_batches_and_each_gets_its_own_labels(trained, many, out, argv, monkeypatch):
     calls = []
     segment_pixels = stream_module.segment_pixels
 
@@ -73,16 +73,16 @@ def test_running_out_of_memory_is_said_and_gone_on_from(out, argv, monkeypatch, 
     assert main([*argv, "--pictures", "3"]) == 3
     captured = capsys.readouterr()
     assert "5 done, 0 skipped, 2 failed of 7" in captured.out
-    expected = "segmenter: warning: not enough memory for 3 pictures of 64x64 at once; from here on 1 a batch\n"
+    expected = "segmenter: warning: not enough memory for 3 images of 64x64 at once; from here on 1 a batch\n"
     assert captured.err.startswith(expected)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_processes_share_the_pictures_and_the_last_one_reports(out, argv, process, capsys, order):
+def test_processes_share_the_images_and_the_last_one_reports(out, argv, process, capsys, order):
     for rank in order[:2]:
         process(rank, world=3)
         assert main(argv) == 0
-        told = "segmenter: 3 processes share 7 pictures\n" if rank == 0 else ""
+        told = "segmenter: 3 processes share 7 images\n" if rank == 0 else ""
         assert capsys.readouterr() == ("", told)
     assert not (out / "failed.json").exists()
     assert (out / DIRECTORY).exists()
@@ -136,13 +136,13 @@ def test_resume_by_one_process_completes_what_several_left(out, argv, process, m
     assert capsys.readouterr().out.startswith("3 done, 2 skipped, 2 failed of 7 in ")
 
 
-def test_processes_that_see_other_pictures_are_told(many, out, argv, process, capsys):
+def test_processes_that_see_other_images_are_told(many, out, argv, process, capsys):
     process(1)
     assert main(argv) == 0
-    Image.fromarray(picture()).save(many / "00.png")
+    Image.fromarray(image()).save(many / "00.png")
     process(0)
     assert main(argv) == 0
-    assert "the processes tell of different pictures or options" in capsys.readouterr().err
+    assert "the processes tell of different images or options" in capsys.readouterr().err
     assert not (out / "failed.json").exists()
 
 
@@ -161,7 +161,7 @@ def test_only_one_of_those_that_finish_together_reports(tmp_path):
     assert files(tmp_path) == []
 
 
-def test_failures_are_told_in_the_order_of_the_pictures(tmp_path, capsys):
+def test_failures_are_told_in_the_order_of_the_images(tmp_path, capsys):
     tally = Tally(3, 1, {5: {"image": "b", "error": "b: bad"}, 2: {"image": "a", "error": "a: bad"}})
     say(tally, 6, 1.5, "out")
     assert capsys.readouterr() == (
@@ -198,7 +198,7 @@ def test_variables_that_make_no_sense(wrong):
 
 
 @pytest.mark.parametrize("world", [2, 3, 9])
-def test_parts_are_all_pictures_once(world):
+def test_parts_are_all_images_once(world):
     parts = [Shard(rank, world).part("abcdefg") for rank in range(world)]
     assert sorted(sum(parts, [])) == list(enumerate("abcdefg"))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -245,7 +245,7 @@ sys.exit(main(sys.argv[3:]))
 @pytest.mark.more
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torchrun")
 def test_torchrun_goes_on_after_a_killed_process(trained, many, out, argv, tmp_path):
-    """For real: two processes, one killed by a signal before it has finished its second picture."""
+    """For real: two processes, one killed by a signal before it has finished its second image."""
     (tmp_path / "script.py").write_text(LOSES_A_PROCESS)
     log, once = tmp_path / "log", tmp_path / "once"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -1,4 +1,4 @@
-"""Pictures in and results out."""
+"""Images in and results out."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 
-def picture(h=70, w=91, seed=0):
+def image(h=70, w=91, seed=0):
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize((w, h), Image.Resampling.BICUBIC))
 

@@ -109,7 +109,7 @@ def test_training_begins_with_what_is_odd(tmp_path, capsys):
     err = capsys.readouterr().err
     assert outcome.step == outcome.total == 1
     assert "2 of 2 label files looked at: class 'e' (value 4) never occurs, but the ignored 255 does" in err
-    assert "segmenter: warning: 2 of the 2 pictures of split train are trained on, too: their scores" in err
+    assert "segmenter: warning: 2 of the 2 images of split train are trained on, too: their scores" in err
     train(recipe, tmp_path / "run", progress=False)
     assert "looked at" not in capsys.readouterr().err, "a run that goes on was told"
     train(tiny_recipe(tmp_path, epochs=1), tmp_path / "good", progress=False)
@@ -122,7 +122,7 @@ def test_a_glance_is_bounded_and_passes_over_bad_files(tmp_path):
     assert told.startswith(f"{tmp_path}: split train, 3 of 5 label files looked at: no class occurs but 'ground'")
     assert glance(data, seconds=-1) == []
     for sample in data.samples[:4]:
-        sample.label.write_bytes(b"no picture")
+        sample.label.write_bytes(b"no image")
     with pytest.raises(DataError, match="5 of 5 label files looked at"):
         glance(data)
     make_data_set(tmp_path / "good")

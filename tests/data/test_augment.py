@@ -32,7 +32,7 @@ class Draws:
 
 
 def checkers(h=40, w=56, side=8):
-    """A picture whose colours tell its labels 0..4, in squares."""
+    """An image whose colours tell its labels 0..4, in squares."""
     labels = (np.arange(h)[:, None] // side * 2 + np.arange(w) // side) % 5
     return CODES[labels], labels.astype(np.uint8)
 
@@ -42,7 +42,7 @@ def plain(crop=32, **fields):
 
 
 def bytes_of(im, normalization="vit"):
-    """What the normalised picture (3, H, W) was before, (H, W, 3)."""
+    """What the normalised image (3, H, W) was before, (H, W, 3)."""
     mean, std = (np.array(values) for values in STATISTICS[normalization])
     return np.rint(im.numpy().transpose(1, 2, 0) * std + mean).astype(int)
 
@@ -102,7 +102,7 @@ def test_a_crop_has_its_size_whatever_comes_in(ratio):
 
 
 def test_labels_stay_on_their_pixels():
-    """Enlarged, cropped and mirrored at random, where the picture is of one colour and no blurred seam."""
+    """Enlarged, cropped and mirrored at random, where the image is of one colour and no blurred seam."""
     pixels, labels = checkers()
     transform, targets = plain(scale=(1.3, 2.0)), set()
     for seed in range(20):
@@ -117,7 +117,7 @@ def test_labels_stay_on_their_pixels():
     assert len(targets) == 20, "no two crops are the same"
 
 
-def test_mirrored_half_the_time_and_labels_with_the_picture():
+def test_mirrored_half_the_time_and_labels_with_the_image():
     pixels = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3).astype(np.uint8)
     labels = np.arange(32 * 32).reshape(32, 32).astype(np.uint8) // 8
     mirrored = 0
@@ -152,7 +152,7 @@ def test_ignore_index_of_many_classes():
 
 
 class TestCrop:
-    """Which of ten draws is kept, of a picture 20 x 80 with class 0 in the left half and class 1 in the right one."""
+    """Which of ten draws is kept, of an image 20 x 80 with class 0 in the left half and class 1 in the right one."""
 
     labels = np.repeat(np.array([[0] * 40 + [1] * 40], np.uint8), 20, 0)
     pixels = np.repeat(np.broadcast_to(np.arange(80, dtype=np.uint8), (20, 80))[..., None], 3, -1)  # tell their column

@@ -1,4 +1,4 @@
-"""Data sets of one's own: which pictures are in which split, whatever the folders and lists are called."""
+"""Data sets of one's own: which images are in which split, whatever the folders and lists are called."""
 
 import os
 import shutil
@@ -53,7 +53,7 @@ def test_both_endings_of_the_description_count_alike(root):
     [("training", "validation", "testing"), ("Train", "valid", "Test"), ("train", "VAL", "test")],
 )
 def test_folders_called_as_elsewhere_are_the_splits(root, train, val, test):
-    """All pictures in one split train would be validated on what is trained on."""
+    """All images in one split train would be validated on what is trained on."""
     describe(root, classes=CLASSES)
     for split, name in (("train", train), ("val", val), ("test", test)):
         rename(root, split, name) if split != name else None
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_entered_is_named(root, monkeypatch):
         open_dataset(root)
 
 
-def test_pictures_in_no_split_are_warned_of(root):
+def test_images_in_no_split_are_warned_of(root):
     describe(root, classes=CLASSES)
     sample(root, "extra/a")
     sample(root, "loose")
@@ -184,12 +184,12 @@ def test_lists_may_be_long(tmp_path):
     assert layouts._read_names(tmp_path / "l.txt", {}) == names
 
 
-@pytest.mark.parametrize("picture, label", [(E_ACUTE, E_AND_ACCENT), (E_AND_ACCENT, E_ACUTE)])
-def test_names_from_another_system_are_the_same(tmp_path, picture, label):
-    sample(tmp_path, f"{picture}/{picture}", f"{label}/{label}")
+@pytest.mark.parametrize("image, label", [(E_ACUTE, E_AND_ACCENT), (E_AND_ACCENT, E_ACUTE)])
+def test_names_from_another_system_are_the_same(tmp_path, image, label):
+    sample(tmp_path, f"{image}/{image}", f"{label}/{label}")
     describe(tmp_path, classes=CLASSES)
     (found,) = open_dataset(tmp_path).samples
-    assert (found.name, found.image.stem, found.label.stem) == (f"{E_ACUTE}/{E_ACUTE}", picture, label)
+    assert (found.name, found.image.stem, found.label.stem) == (f"{E_ACUTE}/{E_ACUTE}", image, label)
     sample(tmp_path, f"{label}/{label}")
     with pytest.raises(DataError, match="has the same name; one of them has to go"):
         open_dataset(tmp_path)
@@ -224,7 +224,7 @@ def test_check_tells_of_samples_in_two_lists_and_of_splits_without_labels(tmp_pa
     assert check_dataset(find_source(tmp_path)).duplicates == ()
 
 
-def test_check_warns_of_label_files_that_are_pictures_or_say_nothing(tmp_path):
+def test_check_warns_of_label_files_that_are_images_or_say_nothing(tmp_path):
     for name in "abc":
         sample(tmp_path, name)
     grey = rectangles(SIZE, [*range(5)], 3)
@@ -234,7 +234,7 @@ def test_check_warns_of_label_files_that_are_pictures_or_say_nothing(tmp_path):
     describe(tmp_path, classes=CLASSES)
     report = check_dataset(find_source(tmp_path))
     assert "train: 1 label files hold ignored pixels alone" in report.warnings
-    assert "train: 1 label files are the picture itself once more, byte for byte" in report.warnings
+    assert "train: 1 label files are the image itself once more, byte for byte" in report.warnings
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])

@@ -103,7 +103,7 @@ def test_only_listed_samples_of_pascal_context_count(tmp_path):
     with pytest.raises(DataError, match="named twice: 2008_000001"):
         open_dataset(tmp_path)
     listed.write_text("2008_000001\n2010_9\n")
-    with pytest.raises(DataError, match=r"2010_9\.\*: no such picture, but its name is listed"):
+    with pytest.raises(DataError, match=r"2010_9\.\*: no such image, but its name is listed"):
         open_dataset(tmp_path)
 
 
@@ -123,7 +123,7 @@ def test_nothing_and_too_much_are_told(tmp_path):
     assert open_dataset(tmp_path, kind="camvid").key == "camvid"
 
 
-def test_own_pictures_are_not_taken_for_camvid(tmp_path):
+def test_own_images_are_not_taken_for_camvid(tmp_path):
     """They would get its classes without a word."""
     make_data_set(tmp_path)
     (tmp_path / "dataset.yml").unlink()
@@ -131,12 +131,12 @@ def test_own_pictures_are_not_taken_for_camvid(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_pictures_and_labels_without_partner(tmp_path):
+def test_images_and_labels_without_partner(tmp_path):
     make_data_set(tmp_path, n=6)
     for i in range(5):
         (tmp_path / paths("folder", "train", i)[1]).unlink()
     (tmp_path / paths("folder", "train", 5)[0]).unlink()
-    first = r"\S+train_0.png: the picture has no label, \S+annotations/train/train_0.png is missing"
+    first = r"\S+train_0.png: the image has no label, \S+annotations/train/train_0.png is missing"
     with pytest.raises(DataError, match=f"6 files lack their partner in split train: {first}.* and 3 more"):
         open_dataset(tmp_path)
     make_data_set(tmp_path / "city", "cityscapes", n=1)
@@ -198,7 +198,7 @@ def broken(path, how):
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-30])
     elif how == "text":
-        path.write_text("not a picture")
+        path.write_text("not an image")
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "colours":
@@ -219,7 +219,7 @@ def broken(path, how):
 
 BROKEN = {
     "truncated": "truncated|broken",
-    "text": "not a picture, or not one of PNG",
+    "text": "not an image, or not one of PNG",
     "empty": "the file is empty",
     "colours": r"this one holds colours \(mode RGB\); replace each colour by its id",
     "jpeg": "JPEG does not keep label values; store labels as PNG",
@@ -243,7 +243,7 @@ def test_bad_labels_are_named(tmp_path, how):
     data.read(data.samples[1])
 
 
-def test_bad_pictures_are_named_and_turned_ones_explained(tmp_path):
+def test_bad_images_are_named_and_turned_ones_explained(tmp_path):
     make_data_set(tmp_path)
     data = open_dataset(tmp_path)
     first, second = data.samples
@@ -355,14 +355,14 @@ def test_linked_folders_are_followed(tmp_path):
     assert len(open_dataset(tmp_path / "links")) == 2
 
 
-def test_check_counts_pixels_and_pictures(tmp_path):
+def test_check_counts_pixels_and_images(tmp_path):
     make_data_set(tmp_path, "camvid", n=3)
     report = check_dataset(find_source(tmp_path), workers=2)
     assert [s.split for s in report.splits] == ["train", "val", "test"]
     for split in report.splits:
         values = np.stack([stored(s.label) for s in open_dataset(tmp_path, split.split).samples])
         np.testing.assert_array_equal(split.pixels, [(values == i).sum() for i in range(11)])
-        np.testing.assert_array_equal(split.pictures, [(values == i).any((1, 2)).sum() for i in range(11)])
+        np.testing.assert_array_equal(split.images, [(values == i).any((1, 2)).sum() for i in range(11)])
         assert split.ignored == (values == 11).sum() > 0
         assert (split.samples, dict(split.sizes), split.bad) == (3, {(32, 24): 3}, [])
         np.testing.assert_allclose(split.shares(), [(values == i).mean() for i in range(12)])
@@ -375,7 +375,7 @@ def test_check_lists_every_bad_file_and_goes_on(tmp_path):
     for sample, how in zip(samples, BROKEN, strict=False):
         broken(sample.label, how)
     for sample in (samples[0], samples[9]):
-        sample.image.write_text("no picture")
+        sample.image.write_text("no image")
     samples[10].image.unlink()
     report = check_dataset(find_source(tmp_path), ["train"], workers=3)
     (train,) = report.splits
@@ -386,7 +386,7 @@ def test_check_lists_every_bad_file_and_goes_on(tmp_path):
     assert train.pixels.sum() + train.ignored == SIZE[0] * SIZE[1]
 
 
-def test_check_warns_of_the_same_picture_in_two_splits_and_of_odd_labels(tmp_path):
+def test_check_warns_of_the_same_image_in_two_splits_and_of_odd_labels(tmp_path):
     make_data_set(tmp_path)
     train, val = (open_dataset(tmp_path, split).samples for split in ("train", "val"))
     val[1].image.write_bytes(train[0].image.read_bytes())

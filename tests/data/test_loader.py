@@ -108,7 +108,7 @@ def test_processes_that_read_change_nothing(dataset):
 def test_a_sample_that_cannot_be_read_counts_nowhere_and_says_why(tmp_path):
     dataset = open_dataset(make_data_set(tmp_path, n=2))
     bad = dataset.samples[1]
-    bad.image.write_bytes(b"no picture")
+    bad.image.write_bytes(b"no image")
     image, labels, name, error = samples_of(dataset)[0, 1, 0]
     assert not image.any() and (labels == 255).all()
     assert name == bad.name and str(bad.image) in error

@@ -95,10 +95,10 @@ def same(got, want):
     assert want.std() > 1e-3
 
 
-@pytest.mark.parametrize("pictures", [1, 2, 3])
-def test_attention_gives_tokens_and_weights(pictures):
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_attention_gives_tokens_and_weights(images):
     ours, theirs = two_blocks()
-    x = tokens(pictures, 5, 64)
+    x = tokens(images, 5, 64)
     y, attn = ours.attn(x)
     want, weights = theirs.attn(x)
     same(y, want)

@@ -184,7 +184,7 @@ def test_an_evaluation(model):
     assert 50 < logger.mean_iou.value < logger.pixel_accuracy.value
 
 
-def test_blended_pictures():
+def test_blended_images():
     dark, light = np.zeros((2, 3, 3), np.uint8), np.full((2, 3, 3), 200, np.uint8)
     assert (blend_im(dark, light, alpha=0.25) == 50).all()
 

@@ -1,4 +1,4 @@
-"""Results as pictures."""
+"""Results as images."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_no_class_at_all(tmp_path):
     assert np.array(Image.open(tmp_path / "chart.png")).min() < 50, "names are there"
 
 
-def test_picture_truth_and_prediction_stand_side_by_side():
+def test_image_truth_and_prediction_stand_side_by_side():
     pixels = np.full((60, 80, 3), 100, np.uint8)
     label, prediction = np.zeros((60, 80), np.uint8), np.full((60, 80), 2, np.uint8)
     label[:20] = 255

@@ -1,4 +1,4 @@
-"""`segmenter compare` and what is behind it: figures, the part that is enlarged, the picture, the command."""
+"""`segmenter compare` and what is behind it: figures, the part that is enlarged, the image, the command."""
 
 import json
 
@@ -10,7 +10,7 @@ from segmenter.classes import ClassSet
 from segmenter.cli import main
 from segmenter.evaluation.boundary import boundary_scores
 from segmenter.evaluation.compare import border_pixels, compare, telling_part
-from segmenter.evaluation.comparison_figure import COLUMN, MAX_COLUMNS, choose_part, comparison_picture, make_panels
+from segmenter.evaluation.comparison_figure import COLUMN, MAX_COLUMNS, choose_part, comparison_figure, make_panels
 from segmenter.evaluation.evaluate import Protocol
 from segmenter.evaluation.metrics import mean_iou, percent
 from segmenter.visualize import enlarge, overlay
@@ -47,7 +47,7 @@ def folders(models, tmp_path_factory):
 
 @pytest.fixture
 def files(tmp_path):
-    """A picture and its labels, some of which do not count."""
+    """An image and its labels, some of which do not count."""
     save(tmp_path / "a.png", smooth_noise(SIZE, 0))
     save(tmp_path / "truth.png", rectangles(SIZE, [*range(5), 255], 0))
     return tmp_path
@@ -118,7 +118,7 @@ def test_border_pixels_are_between_classes_that_count():
     np.testing.assert_array_equal(got, [[0, 0, 1, 0], [0, 0, 1, 0], [1, 1, 1, 0]])
 
 
-def test_panels_hold_picture_predictions_and_truth(subject):
+def test_panels_hold_image_predictions_and_truth(subject):
     pixels, truth, compared = subject
     part = choose_part([c.labels for c in compared], truth, 5)
     panels = make_panels(pixels, compared, truth, CLASSES, part)
@@ -127,7 +127,7 @@ def test_panels_hold_picture_predictions_and_truth(subject):
     assert part.width * part.factor <= COLUMN
     rows, columns = slice(part.top, part.top + part.height), slice(part.left, part.left + part.width)
     np.testing.assert_array_equal(panels[0].zoom, enlarge(pixels[rows, columns], part.factor))
-    assert {p.picture.shape for p in panels} == {(288, 480, 3)}
+    assert {p.image.shape for p in panels} == {(288, 480, 3)}
     corner = np.zeros(SIZE, bool)
     corner[
         (slice(None, 8), slice(None, 8)) if part.top >= 8 or part.left >= 8 else (slice(-8, None), slice(-8, None))
@@ -136,7 +136,7 @@ def test_panels_hold_picture_predictions_and_truth(subject):
     shown = [*(c.labels for c in compared), np.where(truth == 255, 5, truth)]
     for panel, labels in zip(panels[1:], shown, strict=True):
         whole = enlarge(overlay(pixels, labels, CLASSES, 0.6), 6)
-        np.testing.assert_array_equal(panel.picture[inside], whole[inside])
+        np.testing.assert_array_equal(panel.image[inside], whole[inside])
         small = enlarge(overlay(pixels, labels, CLASSES, 0.7)[rows, columns], part.factor)
         lines = (panel.zoom == 255).all(2)
         assert 0 < lines.mean() < 0.5
@@ -149,21 +149,21 @@ def test_panels_hold_picture_predictions_and_truth(subject):
     assert dict(panels[4].facts)["not labelled (dark)"] == f"{100 * np.mean(truth == 255):.1f} %"
 
 
-def test_picture_has_all_panels_banners_and_the_legend(subject):
+def test_image_has_all_panels_banners_and_the_legend(subject):
     pixels, truth, compared = subject
     part = choose_part([c.labels for c in compared], truth, 5)
-    got = comparison_picture(pixels, compared, truth, CLASSES, part, ["a note"])
+    got = comparison_figure(pixels, compared, truth, CLASSES, part, ["a note"])
     panels = make_panels(pixels, compared, truth, CLASSES, part)
-    top, left = find(got, panels[0].picture)
+    top, left = find(got, panels[0].image)
     step = COLUMN + (got.shape[1] - 2 * left - 5 * COLUMN) // 4
     places = [left + i * step for i in range(5)]
     for x, panel in zip(places, panels, strict=True):
-        high = len(panel.picture) - 40 * (panel.warning is not None)  # above the banner
-        np.testing.assert_array_equal(got[top : top + high, x : x + COLUMN], panel.picture[:high])
+        high = len(panel.image) - 40 * (panel.warning is not None)  # above the banner
+        np.testing.assert_array_equal(got[top : top + high, x : x + COLUMN], panel.image[:high])
     red = (got == (200, 0, 0)).all(2)
     banner = np.flatnonzero(red.sum(0) > 30)
     assert places[3] <= banner[0] <= banner[-1] < places[4], "over the random model alone"
-    below = got[top + len(panels[0].picture) + len(panels[0].zoom) + 60 :]
+    below = got[top + len(panels[0].image) + len(panels[0].zoom) + 60 :]
     present = {*np.unique(np.concatenate([truth[truth != 255], *(c.labels.ravel() for c in compared)])).tolist()}
     for i, color in enumerate(CLASSES.palette):
         assert ((below == color).all(2).sum() > 400) == (i in present)
@@ -178,14 +178,14 @@ def find(image, part):
         crop = image[y : y + len(part), x : x + part.shape[1]]
         if crop.shape == part.shape and (crop[0] == part[0]).all() and (crop == part).all():
             return int(y), int(x)
-    raise AssertionError("the panel is not in the picture")
+    raise AssertionError("the panel is not in the image")
 
 
-def test_more_panels_than_fit_are_wrapped_and_thin_pictures_stay_small(subject):
+def test_more_panels_than_fit_are_wrapped_and_thin_images_stay_small(subject):
     pixels, truth, compared = subject
     part = choose_part([compared[0].labels], truth, 5)
-    one = comparison_picture(pixels, compared[:1], truth, CLASSES, part, ["a note"])
-    six = comparison_picture(pixels, [compared[0]] * (MAX_COLUMNS - 1), truth, CLASSES, part, ["a note"])
+    one = comparison_figure(pixels, compared[:1], truth, CLASSES, part, ["a note"])
+    six = comparison_figure(pixels, [compared[0]] * (MAX_COLUMNS - 1), truth, CLASSES, part, ["a note"])
     assert six.shape[1] == one.shape[1], "six in two rows are as wide as three in one"
     assert six.shape[0] > 1.6 * one.shape[0]
     thin = np.zeros((3000, 2), np.uint8)
@@ -193,10 +193,10 @@ def test_more_panels_than_fit_are_wrapped_and_thin_pictures_stay_small(subject):
     part = choose_part([thin], None, 5)
     panels = make_panels(np.zeros((3000, 2, 3), np.uint8), [], thin, CLASSES, part)
     for panel in panels:
-        assert max(panel.picture.shape) <= 720
+        assert max(panel.image.shape) <= 720
         assert max(panel.zoom.shape) <= COLUMN
-    assert panels[1].picture[0, 0].argmax() == 0, "red above"
-    assert panels[1].picture[-1, 0].argmax() == 1, "green below"
+    assert panels[1].image[0, 0].argmax() == 0, "red above"
+    assert panels[1].image[-1, 0].argmax() == 1, "green below"
 
 
 def run(files, folders, *options):
@@ -259,9 +259,9 @@ def test_command_without_truth_and_with_a_preset(folders, files, capsys):
         (["--truth", "small.png"], 2, "small.png: 40 x 30 pixels, but"),
         (["--truth", "wrong.png"], 3, "wrong.png: no class has the value 7"),
         (["--truth", "missing.png"], 3, "missing.png: No such file"),
-        (["--data", "."], 2, "give either a picture, or --data and --sample"),
+        (["--data", "."], 2, "give either an image, or --data and --sample"),
         (["--window-size", "32", "--window-stride", "33"], 1, "would leave pixels out"),
-        (["-o", "c.jpg"], 2, "c.jpg: the picture is a PNG"),
+        (["-o", "c.jpg"], 2, "c.jpg: the figure is a PNG"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(folders, files, capsys, monkeypatch, options, status, message):

@@ -1,4 +1,4 @@
-"""The published test pipeline, and counts that are summed over pictures."""
+"""The published test pipeline, and counts that are summed over images."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ from segmenter.evaluation.evaluate import (
 from segmenter.evaluation.metrics import ConfusionMatrix
 from segmenter.inference.images import normalize
 from segmenter.inference.merge import inference
-from tests.cli.tools import picture
+from tests.cli.tools import image
 from tests.support.data_sets import make_data_set, rectangles, save
 from tests.support.tiny import tiny_model
 
@@ -73,7 +73,7 @@ def test_sizes_are_the_published_ones(protocol, size, scale, expected):
 
 
 @pytest.mark.parametrize("size", [(35, 45), (64, 83), (123, 91), (1, 200), (70, 91)])
-def test_pictures_are_resized_as_bytes_without_antialiasing(size):
+def test_images_are_resized_as_bytes_without_antialiasing(size):
     pixels = np.random.default_rng(0).integers(0, 256, (70, 91, 3), dtype=np.uint8)
     got, want = _resize_bytes(pixels, size), bilinear(pixels, size)
     assert (got.dtype, got.shape) == (np.uint8, (*size, 3))
@@ -93,7 +93,7 @@ def test_pictures_are_resized_as_bytes_without_antialiasing(size):
 @pytest.mark.parametrize("size", [(70, 91), (64, 64), (130, 60)])
 def test_labels_are_the_argmax_of_the_published_inference(protocol, size):
     model = tiny_model(normalization="deit")
-    pixels = picture(*size)
+    pixels = image(*size)
     got = predict_labels(model, pixels, protocol)
     assert (got.dtype, got.shape) == (np.uint8, size)
     assert len(np.unique(got)) >= 3
@@ -154,7 +154,7 @@ def test_an_interrupt_is_one_wherever_it_comes(monkeypatch, tmp_path, place):
 
 
 def test_without_im_size_labels_are_those_of_segment(model):
-    pixels = picture(70, 91)
+    pixels = image(70, 91)
     for options in ({}, {"scales": (0.75, 1.5), "flip": True, "window_size": 48, "window_stride": 30}):
         want = model.segment(pixels, **options).numpy()
         np.testing.assert_array_equal(predict_labels(model, pixels, Protocol(**options)), want)
@@ -164,7 +164,7 @@ def test_without_im_size_labels_are_those_of_segment(model):
 
 @pytest.mark.parametrize("im_size", [None, 80])
 def test_half_precision(model, im_size):
-    pixels, protocol = picture(70, 91), Protocol(im_size, flip=True)
+    pixels, protocol = image(70, 91), Protocol(im_size, flip=True)
     want = predict_labels(model, pixels, protocol)
     automatic = predict_labels(model, pixels, replace(protocol, dtype="bfloat16"))
     converted = predict_labels(model.bfloat16(), pixels, protocol)
@@ -179,10 +179,10 @@ def test_what_makes_no_sense_is_refused(model):
         with pytest.raises(ValueError, match="at least"):
             Protocol(**wrong)
     with pytest.raises(ValueError, match="would leave pixels out"):
-        predict_labels(model, picture(), Protocol(window_size=32, window_stride=33))
+        predict_labels(model, image(), Protocol(window_size=32, window_stride=33))
     for im_size in (None, 64):
         with pytest.raises(RuntimeError, match="training mode"):
-            predict_labels(model.train(), picture(), Protocol(im_size))
+            predict_labels(model.train(), image(), Protocol(im_size))
 
 
 @pytest.fixture
@@ -191,14 +191,14 @@ def streets(tmp_path, model):
     root = make_data_set(tmp_path / "data", n=6, size=(70, 91))
     for i, sample in enumerate(open_dataset(root, "val").samples):
         size = (70, 91) if i % 2 else (64, 50)
-        pixels, noise = picture(*size, seed=i), rectangles(size, [*range(5), 255], i)
+        pixels, noise = image(*size, seed=i), rectangles(size, [*range(5), 255], i)
         half = np.arange(size[1]) < size[1] // 2
         save(sample.image, pixels)
         save(sample.label, np.where(half, model.segment(pixels).numpy(), noise))
     return open_dataset(root, "val")
 
 
-def test_scores_are_those_of_matrix_and_boundaries_over_all_pictures(model, streets):
+def test_scores_are_those_of_matrix_and_boundaries_over_all_images(model, streets):
     protocol = Protocol(80, flip=True)
     matrix, boundary = ConfusionMatrix(5), BoundaryCounts(5)
     for sample in streets.samples:
@@ -225,7 +225,7 @@ def test_a_model_that_is_right_scores_one(model, streets):
     assert [got[name] for name in ("aAcc", "mAcc", "mIoU", "bF", "bIoU")] == [1.0] * 5
 
 
-def test_outcomes_come_in_order_while_the_next_pictures_are_read(model, streets):
+def test_outcomes_come_in_order_while_the_next_images_are_read(model, streets):
     taken = []
     samples = (taken.append(sample) or sample for sample in streets.samples)
     stream = outcomes(model, streets, Protocol(), samples, workers=1)
@@ -244,7 +244,7 @@ def test_outcomes_come_in_order_while_the_next_pictures_are_read(model, streets)
 
 def test_a_bad_sample_is_an_outcome_and_stops_evaluate(model, streets):
     bad = streets.samples[2]
-    bad.label.write_bytes(b"no picture")
+    bad.label.write_bytes(b"no image")
     errors = [outcome.error for outcome in outcomes(model, streets, Protocol())]
     assert [error is None for error in errors] == [True, True, False, True, True, True]
     assert isinstance(errors[2], DataError)
@@ -252,7 +252,7 @@ def test_a_bad_sample_is_an_outcome_and_stops_evaluate(model, streets):
         evaluate(model, streets)
 
 
-def test_the_picture_is_named_when_the_model_fails(model, streets):
+def test_the_image_is_named_when_the_model_fails(model, streets):
     with torch.no_grad():
         model.decoder.mask_norm.weight[0] = torch.nan
     with pytest.raises(ValueError, match=f"{streets.samples[0].image.name}: the network gave NaN"):
@@ -273,7 +273,7 @@ def test_counts_go_through_json_and_add_up():
         one.update(*pair)
         whole.merge(one)
         restored.add_json(json.loads(json.dumps(one.to_json())))
-    assert restored.pictures == whole.pictures == 3
+    assert restored.images == whole.images == 3
     assert whole.matrix.counts.sum() == 3 * 600
     np.testing.assert_array_equal(restored.matrix.counts, whole.matrix.counts)
     np.testing.assert_array_equal(restored.boundary.counts, whole.boundary.counts)

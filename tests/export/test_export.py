@@ -42,7 +42,7 @@ def pixels(B, H, W):
 def logits(model, x):
     """What the model says, by the way of segmenter.inference.images."""
     with torch.inference_mode():
-        return model(torch.stack([normalize(picture.numpy(), model.info.normalization) for picture in x]))
+        return model(torch.stack([normalize(image.numpy(), model.info.normalization) for image in x]))
 
 
 def assert_same(run, model, output, sizes=SIZES):
@@ -263,7 +263,7 @@ def test_what_counts_as_agreement():
         export._compare(torch.full_like(scores, torch.nan), scores, "masks", 1e-4, batch)
 
 
-def test_pictures_of_one_label_show_little(tmp_path):
+def test_images_of_one_label_show_little(tmp_path):
     model = tiny_model(**LINEAR)
     with torch.no_grad():
         model.decoder.head.bias[3] = 100

@@ -18,7 +18,7 @@ def model_of(device, dtype=torch.float32, n_cls=19):
     return model.to(device, dtype)
 
 
-def pictures(B, h, w, seed=0):
+def images(B, h, w, seed=0):
     """Smooth colours: neighbouring pixels get neighbouring labels."""
     generator = torch.Generator().manual_seed(seed)
     small = torch.rand(B, 3, h // 12 + 2, w // 12 + 2, generator=generator)
@@ -42,7 +42,7 @@ def test_replays_are_what_segment_gives(dtype, device):
     compiled = CompiledInference(model, dtype=dtype)
     for shape in SHAPES:
         for seed in range(6):
-            pixels = pictures(*shape, seed=seed)
+            pixels = images(*shape, seed=seed)
             for source in (pixels, pixels.to(device)):
                 got = compiled(source)
                 assert got.device == source.device
@@ -52,10 +52,10 @@ def test_replays_are_what_segment_gives(dtype, device):
         assert all(n > 0 for n in compiled.memory().values())
 
 
-def test_fewer_pictures_than_captured(device):
+def test_fewer_images_than_captured(device):
     model, shape = model_of(device), (4, *SHAPES[0][1:])
     compiled = model.compile_inference(*shape)
-    pixels = pictures(*shape)
+    pixels = images(*shape)
     want = one_by_one(model, pixels)
     for B in (2, 3, 4):
         assert torch.equal(compiled(pixels[:B]), want[:B])
@@ -68,7 +68,7 @@ def test_weights_that_change_are_followed(change, dtype, device):
     if change == "half" and (dtype or device.type == "cpu"):
         pytest.skip("runs in the weights' own type")
     model = model_of(device)
-    compiled, pixels = CompiledInference(model, dtype=dtype), pictures(*SHAPES[1])
+    compiled, pixels = CompiledInference(model, dtype=dtype), images(*SHAPES[1])
     before = [compiled(pixels) for _ in range(3)][-1]
     if change == "multiplied":
         with torch.no_grad():
@@ -93,7 +93,7 @@ def test_weights_that_change_are_followed(change, dtype, device):
 def test_refresh(device):
     model = model_of(device)
     shape = SHAPES[1]
-    compiled, pixels = model.compile_inference(*shape), pictures(*shape)
+    compiled, pixels = model.compile_inference(*shape), images(*shape)
     compiled(pixels)
     for p in model.parameters():
         p.data.mul_(-1.5)
@@ -106,7 +106,7 @@ def test_refresh(device):
 def test_old_shapes_go(device):
     model = model_of(device)
     compiled = CompiledInference(model, max_shapes=2)
-    inputs = [pictures(*shape) for shape in SHAPES]
+    inputs = [images(*shape) for shape in SHAPES]
     want = [one_by_one(model, x) for x in inputs]
     for _ in range(3):
         for x, labels in zip(inputs, want, strict=True):
@@ -120,7 +120,7 @@ def test_old_shapes_go(device):
 def test_threads(own_streams, device):
     model = model_of(device)
     compiled = CompiledInference(model, max_shapes=2)
-    inputs = [pictures(*SHAPES[i % 3], seed=i) for i in range(8)]
+    inputs = [images(*SHAPES[i % 3], seed=i) for i in range(8)]
     want, wrong = [one_by_one(model, x) for x in inputs], []
 
     def work(i):
@@ -145,9 +145,9 @@ def test_threads(own_streams, device):
 def test_map_gives_the_results_of_calls_in_order(device):
     """Ten batches, one of them partial, one of another shape; what was fetched stays what it was."""
     model, shape = model_of(device), SHAPES[0]
-    batches = [pictures(*shape, seed=i) for i in range(10)]
+    batches = [images(*shape, seed=i) for i in range(10)]
     batches[4] = batches[4][:1]
-    batches[7] = pictures(*SHAPES[2], seed=7)
+    batches[7] = images(*SHAPES[2], seed=7)
     compiled = model.compile_inference(*shape)
     results = list(compiled.map(iter(batches)))
     assert len(results) == 10 and list(compiled.map([])) == []
@@ -161,7 +161,7 @@ def test_map_gives_the_results_of_calls_in_order(device):
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_scores_that_are_not_finite(dtype, device):
     model, shape = model_of(device), SHAPES[0]
-    compiled, pixels = CompiledInference(model, dtype=dtype), pictures(*shape)
+    compiled, pixels = CompiledInference(model, dtype=dtype), images(*shape)
     good = compiled(pixels)
     bias = model.decoder.mask_norm.bias.detach().clone()
     for value in (float("nan"), float("inf")):
@@ -181,7 +181,7 @@ def test_scores_that_are_not_finite(dtype, device):
 def test_memory_does_not_grow(device):
     """Not over replays, nor over shapes that come and go, nor over weights that change."""
     model = model_of(device)
-    compiled, inputs = CompiledInference(model, "bfloat16", max_shapes=1), [pictures(*s) for s in SHAPES[:2]]
+    compiled, inputs = CompiledInference(model, "bfloat16", max_shapes=1), [images(*s) for s in SHAPES[:2]]
 
     def round_of_calls():
         for x in inputs:
@@ -206,7 +206,7 @@ def test_memory_does_not_grow(device):
 
 @pytest.mark.card
 def test_a_graph_may_be_made_in_inference_mode_and_used_outside(device):
-    model, pixels = model_of(device), pictures(*SHAPES[0])
+    model, pixels = model_of(device), images(*SHAPES[0])
     with torch.inference_mode():
         compiled = model.compile_inference(*SHAPES[0])
         compiled(pixels.to(device))
@@ -216,7 +216,7 @@ def test_a_graph_may_be_made_in_inference_mode_and_used_outside(device):
 @pytest.mark.card
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_another_device_than_the_current_one():
-    model, pixels = model_of(torch.device("cuda:1")), pictures(*SHAPES[0])
+    model, pixels = model_of(torch.device("cuda:1")), images(*SHAPES[0])
     compiled = model.compile_inference(*SHAPES[0])
     want = one_by_one(model, pixels)
     assert torch.equal(compiled(pixels), want)

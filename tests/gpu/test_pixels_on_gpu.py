@@ -82,7 +82,7 @@ def test_model(device, monkeypatch):
 
 
 @pytest.mark.card
-def test_graphs_follow_pictures_and_weights(device):
+def test_graphs_follow_images_and_weights(device):
     """What was remembered before the capture is not part of the graph."""
     model = model_of(device, torch.bfloat16)
     pixels = torch.randint(0, 256, (2, 384, 640, 3), dtype=torch.uint8, device=device)  # resamples positions

@@ -14,15 +14,15 @@ import torch.nn as nn
 from segmenter import create_segmenter
 from segmenter.inference import cuda_graphs
 from segmenter.inference.cuda_graphs import CompiledInference, Shape, half_weights
-from tests.inference.test_segment import picture
+from tests.inference.test_segment import image
 from tests.support.fake_graphs import install
 from tests.support.tiny import tiny_model
 
 SIZES = [(64, 64), (70, 91), (40, 50), (33, 100), (1, 9)]  # one window, several, enlarged
 
 
-def pictures(B=2, h=64, w=64, seed=0):
-    return torch.from_numpy(np.stack([picture(h, w, seed + i) for i in range(B)]))
+def images(B=2, h=64, w=64, seed=0):
+    return torch.from_numpy(np.stack([image(h, w, seed + i) for i in range(B)]))
 
 
 def one_by_one(model, pixels, **options):
@@ -42,7 +42,7 @@ def other_weights(model, seed=9):
 def test_labels_are_those_of_segment(model, size, dtype):
     compiled = model.compile_inference(2, *size, dtype=dtype, window_stride=40)
     for seed in range(2):
-        pixels = pictures(2, *size, seed=10 * seed)
+        pixels = images(2, *size, seed=10 * seed)
         got = compiled(pixels)
         assert (got.shape, got.dtype, got.device, got.is_inference()) == (
             pixels.shape[:3],
@@ -55,7 +55,7 @@ def test_labels_are_those_of_segment(model, size, dtype):
 
 
 def test_window_batches_do_not_matter(model):
-    pixels = pictures(3, 70, 91)
+    pixels = images(3, 70, 91)
     want = one_by_one(model, pixels, window_size=48, window_stride=30)
     for n in (1, 5):
         compiled = model.compile_inference(3, 70, 91, window_size=48, window_stride=30, window_batch_size=n)
@@ -63,7 +63,7 @@ def test_window_batches_do_not_matter(model):
 
 
 def test_any_strides_and_inference_mode(model):
-    pixels = pictures(2, 70, 91)
+    pixels = images(2, 70, 91)
     want = one_by_one(model, pixels, dtype="bfloat16")
     compiled = CompiledInference(model, dtype="bfloat16")
     with torch.inference_mode():  # what is made here has to serve outside as well
@@ -72,8 +72,8 @@ def test_any_strides_and_inference_mode(model):
     assert torch.equal(compiled(pixels[:1].expand(2, -1, -1, -1))[1], want[0])
 
 
-def test_no_picture_is_added_without_graphs(model, monkeypatch):
-    compiled, pixels = model.compile_inference(4, 64, 64), pictures(4)
+def test_no_image_is_added_without_graphs(model, monkeypatch):
+    compiled, pixels = model.compile_inference(4, 64, 64), images(4)
     want, ran, labels = one_by_one(model, pixels), [], compiled._labels
     monkeypatch.setattr(compiled, "_labels", lambda x: ran.append(len(x)) or labels(x))
     for B in (1, 2, 3):
@@ -107,7 +107,7 @@ def test_half_weights_shares_the_rest(model):
 def test_half_weights_give_the_bits_of_autocast(impl, decoder):
     config = tiny_model(decoder={"name": decoder, **({"n_layers": 1} if decoder != "linear" else {})}).config
     model = create_segmenter(config, impl=impl).eval()
-    pixels = pictures(1, 40, 50)
+    pixels = images(1, 40, 50)
     with torch.inference_mode():
         half = half_weights(model, torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
@@ -161,7 +161,7 @@ def test_changed_weights_are_seen(model, change, dtype):
     compiled = model.compile_inference(
         1, 70, 91, dtype=dtype, window_size=70
     )  # resamples positions, and remembers them
-    pixels = pictures(1, 70, 91)
+    pixels = images(1, 70, 91)
     before = compiled(pixels)
     CHANGES[change](model)
     assert compiled.shapes  # nobody told it
@@ -172,7 +172,7 @@ def test_changed_weights_are_seen(model, change, dtype):
 
 def test_new_weights_where_old_ones_were(model):
     """Memory that is given back may be handed out again, for a tensor that counts as many writes."""
-    compiled, pixels, layer = model.compile_inference(1, 64, 64, dtype="bfloat16"), pictures(1), model.decoder.proj_dec
+    compiled, pixels, layer = model.compile_inference(1, 64, 64, dtype="bfloat16"), images(1), model.decoder.proj_dec
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         for _ in range(2):
@@ -183,7 +183,7 @@ def test_new_weights_where_old_ones_were(model):
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_refresh_sees_what_is_not_counted(model, dtype):
-    compiled, pixels = model.compile_inference(1, 96, 96, dtype=dtype, window_size=96), pictures(1, 96, 96)
+    compiled, pixels = model.compile_inference(1, 96, 96, dtype=dtype, window_size=96), images(1, 96, 96)
     before = compiled(pixels)
     for p in (model.encoder.pos_embed, model.decoder.proj_patch):
         p.data.mul_(-3)
@@ -201,10 +201,10 @@ def test_unchanged_weights_are_converted_once(model, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "half_weights", lambda *a: conversions.append(a) or half_weights(*a))
     compiled = model.compile_inference(1, 64, 64, dtype="bfloat16")
     for _ in range(3):
-        compiled(pictures(1))
+        compiled(images(1))
     assert len(conversions) == 1
     by_copy(model)
-    compiled(pictures(1))
+    compiled(images(1))
     assert len(conversions) == 2
 
 
@@ -218,7 +218,7 @@ def graphs(monkeypatch):
 
 
 def test_the_second_call_of_a_shape_is_captured(model, graphs):
-    compiled, pixels = CompiledInference(model), [pictures(2, seed=s) for s in range(4)]
+    compiled, pixels = CompiledInference(model), [images(2, seed=s) for s in range(4)]
     want = [one_by_one(model, x) for x in pixels]
     assert torch.equal(compiled(pixels[0]), want[0]) and not graphs and not compiled.shapes
     results = [compiled(x) for x in pixels]
@@ -231,29 +231,29 @@ def test_the_second_call_of_a_shape_is_captured(model, graphs):
 
 
 def test_a_shape_captured_in_advance_is_replayed_at_once(model, graphs):
-    compiled, pixels = model.compile_inference(2, 64, 64), pictures(3)
+    compiled, pixels = model.compile_inference(2, 64, 64), images(3)
     want = one_by_one(model, pixels)
-    first, second = compiled(pixels[:2]), compiled(pixels[2:])  # one picture, filled up
+    first, second = compiled(pixels[:2]), compiled(pixels[2:])  # one image, filled up
     assert torch.equal(first, want[:2]) and torch.equal(second, want[2:])
     assert [g.replays for g in graphs] == [2]
 
 
-def test_fewer_pictures_are_filled_up(model, graphs):
+def test_fewer_images_are_filled_up(model, graphs):
     compiled = model.compile_inference(4, 64, 64)
     compiled.capture(3, 64, 64)
-    pixels = pictures(4)
+    pixels = images(4)
     want = one_by_one(model, pixels)
     for B in (2, 3, 4, 1):
         assert torch.equal(compiled(pixels[:B]), want[:B])
     assert [g.replays for g in graphs] == [1, 2]  # the smallest that is large enough, unless more than twice as large
-    compiled(pictures(5))
+    compiled(images(5))
     assert len(graphs) == 2
 
 
 def test_what_cannot_be_captured_runs_without_a_graph(model, graphs, monkeypatch):
     """A part that waits for the device, say: said once, and never an error or a lost shape."""
     compiled = model.compile_inference(1, 64, 64)
-    good, pixels = cuda_graphs.Graph, pictures(1, 64, 80)
+    good, pixels = cuda_graphs.Graph, images(1, 64, 80)
 
     def refuse(*args):
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -285,7 +285,7 @@ def test_out_of_memory_while_capturing_gives_up_the_other_shapes(model, graphs, 
 
 
 def test_what_the_caller_has_on_is_not_captured(model, graphs):
-    pixels = pictures(1, 70, 91)
+    pixels = images(1, 70, 91)
     with torch.autocast("cpu", torch.bfloat16):
         compiled = model.compile_inference(1, 70, 91)
         compiled(pixels)
@@ -295,7 +295,7 @@ def test_what_the_caller_has_on_is_not_captured(model, graphs):
 
 
 def test_graphs_may_be_made_in_inference_mode_and_used_outside(model, graphs):
-    compiled, pixels = CompiledInference(model), pictures(2)
+    compiled, pixels = CompiledInference(model), images(2)
     with torch.inference_mode():
         compiled(pixels), compiled(pixels)
     assert torch.equal(compiled(pixels), one_by_one(model, pixels))
@@ -303,7 +303,7 @@ def test_graphs_may_be_made_in_inference_mode_and_used_outside(model, graphs):
 
 def test_the_shape_not_used_for_longest_goes(model, graphs):
     compiled = CompiledInference(model, max_shapes=2)
-    a, b, c = (pictures(1, 64, w) for w in (64, 70, 80))
+    a, b, c = (images(1, 64, w) for w in (64, 70, 80))
     for pixels in (a, a, b, b, a, c, c):
         compiled(pixels)
     assert compiled.shapes == [(1, 64, 64), (1, 64, 80)] and len(graphs) == 3
@@ -313,7 +313,7 @@ def test_the_shape_not_used_for_longest_goes(model, graphs):
 
 
 def test_changed_weights_end_the_graphs(model, graphs):
-    compiled, pixels = model.compile_inference(1, 64, 64), pictures(1)
+    compiled, pixels = model.compile_inference(1, 64, 64), images(1)
     compiled(pixels)
     by_copy(model)
     assert torch.equal(compiled(pixels), one_by_one(model, pixels))  # direct, as no call has met the shape
@@ -331,7 +331,7 @@ def test_a_capture_that_fails_leaves_the_rest(model, graphs, monkeypatch):
         compiled.capture(2, 64, 64)
     monkeypatch.setattr(compiled, "_labels", labels)
     assert compiled.shapes == [(1, 64, 64)]
-    assert torch.equal(compiled(pictures(1)), one_by_one(model, pictures(1)))
+    assert torch.equal(compiled(images(1)), one_by_one(model, images(1)))
 
 
 def test_memory_and_repr(model, graphs):
@@ -363,9 +363,9 @@ def test_shapes_met_once_are_forgotten_in_the_end(model, monkeypatch):
 
 @pytest.mark.parametrize("max_shapes", [1, 8])
 def test_threads(model, graphs, max_shapes):
-    """Eight at a time, with pictures and shapes of their own; with room for one shape, they evict each other's."""
+    """Eight at a time, with images and shapes of their own; with room for one shape, they evict each other's."""
     compiled = CompiledInference(model, max_shapes=max_shapes)
-    inputs = [pictures(1 + i % 2, 64, 64 + 8 * (i % 3), seed=i) for i in range(8)]
+    inputs = [images(1 + i % 2, 64, 64 + 8 * (i % 3), seed=i) for i in range(8)]
     want, wrong, start = [one_by_one(model, x) for x in inputs], [], threading.Barrier(8)
 
     def work(i):
@@ -387,7 +387,7 @@ def test_threads(model, graphs, max_shapes):
 
 
 def test_map_gives_results_in_order_and_takes_batches_as_they_are_asked_for(model):
-    batches, taken = [pictures(B, 64, 64, seed=B) for B in (2, 2, 1)], []
+    batches, taken = [images(B, 64, 64, seed=B) for B in (2, 2, 1)], []
     compiled = model.compile_inference(2, 64, 64)
 
     def source():
@@ -411,16 +411,16 @@ def test_map_gives_results_in_order_and_takes_batches_as_they_are_asked_for(mode
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_scores_that_are_not_finite(model, value, dtype):
     compiled = model.compile_inference(1, 64, 64, dtype=dtype)
-    good, norm = compiled(pictures(1)), model.decoder.mask_norm
+    good, norm = compiled(images(1)), model.decoder.mask_norm
     bias = norm.bias.detach().clone()
     with torch.no_grad():
         norm.bias[2] = value
     for run in (compiled, lambda x: list(compiled.map([x]))):
         with pytest.raises(ValueError, match="NaN or infinite scores"):
-            run(pictures(1))
+            run(images(1))
     with torch.no_grad():
         norm.bias.copy_(bias)
-    assert torch.equal(compiled(pictures(1)), good)
+    assert torch.equal(compiled(images(1)), good)
 
 
 @pytest.mark.parametrize(
@@ -428,13 +428,13 @@ def test_scores_that_are_not_finite(model, value, dtype):
     [
         (torch.zeros(1, 8, 8, 3), r"expected a uint8 tensor \(B, H, W, 3\), got torch.float32"),
         (np.zeros((1, 8, 8, 3), np.uint8), "got ndarray"),
-        (torch.zeros(8, 8, 3, dtype=torch.uint8), r"expected pictures \(B, H, W, 3\), got \(8, 8, 3\)"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), r"expected images \(B, H, W, 3\), got \(8, 8, 3\)"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"got \(1, 3, 8, 8\)"),
         (torch.zeros(0, 8, 8, 3, dtype=torch.uint8), r"got \(0, 8, 8, 3\)"),
         (torch.zeros(1, 8, 0, 3, dtype=torch.uint8), r"got \(1, 8, 0, 3\)"),
     ],
 )
-def test_pictures_that_are_none(model, pixels, message):
+def test_images_that_are_none(model, pixels, message):
     compiled = CompiledInference(model)
     with pytest.raises(ValueError, match=message):
         compiled(pixels)
@@ -470,6 +470,6 @@ def test_training_mode(model):
     compiled = model.eval().compile_inference(1, 64, 64)
     model.train()
     with pytest.raises(RuntimeError, match=r"the model is in training mode; call model.eval\(\)"):
-        compiled(pictures(1))
+        compiled(images(1))
     model.eval()
-    assert torch.equal(compiled(pictures(1)), one_by_one(model, pictures(1)))
+    assert torch.equal(compiled(images(1)), one_by_one(model, images(1)))

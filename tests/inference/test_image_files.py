@@ -1,4 +1,4 @@
-"""Files as programs leave them: PNGs full of texts, BMPs, GIFs, pipes; read as pictures and as labels."""
+"""Files as programs leave them: PNGs full of texts, BMPs, GIFs, pipes; read as images and as labels."""
 
 import contextlib
 import io
@@ -85,7 +85,7 @@ def test_an_orientation_in_a_text_counts(tmp_path, padding, compressed, where):
         np.testing.assert_array_equal(read_ids(path), np.rot90(IDS, -1))
 
 
-def test_labels_are_turned_as_pictures_are(tmp_path):
+def test_labels_are_turned_as_images_are(tmp_path):
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -210,7 +210,7 @@ def test_a_gif_that_stores_some_pixels_holds_no_ids(tmp_path):
     path = write(tmp_path, buffer.getvalue(), "a.gif")
     np.testing.assert_array_equal(read_ids(path), IDS)
     data = bytearray(buffer.getvalue())
-    data[6] += 4  # the screen is wider than the picture
+    data[6] += 4  # the screen is wider than the image
     with pytest.raises(DataError, match="does not store all of its pixels"):
         read_ids(write(tmp_path, bytes(data), "a.gif"))
     palette = Image.fromarray(IDS.astype(np.uint8), "L")
@@ -266,6 +266,6 @@ def test_the_limits_of_pillow_stay_as_they_are(tmp_path):
     assert before == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 
-def test_pictures_are_opened_in_one_place():
+def test_images_are_opened_in_one_place():
     texts = [path.read_text(encoding="utf-8") for path in Path(image_files.__file__).parent.rglob("*.py")]
     assert sum(text.count("Image.open(") for text in texts) == 1

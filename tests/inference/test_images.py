@@ -1,4 +1,4 @@
-"""Reading pictures: every mode, rotation, hostile files; and normalisation."""
+"""Reading images: every mode, rotation, hostile files; and normalisation."""
 
 import io
 import os
@@ -17,7 +17,7 @@ BIG = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "GIF": {}
 LOSSLESS = ("PNG", "WEBP", "TIFF", "BMP", "PPM")
 
 
-def picture(h=23, w=37):
+def image(h=23, w=37):
     """No symmetry: rows, columns and channels all differ."""
     y, x = np.mgrid[:h, :w]
     return np.stack([x * 255 // (w - 1 or 1), y * 255 // (h - 1 or 1), (x * 3 + y * 7) % 256], -1).astype(np.uint8)
@@ -29,7 +29,7 @@ def encode(array, format="PNG", **options):
     return buffer.getvalue()
 
 
-def write(tmp_path, data, name="picture.png"):
+def write(tmp_path, data, name="image.png"):
     path = tmp_path / name
     path.write_bytes(data)
     return path
@@ -37,12 +37,12 @@ def write(tmp_path, data, name="picture.png"):
 
 @pytest.mark.parametrize("format", LOSSLESS)
 def test_lossless_formats_give_the_pixels_by_str_and_path(tmp_path, format):
-    path = write(tmp_path, encode(picture(), format, **BIG[format]))
+    path = write(tmp_path, encode(image(), format, **BIG[format]))
     for source in (path, str(path)):
         got = read_image(source)
         assert got.dtype == np.uint8
         assert got.flags.c_contiguous
-        np.testing.assert_array_equal(got, picture())
+        np.testing.assert_array_equal(got, image())
 
 
 def test_jpeg_and_gif(tmp_path):
@@ -53,8 +53,8 @@ def test_jpeg_and_gif(tmp_path):
 
 
 def test_content_decides_not_the_name(tmp_path):
-    np.testing.assert_array_equal(read_image(write(tmp_path, encode(picture()), "picture.jpg")), picture())
-    np.testing.assert_array_equal(read_image(write(tmp_path, encode(picture()), "picture")), picture())
+    np.testing.assert_array_equal(read_image(write(tmp_path, encode(image()), "image.jpg")), image())
+    np.testing.assert_array_equal(read_image(write(tmp_path, encode(image()), "picture")), image())
 
 
 def test_one_list_of_extensions():
@@ -163,9 +163,9 @@ def test_exif_orientation(tmp_path, orientation, format):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("exif", [b"II*\0\xff\xff\xff\xff", b"garbage", b"II*\0\x08\0\0\0\xff\xff\0"])
-def test_damaged_exif_does_not_cost_the_picture(tmp_path, exif):
-    path = write(tmp_path, encode(picture(), "PNG", exif=b"Exif\0\0" + exif))
-    np.testing.assert_array_equal(read_image(path), picture())
+def test_damaged_exif_does_not_cost_the_image(tmp_path, exif):
+    path = write(tmp_path, encode(image(), "PNG", exif=b"Exif\0\0" + exif))
+    np.testing.assert_array_equal(read_image(path), image())
 
 
 def test_rotation_is_applied_although_other_exif_tags_make_no_sense(tmp_path):
@@ -174,8 +174,8 @@ def test_rotation_is_applied_although_other_exif_tags_make_no_sense(tmp_path):
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + rotate + nonsense + struct.pack("<I", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        got = read_image(write(tmp_path, encode(picture(), "PNG", exif=exif)))
-    np.testing.assert_array_equal(got, np.rot90(picture(), -1))
+        got = read_image(write(tmp_path, encode(image(), "PNG", exif=exif)))
+    np.testing.assert_array_equal(got, np.rot90(image(), -1))
 
 
 def test_animation_gives_the_first_frame_and_a_warning(tmp_path):
@@ -200,7 +200,7 @@ def test_current_frame_of_a_pil_animation_is_left_alone(tmp_path):
     assert image.tell() == 1
 
 
-A = picture()
+A = image()
 ARRAYS = {
     "uint8": (A, A),
     "gray": (A[..., 0], A[..., :1].repeat(3, 2)),
@@ -255,7 +255,7 @@ class Odd(torch.Tensor):
         raise RuntimeError("no such thing")
 
 
-class OddPicture(Image.Image):
+class OddImage(Image.Image):
     size = property(lambda self: (_ for _ in ()).throw(OSError("no size")))
 
 
@@ -265,7 +265,7 @@ def closed():
     return image
 
 
-ODD = {  # whatever is asked for a picture: ImageError, never another exception
+ODD = {  # whatever is asked for an image: ImageError, never another exception
     "meta": lambda: torch.empty(3, 4, 4, device="meta"),
     "sparse": lambda: torch.zeros(4, 4).to_sparse(),
     "sparse csr": lambda: torch.zeros(4, 4).to_sparse_csr(),
@@ -289,14 +289,14 @@ ODD = {  # whatever is asked for a picture: ImageError, never another exception
     "number": lambda: np.uint8(3),
     "list": lambda: A.tolist(),
     "dict": dict,
-    "no size": OddPicture,
+    "no size": OddImage,
     "closed": closed,
 }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", ODD)
-def test_odd_pictures_raise_image_errors(what):
+def test_odd_images_raise_image_errors(what):
     with pytest.raises(ImageError) as caught:
         read_image(ODD[what]())
     assert "\n" not in str(caught.value)
@@ -321,7 +321,7 @@ def test_half_precision_tensors(dtype):
 
 
 def test_result_is_not_shared_with_the_source():
-    source = picture()
+    source = image()
     read_image(source)[:] = 0
     assert source.any()
 
@@ -341,7 +341,7 @@ def test_result_is_not_shared_with_the_source():
         (np.full((4, 4), np.nan), "found nan"),
         (normalize(A, "vit"), r"0\.\.1, found -1"),
         (Image.new("RGB", (0, 5)), "no pixels"),
-        (b"picture.png", "not bytes"),
+        (b"image.png", "not bytes"),
         (None, "not NoneType"),
     ],
 )
@@ -350,7 +350,7 @@ def test_unusable_sources(source, message):
         read_image(source)
 
 
-def test_files_that_are_no_pictures(tmp_path):
+def test_files_that_are_no_images(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "pipe")  # opening it would block for ever
     cases = {
@@ -359,11 +359,11 @@ def test_files_that_are_no_pictures(tmp_path):
         "pipe": "is no regular file",
         ".": "is a folder",
         "empty.png": "the file is empty",
-        "text.png": "not a picture, or not one of JPEG, PNG",
-        "program.eps": "not a picture, or not one of JPEG, PNG",  # Pillow would start Ghostscript
+        "text.png": "not an image, or not one of JPEG, PNG",
+        "program.eps": "not an image, or not one of JPEG, PNG",  # Pillow would start Ghostscript
     }
     write(tmp_path, b"", "empty.png")
-    write(tmp_path, b"hello, I am no picture at all", "text.png")
+    write(tmp_path, b"hello, I am no image at all", "text.png")
     write(tmp_path, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n", "program.eps")
     for name, message in cases.items():
         path = str(tmp_path / name)
@@ -392,12 +392,12 @@ def test_bombs_are_refused_by_their_header(tmp_path, side):
 
 
 def test_pixel_limit_is_an_argument(tmp_path):
-    path = write(tmp_path, encode(picture(10, 10)))
+    path = write(tmp_path, encode(image(10, 10)))
     assert read_image(path, max_pixels=100).shape == (10, 10, 3)
     with pytest.raises(ImageError, match="10 x 10 pixels are more than the limit of 99"):
         read_image(path, max_pixels=99)
     with pytest.raises(ImageError, match="limit of 99"):
-        read_image(Image.fromarray(picture(10, 10)), max_pixels=99)
+        read_image(Image.fromarray(image(10, 10)), max_pixels=99)
 
 
 @pytest.mark.parametrize("format", BIG)
@@ -419,12 +419,12 @@ def test_lazy_pil_image_of_a_truncated_file(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_mutated_files_give_a_picture_or_an_image_error(tmp_path):
+def test_mutated_files_give_an_image_or_an_image_error(tmp_path):
     rng = np.random.default_rng(0)
     outcomes = {"read": 0, "refused": 0}
     for i in range(210):
         format = ("PNG", "JPEG", "GIF")[i % 3]
-        data = bytearray(encode(picture(), format))
+        data = bytearray(encode(image(), format))
         for position in rng.integers(0, len(data), rng.integers(1, 12)):
             data[position] = rng.integers(256)
         if i % 10 == 0:

@@ -1,4 +1,4 @@
-"""Pictures to labels: `segment_image` and `model.segment`."""
+"""Images to labels: `segment_image` and `model.segment`."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ from tests.support.tiny import tiny_model
 ROOT = Path(__file__).parents[2]
 
 
-def picture(h=70, w=91, seed=0):
+def image(h=70, w=91, seed=0):
     """Smooth random colours, so that neighbouring pixels get neighbouring labels."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (h // 12 + 2, w // 12 + 2, 3), dtype=np.uint8))
@@ -38,8 +38,8 @@ def published_labels(model, pixels, window, stride, flips=(False,)):
 
 @pytest.mark.parametrize(("h", "w"), [(70, 91), (64, 64), (40, 50), (33, 200), (1, 1), (1, 9)])
 @pytest.mark.parametrize("stride", [64, 40])
-def test_labels_are_the_published_ones_at_the_pictures_own_size(model, h, w, stride):
-    pixels = picture(h, w)
+def test_labels_are_the_published_ones_at_the_images_own_size(model, h, w, stride):
+    pixels = image(h, w)
     got = model.segment(pixels, window_stride=stride)
     assert got.dtype == torch.uint8
     assert got.shape == (h, w)
@@ -49,14 +49,14 @@ def test_labels_are_the_published_ones_at_the_pictures_own_size(model, h, w, str
 
 
 def test_labels_do_not_depend_on_blocks_or_batches(model, monkeypatch):
-    pixels = picture(90, 130)
+    pixels = image(90, 130)
     want = model.segment(pixels, window_stride=40)
     monkeypatch.setitem(merge_module.BLOCK_BYTES, "cpu", 1)
     assert torch.equal(model.segment(pixels, window_stride=40, batch_size=5), want)
 
 
 def test_every_kind_of_source_gives_the_same_labels(model, tmp_path):
-    pixels = picture()
+    pixels = image()
     Image.fromarray(pixels).save(tmp_path / "a.png")
     want = model.segment(pixels)
     sources = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels), torch.from_numpy(pixels.copy())]
@@ -65,7 +65,7 @@ def test_every_kind_of_source_gives_the_same_labels(model, tmp_path):
 
 
 def test_flip_and_scales(model):
-    pixels = picture()
+    pixels = image()
     flipped = model.segment(pixels, flip=True)
     assert torch.equal(flipped.long(), published_labels(model, pixels, 64, 64, (False, True)))
     assert torch.equal(flipped, model.segment(pixels[:, ::-1].copy(), flip=True).flip(1))
@@ -77,9 +77,9 @@ def test_flip_and_scales(model):
 
 
 @pytest.mark.parametrize("side", [64, 40])
-def test_a_picture_made_smaller_and_larger_again_is_not_the_picture(model, side):
+def test_an_image_made_smaller_and_larger_again_is_not_the_image(model, side):
     """The published pipeline halves it at scale 0.5, then enlarges it to the window: perhaps to its old size."""
-    pixels = picture(side, side)
+    pixels = image(side, side)
     small = normalize(pixels, "vit")[None]
     small = torch.nn.functional.interpolate(small, (side // 2, side // 2), mode="bilinear")
     want = published_inference(model, [small], [False], (side, side), 64, 64, 2).argmax(0)
@@ -92,12 +92,12 @@ def test_scaled_sides_are_rounded_half_up(model, monkeypatch):
     shapes = []
     original = windows_module.resize
     monkeypatch.setattr(windows_module, "resize", lambda im, size: shapes.append(im.shape) or original(im, size))
-    model.segment(picture(70, 91), scales=(0.5, 1.5, 0.001))
+    model.segment(image(70, 91), scales=(0.5, 1.5, 0.001))
     assert [tuple(s[2:]) for s in shapes] == [(35, 46), (105, 137), (1, 1)]  # 45.5 and 136.5 go up
 
 
 def test_probabilities_only_when_asked(model):
-    pixels = picture()
+    pixels = image()
     labels, probabilities = model.segment(pixels, return_probabilities=True)
     assert probabilities.shape == (5, 70, 91)
     torch.testing.assert_close(probabilities.sum(0), torch.ones(70, 91))
@@ -109,13 +109,13 @@ def test_label_type_holds_every_class(n_cls, dtype):
     model = tiny_model(n_cls=n_cls, decoder={"name": "linear"})
     with torch.no_grad():
         model.decoder.head.bias[-1] = 1e4
-    labels = model.segment(picture(20, 20))
+    labels = model.segment(image(20, 20))
     assert labels.dtype == dtype
     assert (labels == n_cls - 1).all()
 
 
 def test_windows_of_the_checkpoint_are_the_default(model):
-    pixels = picture(130, 150)
+    pixels = image(130, 150)
     model.info.window_size, model.info.window_stride = 64, 32
     assert torch.equal(model.segment(pixels), model.segment(pixels, window_size=64, window_stride=32))
     # the overlap stays in proportion when only the window is given
@@ -124,7 +124,7 @@ def test_windows_of_the_checkpoint_are_the_default(model):
 
 def test_normalization_of_the_checkpoint_is_used():
     model = tiny_model()
-    pixels = picture()
+    pixels = image()
     vit = model.segment(pixels)
     model.info.normalization = "deit"
     assert not torch.equal(model.segment(pixels), vit)
@@ -155,17 +155,17 @@ def test_the_full_score_map_is_never_held(window, noise, monkeypatch):
         monkeypatch.setattr(module, name, small)
     model.info.window_size = model.info.window_stride = 320
     with LargestResult() as largest:
-        labels = model.segment(picture(320, 320), **window)
+        labels = model.segment(image(320, 320), **window)
     assert len(labels.unique()) > 1
     assert largest.numel < n_cls * 320 * 320 / 10
     with LargestResult() as largest:
-        labels = model.segment(picture(320, 320), return_probabilities=True)
+        labels = model.segment(image(320, 320), return_probabilities=True)
     assert largest.numel >= n_cls * 320 * 320  # the measure sees it when it is there
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_models_of_another_type_run_in_their_own(model, dtype):
-    pixels = picture()
+    pixels = image()
     want, other = model.segment(pixels), tiny_model().to(dtype)
     for choice in (None, dtype, "auto"):
         assert (other.segment(pixels, dtype=choice) == want).float().mean() > 0.9
@@ -179,7 +179,7 @@ def test_scores_that_are_not_finite_are_no_labels(model):
     with torch.no_grad():
         model.encoder.blocks[0].mlp.fc2.weight.fill_(1e38)
     with pytest.raises(ValueError, match="the network gave NaN or infinite scores"):
-        model.segment(picture())
+        model.segment(image())
 
 
 MEASURE = """
@@ -200,7 +200,7 @@ print((status("VmHWM") - before) / pixels[..., 0].size)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_is_what_the_docstring_says():
-    """Bytes a pixel of a 12 megapixel picture; the array itself is the caller's."""
+    """Bytes a pixel of a 12 megapixel image; the array itself is the caller's."""
     peaks = []
     while not peaks or min(peaks) >= 9 and len(peaks) < 4:  # what the allocator happens to keep only adds to it
         run = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -208,13 +208,13 @@ def test_memory_is_what_the_docstring_says():
     assert 3 < min(peaks) < 9
 
 
-def test_blocks_stay_small_for_small_pictures_that_are_enlarged(model, monkeypatch):
-    """A row of a tiny picture needs many rows of the enlarged one; those are what must fit into a band."""
+def test_blocks_stay_small_for_small_images_that_are_enlarged(model, monkeypatch):
+    """A row of a tiny image needs many rows of the enlarged one; those are what must fit into a band."""
     sizes = []
     original = merge_module.View._buffer
     monkeypatch.setattr(merge_module.View, "_buffer", lambda *a: sizes.append((b := original(*a)).numel() * 4) or b)
     monkeypatch.setitem(merge_module.BLOCK_BYTES, "cpu", 60_000)
-    pixels = picture(24, 30)
+    pixels = image(24, 30)
     labels = model.segment(pixels, window_size=240)
     assert torch.equal(labels.long(), published_labels(model, pixels, 240, 240))
     assert max(sizes) < 2 * 60_000 < 240 * 300 * 5 * 4
@@ -222,7 +222,7 @@ def test_blocks_stay_small_for_small_pictures_that_are_enlarged(model, monkeypat
 
 def test_training_mode_is_refused(model):
     with pytest.raises(RuntimeError, match=r"call model\.eval"):
-        model.train().segment(picture())
+        model.train().segment(image())
 
 
 @pytest.mark.parametrize(
@@ -239,10 +239,10 @@ def test_training_mode_is_refused(model):
 )
 def test_bad_arguments(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        model.segment(picture(), **kwargs)
+        model.segment(image(), **kwargs)
 
 
-def test_bad_picture(model, tmp_path):
+def test_bad_image(model, tmp_path):
     with pytest.raises(ImageError, match=r"none\.jpg"):
         model.segment(tmp_path / "none.jpg")
 
@@ -253,7 +253,7 @@ def test_dtypes(model):
     assert resolve_dtype("float16", cpu, torch.float32) == torch.float16
     assert resolve_dtype(torch.bfloat16, cpu, torch.float32) == torch.bfloat16
     assert resolve_dtype("auto", cpu, torch.float32) == (torch.bfloat16 if cpu_has_bfloat16() else torch.float32)
-    pixels = picture()
+    pixels = image()
     full, half = model.segment(pixels), model.segment(pixels, dtype="bfloat16")
     assert 0.9 < (full == half).float().mean() <= 1
     _, p32 = model.segment(pixels, return_probabilities=True)

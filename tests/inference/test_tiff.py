@@ -1,4 +1,4 @@
-"""TIFF files of every kind, written by hand (tiff_files.py): pictures and labels are right, or refused by name."""
+"""TIFF files of every kind, written by hand (tiff_files.py): images and labels are right, or refused by name."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def write(tmp_path, data):
     return tmp_path / "a.tif"
 
 
-def expected_picture(samples, bits, photometric, extra):
+def expected_image(samples, bits, photometric, extra):
     """RGB in floats, 0..255, by the specification."""
     shares = samples / (2**bits - 1) * 255
     colors = {
@@ -70,14 +70,14 @@ def files(kinds):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow, of big-endian BigTIFFs
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 12, 16])
-def test_pictures_are_right_or_refused(tmp_path, bits):
+def test_images_are_right_or_refused(tmp_path, bits):
     read = set()
     for kind, samples, data, how in files([kind for kind in KINDS if kind[0] == bits]):
         try:
             got = read_image(write(tmp_path, data))
         except ImageError:
             continue
-        expected = UPRIGHT[how.get("orientation", 1)](expected_picture(samples, *kind))
+        expected = UPRIGHT[how.get("orientation", 1)](expected_image(samples, *kind))
         assert got.shape == expected.shape, (kind, how)
         assert np.abs(got - expected).max() <= (2 if kind[1] == 5 or kind[2] else 1), (kind, how)
         read.add(kind)
@@ -114,7 +114,7 @@ def test_uncompressed_files_are_turned_not_scrambled(tmp_path, orientation, mode
         COLORS if mode == "P" else None)))  # fmt: skip
     with Image.open(path) as image:
         got = read_image(path if by == "path" else image)
-    expected = UPRIGHT[orientation](expected_picture(samples, bits, photometric, extra))
+    expected = UPRIGHT[orientation](expected_image(samples, bits, photometric, extra))
     assert got.shape == expected.shape
     assert np.abs(got - expected).max() <= 2
     if not extra:
@@ -141,7 +141,7 @@ WIDE = {
 def test_ids_of_wide_and_signed_samples(tmp_path, kind):
     path = write(tmp_path, tiff(**WIDE[kind]))
     np.testing.assert_array_equal(read_ids(path), WIDE[kind]["samples"])
-    if "predictor" not in kind:  # a picture of unknown range
+    if "predictor" not in kind:  # an image of unknown range
         with pytest.raises(ImageError, match="no known range; convert to 8 or 16 bit"):
             read_image(path)
 
@@ -208,8 +208,8 @@ def test_missing_parts_are_not_taken_for_black(tmp_path, tags, deflate):
             read(write(tmp_path, data))
 
 
-def test_dark_pictures_keep_their_depth(tmp_path):
-    """How bright a picture is does not depend on its brightest pixel."""
+def test_dark_images_keep_their_depth(tmp_path):
+    """How bright an image is does not depend on its brightest pixel."""
     for order in "<>":
         got = read_image(write(tmp_path, tiff(np.full((H, W), 200), 16, order=order)))
         assert (got == 1).all()

@@ -97,7 +97,7 @@ def test_resize_rule(h, w, window, want):
 
 
 def test_resize_refuses_what_would_not_fit_in_memory():
-    with pytest.raises(ValueError, match="picture of 5000x1 would be enlarged to 2560000x512.*pad or cut it"):
+    with pytest.raises(ValueError, match="image of 5000x1 would be enlarged to 2560000x512.*pad or cut it"):
         resize(image(1, 5000), 512)
 
 

@@ -11,7 +11,6 @@ from tests.support.upsampling import (
     MASKS,
     WINDOWS,
     expected_labels,
-    expected_scores,
     random_masks,
     smooth_masks,
     tied_masks,
@@ -122,36 +121,9 @@ def test_smooth_windows_of_many_classes():
     assert torch.equal(windows_argmax(masks.to(DEVICE), *geometry).cpu(), expected_labels(masks, *geometry))
 
 
-@pytest.mark.parametrize("K", [1, 7])
-def test_scores(K):
-    masks = random_masks(1, 4, 4, K)[None]
-    geometry = ((0,), (0,), (32, 32), (30, 29), (30, 29))
-    scores = expected_scores(masks, *geometry)
-    got, probability = (x.cpu() for x in windows_argmax(masks.to(DEVICE), *geometry, score="probability"))
-    assert torch.equal(got, expected_labels(masks, *geometry))
-    assert probability.dtype == torch.uint8
-    assert (probability - scores.softmax(-1).amax(-1) * 255).abs().max() <= 0.5 + 1e-3
-    got, margin = (x.cpu() for x in windows_argmax(masks.to(DEVICE), *geometry, score="margin"))
-    assert torch.equal(got, expected_labels(masks, *geometry))
-    assert margin.dtype == torch.float16
-    best = scores.sort(-1).values
-    torch.testing.assert_close(
-        margin, (best[..., -1] - best[..., -2]).half() if K > 1 else best[..., 0].half() + torch.inf
-    )
-
-
-def test_scores_of_overlapping_windows():
-    masks = random_masks(2, 2, 2, 3)[None]
-    geometry = ((0, 5), (0,), (16, 16), (16, 16), (21, 16))
-    _, margin = windows_argmax(masks.to(DEVICE), *geometry, score="margin")
-    best = expected_scores(masks, *geometry).sort(-1).values
-    torch.testing.assert_close(margin.cpu(), (best[..., -1] - best[..., -2]).half(), atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("score", ["", "margin", "probability"])
-def test_nothing_is_written_outside_the_labels(score, guarded_outputs):
+def test_nothing_is_written_outside_the_labels(guarded_outputs):
     """With tiles that end within a block of rows and columns, at every border."""
-    labels(random_masks(1, 2, 2, 3), (22, 26), (21, 23), *([score] if score else []))
+    labels(random_masks(1, 2, 2, 3), (22, 26), (21, 23))
 
 
 def test_masks_that_are_no_numbers_give_some_class():
@@ -173,12 +145,6 @@ def test_nothing_in_nothing_out():
         (torch.zeros(1, 2, 2, 0), {}, ValueError, "there are no classes"),
         (torch.zeros(1, 2, 2, 5), {"crop": (17, 16)}, ValueError, "sizes do not fit: 2 cells to 16 pixels"),
         (torch.zeros(1, 2, 2, 5), {"crop": (0, 16)}, ValueError, "sizes do not fit"),
-        (
-            torch.zeros(1, 2, 2, 5),
-            {"score": "entropy"},
-            ValueError,
-            "score='entropy' is unknown; choose probability or",
-        ),
         (torch.zeros(1, 2, 2, 5).double(), {}, launch.KernelError, "masks must be one of bfloat16, float16, float32"),
         (torch.zeros(1, 2, 2, 1025), {}, launch.KernelError, '1025 classes are more than 1024; use impl="eager"'),
     ],
@@ -208,6 +174,6 @@ def test_rows_at_a_time_and_warps_do_not_matter():
 
     masks = random_masks(1, 2, 2, 4)[:, None].to(DEVICE)
     geometry = ((0,), (0,), (32, 32), (32, 32), (32, 32))
-    want = _run(masks, *geometry, None)[0]
+    want = _run(masks, *geometry)
     for config in (UpsampleArgmaxConfig(1, 1), UpsampleArgmaxConfig(4, 2)):
-        assert torch.equal(_run(masks, *geometry, None, config)[0], want)
+        assert torch.equal(_run(masks, *geometry, config), want)

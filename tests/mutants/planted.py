@@ -389,15 +389,15 @@ PIXELS_TO_TOKENS = planted_in(
             "- (1024.0 + 128.0)",
             "- 1024.0",
         ),
-        "picture_offset_in_32_bits": (
+        "image_offset_in_32_bits": (
             "image = (rows // n_patches).to(tl.int64)",
             "image = rows // n_patches",
         ),
-        "picture_row_offset_in_32_bits": (
+        "image_row_offset_in_32_bits": (
             "(patch_y * P).to(tl.int64) * stride_ph",
             "(patch_y * P) * stride_ph",
         ),
-        "unaligned_pictures_read_in_place": (
+        "unaligned_images_read_in_place": (
             " and all(n % 16 == 0 for n in offsets)",
             "",
         ),

@@ -7,8 +7,8 @@ LABELS_KERNEL = planted_in(
     ("tests/kernels/test_upsample_argmax.py",),
     {
         "last_class_dropped": (
-            "    candidate = c < K\n",
-            "    candidate = c < K - 1\n",
+            "    candidate = (c < K) &",
+            "    candidate = (c < K - 1) &",
         ),
         "equal_classes_go_to_the_highest": (
             "better = v > best",
@@ -59,8 +59,8 @@ LABELS_KERNEL = planted_in(
             "",
         ),
         "only_the_last_window_prunes": (
-            "            excess += _excess(",
-            "            excess = _excess(",
+            "        excess += _excess(",
+            "        excess = _excess(",
         ),
         "every_window_compares_with_its_own_winners": (
             "c, best_of_cells, K)[0]",
@@ -93,17 +93,9 @@ LABELS_KERNEL = planted_in(
             "    in_x = x < x_end\n",
             "    in_x = x <= x_end\n",
         ),
-        "second_best_forgotten": (
-            "tl.where(better, best, tl.maximum(second, v))",
-            "tl.where(better, best, second)",
-        ),
-        "probability_cut_off": (
-            "(255.0 / total + 0.5).to(tl.uint8)",
-            "(255.0 / total).to(tl.uint8)",
-        ),
         "plan_of_another_geometry": (
-            "key = (launch.layout(masks), geometry, score, config)",
-            "key = (launch.layout(masks), score, config)",
+            "key = (launch.layout(masks), geometry, config)",
+            "key = (launch.layout(masks), config)",
         ),
     },
 )
@@ -298,7 +290,7 @@ CAPTURED = planted_in(
             "else labels.clone()",
             "else labels",
         ),
-        "filled_up_pictures_returned": (
+        "filled_up_images_returned": (
             "return labels[: shape.batch], finite",
             "return labels, finite",
         ),

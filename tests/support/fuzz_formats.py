@@ -170,14 +170,14 @@ def _class_file(directory: Path) -> None:
     (directory / "a.yml").write_text(yaml.safe_dump(entries))
 
 
-def _picture(name: str, mode: str = "RGB", **options: Any) -> Format:
+def _image(name: str, mode: str = "RGB", **options: Any) -> Format:
     def write(directory: Path) -> None:
         Image.fromarray(smooth_noise((24, 32), 1)).convert(mode).save(directory / name, **options)
 
     def plausible(pixels: np.ndarray) -> bool:
         return pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and 0 < pixels.size < 200_000_000
 
-    label = f"picture {name.rpartition('.')[2]} {mode}".removesuffix(" RGB")
+    label = f"image {name.rpartition('.')[2]} {mode}".removesuffix(" RGB")
     return Format(label, name, write, lambda f: read_image(f / name), (ImageError,), CHUNKS, plausible=plausible)
 
 
@@ -212,9 +212,9 @@ FORMATS = (
     Format("split list", "val.txt", _data_set, _load_data_set, (DataError,), NAMES),
     Format("class file json", "a.json", _class_file, lambda f: load_classes(f / "a.json"), (ClassesError,), JSON),
     Format("class file yml", "a.yml", _class_file, lambda f: load_classes(f / "a.yml"), (ClassesError,), YAML),
-    _picture("a.png"), _picture("a.png", "P"), _picture("a.png", "LA"), _picture("a.jpg"), _picture("a.webp"),
-    _picture("a.tif"), _picture("a.tif", "CMYK", compression="tiff_lzw"), _picture("a.gif"), _picture("a.bmp"),
-    _picture("a.ppm"),
+    _image("a.png"), _image("a.png", "P"), _image("a.png", "LA"), _image("a.jpg"), _image("a.webp"),
+    _image("a.tif"), _image("a.tif", "CMYK", compression="tiff_lzw"), _image("a.gif"), _image("a.bmp"),
+    _image("a.ppm"),
     _labels("a.png"), _labels("a.png", 16), _labels("a.tif"), _labels("a.tif", 16, compression="tiff_lzw"),
     _labels("a.bmp"),
 )  # fmt: skip

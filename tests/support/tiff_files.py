@@ -1,4 +1,4 @@
-"""TIFF files written by hand, as the specification has them: what the readers of pictures and labels are held to."""
+"""TIFF files written by hand, as the specification has them: what the readers of images and labels are held to."""
 
 import struct
 import zlib

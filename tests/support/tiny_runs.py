@@ -1,4 +1,4 @@
-"""Training runs that take a second: a tiny model on tiny pictures."""
+"""Training runs that take a second: a tiny model on tiny images."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from segmenter.training.recipe import Recipe
 from tests.support.data_sets import make_data_set
 from tests.support.tiny import tiny_model
 
-N = 5  # pictures of each split: three steps an epoch, of which the last one wraps around
+N = 5  # images of each split: three steps an epoch, of which the last one wraps around
 
 
 def tiny_recipe(folder: Path, **changes: Any) -> Recipe:

@@ -115,7 +115,7 @@ def test_a_model_of_ours_goes_on_with_all_its_weights(dataset, saved):
     assert same(model.state_dict(), tiny_model(normalization="deit", pos_embed_mode="bicubic").state_dict())
     assert (model.info.normalization, model.config.pos_embed_mode) == ("deit", "bicubic"), "its own, as nothing is said"
     assert (model.info.weights, model.info.classes, model.info.window_size) == ("trained", None, 64)
-    assert model.info.source.startswith("folder train, 1 pictures; started from ")
+    assert model.info.source.startswith("folder train, 1 images; started from ")
     assert drop_rates(model) == pytest.approx([0.0, 0.1])
     assert start(dataset, saved, normalization="vit").info.normalization == "vit"
 
@@ -123,10 +123,10 @@ def test_a_model_of_ours_goes_on_with_all_its_weights(dataset, saved):
 def test_the_source_names_every_start(dataset, saved, tmp_path):
     first = start(dataset, saved)
     first.save_pretrained(tmp_path / "first")
-    first_source = f"folder train, 1 pictures; started from {saved.name}"
+    first_source = f"folder train, 1 images; started from {saved.name}"
     assert first.info.source == first_source
     assert start(dataset, tmp_path / "first").info.source == (
-        f"folder train, 1 pictures; started from first ({first_source})"
+        f"folder train, 1 images; started from first ({first_source})"
     )
 
 

@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
         "pair_terminated": tiny_recipe(folder, **{**SHARED, "epochs": 4}),
         "pair_bad": tiny_recipe(folder / "bad", **SHARED),
     }
-    (folder / "bad/data/images/train/train_2.png").write_bytes(b"no picture")
+    (folder / "bad/data/images/train/train_2.png").write_bytes(b"no image")
     few = np.full(SIZE, 255, np.uint8)
     few[:4] = 2
     save(folder / "data/annotations/train/train_0.png", few)

@@ -73,10 +73,10 @@ class TestWholeRuns:
         free = {"workers": 1, "log_steps": 3, "save_minutes": 1.0, "overlays": 0, "eval_freq": 5}
         assert train(tiny_recipe(folder, epochs=1, **free), done[1], progress=False) == done[0]
 
-    def test_other_pictures_are_another_run(self, done, tmp_path):
+    def test_other_images_are_another_run(self, done, tmp_path):
         make_data_set(tmp_path / "more", n=7)
         recipe = dataclasses.replace(tiny_recipe(done[1].parent, epochs=1), data=str(tmp_path / "more"))
-        with pytest.raises(CheckpointError, match="its run has 3 steps, but 7 pictures make 4"):
+        with pytest.raises(CheckpointError, match="its run has 3 steps, but 7 images make 4"):
             train(recipe, done[1], progress=False)
 
     def test_goes_on_without_what_it_started_from(self, tmp_path):
@@ -89,7 +89,7 @@ class TestWholeRuns:
     def test_goes_on_past_a_sample_that_stopped_it(self, tmp_path, capfd):
         recipe = tiny_recipe(tmp_path, val_split=None, save_minutes=0.0)
         bad = tmp_path / "data/images/train/train_2.png"
-        bad.write_bytes(b"no picture")
+        bad.write_bytes(b"no image")
         with pytest.raises(DataError, match="train_2.png"):
             train(recipe, tmp_path / "run", progress=False)
         outcome = train(dataclasses.replace(recipe, bad_samples="skip"), tmp_path / "run", progress=False)
@@ -117,7 +117,7 @@ class TestWholeRuns:
         recipe = tiny_recipe(tmp_path)
         label = tmp_path / "data/annotations/val/val_2.png"
         good = label.read_bytes()
-        label.write_bytes(b"no picture")
+        label.write_bytes(b"no image")
         with pytest.raises(DataError, match="val_2.png"):
             train(recipe, tmp_path / "run", progress=False)
         assert read_checkpoint(tmp_path / "run")["step"] == 3
@@ -177,7 +177,7 @@ class TestWholeRuns:
     def test_bad_samples_stop_or_are_counted(self, tmp_path):
         recipe = tiny_recipe(tmp_path, epochs=1, val_split=None)
         bad = tmp_path / "data/images/train/train_3.png"
-        bad.write_bytes(b"no picture")
+        bad.write_bytes(b"no image")
         with pytest.raises(DataError, match="train_3.png"):
             train(recipe, tmp_path / "stop", progress=False)
         outcome = train(dataclasses.replace(recipe, bad_samples="skip"), tmp_path / "skip", progress=False)
@@ -185,7 +185,7 @@ class TestWholeRuns:
 
     def test_bad_samples_of_val(self, tmp_path):
         recipe = tiny_recipe(tmp_path, epochs=1)
-        (tmp_path / "data/images/val/val_3.png").write_bytes(b"no picture")
+        (tmp_path / "data/images/val/val_3.png").write_bytes(b"no image")
         with pytest.raises(DataError, match="val_3.png"):
             train(recipe, tmp_path / "stop", progress=False)
         train(dataclasses.replace(recipe, bad_samples="skip"), tmp_path / "skip", progress=False)

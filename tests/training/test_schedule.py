@@ -73,7 +73,7 @@ def test_resumes_where_it_stopped():
 
 
 def test_iter_max_and_iter_warmup_are_truncated_as_published():
-    """The published class takes int() of both, and its scripts may give floats such as epochs * pictures / batch."""
+    """The published class takes int() of both, and its scripts may give floats such as epochs * images / batch."""
     np.testing.assert_array_equal(rates(103, total=100.9), rates(103, total=100))
     np.testing.assert_array_equal(rates(103, total=100.9, warmup=10.7), rates(103, total=100, warmup=10))
     np.testing.assert_array_equal(rates(103, warmup=0.9), rates(103))

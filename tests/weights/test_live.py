@@ -32,7 +32,7 @@ def named(name, **options):
     return randomised(timm.create_model(name, pretrained=False, **{"num_classes": 0, "depth": 1, **options}))
 
 
-def picture(size):
+def image(size):
     return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
@@ -54,8 +54,8 @@ def test_plain_models_give_their_own_tokens(options, note, tmp_path):
     model = load_any(vit, n_cls=3)
     assert model.config.image_size == size
     with torch.no_grad():
-        expected = vit.forward_features(picture(size))
-        found = model.encoder(picture(size), return_features=True)
+        expected = vit.forward_features(image(size))
+        found = model.encoder(image(size), return_features=True)
     assert expected.std() > 0.1 and (found - expected).abs().max() < 1e-4
     report = str(convert_checkpoint(vit, tmp_path / "out", n_cls=3))
     assert note in report and "its tokens are those of the live model" in report and "(exact)" in report
@@ -118,7 +118,7 @@ def test_what_no_name_tells_is_found_by_comparing():
         load_any(scaled, n_cls=3)
     overlapping = plain(img_size=64)
     overlapping.patch_embed.proj.stride = (8, 8)
-    with pytest.raises(CheckpointError, match="does not run on a picture of .64, 64., so that"):
+    with pytest.raises(CheckpointError, match="does not run on an image of .64, 64., so that"):
         load_any(overlapping, n_cls=3)
     causal = plain()
     forward = causal.forward_features
@@ -163,7 +163,7 @@ def test_a_live_segmenter_keeps_its_configuration():
     again = load_any(model)
     assert (again.config.image_size, again.config.norm_eps) == ((32, 128), 1e-3)
     with torch.no_grad():
-        assert torch.equal(again(picture((32, 128))), model(picture((32, 128))))
+        assert torch.equal(again(image((32, 128))), model(image((32, 128))))
 
 
 def test_live_models_of_transformers():
@@ -174,8 +174,8 @@ def test_live_models_of_transformers():
         vit = randomised(transformers.ViTForImageClassification(config))
         model = load_any(vit, n_cls=3)
         with torch.no_grad():
-            expected = vit.vit(pixel_values=picture(model.config.image_size)).last_hidden_state
-            found = model.encoder(picture(model.config.image_size), return_features=True)
+            expected = vit.vit(pixel_values=image(model.config.image_size)).last_hidden_state
+            found = model.encoder(image(model.config.image_size), return_features=True)
         assert expected.std() > 0.1 and (found - expected).abs().max() < 1e-4
     config = transformers.Dinov2WithRegistersConfig(**size, image_size=64, patch_size=16)
     with pytest.raises(CheckpointError, match="has register tokens"):

@@ -27,13 +27,13 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/checkpoint.pth"))
 
 
-def picture(side=70):
+def image(side=70):
     return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(3))
 
 
 def logits(model, side=70):
     with torch.no_grad():
-        return model(picture(side))
+        return model(image(side))
 
 
 def settings_of(model, **sections):
@@ -304,7 +304,7 @@ def test_encoders_get_a_random_decoder(tmp_path):
     assert (loaded.info.weights, loaded.info.source) == ("encoder", f"{tmp_path.name}/vit.pth (timm)")
     assert (loaded.n_cls, loaded.config.decoder, loaded.info.classes) == (4, {"name": "linear"}, "camvid")
     with torch.no_grad():
-        im = picture(64)
+        im = image(64)
         assert torch.equal(loaded.encoder(im, return_features=True), model.encoder(im, return_features=True))
     assert loaded.decoder.head.weight.std() > 0
     with pytest.raises(CheckpointError, match=r"vit\.pth: a pretrained backbone.*give n_cls"):
@@ -354,7 +354,7 @@ def test_hugging_face_directory(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.485, 0.456, 0.406]}))
     loaded = load_any(tmp_path, n_cls=3)
     with torch.no_grad():
-        features = [m.encoder(picture(64), return_features=True) for m in (loaded, tiny_model())]
+        features = [m.encoder(image(64), return_features=True) for m in (loaded, tiny_model())]
     assert torch.equal(*features)
     assert loaded.info.normalization == "deit" and loaded.config.norm_eps == 1e-5
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
@@ -396,8 +396,8 @@ def test_live_timm_model(tmp_path):
     vit = timm.VisionTransformer(img_size=64, patch_size=16, embed_dim=64, depth=1, num_heads=1, num_classes=0).eval()
     model = load_any(vit, n_cls=4)
     with torch.no_grad():
-        expected = vit.forward_features(picture(64))
-        assert (model.encoder(picture(64), return_features=True) - expected).abs().max() < 1e-5
+        expected = vit.forward_features(image(64))
+        assert (model.encoder(image(64), return_features=True) - expected).abs().max() < 1e-5
     assert model.info.source == "live VisionTransformer (timm)"
     report = convert_checkpoint(vit, tmp_path / "out", n_cls=4)
     assert report.source == "VisionTransformer" and report.kind == "timm"

@@ -15,7 +15,7 @@ from tests.support.foreign import LAYERS, PATCH, SIDE, D, jax_arrays, random_ten
 from tests.support.tiny import tiny_model
 
 
-def picture(side=SIDE, seed=1):
+def image(side=SIDE, seed=1):
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
@@ -93,7 +93,7 @@ def test_timm_models_give_the_same_features(kwargs, notes):
     assert converted.kind == "timm" and not converted.has_decoder
     assert converted.config.norm_eps == 1e-6 and converted.config.n_heads == model.blocks[0].attn.num_heads
     with torch.no_grad():
-        assert_close(features(converted, picture()), model.forward_features(picture()))
+        assert_close(features(converted, image()), model.forward_features(image()))
     assert re.search(notes, "; ".join(converted.notes)) and (notes or not converted.notes)
 
 
@@ -113,20 +113,20 @@ def test_timm_distilled():
     converted = convert(model.state_dict(), n_cls=3)
     assert converted.config.distilled and converted.config.normalization == "deit"
     with torch.no_grad():
-        assert_close(features(converted, picture()), model.forward_features(picture()))
+        assert_close(features(converted, image()), model.forward_features(image()))
 
 
 def test_timm_imagenet_logits_survive():
     model = timm_vit(num_classes=1000)
     with torch.no_grad():
-        assert_close(encoder_of(convert(model, n_cls=3))(picture()), model(picture()))
+        assert_close(encoder_of(convert(model, n_cls=3))(image()), model(image()))
 
 
 def test_layer_scale_of_facebook_deit3_names():
     model = timm_vit(init_values=0.5)
     renamed = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", k): v for k, v in model.state_dict().items()}
     with torch.no_grad():
-        assert_close(features(convert(renamed, n_cls=3), picture()), model.forward_features(picture()))
+        assert_close(features(convert(renamed, n_cls=3), image()), model.forward_features(image()))
 
 
 def test_timm_normalization_follows_the_live_model():
@@ -191,7 +191,7 @@ def test_npz_gives_the_features_of_the_jax_formulas(prefix):
             p[f"{i}.{ours}"] = (a[f"{block}MlpBlock_3/{name}/kernel"].T, a[f"{block}MlpBlock_3/{name}/bias"])
     converted = convert(jax_arrays(prefix), n_cls=3)
     assert converted.kind == "npz" and converted.config.n_heads == 2 and converted.config.norm_eps == 1e-6
-    assert_close(features(converted, picture()), plain_vit(p, picture(), 2, 1e-6))
+    assert_close(features(converted, image()), plain_vit(p, image(), 2, 1e-6))
     assert torch.equal(converted.state["encoder.head.weight"], a["head/kernel"].T)
 
 
@@ -200,7 +200,7 @@ def test_npz_like_timms_own_loader(tmp_path):
     np.savez(tmp_path / "a.npz", **{name: tensor.numpy() for name, tensor in jax_arrays().items()})
     model.load_pretrained(str(tmp_path / "a.npz"))
     with torch.no_grad():
-        assert_close(features(convert(jax_arrays(), n_cls=3), picture()), model.forward_features(picture()))
+        assert_close(features(convert(jax_arrays(), n_cls=3), image()), model.forward_features(image()))
 
 
 def test_npz_of_imagenet_21k_and_hybrids():
@@ -231,7 +231,7 @@ def test_mmseg_gives_the_same_logits(decoder):
     loaded = build(converted, "eager", "x")
     with torch.no_grad():
         for side in (64, 90):  # 90: position embedding resized
-            assert torch.equal(loaded(picture(side)), model(picture(side)))
+            assert torch.equal(loaded(image(side)), model(image(side)))
     if decoder["name"] != "linear":
         assert "conv_seg dropped" in "; ".join(converted.notes)
 
@@ -260,7 +260,7 @@ def test_mmseg_pretrain_file_is_an_encoder(prefix):
     converted = convert(theirs, n_cls=4, decoder="linear")
     assert not converted.has_decoder and converted.config.decoder == {"name": "linear"}
     with torch.no_grad():
-        assert torch.equal(features(converted, picture()), model.encoder(picture(), return_features=True))
+        assert torch.equal(features(converted, image()), model.encoder(image(), return_features=True))
 
 
 def test_mmseg_heads_of_other_networks_are_refused():
@@ -317,7 +317,7 @@ def test_hugging_face_names(names, prefix):
     converted = convert({prefix + k: v for k, v in t.items()} | logits, n_cls=3)
     assert converted.kind == "hf" and converted.config.distilled == distilled
     assert (converted.config.norm_eps, converted.config.pos_embed_mode) == (1e-12, "bicubic")
-    assert_close(features(converted, picture()), plain_vit(p, picture(), 2, 1e-12))
+    assert_close(features(converted, image()), plain_vit(p, image(), 2, 1e-12))
     assert torch.equal(converted.state["encoder.head.weight"], logits[f"{heads[0]}.weight"])
     if distilled:
         assert torch.equal(converted.state["encoder.head_dist.bias"], logits["distillation_classifier.bias"])

@@ -1,4 +1,4 @@
-"""`segmenter attention`: attention maps of one picture, a head at a time and as a grid."""
+"""`segmenter attention`: attention maps of one image, a head at a time and as a grid."""
 
 import argparse
 from pathlib import Path
@@ -45,16 +45,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def square_input(pixels: np.ndarray, image_size: int, patch_size: int) -> np.ndarray:
-    """The top left square of a picture, resized from its short side to `image_size`, then cut to whole patches."""
+    """The top left square of an image, resized from its short side to `image_size`, then cut to whole patches."""
     short = min(pixels.shape[:2])
-    size = (image_size, image_size)  # the kept square alone: all of a long thin picture could fill the memory
+    size = (image_size, image_size)  # the kept square alone: all of a long thin image could fill the memory
     square = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=(0, 0, short, short))
     side = image_size - image_size % patch_size
     return np.array(square)[:side, :side]
 
 
 def attention_maps(model: Segmenter, im: torch.Tensor, part: str, layer: int) -> torch.Tensor:
-    """Attention to the patches, in pictures: (heads, queries, gh, gw).
+    """Attention to the patches, in images: (heads, queries, gh, gw).
 
     Queries are those of the model: in the encoder CLS, DIST if distilled, then the patches; in the decoder the
     patches, then the classes.
@@ -101,7 +101,7 @@ def _queries(args: argparse.Namespace, model: Segmenter, grid: int) -> dict[str,
     if args.patch:
         x, y = args.patch
         if x >= grid or y >= grid:
-            raise CommandError(f"--patch {x} {y} is out of range: the picture has {grid} x {grid} patches, from 0")
+            raise CommandError(f"--patch {x} {y} is out of range: the image has {grid} x {grid} patches, from 0")
         first = 1 + model.encoder.distilled if args.part == "encoder" else 0
         return {f"patch_{x}_{y}": first + grid * y + x}
     if args.part == "encoder":

@@ -1,4 +1,4 @@
-"""`segmenter compare`: several models on one picture, as a picture and as JSON."""
+"""`segmenter compare`: several models on one image, as a figure and as JSON."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from segmenter.cli.report import write_json
 from segmenter.data.datasets import DataError, Dataset, open_dataset
 from segmenter.data.label_files import Ids, ignore_index, read_ids
 from segmenter.evaluation.compare import Compared, as_json, compare
-from segmenter.evaluation.comparison_figure import choose_part, comparison_picture
+from segmenter.evaluation.comparison_figure import choose_part, comparison_figure
 from segmenter.evaluation.evaluate import Protocol
 from segmenter.files import remove_leftovers
 from segmenter.inference.images import ImageError, read_image
@@ -31,7 +31,7 @@ from segmenter.weights.load import load_any
 
 @dataclass(frozen=True)
 class Subject:
-    """The picture, (H, W, 3) uint8, its true labels (H, W) if they are known, and the data set it is from, if any."""
+    """The image, (H, W, 3) uint8, its true labels (H, W) if they are known, and the data set it is from, if any."""
 
     path: Path
     pixels: np.ndarray
@@ -42,7 +42,7 @@ class Subject:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     device = choose_device(args.device)
-    subject = _read_sample(args) if args.data else _read_picture(args)
+    subject = _read_sample(args) if args.data else _read_image(args)
     models = _load(args, device)
     _check_classes(args, models, subject.dataset)
     if args.truth:
@@ -62,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if bool(args.image) == bool(args.data):
-        raise CommandError("give either a picture, or --data and --sample")
+        raise CommandError("give either an image, or --data and --sample")
     if bool(args.data) != bool(args.sample):
         raise CommandError("--data and --sample go together: a folder, and the name of one of its samples")
     if args.data and args.truth:
-        raise CommandError("--truth is for a picture of your own; a sample of --data has its labels")
+        raise CommandError("--truth is for an image of your own; a sample of --data has its labels")
     if Path(args.output).suffix.lower() != ".png":
-        raise CommandError(f"-o {args.output}: the picture is a PNG, give a name that ends in .png")
+        raise CommandError(f"-o {args.output}: the figure is a PNG, give a name that ends in .png")
 
 
 def _read_sample(args: argparse.Namespace) -> Subject:
@@ -89,7 +89,7 @@ def _read_sample(args: argparse.Namespace) -> Subject:
         raise CommandError(str(error), SOME_FAILED) from error
 
 
-def _read_picture(args: argparse.Namespace) -> Subject:
+def _read_image(args: argparse.Namespace) -> Subject:
     try:
         return Subject(Path(args.image), read_image(args.image))
     except ImageError as error:
@@ -137,7 +137,7 @@ def _compare(args: argparse.Namespace, models: list[Segmenter], subject: Subject
                 err(f"segmenter: WARNING: {name}: {compared[-1].warning.upper()}")
     except torch.OutOfMemoryError as error:
         raise CommandError("not enough memory; use a smaller --window-size, or --device cpu", DEVICE) from error
-    except ValueError as error:  # windows that leave pixels out, a picture that grows too large, scores not finite
+    except ValueError as error:  # windows that leave pixels out, an image that grows too large, scores not finite
         raise CommandError(str(error), FAILURE) from error
     return compared
 
@@ -154,7 +154,7 @@ def _short_name(name: str) -> str:
 def report(
     args: argparse.Namespace, subject: Subject, classes: ClassSet, compared: list[Compared], device: torch.device
 ) -> dict[str, Any]:
-    """All figures, for JSON; scores are percentages with two decimals, of this picture alone."""
+    """All numbers, for JSON; scores are percentages with two decimals, of this image alone."""
     height, width = subject.pixels.shape[:2]
     sample = {"root": args.data, "split": args.split, "sample": args.sample}
     return {
@@ -173,7 +173,7 @@ def report(
 
 
 def write(output: Path, subject: Subject, classes: ClassSet, compared: list[Compared], data: dict[str, Any]) -> None:
-    """Writes the picture, and the figures with the place of the enlarged part in a JSON file of its name beside it."""
+    """Writes the figure, and the numbers with the place of the enlarged part in a JSON file of its name beside it."""
     part = choose_part([model.labels for model in compared], subject.truth, len(classes))
     types = " and ".join(dict.fromkeys(model.dtype for model in compared))
     notes = [
@@ -182,11 +182,11 @@ def write(output: Path, subject: Subject, classes: ClassSet, compared: list[Comp
         f"Lower row: the framed part, {part.factor} times as large, where the predictions differ most along borders.",
     ]
     if subject.truth is not None:
-        notes.append("White lines: borders of the ground truth. Scores are of this picture alone.")
-    picture = comparison_picture(subject.pixels, compared, subject.truth, classes, part, notes)
+        notes.append("White lines: borders of the ground truth. Scores are of this image alone.")
+    figure = comparison_figure(subject.pixels, compared, subject.truth, classes, part, notes)
     output.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output.parent)
-    save_png(picture, output)
+    save_png(figure, output)
     write_json(output.with_suffix(".json"), data | {"enlarged": asdict(part)})
 
 

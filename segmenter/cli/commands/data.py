@@ -42,13 +42,13 @@ def facts(report: CheckReport) -> dict[str, Any]:
 
 def _split_facts(split: SplitReport, report: CheckReport) -> dict[str, Any]:
     *shares, ignored = (None if math.isnan(share) else share for share in split.shares().tolist())  # JSON has no NaN
-    rows = zip(report.classes.names, split.pixels.tolist(), shares, split.pictures.tolist(), strict=True)
+    rows = zip(report.classes.names, split.pixels.tolist(), shares, split.images.tolist(), strict=True)
     return {
         "samples": split.samples,
         "sizes": [{"width": w, "height": h, "pictures": n} for (w, h), n in split.sizes.most_common()],
         "classes": [
-            {"id": i, "name": name, "pixels": pixels, "share": share, "pictures": pictures}
-            for i, (name, pixels, share, pictures) in enumerate(rows)
+            {"id": i, "name": name, "pixels": pixels, "share": share, "pictures": images}
+            for i, (name, pixels, share, images) in enumerate(rows)
         ],
         "ignored": {"pixels": split.ignored, "share": ignored},
         "bad": [{"file": str(error.file), "error": str(error)} for error in split.bad],
@@ -56,15 +56,15 @@ def _split_facts(split: SplitReport, report: CheckReport) -> dict[str, Any]:
 
 
 def lines(report: CheckReport) -> list[str]:
-    """The report as text; its table has each class's share of all pixels, and the number of pictures that hold it."""
+    """The report as text; its table has each class's share of all pixels, and the number of images that hold it."""
     width = max(len(name) for name in ("ignored", *report.classes.names))
     text = [f"{report.key} in {report.root}, {len(report.classes)} classes"]
     for split in report.splits:
         text.append(f"{split.split}: {split.samples} samples, {len(split.bad)} bad files, {_sizes(split)}")
-    text.append(f"{'':>4} {'':<{width}}" + "".join(f"{split.split:>11} %{'pictures':>10}" for split in report.splits))
+    text.append(f"{'':>4} {'':<{width}}" + "".join(f"{split.split:>11} %{'images':>10}" for split in report.splits))
     shares = [split.shares() for split in report.splits]
     for i, name in enumerate([*report.classes.names, "ignored"]):
-        counts = [split.pictures[i] if i < len(report.classes) else "" for split in report.splits]
+        counts = [split.images[i] if i < len(report.classes) else "" for split in report.splits]
         cells = (f"{100 * share[i]:>13.3f}{count:>10}" for share, count in zip(shares, counts, strict=True))
         text.append(f"{i if i < len(report.classes) else '':>4} {name:<{width}}{''.join(cells)}".rstrip())
     if never := report.never():

@@ -35,10 +35,10 @@ OVERLAYS = "overlays"  # below the output folder
 
 @dataclass
 class Evaluation:
-    """What all pictures of a run share, and how far it is.
+    """What all images of a run share, and how far it is.
 
     Attributes:
-        settings: all that the counts depend on besides the pictures, for --resume.
+        settings: all that the counts depend on besides the images, for --resume.
         overlays: name of a sample -> the overlay to draw of it. skip: samples that need not be done again.
     """
 
@@ -115,7 +115,7 @@ def prepare(args: argparse.Namespace, shard: Shard) -> Evaluation:
 
 
 def choose_protocol(args: argparse.Namespace, dataset: Dataset) -> Protocol:
-    """What the options say, and else what was published for the data set; its pictures' own size if nothing was."""
+    """What the options say, and else what was published for the data set; its images' own size if nothing was."""
     published = PUBLISHED.get(dataset.key)
     im_size = args.im_size or (published.im_size if published else None)
     max_ratio = args.max_ratio or (published.max_ratio if published else Protocol.max_ratio)
@@ -167,8 +167,8 @@ def _usable(records: Records, job: Evaluation, quiet: bool) -> set[str]:
     names, useless = records.done()
     if useless and not quiet:
         warnings.warn(
-            f"{useless} records in {records.directory} are of other settings, of pictures that have changed, or cut "
-            "off; such pictures are done again",
+            f"{useless} records in {records.directory} are of other settings, of images that have changed, or cut "
+            "off; such images are done again",
             stacklevel=2,
         )
     return {name for name in names if name not in job.overlays or job.overlays[name].is_file()}
@@ -193,7 +193,7 @@ def _do(shard: Shard, job: Evaluation, records: Records) -> None:
 
     stream = outcomes(job.model, dataset, job.protocol, wanted(), boundary=args.boundary, workers=args.workers)
     no_bar = shard.rank > 0 or None  # None: no bar unless on a terminal
-    with tqdm(total=len(mine), unit="picture", file=sys.stderr, disable=no_bar) as bar, contextlib.closing(stream):
+    with tqdm(total=len(mine), unit="image", file=sys.stderr, disable=no_bar) as bar, contextlib.closing(stream):
         try:
             for outcome in stream:
                 sample = outcome.sample
@@ -212,7 +212,7 @@ def _do(shard: Shard, job: Evaluation, records: Records) -> None:
         except torch.OutOfMemoryError as error:
             text = "not enough memory; use a smaller --batch-size or --window-size, --dtype auto, or --device cpu"
             raise CommandError(text, DEVICE) from error
-        except ValueError as error:  # a picture that grows too large, or scores that are not finite
+        except ValueError as error:  # an image that grows too large, or scores that are not finite
             raise CommandError(str(error), FAILURE) from error
 
 
@@ -226,14 +226,14 @@ def _finish(job: Evaluation, records: Records, tally: Tally, seconds: float, pro
     """Sums the records of all processes, and writes and prints the scores.
 
     Raises:
-        CommandError: a picture is neither recorded nor noted as failed.
+        CommandError: an image is neither recorded nor noted as failed.
     """
     counts, names = records.total()
     failed = {job.dataset.samples[place].name for place in tally.failed}
     lost = [sample.name for sample in job.dataset.samples if sample.name not in names | failed]
     if lost:
         raise CommandError(
-            f"{len(lost)} pictures have no record, the first is {lost[0]}: they changed, or {records.directory} did, "
+            f"{len(lost)} images have no record, the first is {lost[0]}: they changed, or {records.directory} did, "
             "while the run went on; run again with --resume",
             FAILURE,
         )

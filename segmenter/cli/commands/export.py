@@ -1,4 +1,4 @@
-"""`segmenter export`: a model as a file that labels pictures without this package."""
+"""`segmenter export`: a model as a file that labels images without this package."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`segmenter predict`: pictures to labels, overlays and class shares."""
+"""`segmenter predict`: images to labels, overlays and class shares."""
 
 import argparse
 import contextlib
@@ -23,7 +23,7 @@ from segmenter.classes import ClassSet
 from segmenter.cli.errors import DEVICE, FAILURE, CommandError
 from segmenter.cli.loading import choose_classes, load
 from segmenter.cli.report import FAILED, Tally, say, write_failed, write_json
-from segmenter.cli.resume import is_done, picture_facts, run_settings
+from segmenter.cli.resume import image_facts, is_done, run_settings
 from segmenter.cli.shards import Shard, run_part
 from segmenter.errors import cause
 from segmenter.files import remove_leftovers, same_form, walk, write_atomically
@@ -38,7 +38,7 @@ LABEL_FILES = {"png": "_labels.png", "raw": "_labels_raw.png", "npy": "_labels.n
 
 @dataclass(frozen=True)
 class Job:
-    """One picture and what its results are called: output folder / f"{name}_overlay.png" ..."""
+    """One image and what its results are called: output folder / f"{name}_overlay.png" ..."""
 
     source: Path
     name: str
@@ -46,7 +46,7 @@ class Job:
 
 @dataclass
 class Batch:
-    """What all pictures of a run share, and how far it is. `directories`: those that results have been put into."""
+    """What all images of a run share, and how far it is. `directories`: those that results have been put into."""
 
     args: argparse.Namespace
     model: Segmenter
@@ -61,8 +61,8 @@ class Batch:
         self.tally.failed[place] = {"image": str(job.source), "error": str(error)}
 
 
-class PictureError(Exception):
-    """One picture cannot be done; the others can."""
+class ImageError(Exception):
+    """One image cannot be done; the others can."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,7 +91,7 @@ def _run(jobs: list[Job], batch: Batch, shard: Shard) -> int:
 
     def do() -> None:
         try:
-            with tqdm(total=len(mine), unit="picture", file=sys.stderr, disable=no_bar) as bar:
+            with tqdm(total=len(mine), unit="image", file=sys.stderr, disable=no_bar) as bar:
                 _do(mine, batch, bar)
         except BaseException:
             if shard.world == 1:
@@ -110,15 +110,15 @@ def _run(jobs: list[Job], batch: Batch, shard: Shard) -> int:
 
 
 def plan(inputs: Iterable[str], output: Path) -> list[Job]:
-    """The pictures that the arguments mean, each once, with result names that differ.
+    """The images that the arguments mean, each once, with result names that differ.
 
-    Pictures of a folder keep their sub-folders; other names are that of the file without its suffix. When taken, the
+    Images of a folder keep their sub-folders; other names are that of the file without its suffix. When taken, the
     suffix is added and then a number. An output folder inside an input folder is no input: it holds earlier results.
     Folders that cannot be entered, or were already, are warned of.
 
     Raises:
-        CommandError: an input folder that is the output folder, where results and pictures could not be told apart;
-            a folder without pictures; a glob that matches nothing. Missing files are kept: reading reports.
+        CommandError: an input folder that is the output folder, where results and images could not be told apart;
+            a folder without images; a glob that matches nothing. Missing files are kept: reading reports.
     """
     jobs: list[Job] = []
     seen: set[str] = set()
@@ -143,16 +143,16 @@ def plan(inputs: Iterable[str], output: Path) -> list[Job]:
 
 
 def _expand(inputs: Iterable[str], output: Path) -> Iterable[tuple[Path, Path]]:
-    """(path of a picture, its path below the folder it was found in)."""
+    """(path of an image, its path below the folder it was found in)."""
     told: set[str] = set()
     for text in inputs:
         path, problems = Path(text), []
         if os.path.isdir(path):  # Path.is_dir() raises for a name that is too long
             if path.resolve() == output:
                 raise CommandError(f"{text}: the input folder is the output folder; choose another --output")
-            pictures, problems = walk(path, suffixes(), output)
-            found = [(p, p.relative_to(path)) for p in pictures]
-            nothing = f"{text}: no pictures in this folder ({' '.join(sorted(suffixes()))})"
+            images, problems = walk(path, suffixes(), output)
+            found = [(p, p.relative_to(path)) for p in images]
+            nothing = f"{text}: no images in this folder ({' '.join(sorted(suffixes()))})"
         elif glob.has_magic(text) and not os.path.exists(path):
             matches, problems = _matches(path)
             found, nothing = [(p, Path(p.name)) for p in matches], f"{text}: no file matches"
@@ -195,7 +195,7 @@ def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def _refuse_to_overwrite(jobs: Iterable[Job], output: Path, args: argparse.Namespace) -> None:
-    """Raises CommandError if a picture lies where a result, or the list of failures, would be written."""
+    """Raises CommandError if an image lies where a result, or the list of failures, would be written."""
     places = _Places()
     sources = {
         _key(place): job.source for job in jobs for place in (places.place(job.source), places.target(job.source))
@@ -233,13 +233,13 @@ def _files(job: Job, args: argparse.Namespace) -> dict[str, str]:
 
 
 def _do(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm) -> None:
-    """Each picture is skipped, done, or noted as failed."""
+    """Each image is skipped, done, or noted as failed."""
     args = batch.args
     taken: deque[tuple[int, Job, dict[str, int] | None]] = deque()  # those that the stream has, in its order
     stream = results(
         batch.model,
         _sources(jobs, batch, bar, taken),
-        batch_size=args.pictures,
+        batch_size=args.images,
         scales=args.scales,
         flip=args.flip,
         window_size=args.window_size,
@@ -259,7 +259,7 @@ def _do(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm) -> None:
 
 
 def _sources(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm, taken: deque) -> Iterator[Path]:
-    """The pictures that are to be done; `taken` gets (place, job, facts) of each."""
+    """The images that are to be done; `taken` gets (place, job, facts) of each."""
     for place, job in jobs:
         if batch.resume and is_done(batch.output / f"{job.name}.json", job.source, batch.settings):
             batch.tally.skipped += 1
@@ -268,24 +268,24 @@ def _sources(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm, taken: de
         try:
             with _errors_of_writing(job, batch.output):
                 _make_room(job, batch)
-        except PictureError as error:
+        except ImageError as error:
             batch.fail(place, job, error)
             bar.update()
         else:
-            # facts before reading: a picture that changes meanwhile is done again
-            taken.append((place, job, picture_facts(job.source)))
+            # facts before reading: an image that changes meanwhile is done again
+            taken.append((place, job, image_facts(job.source)))
             yield job.source
 
 
 def _finish(place: int, job: Job, facts: dict[str, int] | None, result: Result, batch: Batch) -> None:
-    """Writes the results of one picture, or notes why there are none."""
+    """Writes the results of one image, or notes why there are none."""
     if result.error is not None:
         batch.fail(place, job, result.error)
         return
     try:
         with _errors_of_writing(job, batch.output):
             _write_results(job, batch, result.pixels, result.labels.numpy(), facts)
-    except PictureError as error:
+    except ImageError as error:
         batch.fail(place, job, error)
     else:
         batch.tally.done += 1
@@ -297,13 +297,13 @@ def _errors_of_writing(job: Job, output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise PictureError(f"{job.source}: the names of its results are too long; rename it") from error
-        # whatever else it is, a full disk or a missing permission, the next picture would meet it too
+            raise ImageError(f"{job.source}: the names of its results are too long; rename it") from error
+        # whatever else it is, a full disk or a missing permission, the next image would meet it too
         raise CommandError(f"{output / job.name}: cannot write: {cause(error)}", FAILURE) from error
 
 
 def _make_room(job: Job, batch: Batch) -> None:
-    """Makes the folder, and raises OSError for names that are too long, before time is spent on the picture."""
+    """Makes the folder, and raises OSError for names that are too long, before time is spent on the image."""
     directory = (batch.output / job.name).parent
     if directory not in batch.directories:
         directory.mkdir(parents=True, exist_ok=True)
@@ -317,12 +317,12 @@ def _make_room(job: Job, batch: Batch) -> None:
 def _write_results(
     job: Job, batch: Batch, pixels: np.ndarray, labels: np.ndarray, facts: dict[str, int] | None
 ) -> None:
-    """All files of one picture; the JSON comes last, so that a picture with a JSON is complete."""
+    """All files of one image; the JSON comes last, so that an image with a JSON is complete."""
     args, classes, files = batch.args, batch.classes, _files(job, batch.args)
     paths = {kind: batch.output / name for kind, name in files.items()}
     if "overlay" in paths:
-        picture = overlay(pixels, labels, classes, args.alpha)
-        save_png(with_legend(picture, labels, classes) if args.legend else picture, paths["overlay"])
+        image = overlay(pixels, labels, classes, args.alpha)
+        save_png(with_legend(image, labels, classes) if args.legend else image, paths["overlay"])
     if "png" in paths:
         save_label_png(labels, paths["png"], classes)
     if "raw" in paths:

@@ -110,7 +110,7 @@ def inference(
     window_stride: int,
     batch_size: int,
 ) -> torch.Tensor:
-    """Class probabilities (n_cls, *ori_shape) of one picture from one or more views of it, on the model's device.
+    """Class probabilities (n_cls, *ori_shape) of one image from one or more views of it, on the model's device.
 
     A `Segmenter` goes the way of `segmenter.inference.merge.inference`, in little memory. Any other model with
     `n_cls`, or one whose forward is not the class's own, is called with windows (b, 3, window_size, window_size) for

@@ -53,7 +53,10 @@ def _poisoned(function):
 
 
 def _poisoned_torch() -> types.ModuleType:
-    """A copy of the module `torch` whose empty tensors are full of NaN, or of the largest integer. A real module, so that Dynamo knows it."""
+    """A copy of the module `torch` whose empty tensors are full of NaN, or of the largest integer.
+
+    A real module, so that Dynamo knows it.
+    """
     module = types.ModuleType("torch")
     module.__dict__.update(torch.__dict__)
     for name in ("empty", "empty_like", "empty_strided"):

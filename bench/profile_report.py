@@ -10,11 +10,11 @@ import torch
 
 from bench import profile_plots
 from bench.long_sequences import COMPILE_MODE, Point
+from bench.machine import SHORT
 from bench.profile_tables import TABLES, Line, Profile
 from bench.report_page import NO_VALUE, Cell, Column, Section, Table, html, page
 from bench.report_page import Line as Row
 from bench.report_plots import style, to_svg
-from bench.machine import SHORT
 from bench.shapes import Shape, forward_flops
 from bench.timing import Ceilings
 from segmenter.files import write_atomically, write_text

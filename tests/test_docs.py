@@ -182,6 +182,8 @@ def to_run(page: Path) -> list[list[str]]:
 def test_commands_run(page, place, monkeypatch, tmp_path):
     if page.parent == ROOT / "examples" / "camvid-seg-s-mask-16":
         pytest.skip("needs the model's training run")
+    if not (ROOT / "examples" / "camvid-seg-s-mask-16" / "model.safetensors").exists():
+        pytest.skip("the source archive holds no weights; the repository does")
     monkeypatch.chdir(shutil.copytree(place, tmp_path / "place", symlinks=True))
     for words in to_run(page):
         words = [SAMPLE if word == "NAME" else word for word in words]

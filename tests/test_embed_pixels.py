@@ -7,6 +7,8 @@ import threading
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from segmenter import create_segmenter, ops
 from segmenter.cache import Cache
 from segmenter.inference.images import NORMALIZATION, normalize

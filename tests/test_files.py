@@ -1,5 +1,6 @@
 """The one writer of files, the locks, and what killed processes leave."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -28,12 +29,18 @@ resource = pytest.importorskip("resource", reason="limits and locks of Unix")
 CUT = b"left by a kill"
 
 
-@pytest.fixture
-def room():
-    """Limits how large a file may become; the error is that of a full disk but for its number."""
+@contextlib.contextmanager
+def room(size):
+    """Limits how large a file may become; the error is that of a full disk but for its number.
+
+    No fixture: pytest writes its own output before it ends one, and that may be a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(folder):
@@ -111,11 +118,10 @@ class TestWriting:
         ids=["bytes", "numpy", "torch", "pillow"],
     )
     @pytest.mark.parametrize("size", [0, 100, 50_000])
-    def test_no_room(self, tmp_path, room, write, size):
+    def test_no_room(self, tmp_path, write, size):
         """Every library's own error, and what C++ makes of it, gives way to the cause."""
         write_text(tmp_path / "a", "old")
-        room(size)
-        with pytest.raises(OSError, match="File too large") as raised:
+        with room(size), pytest.raises(OSError, match="File too large") as raised:
             write_atomically(tmp_path / "a", write)
         assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(tmp_path / "a"))
         assert (names(tmp_path), (tmp_path / "a").read_text()) == (["a"], "old")
@@ -141,24 +147,23 @@ class TestWriting:
         write_text(tmp_path / ("x" * 255), "long")
         assert (tmp_path / ("x" * 255)).read_text() == "long"
 
-    def test_appended_whole_or_not_at_all(self, tmp_path, room):
+    def test_appended_whole_or_not_at_all(self, tmp_path):
         append(tmp_path / "log", b"one\n")
         append(tmp_path / "log", b"two\n")
-        room(10)
-        with pytest.raises(OSError) as raised:
+        with room(10), pytest.raises(OSError) as raised:
             append(tmp_path / "log", b"three\n")
         assert raised.value.filename == str(tmp_path / "log")
         assert (tmp_path / "log").read_bytes() == b"one\ntwo\n"
 
-    def test_several_files_before_one_is_renamed(self, tmp_path, room):
+    def test_several_files_before_one_is_renamed(self, tmp_path):
         with directory_beside(tmp_path / "a") as folder:
             assert folder.parent == tmp_path
             (folder / "x").write_text("x")
             remove_leftovers(tmp_path)
             assert (folder / "x").exists(), "in use"
         assert names(tmp_path) == []
-        room(10)
-        with pytest.raises(OSError, match="File too large") as raised, directory_beside(tmp_path / "a") as folder:
+        too_large = pytest.raises(OSError, match="File too large")
+        with room(10), too_large as raised, directory_beside(tmp_path / "a") as folder:
             write_atomically(folder / "x", lambda file: file.write(bytes(100)))
         assert raised.value.filename == str(tmp_path / "a")
         with pytest.raises(OSError) as raised, directory_beside(tmp_path / "none" / "a"):

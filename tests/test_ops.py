@@ -80,6 +80,7 @@ def test_where_kernels_can_run(machine, facts, reason):
 
 
 def test_triton_is_refused_with_the_way_out(machine):
+    pytest.importorskip("triton")
     machine()
     for build in (lambda: select("triton"), lambda: create_segmenter(tiny_config(), impl="triton")):
         with pytest.raises(ImplementationError, match='no CUDA device; use impl="eager" or impl="auto"'):
@@ -196,6 +197,7 @@ def test_hooked_mask_norm_is_called(model):
 
 def test_triton_model_equals_eager():
     """Whole model through the kernels, under the interpreter; bfloat16 and float32."""
+    pytest.importorskip("triton")
     if not implementation._interpreting() and not torch.cuda.is_available():
         pytest.skip("needs a GPU or Triton's interpreter")
     device = "cuda" if torch.cuda.is_available() else "cpu"

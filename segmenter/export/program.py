@@ -130,8 +130,8 @@ def trace(model: Segmenter, output: str = "labels", dtype: torch.dtype | None = 
     device = next(model.parameters()).device
     # what a compiler tunes for: a batch, so that nothing holds for one image only, of the size of windows
     example = torch.zeros(2, side, side + 1, 3, dtype=torch.uint8, device=device)
-    dims = {0: torch.export.Dim("batch", min=1)}
-    dims |= {i: torch.export.Dim(name, min=least) for i, name in ((1, "height"), (2, "width"))}
+    sizes = (("batch", 1), ("height", least), ("width", least))  # PyTorch 2.6 takes none without a largest size
+    dims = {i: torch.export.Dim(name, min=smallest, max=2**31 - 1) for i, (name, smallest) in enumerate(sizes)}
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         pipeline = Pipeline(eager_twin(model, dtype), output).eval()
         program = torch.export.export(pipeline, (example,), dynamic_shapes={"pixels": dims})

@@ -168,6 +168,6 @@ def _timm(name: str) -> nn.Module:
         return timm.create_model(name, pretrained=True)
     except Exception as error:
         raise CheckpointError(
-            f"timm cannot make {name!r} with its pretrained weights ({cause(error)}); without a "
-            "network, give the path of a weight file"
+            f"timm cannot make {name!r} with its pretrained weights ({cause(error)}); without timm "
+            "(pip install timm) or a network, give the path of a weight file"
         ) from error

@@ -214,7 +214,9 @@ def _resampled(weight: torch.Tensor, patch_size: int) -> torch.Tensor:
     try:  # a broken torchvision makes timm raise other things than ImportError
         from timm.layers import resample_patch_embed
     except Exception as error:
-        raise CheckpointError(f"changing the patch size needs timm, which cannot be imported ({error})") from error
+        raise CheckpointError(
+            f"changing the patch size needs timm (pip install timm), which cannot be imported ({error})"
+        ) from error
     return resample_patch_embed(weight, [patch_size, patch_size])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_peers, harness, machine, models, operations, providers, results, run_all, timing, waterfall
+from bench import bench_peers, harness, machine, models, operations, providers, run_all, timing, waterfall
 from bench.results import ResultsError, ResultsFile, load
 from bench.shapes import Shape, Work
 

@@ -242,6 +242,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
+@pytest.mark.more
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torchrun")
 def test_torchrun_goes_on_after_a_killed_process(trained, many, out, argv, tmp_path):
     """For real: two processes, one killed by a signal before it has finished its second image."""

@@ -229,7 +229,7 @@ def test_timm_without_a_network(dataset, monkeypatch):
     with pytest.raises(CheckpointError, match="timm cannot make 'vit' .*cannot reach the hub.* path of a weight file"):
         start(dataset, "timm/vit")
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(CheckpointError, match="timm cannot make 'vit'"):
+    with pytest.raises(CheckpointError, match="timm cannot make 'vit' .*is not installed.*pip install timm"):
         start(dataset, "timm/vit")
 
 

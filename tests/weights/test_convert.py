@@ -1,5 +1,7 @@
 """Recognising weights, reading the architecture off their shapes, requests, and changing size or patch."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,6 +94,12 @@ def test_another_patch_size_answers_alike_on_smooth_images(patch_size):
         a, b = model.encoder.patch_embed(image), small.encoder.patch_embed(other)
     assert F.cosine_similarity(a, b, dim=-1).min() > 0.97
     assert model.encoder.patch_embed.proj.weight.shape[-1] == 16  # the argument is unchanged
+
+
+def test_another_patch_size_without_timm_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.layers", None)
+    with pytest.raises(CheckpointError, match="needs timm .pip install timm."):
+        convert(tiny_model().state_dict(), patch_size=8)
 
 
 def test_encoder_of_width_that_is_no_multiple_of_64_needs_heads():

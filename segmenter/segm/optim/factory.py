@@ -1,4 +1,4 @@
-"""Optimisers and schedules by name, those of timm included."""
+"""Optimisers and schedules by name, those of timm (pip install timm) included."""
 
 from typing import Any
 

@@ -49,8 +49,8 @@ class Theirs:
     def check(self, labels, pixels):
         """Without trained weights there is nothing to compare with: sizes, and that nothing overflows."""
         if labels.shape != pixels.shape[:3] or not torch.isfinite(self.scores(pixels[:1])).all():
-            raise gate.GateError("labels of another size than the picture, or scores that are not finite")
-        return "labels of the picture's size from finite scores"
+            raise gate.GateError("labels of another size than the image, or scores that are not finite")
+        return "labels of the image's size from finite scores"
 
 
 class Ours:

@@ -162,7 +162,7 @@ def camvid_test(camvid: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarr
     """
     paths = sorted((camvid / "images" / "test").glob("*"))[::every]
     if not paths:
-        raise FileNotFoundError(f"{camvid} has no pictures in images/test")
+        raise FileNotFoundError(f"{camvid} has no images in images/test")
     for path in paths:
         yield _pixels(path), np.asarray(Image.open(camvid / "annotations" / "test" / f"{path.stem}.png"))
 

@@ -1,9 +1,9 @@
-"""Pictures to tokens: normalisation, patch embedding, positions and extra tokens in one kernel that reads the bytes.
+"""Images to tokens: normalisation, patch embedding, positions and extra tokens in one kernel that reads the bytes.
 
     pixels (B, H, W, 3) uint8, weight (d, 3 P^2), bias table (4, d), extra tokens (E, d), positions (E + N, d)
     ->  (B, E + N, d),   N = ceil(H/P) * ceil(W/P):   patches weight^T / 128 + bias + positions, extra tokens in front
 
-Eager PyTorch writes the picture as float32 several times over before the convolution reads it: at 512x512, 3.1 MB an
+Eager PyTorch writes the image as float32 several times over before the convolution reads it: at 512x512, 3.1 MB an
 image and pass, against 0.8 MB of bytes that are read here; then it writes and reads the tokens twice more, for the
 extra tokens and for the positions. Nothing but the result is written here.
 
@@ -11,12 +11,12 @@ Normalisation is no work at all: `reference.fold_normalization` makes it part of
 What is multiplied is the byte less 128, an integer from -128 to 127, which bfloat16 (integers up to 256) and float16
 (up to 2,048) hold exactly; eager rounds the normalised pixel instead, so this has less error. Centred, because the
 error of a sum grows with its terms. The weights are in (row, column, channel) order, so that the 3P bytes of one row of
-a patch, which lie side by side in the picture, are side by side in K as well: 16-byte asynchronous copies for P = 16
+a patch, which lie side by side in the image, are side by side in K as well: 16-byte asynchronous copies for P = 16
 and 32, 8-byte ones for P = 8. P = 14 has 42 bytes a row: loads of 2 bytes.
 
-Zeros that pad a normalised picture are no byte, but a byte of 128 adds nothing to the product. So a picture of another
+Zeros that pad a normalised image are no byte, but a byte of 128 adds nothing to the product. So an image of another
 size than multiples of P is copied (as bytes) into one of 128s, and patches on the right, the bottom and in the corner
-take the constants for what is real of them from rows 1 to 3 of the bias table. Pictures whose address or strides are no
+take the constants for what is real of them from rows 1 to 3 of the bias table. Images whose address or strides are no
 multiples of 16 are copied too: loads of single bytes would make the loop three times as long.
 
 The product is computed transposed, weight times patches: the converted bytes then reach Hopper's tensor cores through
@@ -117,7 +117,7 @@ _PLANS: dict[Any, launch.Plan] = {}
 
 
 def _readable(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """The pictures themselves if the kernel reads them as they are, else an aligned copy, padded with 128s."""
+    """The images themselves if the kernel reads them as they are, else an aligned copy, padded with 128s."""
     B, H, W, _ = pixels.shape
     height, width = H + -H % patch_size, W + -W % patch_size
     # The stride of one image counts nothing, whatever it is.
@@ -196,7 +196,7 @@ def _result_type(weight: torch.Tensor, extra_tokens: torch.Tensor, pos_embed: to
 
 
 def _shape(pixels, weight, bias_table, extra_tokens, pos_embed, patch_size) -> tuple[int, int, int]:
-    """The result's (B, E + N, d). Raises ValueError unless the shapes go together and pictures have pixels."""
+    """The result's (B, E + N, d). Raises ValueError unless the shapes go together and images have pixels."""
     B, grid_h, grid_w = reference.patch_grid(pixels, patch_size)
     d = weight.shape[0]
     if weight.ndim != 2 or weight.shape[1] != 3 * patch_size**2 or bias_table.shape != (4, d):
@@ -264,13 +264,13 @@ def pixels_to_tokens(
     pos_embed: torch.Tensor,
     patch_size: int,
 ) -> torch.Tensor:
-    """Tokens of pictures by weights that hold the normalisation; differentiable in all but the pixels.
+    """Tokens of images by weights that hold the normalisation; differentiable in all but the pixels.
 
     Args:
-        pixels: (B, H, W, 3) uint8, any H and W from 1 on, with any strides: crops of larger pictures are read in place
+        pixels: (B, H, W, 3) uint8, any H and W from 1 on, with any strides: crops of larger images are read in place
             where their rows begin at multiples of 16 bytes and their sides are multiples of P.
         weight, bias_table: (d, 3 P^2), bfloat16, float16 or float32, and (4, d) float32, from
-            `reference.fold_normalization` for pictures of this size.
+            `reference.fold_normalization` for images of this size.
         extra_tokens: (E, d), E >= 1. pos_embed: (E + N, d), made for this grid. Any of the three types.
         patch_size: P.
     Returns:

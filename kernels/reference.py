@@ -200,7 +200,7 @@ def pixels_to_tokens(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> torch.Tensor:
-    """Bytes of pictures to the encoder's tokens: normalisation, padding, patch embedding, extra tokens, positions.
+    """Bytes of images to the encoder's tokens: normalisation, padding, patch embedding, extra tokens, positions.
 
     Args:
         pixels: (B, H, W, 3), 0 to 255, H and W from 1 on; padded with zeros once normalised, to multiples of P.
@@ -241,7 +241,7 @@ def fold_normalization(
 
     Args:
         weight: (d, 3, P, P). bias: (d,) or None. mean, std: of the channels, in units of pixel / 255.
-        dtype: what is multiplied. size: (H, W) of the pictures; only H mod P and W mod P count.
+        dtype: what is multiplied. size: (H, W) of the images; only H mod P and W mod P count.
         tf32: round float32 weights to the ten bits of fraction that TF32 multiplies, so that b' fits these.
     Returns:
         (d, 3 P^2) of `dtype` in the order (row, column, channel), and (4, d) float32 (float64 with float64): for
@@ -336,13 +336,13 @@ def windows_argmax(
     window: tuple[int, int],
     shape: tuple[int, int],
 ) -> torch.Tensor:
-    """Labels of pictures from the masks of overlapping windows, by way of full-resolution logits.
+    """Labels of images from the masks of overlapping windows, by way of full-resolution logits.
 
     Args:
         masks: (B, len(tops) * len(lefts), gh, gw, K), class last, windows row by row.
         tops, lefts: first row of each row of windows, first column of each column of windows, in pixels.
         size: (h, w) that a window's masks are upsampled to (bilinear, align_corners=False).
-        window: (h, w) of a window; what `size` has more is padding. shape: (H, W) of the pictures.
+        window: (h, w) of a window; what `size` has more is padding. shape: (H, W) of the images.
     Returns:
         labels (B, H, W) of `label_dtype(K)`, the lowest index among equals.
     """

@@ -325,14 +325,14 @@ def windows_argmax(
     window: tuple[int, int],
     shape: tuple[int, int],
 ) -> torch.Tensor:
-    """Labels of pictures from the masks of overlapping windows; not differentiable.
+    """Labels of images from the masks of overlapping windows; not differentiable.
 
     Args:
         masks: (B, len(tops) * len(lefts), gh, gw, K), class last, windows row by row; bfloat16, float16 or float32.
         tops, lefts: first row of each row of windows, first column of each column, ascending, from 0 on; the last
-            window ends where the picture ends.
+            window ends where the image ends.
         size: (h, w) that a window's masks are upsampled to (bilinear, align_corners=False).
-        window: (h, w) of a window; what `size` has more is padding. shape: (H, W) of the pictures.
+        window: (h, w) of a window; what `size` has more is padding. shape: (H, W) of the images.
     Returns:
         labels (B, H, W), uint8 up to 256 classes, else int16.
     Raises:

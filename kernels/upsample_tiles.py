@@ -1,4 +1,4 @@
-"""How an upsampled picture is cut into tiles in which every pixel lies between the same four mask cells.
+"""How an upsampled image is cut into tiles in which every pixel lies between the same four mask cells.
 
 Bilinear upsampling of one window (align_corners=False) makes a pixel a convex combination of four mask cells. Along an
 axis the two cells change at known pixels; where windows overlap, so do the windows that cover a pixel. An `Axis` cuts

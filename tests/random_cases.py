@@ -82,8 +82,8 @@ class Draw:
         self.layouts.append(name)
         return placed
 
-    def pictures(self, B: int, H: int, W: int) -> torch.Tensor:
-        """Bytes, dense or a crop of larger pictures, with rows at multiples of 16 or not."""
+    def images(self, B: int, H: int, W: int) -> torch.Tensor:
+        """Bytes, dense or a crop of larger images, with rows at multiples of 16 or not."""
         pixels = torch.randint(0, 256, (B, H, W, 3), generator=self.generator).byte().to(DEVICE)
         around = self.choice((0, 0, 1, 16))
         wide = torch.full((B, H + 2, W + 2 * around, 3), 77, dtype=torch.uint8, device=DEVICE)
@@ -277,7 +277,7 @@ def pixels_to_tokens_case(draw: Draw) -> Case:
         return pixels_to_tokens._run(pixels, *fold, extra.contiguous(), positions.contiguous(), P, config)
 
     return Case(
-        (draw.pictures(B, H, W), weight, bias, extra, positions), call,
+        (draw.images(B, H, W), weight, bias, extra, positions), call,
         lambda *t: reference.pixels_to_tokens(*t, *statistics),
         f"{B}x{H}x{W} P={P} d={d} E={E} {dtype} stream={stream} {config}",
     )  # fmt: skip

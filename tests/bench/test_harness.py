@@ -322,8 +322,8 @@ def test_kernels_of_each_step():
 
 
 def test_quality_counts_agreement(monkeypatch):
-    pictures = [torch.zeros(4, 5, 3).numpy()]
-    monkeypatch.setattr(waterfall, "examples", lambda: iter(pictures))
+    images = [torch.zeros(4, 5, 3).numpy()]
+    monkeypatch.setattr(waterfall, "examples", lambda: iter(images))
     exact = torch.zeros(4, 5, dtype=torch.long)
     other = exact.clone()
     other[0] = 1
@@ -331,7 +331,7 @@ def test_quality_counts_agreement(monkeypatch):
     assert found == {"agreement": 0.75, "miou": None, "miou_pictures": 0}
 
 
-def test_quality_of_the_shipped_model_on_pictures_with_labels(tmp_path):
+def test_quality_of_the_shipped_model_on_images_with_labels(tmp_path):
     from PIL import Image
 
     for part, suffix in (("images", "png"), ("annotations", "png")):
@@ -346,7 +346,7 @@ def test_quality_of_the_shipped_model_on_pictures_with_labels(tmp_path):
         patch.setattr(waterfall, "examples", lambda: iter([torch.zeros(2, 2, 3).numpy()]))
         found = waterfall.quality(run, run, tmp_path, 1)
     assert found == {"agreement": 1.0, "miou": 100.0, "miou_pictures": 1}  # 11 is no class
-    with pytest.raises(FileNotFoundError, match="has no pictures"):
+    with pytest.raises(FileNotFoundError, match="has no images"):
         next(waterfall.camvid_test(tmp_path / "nothing", 1))
 
 

@@ -286,7 +286,7 @@ def test_query_scores_by_hand():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whole networks with storage, on small pictures
+# Whole networks with storage, on small images
 
 
 @torch.no_grad()

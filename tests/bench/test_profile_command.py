@@ -242,7 +242,7 @@ def test_tables_are_well_formed(run):
     assert all((float(p["ms"]) > 0) if p["ms"] else p["reason"] for p in points)
 
 
-def test_pictures_show_something(run):
+def test_images_show_something(run):
     out, _ = run
     for name in ("roofline", "memory", "scaling"):
         pixels = np.asarray(Image.open(out / f"{name}.png").convert("L"))
@@ -311,7 +311,7 @@ def test_wrong_arguments_are_one_line(argv, message, capsys, tmp_path):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_without_matplotlib_there_are_no_pictures_and_all_else(monkeypatch, tmp_path):
+def test_without_matplotlib_there_are_no_images_and_all_else(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     points = [Point(26, "eager", 40, 0.125, 0.0, 3 << 20)]
     region = {"region": "encoder.norm", "ms": 100.0, "share_percent": 100.0, "tflops": None, "gbps": 5.0}

@@ -151,7 +151,7 @@ def free_memory():
 
 @pytest.mark.card
 def test_masks_beyond_2_to_the_31_elements(device):
-    """The last pictures of a batch; the rest is memory that is not looked at again."""
+    """The last images of a batch; the rest is memory that is not looked at again."""
     h, w, K = 128, 128, 1024
     B = 2**31 // (h * w * K) + 2
     if free_memory() < 2.2 * B * h * w * K:

@@ -1,4 +1,4 @@
-"""Bytes of pictures to tokens: the algebra of folding, and the kernel against its definition.
+"""Bytes of images to tokens: the algebra of folding, and the kernel against its definition.
 
 What all operators share is in test_operators.py, the encoder's part in test_embed_pixels.py.
 """
@@ -24,7 +24,7 @@ def randn(*shape, seed, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
-def picture(*shape, seed=0):
+def image(*shape, seed=0):
     return torch.randint(0, 256, (*shape, 3), generator=torch.Generator().manual_seed(seed)).byte().to(DEVICE)
 
 
@@ -34,7 +34,7 @@ def inputs(B, H, W, P, E=1, d=48, dtype=torch.float32, stream=None, bias=True, s
     weight = (randn(d, 3, P, P, seed=seed) / (3 * P * P) ** 0.5).to(dtype)
     bias = randn(d, seed=seed + 1, dtype=dtype) if bias else None
     extra, positions = randn(E, d, seed=seed + 2, dtype=stream), randn(E + n, d, seed=seed + 3, dtype=stream)
-    return [picture(B, H, W, seed=seed), weight, bias, extra, positions, *DEIT]
+    return [image(B, H, W, seed=seed), weight, bias, extra, positions, *DEIT]
 
 
 def wide(args):
@@ -63,7 +63,7 @@ def folded(args, dtype=None):
 def test_definition_is_the_published_path(H, W, stats):
     """The bits of `images.normalize`, padding, the encoder's layers and sums."""
     encoder = tiny_model(distilled=True, image_size=(32, 32)).encoder
-    pixels = picture(2, H, W).cpu()
+    pixels = image(2, H, W).cpu()
     im = torch.stack([normalize(p.numpy(), stats) for p in pixels])
     want = encoder.embed(pad_to_multiple(im, 16))
     assert_bitwise_equal(encoder.embed_pixels(pixels, *NORMALIZATION[stats]), want)
@@ -136,7 +136,7 @@ def test_better_than_eager(dtype):
 
 @pytest.mark.parametrize("kind", ["black", "white", "checkerboard", "white with a black border"])
 @by_dtype
-def test_extreme_pictures(dtype, kind):
+def test_extreme_images(dtype, kind):
     args = inputs(1, 34, 40, 16, dtype=dtype)
     pixels = args[0].fill_(0 if kind == "black" else 255)
     if kind == "checkerboard":
@@ -159,7 +159,7 @@ def test_types_of_the_stream(dtype, stream, bias):
 
 
 def crop(pixels, height, width, top, left):
-    """The same bytes as a view of a larger picture of 77."""
+    """The same bytes as a view of a larger image of 77."""
     B, H, W, _ = pixels.shape
     large = torch.full((B, height, width, 3), 77, dtype=torch.uint8, device=pixels.device)
     view = large[:, top : top + H, left : left + W]
@@ -205,7 +205,7 @@ def test_pixels_further_apart_than_32_bits_count(shape, far):
     assert_bitwise_equal(kernel.normalized_pixels_to_tokens(*args), want)
 
 
-def test_no_pictures_and_no_pixels():
+def test_no_images_and_no_pixels():
     args = inputs(1, 16, 16, 16)
     args[0] = args[0][:0]
     for function in (kernel.normalized_pixels_to_tokens, reference.pixels_to_tokens):

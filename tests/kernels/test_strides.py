@@ -16,7 +16,7 @@ STRIDES_OF_32 = [1, 2, 4, 8, 16, 31, 32]
 @fused
 @pytest.mark.parametrize("stride", STRIDES_OF_32)
 def test_any_stride(stride):
-    """From a thousand windows over a pixel to one: the published labels, pictures and classes drawn at random."""
+    """From a thousand windows over a pixel to one: the published labels, images and classes drawn at random."""
     generator = torch.Generator().manual_seed(stride)
     for kind, make in MASKS.items():
         height, width, K = (int(torch.randint(a, b, (), generator=generator)) for a, b in ((32, 44), (32, 72), (2, 7)))

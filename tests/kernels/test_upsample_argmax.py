@@ -108,7 +108,7 @@ def test_any_strides():
 
 @pytest.mark.parametrize(("tops", "lefts", "cells", "size", "window", "shape"), WINDOWS)
 def test_overlapping_windows(tops, lefts, cells, size, window, shape):
-    n, B = len(tops) * len(lefts), 2 if len(lefts) == 1 else 1  # the interpreter takes seconds for a picture
+    n, B = len(tops) * len(lefts), 2 if len(lefts) == 1 else 1  # the interpreter takes seconds for an image
     masks = (random_masks if len(lefts) == 2 else tied_masks)(B * n, cells, cells, 3).unflatten(0, (B, n))
     geometry = (tops, lefts, (size, size), (window, window), shape)
     got = windows_argmax(masks.to(DEVICE), *geometry).cpu()

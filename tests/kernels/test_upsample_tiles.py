@@ -1,4 +1,4 @@
-"""The cutting of a picture into tiles between mask cells."""
+"""The cutting of an image into tiles between mask cells."""
 
 import numpy as np
 import pytest

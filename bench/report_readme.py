@@ -17,6 +17,8 @@ from bench import report_tables as tables
 from bench.report_page import Table, markdown_text
 from bench.report_rows import Results
 
+ROOT = Path(__file__).resolve().parents[1]
+LONG_TABLES = "bench/results/README.md"
 MARKER = re.compile(r"<!-- bench:([\w-]+):(start|end) -->")
 
 
@@ -24,32 +26,39 @@ class MarkerError(ValueError):
     """A README's markers are missing or wrong; the message says how."""
 
 
-def _shortened(table: Table, most: int | None, what: str) -> list[str]:
-    """The table, or its first lines and how many more there are."""
-    more = len(table.lines[most:]) if most else 0
-    said = [f"{rr.counted(more, f'more {what}')} in bench/results/README.md."] if more else []
+def _relative(path: Path, folder: Path) -> str:
+    """`path` as a link in a file of `folder` says it."""
+    return os.path.relpath(path.resolve(), folder.resolve()).replace(os.sep, "/")
+
+
+def _shortened(table: Table, folder: Path, most: int | None, what: str) -> list[str]:
+    """The table, or its first lines and how many more there are: a link where `folder` is in this checkout."""
+    more, where = len(table.lines[most:]) if most else 0, LONG_TABLES
+    if folder.resolve().is_relative_to(ROOT):
+        where = f"[{LONG_TABLES}]({_relative(ROOT / LONG_TABLES, folder)})"
+    said = [f"{rr.counted(more, f'more {what}')} in {where}."] if more else []
     return [Table(table.caption, table.columns, table.lines[:most]).markdown(), *said]
 
 
-def waterfalls(result: Results, count: int | None = None, most: int | None = None) -> list[str]:
+def waterfalls(result: Results, folder: Path, count: int | None = None, most: int | None = None) -> list[str]:
     """One technique more on each line: so many waterfalls of so many steps, or all."""
     parts, columns = [], ("step", "images/s", "vs first", "vs step before", "peak memory", "labels as fp32", "mIoU")
     for title, steps in list(tables.waterfalls(result).items())[:count]:
         table = tables.waterfall(title, steps).only(*columns)
-        parts += [f"{markdown_text(title)}:", *_shortened(table, most, "step")]
+        parts += [f"{markdown_text(title)}:", *_shortened(table, folder, most, "step")]
         images = max((step.row.get("miou_pictures") or 0 for step in steps if step.row), default=0)
         parts += [f"mIoU: the shipped model on {images:.0f} images of CamVid's test set."] if images else []
     return parts
 
 
-def models(result: Results, most: int | None = None) -> list[str]:
+def models(result: Results, folder: Path, most: int | None = None) -> list[str]:
     """Whole models, the most telling ones first."""
     table = tables.models(result)
     said = "Images a second; ours: triton where it runs, else pruned."
-    return [said, *_shortened(table, most, "shape")] if table.lines else []
+    return [said, *_shortened(table, folder, most, "shape")] if table.lines else []
 
 
-def peers(result: Results) -> list[str]:
+def peers(result: Results, _folder: Path) -> list[str]:
     """Other models measured here, beside published figures."""
     table = tables.peers(result).only(
         "model", "images/s here", "published images/s", "published mIoU", "published, multi-scale", "input here"
@@ -57,7 +66,7 @@ def peers(result: Results) -> list[str]:
     return [table.markdown()] if table.lines else []
 
 
-BLOCKS: dict[str, tuple[Callable[[Results], list[str]], str]] = {
+BLOCKS: dict[str, tuple[Callable[..., list[str]], str]] = {
     "headline": (partial(waterfalls, count=1, most=10), "the waterfall"),
     "waterfalls": (waterfalls, "the waterfall"),
     "models": (partial(models, most=5), "whole models"),
@@ -68,7 +77,7 @@ BLOCKS: dict[str, tuple[Callable[[Results], list[str]], str]] = {
 
 def _measured_on(result: Results, folder: Path) -> str:
     """Machine, stack and file in a line: every figure of a README names them."""
-    path = os.path.relpath(result.path.resolve(), folder.resolve()).replace(os.sep, "/")
+    path = _relative(result.path, folder)
     name = f"`{result.path.name}`" if path.startswith("..") else f"[{result.path.name}]({path})"
     state = "" if result.content.get("complete", True) else ", cut short"
     date = str(result.content.get("datetime") or "")[:10]
@@ -79,7 +88,7 @@ def _measured_on(result: Results, folder: Path) -> str:
 def block(name: str, results: Sequence[Results], folder: Path) -> str:
     """One generated block for a README in `folder`."""
     make, what = BLOCKS[name]
-    made = {result.path: make(result) for result in results}
+    made = {result.path: make(result, folder) for result in results}
     parts = [
         part for result in results if made[result.path] for part in (_measured_on(result, folder), *made[result.path])
     ]

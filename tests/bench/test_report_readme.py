@@ -141,6 +141,21 @@ def test_short_tables_are_short(save, tmp_path):
     assert "more" not in blocks["waterfalls"] + blocks["all-models"]
 
 
+@pytest.mark.parametrize(
+    ("folder", "target"),
+    [(".", "bench/results/README.md"), ("docs", "../bench/results/README.md"), ("bench/results", "README.md")],
+)
+def test_a_short_table_links_to_the_long_one(save, folder, target):
+    content = results()
+    shape = next(entry for entry in content["benchmarks"] if entry["extra_info"]["kind"] == "model")
+    for i in range(7):
+        content["benchmarks"].append(copy.deepcopy(shape))
+        content["benchmarks"][-1]["extra_info"]["model"] = f"model {i}"
+    text = block("models", [Results(save(content))], ROOT / folder)
+    assert f"3 more shapes in [bench/results/README.md]({target})." in text
+    assert (ROOT / folder / target).is_file()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Images, numbers, command line
 

@@ -39,7 +39,7 @@ def test_info_tells_what_the_model_is(model):
     assert model.info.weights == "trained"
     assert model.info.classes == "camvid"
     assert (model.info.normalization, model.config.decoder["name"]) == ("vit", "mask_transformer")
-    assert model.info.source.startswith("camvid trainval, 468 images; started from ")
+    assert model.info.source.startswith("camvid trainval, 468 pictures; started from ")
     assert model.n_cls == len(NAMES) == 11
     assert not model.training
 

@@ -26,8 +26,7 @@ def interpolated(masks, size, crop=None):
 
 
 def labels(masks, *args, **kwargs):
-    result = upsample_argmax(masks.to(DEVICE), *args, **kwargs)
-    return tuple(x.cpu() for x in result) if isinstance(result, tuple) else result.cpu()
+    return upsample_argmax(masks.to(DEVICE), *args, **kwargs).cpu()
 
 
 has_fma = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="a CPU without fma")
@@ -56,13 +55,13 @@ def test_equals_interpolate_and_argmax(patch, kind):
 
 
 @has_fma
-@pytest.mark.parametrize("K", [2, 11, 19, 59, 150, 256, 300])
+@pytest.mark.parametrize("K", [1, 2, 11, 19, 59, 150, 256, 300])
 def test_class_counts(K):
     masks = smooth_masks(2, 1, 5, K, seed=K) if K > 19 else random_masks(2, 1, 5, K, seed=K)
     got = labels(masks, (20, 120), (16, 113))
     assert got.dtype == (torch.uint8 if K <= 256 else torch.int16)
     assert torch.equal(got, interpolated(masks, (20, 120), (16, 113)))
-    assert len(got.unique()) > 1
+    assert len(got.unique()) > 1 or K == 1
 
 
 @pytest.mark.parametrize("K", [60, 257])

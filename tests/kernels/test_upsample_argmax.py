@@ -11,6 +11,7 @@ from tests.support.upsampling import (
     MASKS,
     WINDOWS,
     expected_labels,
+    near_masks,
     random_masks,
     smooth_masks,
     tied_masks,
@@ -112,6 +113,16 @@ def test_overlapping_windows(tops, lefts, cells, size, window, shape):
     geometry = (tops, lefts, (size, size), (window, window), shape)
     got = windows_argmax(masks.to(DEVICE), *geometry).cpu()
     assert torch.equal(got, expected_labels(masks, *geometry))
+
+
+def test_the_average_of_windows_is_rounded():
+    """Sums of three windows that differ by one rounding are equal once divided: then the lowest class wins."""
+    masks = near_masks(3, 2, 2, 2)[None]
+    geometry = ((0, 1, 2), (0,), (8, 8), (8, 8), (10, 8))
+    want = expected_labels(masks, *geometry)
+    sums = sum(upsampled(masks[:, i], (8, 8))[:, 2 - i : 8 - i] for i in range(3))  # rows that all three cover
+    assert (sums.argmax(-1) != want[:, 2:8]).any()
+    assert torch.equal(windows_argmax(masks.to(DEVICE), *geometry).cpu(), want)
 
 
 def test_smooth_windows_of_many_classes():

@@ -38,7 +38,7 @@ def report(results: Sequence[Results], links: Sequence[str | None]) -> str:
     several, sections = len(results) > 1, []
     for i, other in enumerate(results[1:], 1):
         name = f"Comparison{f' {i}' if len(results) > 2 else ''}"
-        sections.append(comparison(rr.compare(results[0], other), f"comparison-{i}", name))
+        sections.append(comparison(Comparison(results[0], other), f"comparison-{i}", name))
     gpu_known = any(result.on_gpu for result in results)
     for i, result in enumerate(results):
         prefix = f"f{i}-" if several else ""
@@ -179,26 +179,6 @@ def _states(rows: Iterable[Row]) -> str:
 # Where ours stands
 
 
-def summary(result: Results) -> list[Any]:
-    """For each kind: our rows against eager, the best sdpa and the fastest other provider; the slower ones listed."""
-    lines, slower = [], []
-    for kind, name in itertools.product(("model", *OPERATIONS, "long"), rr.OURS):
-        groups = rr.grouped(result.of(kind)).values()
-        ours = [(group, group.by_provider[name]) for group in groups if name in group.by_provider]
-        against = [(group.other, row, _judged(group.other, row)) for group, row in ours if group.other]
-        slower += [(base, row) for base, row, said in against if said == rr.SLOWER]
-        spans = [
-            rr.span([speed for group, row in ours if (speed := rr.speed(getattr(group, base), row))])
-            for base in ("eager", "sdpa", "other")
-        ]
-        counts = [sum(said == found for *_, found in against) for said in (rr.FASTER, rr.SAME, rr.SLOWER, rr.UNKNOWN)]
-        cells = [Cell(n, n, "slow" if i == 2 and n else "") for i, n in enumerate(counts)]
-        if ours:
-            lines.append(Line([Cell(kind), Cell(name, look="who"), Cell(len(ours)), *map(Cell, spans), *cells]))
-    said = "Times faster: median over shapes, and range. Counts are against the fastest other provider of each shape."
-    return [said, Table("Where our code stands", STANDINGS, lines), _slower(slower)] if lines else []
-
-
 STANDINGS = (
     *map(Column, ("what", "ours", "shapes", "vs eager", "vs best sdpa", "vs fastest other")),
     *map(Column, ("faster", rr.SAME, "slower")),
@@ -206,85 +186,95 @@ STANDINGS = (
 )
 
 
-def _judged(base: Row, row: Row) -> str:
-    """The verdict, but nothing counts as faster because the other was timed with its launches."""
-    found = rr.verdict(base, row)
-    return rr.UNKNOWN if found == rr.FASTER and base.timing != row.timing else found
+def summary(result: Results) -> list[Any]:
+    """For each kind: our rows against eager, the best sdpa and the fastest other provider; the slower ones listed."""
+    lines, slower = [], []
+    for kind, name in itertools.product(("model", *OPERATIONS, "long"), rr.OURS):
+        ours = [row for group in rr.grouped(result.of(kind)) if (row := group.by_provider.get(name))]
+        verdicts = [_judged(row) for row in ours if row.group.other]
+        slower += [row for row in ours if row.group.other and _judged(row) == rr.SLOWER]
+        speeds = [[rr.speed(getattr(row.group, base), row) for row in ours] for base in ("eager", "sdpa", "other")]
+        counts = [verdicts.count(said) for said in (rr.FASTER, rr.SAME, rr.SLOWER, rr.UNKNOWN)]
+        cells = [Cell(n, n, "slow" if i == 2 and n else "") for i, n in enumerate(counts)]
+        if ours:
+            spans = [Cell(rr.span([speed for speed in found if speed])) for found in speeds]
+            lines.append(Line([Cell(kind), Cell(name, look="who"), Cell(len(ours)), *spans, *cells]))
+    said = "Times faster: median over shapes, and range. Counts are against the fastest other provider of each shape."
+    return [said, Table("Where our code stands", STANDINGS, lines), _slower(slower)] if lines else []
 
 
-def _slower(pairs: Sequence[tuple[Row, Row]]) -> Any:
-    """(fastest other, ours) where ours is slower."""
-    if not pairs:
+def _judged(row: Row) -> str:
+    """Against the fastest other; but nothing counts as faster because the other was timed with its launches."""
+    found = rr.verdict(row.group.other, row)
+    return rr.UNKNOWN if found == rr.FASTER and row.group.other.timing != row.timing else found
+
+
+def _slower(rows: Sequence[Row]) -> Any:
+    """Those of ours that are slower than the fastest other."""
+    if not rows:
         return "None of our rows is slower than the fastest other provider, beyond the spread."
-    items = [
-        Markup("{}, {}: {} {} of {}'s speed ({} against {})").format(
-            *(row.kind, row.label, row.provider, html.span(rr.times(rr.speed(base, row)), "slow")),
-            *(base.provider, rr.duration(row.median), rr.duration(base.median)),
-        )
-        for base, row in sorted(pairs, key=lambda pair: rr.speed(*pair))
-    ]
-    title = f"Slower than the fastest other provider: {rr.counted(len(pairs), 'row')}, slowest first"
-    return html.fold(html.span(title, "slow"), [html.items(items)], open=len(pairs) <= SHOWN)
+    items = []
+    for row in sorted(rows, key=lambda row: rr.speed(row.group.other, row)):
+        other, speed = row.group.other, html.span(rr.times(rr.speed(row.group.other, row)), "slow")
+        seconds = f"{rr.duration(row.median)} against {rr.duration(other.median)}"
+        said = Markup("{}, {}: {} {} of {}'s speed ({})")
+        items.append(said.format(row.kind, row.label, row.provider, speed, other.provider, seconds))
+    title = f"Slower than the fastest other provider: {rr.counted(len(rows), 'row')}, slowest first"
+    return html.fold(html.span(title, "slow"), [html.items(items)], open=len(rows) <= SHOWN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Waterfall and whole models
 
 
-def waterfall_svg(title: str, steps: Sequence[tables.Step]) -> str:
+def waterfall_svg(title: str, steps: Sequence[Row]) -> str:
     """Bars of images a second, one technique more on each: the first grey, the fastest orange, the others blue."""
-    rows = [step.row for step in steps if step.row]
-    items = []
-    for step in steps:
-        row = step.row
-        if row is None:
-            items.append(plots.Bar(step.name, step.name, None, note=f"not measured: {step.reason}"))
-            continue
-        miou = row.get("miou")
-        notes = [rr.times(rr.speed(step.first, row)), tables.peak_memory(row).text]
-        notes += [f"mIoU {rr.points(miou)}"] * (miou is not None) + ["slower than the step before"] * step.slower
-        look = "eager" if row is rows[0] else "triton" if row is rr.fastest(rows) else "sdpa-flash"
-        items.append(_bar(step.name, look, row, [note for note in notes if note != NO_VALUE], step.slower))
+    best, items = rr.fastest(row for row in steps if row.median), []
+    for row in steps:
+        look = "eager" if row is row.first else "triton" if row is best else "sdpa-flash"
+        slower, miou = tables.slower_step(row), row.get("miou")
+        notes = [rr.times(rr.speed(row.first, row)), tables.PEAK.cell(row).text]
+        notes += [f"mIoU {rr.points(miou)}"] * (miou is not None) + ["slower than the step before"] * slower
+        notes = [note for note in notes if note != NO_VALUE] if row.median else [tables.not_measured(row)]
+        items.append(_bar(row, look, notes, slower))
     return plots.bars(title, items, 8.6, "images/s")
 
 
-def _bar(label: str, look: str, row: Row, notes: Sequence[str], slower: bool) -> plots.Bar:
+def _bar(row: Row, look: str, notes: Sequence[str], slower: bool = False) -> plots.Bar:
+    if not row.median:
+        return plots.Bar(row.provider, look, None, note=" · ".join(notes))
     pace = row.get("images_per_second")
     pace = 1 / row.median if pace is None else pace
-    return plots.Bar(label, look, pace, rr.significant(pace), " · ".join(notes), slower)
+    return plots.Bar(row.provider, look, pace, rr.significant(pace), " · ".join(notes), slower)
 
 
 def waterfall(result: Results) -> list[Any]:
     """Figure and table of every waterfall of the file."""
     blocks = ["One technique more on each line; what each costs in accuracy and memory beside it."]
-    found = tables.waterfalls(result)
+    found = result.waterfalls()
     for title, steps in found.items():
         blocks += [html.plots([waterfall_svg(title, steps)], wide=True), tables.waterfall(title, steps)]
     return blocks if found else ["This file has no waterfall."]
 
 
-def model_bars(key: tuple[str, str, str], group: Group, missing: Iterable[dict[str, Any]]) -> str:
+def model_bars(group: Group, missing: Iterable[Row]) -> str:
     """Images a second of one shape, a bar for each provider."""
     items = []
-    for row in group.by_provider.values():
+    for row in group.rows:
         bases = [base for base in (group.eager, group.sdpa) if row.ours and base is not None]
-        notes = [tables.ratio(base, row).text for base in bases]
         slower = any(rr.verdict(base, row) == rr.SLOWER for base in bases)
-        items.append(_bar(row.provider, row.provider, row, notes, slower))
-    for entry in missing:
-        items.append(plots.Bar(str(entry["provider"]), str(entry["provider"]), None, note=str(entry["reason"])))
-    return plots.bars(f"{key[1]}, {key[2]}", items, 4.5, "images/s")
+        items.append(_bar(row, row.provider, [tables.ratio(base, row).text for base in bases], slower))
+    items += [_bar(row, row.provider, [row.reason]) for row in missing]
+    return plots.bars(group.name, items, 4.5, "images/s")
 
 
 def models(result: Results) -> list[Any]:
     """Bars for each shape and the tables of all."""
-    rows = result.of("model")
+    rows, missing = result.of("model"), result.missing("model")
     if not rows:
         return ["This file has no whole models."]
-    missing: dict[str, list[dict[str, Any]]] = {}
-    for entry in result.missing("model"):
-        missing.setdefault(rr.shape_label(entry.get("shape"), {}), []).append(entry)
-    svgs = [model_bars(key, group, missing.get(key[1], ())) for key, group in rr.grouped(rows).items()]
+    groups = rr.grouped(rows)
+    svgs = [model_bars(group, [row for row in missing if row.label == group.rows[0].label]) for group in groups]
     more, rest = f"{rr.counted(len(svgs) - SHOWN, 'more shape')}", svgs[SHOWN:]
     return [
         "uint8 images on the device in, labels out, a whole batch, by the wall clock until the device is done.",
@@ -368,55 +358,56 @@ def long_sequences(result: Results) -> list[Any]:
     if not rows and not missing:
         return []
     svgs = []
-    for model in dict.fromkeys(str(row.info.get("model") or "") for row in rows):
-        mine = [row for row in rows if str(row.info.get("model") or "") == model and row.tokens]
-        failed = [
-            plots.Point(str(entry["provider"]), tokens, None, reason=str(entry["reason"]))
-            for entry in missing
-            if (tokens := _failed_at(entry, model))
-        ]
+    for model in dict.fromkeys(_model(row) for row in rows):
+        mine = [row for row in rows if _model(row) == model and row.tokens]
+        gone = [row for row in missing if row.reason.startswith("out of memory") and _model(row) in (model, "")]
+        failed = [plots.Point(row.provider, x, None, reason=row.reason) for row in gone if (x := _tokens(row))]
         times = [plots.Point(row.provider, row.tokens, row.median) for row in mine]
         peaks = [plots.Point(row.provider, row.tokens, peak) for row in mine if (peak := row.get("peak_bytes"))]
         floor = sorted({(row.tokens, least) for row in mine if (least := row.get("floor_seconds"))})
         svgs.append(plots.lines(f"{model} time of a call", times + failed, "tokens", rr.duration, floor, square=True))
         svgs.append(plots.lines(f"{model} peak memory", peaks + failed, "tokens", rr.memory, square=True))
     svgs = [svg for svg in svgs if svg]
-    names = dict.fromkeys([row.provider for row in rows] + [str(entry["provider"]) for entry in missing])
+    names = dict.fromkeys(row.provider for row in rows + missing)
     return [
         html.plots(svgs, "", names, ["╌ grows with the square", "┄ floor", "× out of memory"]) if svgs else None,
         tables.measured(rows, "Long sequences"),
     ]
 
 
-def _failed_at(entry: dict[str, Any], model: str) -> float | None:
-    """Tokens at which memory ran out; None for any other reason or model."""
-    shape = rr.known_shape(entry.get("shape"))
-    if not str(entry["reason"]).startswith("out of memory") or (shape and shape.name != model):
-        return None
-    tokens = rr.number(rr.dictionary(entry.get("shape")).get("tokens")) or rr.number(entry.get("tokens"))
-    return float(shape.tokens) if shape else tokens
+def _model(row: Row) -> str:
+    shape = rr.known_shape(row.shape)
+    return str(row.info.get("model") or (shape.name if shape else ""))
+
+
+def _tokens(row: Row) -> float | None:
+    """Of a row that says them or has a shape."""
+    shape = rr.known_shape(row.shape)
+    return float(shape.tokens) if shape else rr.number(row.shape.get("tokens")) or row.tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is missing, and how the rest came about
 
 
+MISSING = (
+    Column("what", None, lambda item: Cell(item[0][0])),
+    Column("provider", None, lambda item: Cell(item[0][1], look="who")),
+    Column("reason", None, lambda item: Cell(item[0][2], look="text")),
+    Column("where", None, lambda item: Cell("; ".join(item[1]), look="text")),
+)
+
+
 def unavailable(result: Results) -> list[Any]:
     """Everything that could not be measured, by reason."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
-    for entry in result.unavailable:
-        key = (str(entry["kind"]), str(entry["provider"]), str(entry["reason"]))
-        reasons.setdefault(key, []).append(rr.shape_label(entry.get("shape"), {}) or str(entry["name"]))
+    for row in result.unavailable:
+        where = rr.shape_label(row.shape, {}) or row.name
+        reasons.setdefault((row.kind, row.provider, row.reason), []).append(where)
     if not reasons:
         return ["The file lists nothing that could not be measured."]
-    columns = (
-        Column("what", None, lambda item: Cell(item[0][0])),
-        Column("provider", None, lambda item: Cell(item[0][1], look="who")),
-        Column("reason", None, lambda item: Cell(item[0][2], look="text")),
-        Column("where", None, lambda item: Cell("; ".join(item[1]), look="text")),
-    )
     said = f"{rr.counted(len(result.unavailable), 'row')} could not be measured, for these reasons."
-    return [said, Table.of("Not measured", columns, reasons.items())]
+    return [said, Table.of("Not measured", MISSING, reasons.items())]
 
 
 PEERS = (

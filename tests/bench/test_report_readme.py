@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import report, report_rows
-from bench.report_readme import BLOCKS, MarkerError, block, replaced
+from bench.report import BLOCKS, MarkerError, block, replaced
 from bench.report_rows import Results
 from tests.support.report_results import results, saver
 

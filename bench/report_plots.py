@@ -176,8 +176,9 @@ def lines(
         return ""
     failing = list(dict.fromkeys(point.provider for point in points if point.y is None))
     xs, ys = sorted({point.x for point in points}), [*(point.y for point in shown), *(y for _, y in floor)]
-    spread = max(max(ys) / min(ys), 20)
+    spread = max(max(ys) / min(ys), 2)
     low, high = min(ys) / spread**0.07, max(ys) * spread ** (0.07 + 0.07 * len(failing))
+    low, high = (low, high) if high > 2.6 * low else (low / 1.6, high * 1.6)  # a round value is in it
     with style():
         figure = new_figure(3.9, 2.8, title)
         axes = figure.add_axes((0.19, 0.16, 0.78, 0.74))

@@ -43,6 +43,11 @@ def dictionary(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def dictionaries(value: Any) -> list[dict[str, Any]]:
+    """The dictionaries of a list; none if `value` is no list."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
 class Row:
     """A row of a file: measured, or without a median and with the reason. Times are seconds a call, None if not said.
 
@@ -116,8 +121,7 @@ class Results:
         rows = [Row(bench.get("name"), bench.get("extra_info"), bench.get("stats")) for bench in map(dictionary, found)]
         self.rows = [row for row in rows if row.median]
         self.left_out = len(rows) - len(self.rows)
-        missing = self.content["unavailable"] if isinstance(self.content["unavailable"], list) else []
-        self.unavailable = [Row(entry.get("name"), entry, {}) for entry in missing if isinstance(entry, dict)]
+        self.unavailable = [Row(entry.get("name"), entry, {}) for entry in dictionaries(self.content["unavailable"])]
         self.on_gpu = self.machine.get("device") == "cuda"
         name = self.machine.get("name") or cpu_name(self.machine)
         self.device = str(name) if self.on_gpu else f"CPU: {name}"

@@ -35,60 +35,56 @@ def report(results: Sequence[Results], links: Sequence[str | None]) -> str:
     Args:
         links: where each result file is, as seen from the page; None for no link.
     """
-    several, sections = len(results) > 1, []
-    for i, other in enumerate(results[1:], 1):
-        name = f"Comparison{f' {i}' if len(results) > 2 else ''}"
-        sections.append(comparison(Comparison(results[0], other), f"comparison-{i}", name))
-    gpu_known = any(result.on_gpu for result in results)
-    for i, result in enumerate(results):
-        prefix = f"f{i}-" if several else ""
-        parts = file_sections(result, links[i], gpu_known, prefix)
-        sections += [Section(prefix + id_, title, blocks, name, i + 1) for id_, name, title, blocks in parts if blocks]
-    sections.append(Section("method", "How measured", METHOD, "How measured", len(results) + 1))
+    several, gpu_known = len(results) > 1, any(result.on_gpu for result in results)
+    parts = [
+        (
+            f"comparison-{i}",
+            f"Comparison{f' {i}' if len(results) > 2 else ''}",
+            comparison(Comparison(results[0], other)),
+            0,
+        )
+        for i, other in enumerate(results[1:], 1)
+    ]
+    for i, (result, link) in enumerate(zip(results, links, strict=True)):
+        prefix, title = (f"f{i}-", f"{result.path.name}: machine and run") if several else ("", "Machine and run")
+        parts += [(prefix + "run", title, header(result, link, gpu_known), i + 1)]
+        parts += [(prefix + id_, title, blocks, i + 1) for id_, title, blocks in file_parts(result, prefix) if blocks]
+    parts.append(("method", "How measured", METHOD, len(results) + 1))
+    sections = [Section(id_, title, blocks, title.partition(":")[0], group) for id_, title, blocks, group in parts]
     names = " and ".join(dict.fromkeys(result.device for result in results))
     return page(f"segmenter: benchmark on {names}", sections)
 
 
-def file_sections(
-    result: Results, link: str | None, gpu_known: bool, prefix: str
-) -> Iterable[tuple[str, str, str, list[Any]]]:
-    """(anchor, name in the contents, title, blocks) of the parts of one file; no blocks, no part.
-
-    Args:
-        link: where the file is. gpu_known: the page has a file of a GPU.
-        prefix: of the file's anchors, if there are several files.
-    """
-    title = f"File: {result.path.name}" if prefix else "Machine and run"
-    yield "run", result.path.name if prefix else "Machine", title, header(result, link, gpu_known)
-    yield "summary", "Where we stand", "Where our code stands", summary(result)
-    yield "waterfall", "Waterfall", "Waterfall: what each technique brings", waterfall(result)
-    yield "model", "Whole models", "Whole models: images to labels", models(result)
+def file_parts(result: Results, prefix: str) -> Iterable[tuple[str, str, list[Any]]]:
+    """(anchor, title, blocks) of the parts of one file; no blocks, no part. `prefix`: of its anchors."""
+    yield "summary", "Where our code stands", summary(result)
+    yield "waterfall", "Waterfall: what each technique brings", waterfall(result)
+    yield "model", "Whole models: images to labels", models(result)
     known = ("model", "peers", "waterfall", "long")
     kinds = dict.fromkeys((*OPERATIONS, *(row.kind for row in result.rows if row.kind not in known)))
     parts = [part for kind in kinds for part in operation(result, kind, prefix)]
-    yield "operations", "Operations", "Single operations", parts or ["This file has no single operations."]
+    yield "operations", "Single operations", parts or ["This file has no single operations."]
     peers = tables.peers(result)
-    yield "peers", "Peers", "Peers", [PEERS, peers] if peers.lines else ["This file has no peers."]
-    yield "long", "Long sequences", "Long sequences", long_sequences(result)
-    yield "missing", "Not measured", "Not measured", unavailable(result)
+    yield "peers", "Peers", [PEERS, peers] if peers.lines else ["This file has no peers."]
+    yield "long", "Long sequences", long_sequences(result)
+    yield "missing", "Not measured", unavailable(result)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparison
-
-
-def comparison(found: Comparison, id_: str, name: str) -> Section:
+def comparison(found: Comparison) -> list[Any]:
     """Two files side by side."""
     only = (("A", found.only_before), ("B", found.only_after))
-    apart = {f"{rr.counted(len(rows), 'row')} only in {x}": [", ".join(row.key) for row in rows] for x, rows in only}
-    blocks = [
+    return [
+        f"{found.before.path.name} (A) and {found.after.path.name} (B)",
         *(html.paragraph(note, "note") for note in found.notes()),
         rr.RULE,
         html.items(found.facts()),
         tables.pairs(found) if found.pairs else None,
-        *(html.fold(text, [html.items(rows)]) for text, rows in apart.items() if rows),
+        *(
+            html.fold(f"{rr.counted(len(rows), 'row')} only in {x}", [html.items(", ".join(row.key) for row in rows)])
+            for x, rows in only
+            if rows
+        ),
     ]
-    return Section(id_, f"Comparison: {found.before.path.name} (A) and {found.after.path.name} (B)", blocks, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,18 +100,16 @@ GPU_FACTS = ("capability", "multiprocessors", "driver_version", "power.limit", "
 
 
 def header(result: Results, link: str | None, gpu_known: bool) -> list[Any]:
-    """Machine, stack, command, ceilings."""
+    """Machine, stack, command, ceilings. `gpu_known`: the page has a file of a GPU."""
     m, complete = result.machine, result.content.get("complete")
     processor = [rr.cpu_name(m), *(f"{m[key]} {key}" for key in ("cores", "threads") if m.get(key))]
-    processor = ", ".join([*processor, *filter(None, [m.get("cpu_capability")])])
-    gpu = rr.said(m, *GPU_FACTS)
     products = _ceiling(result, "flops", 1e12, "TFLOP/s of matrix products")
     copies = _ceiling(result, "bytes", 1e9, "GB/s of copies")
     measured_in = result.ceilings.get("dtype", "the same run")
     facts = {
         "Machine": result.device,
-        "GPU": gpu if result.on_gpu else None,
-        "Host" if result.on_gpu else "Processor": processor,
+        "GPU": rr.said(m, *GPU_FACTS) if result.on_gpu else None,
+        "Host" if result.on_gpu else "Processor": ", ".join([*processor, *filter(None, [m.get("cpu_capability")])]),
         "Memory": rr.memory(rr.number(m.get("memory_bytes"))),
         "Stack": rr.said(m, "torch", "triton", "numpy", "python", "cuda", "cudnn"),
         "Commit": m.get("commit"),
@@ -129,22 +123,18 @@ def header(result: Results, link: str | None, gpu_known: bool) -> list[Any]:
     state = {True: "complete", False: "cut short"}.get(complete, "not recorded whether complete")
     badges = [html.span(result.device if result.on_gpu else "CPU", "badge")]
     badges.append(html.span(state, "badge" if complete is True else "badge bad"))
-    blocks = [
+    unknown = "" if gpu_known else " GPU figures are not measured yet, and none is claimed."
+    notes = [] if result.on_gpu else [f"Measured on a CPU: this file says nothing about GPUs.{unknown}"]
+    notes += [f"{rr.counted(result.left_out, 'row')} without a usable time left out."] if result.left_out else []
+    steps = rr.dictionaries(result.content.get("steps"))
+    said = [f"{s.get('name')}: {s.get('state')}, {rr.duration(rr.number(s.get('seconds')))}" for s in steps]
+    done = sum(step.get("state") == "done" for step in steps)
+    return [
         html.paragraph(Markup(" ").join(badges)),
         html.facts([(name, value) for name, value in facts.items() if value and value != NO_VALUE]),
+        *(html.paragraph(note, "note") for note in notes),
+        html.fold(f"{done} of {len(steps)} steps done", [html.items(said)]) if steps else None,
     ]
-    if not result.on_gpu:
-        more = "" if gpu_known else " GPU figures are not measured yet, and none is claimed."
-        blocks.append(html.paragraph(f"Measured on a CPU: this file says nothing about GPUs.{more}", "note"))
-    if result.left_out:
-        left_out = f"{rr.counted(result.left_out, 'row')} without a usable time left out."
-        blocks.append(html.paragraph(left_out, "note"))
-    steps = [step for step in result.content.get("steps") or [] if isinstance(step, dict)]
-    if steps:
-        said = [f"{s.get('name')}: {s.get('state')}, {rr.duration(rr.number(s.get('seconds')))}" for s in steps]
-        done = sum(step.get("state") == "done" for step in steps)
-        blocks.append(html.fold(f"{done} of {len(steps)} steps done", [html.items(said)]))
-    return blocks
 
 
 def _ceiling(result: Results, name: str, unit: float, what: str) -> str:
@@ -173,10 +163,6 @@ def _states(rows: Iterable[Row]) -> str:
         else:
             said.append(f"{key} {', '.join(sorted(set(values)))}")
     return "; ".join(said)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where ours stands
 
 
 STANDINGS = (
@@ -285,37 +271,21 @@ def models(result: Results) -> list[Any]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operations
-
-
-def _panel_of(row: Row) -> tuple[str, float | None, str]:
-    """(panel, x, name of x): models of one width share a panel, but the tail of inference has no width."""
-    if row.kind in ("masks-to-labels", "noise-to-labels", "loss"):
-        return f"Patches of {row.shape.get('patch', '?')}", rr.number(row.shape.get("size")), "pixels a side"
-    return f"Seg-{row.shape.get('model', '?')}", row.tokens, "tokens"
-
-
-def _panel_order(name: str) -> tuple[int, str]:
-    """By width of the model or size of the patches."""
-    last = re.split(r"[ -]", name)[-1]
-    return (int(last) if last.isdigit() else "TSBL".find(last), name)
-
-
 def panels(rows: Sequence[Row], relative: bool = False) -> list[str]:
     """Time of one image by its size, a plot for each width of model; full marks are the largest batch of each x.
 
-    Args:
-        relative: how many times the floor instead of the time.
+    The tail of inference has no width: by size of the patches. `relative`: how many times the floor, not the time.
     """
     found: dict[str, list[tuple[float, float, Row]]] = {}
+    tail = rows[0].kind in ("masks-to-labels", "noise-to-labels", "loss")
     for row in rows:
-        name, x, _ = _panel_of(row)
+        name = f"Patches of {row.shape.get('patch', '?')}" if tail else f"Seg-{row.shape.get('model', '?')}"
+        x = rr.number(row.shape.get("size")) if tail else row.tokens
         if x and row.shape:
             found.setdefault(name, []).append((x, rr.number(row.shape.get("batch")) or 1, row))
     svgs = []
-    for name in sorted(found, key=_panel_order):
-        largest = {x: max(batch for at, batch, _ in found[name] if at == x) for x, _, _ in found[name]}
+    for name in sorted(found, key=lambda name: ("TSBL".find(name[-1]), len(name), name)):
+        largest = {x: batch for x, batch, _ in sorted(found[name], key=lambda mark: mark[1])}
         points, floor = [], {}
         for x, batch, row in found[name]:
             least, hollow = row.get("floor_seconds"), batch < largest[x]
@@ -324,7 +294,7 @@ def panels(rows: Sequence[Row], relative: bool = False) -> list[str]:
                 points.append(plots.Point(row.provider, x, row.median / unit, hollow))
             if unit and least and not hollow:
                 floor[x] = least / unit
-        form, x_name = rr.times if relative else rr.duration, _panel_of(found[name][0][2])[2]
+        form, x_name = rr.times if relative else rr.duration, "pixels a side" if tail else "tokens"
         svgs.append(plots.lines(name, points, x_name, form, sorted(floor.items())))
     return [svg for svg in svgs if svg]
 
@@ -333,23 +303,18 @@ def operation(result: Results, kind: str, prefix: str) -> list[Section]:
     """Plots and table of one kind of operation; nothing if the file has none."""
     rows = result.of(kind)
     title, text = OPERATIONS.get(kind, (kind, ""))
-    if not rows:
-        missing = [Section(prefix + kind, title, ["Nothing measured; reasons below."], level=3)]
-        return missing if result.missing(kind) else []
-    svgs, relative = panels(rows), panels(rows, relative=True)
-    caption = "Time of one image. Full marks: the largest batch; hollow: smaller batches. Dotted: the floor."
-    providers = dict.fromkeys(row.provider for row in rows)
-    blocks = [
-        text or None,
-        html.plots(svgs, caption, providers, ["┄ floor"]) if svgs else None,
-        html.fold("The same in times of the floor", [html.plots(relative)]) if relative else None,
-        tables.measured(rows, title),
-    ]
-    return [Section(prefix + kind, title, blocks, level=3)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Long sequences
+    blocks: list[Any] = ["Nothing measured; reasons below."]
+    if rows:
+        svgs, relative = panels(rows), panels(rows, relative=True)
+        caption = "Time of one image. Full marks: the largest batch; hollow: smaller batches. Dotted: the floor."
+        providers = dict.fromkeys(row.provider for row in rows)
+        blocks = [
+            text or None,
+            html.plots(svgs, caption, providers, ["┄ floor"]) if svgs else None,
+            html.fold("The same in times of the floor", [html.plots(relative)]) if relative else None,
+            tables.measured(rows, title),
+        ]
+    return [Section(prefix + kind, title, blocks, level=3)] if rows or result.missing(kind) else []
 
 
 def long_sequences(result: Results) -> list[Any]:

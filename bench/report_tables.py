@@ -103,10 +103,6 @@ def measured(rows: Sequence[Row], caption: str) -> Table:
     return Table.of(caption, MEASURED, found, lambda row: "ours " * row.ours + "next" * (row is row.group.rows[0]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Waterfall
-
-
 def slower_step(row: Row) -> bool:
     """Whether a step is slower than the one before."""
     return bool(row.before and row.median) and rr.verdict(row.before, row) == rr.SLOWER
@@ -137,10 +133,6 @@ def waterfall(title: str, steps: Sequence[Row]) -> Table:
     return Table.of(f"Waterfall, {title}", STEPS, steps, lambda row: "" if row.median else "gone")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole models
-
-
 def _named_pace(row: Row | None, prefix: str = "") -> Cell:
     value = row and row.get("images_per_second")
     return Cell(rr.significant(value) + (f" ({row.provider.removeprefix(prefix)})" if row else ""), value)
@@ -168,9 +160,6 @@ def models(result: Results) -> Table:
     """A line for each shape: images a second by provider, and how ours compares."""
     return Table.of("Whole models, images a second", MODELS, rr.grouped(result.of("model")))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Peers
 
 GROUPS = {"poster": 0, "today": 1, "variant": 2}  # of bench/peers.yml, in this order
 
@@ -225,9 +214,6 @@ def peers(result: Results) -> Table:
         "Peers", PEERS, found, lambda row: "ours" * (row.info.get("ours") is True) if row.median else "gone"
     )
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparison
 
 PAIRS = (
     Column("model and image", None, lambda p: Cell(p.after.label)),

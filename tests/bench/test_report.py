@@ -221,8 +221,8 @@ def test_partial_files_render(save, path):
     assert "torch" in page
     for a, b in ((whole, partial), (partial, whole)):
         assert report.main([str(a), str(b), "--text"]) == 0
-        compared = comparison(Comparison(Results(a), Results(b)), "comparison", "Comparison")
-        assert "GPU X" in Document(html.section(compared)).text
+        compared = comparison(Comparison(Results(a), Results(b)))
+        assert "GPU X" in Document(html.blocks(compared)).text
 
 
 def test_files_of_strange_values_render(save):

@@ -150,8 +150,9 @@ def page(title: str, sections: Sequence[Section]) -> str:
     numbers = itertools.count()
 
     def renamed(svg: re.Match) -> str:
-        prefix = f"plot{next(numbers)}-"  # each name once in the page
-        names = r'(?<=[ :]id=")|(?<=href="#)|(?<=url\(#)'
-        return re.sub(r"<[^>]+>", lambda tag: re.sub(names, prefix, tag[0]), svg[0])
+        """Without what a page need not say, and each name once in the page."""
+        text, prefix = re.sub(r' xmlns(:\w+)?="[^"]*"| xlink:(?=href=)', " ", svg[0]), f"plot{next(numbers)}-"
+        names = r'(?<= id=")|(?<= href="#)|(?<=url\(#)'
+        return re.sub(r"<[^>]+>", lambda tag: re.sub(names, prefix, tag[0]), text)
 
     return re.sub(r"<svg .*?</svg>", renamed, text, flags=re.DOTALL)

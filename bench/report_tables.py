@@ -219,15 +219,15 @@ PAIRS = (
     Column("model and image", None, lambda p: Cell(p.after.label)),
     Column("what", None, lambda p: Cell(p.after.kind, look="check")),
     Column("provider", None, lambda p: Cell(p.after.provider, look="who")),
-    Column("type, timed by", None, lambda p: Cell(f"{p.after.dtype}, {p.after.timing}")),
     Column("A", None, lambda p: cell(rr.duration, p.before.median)),
     Column("B", None, lambda p: cell(rr.duration, p.after.median)),
+    Column("B's speed", None, lambda p: cell(rr.times, rr.speed(p.before, p.after), CHANGES.get(p.verdict, ""))),
+    Column("B is", None, lambda p: Cell(p.verdict, look=f"check {CHANGES.get(p.verdict, '')}")),
+    Column("type, timed by", None, lambda p: Cell(f"{p.after.dtype}, {p.after.timing}")),
     Column("spread A", SPREAD_HINT, lambda p: spread(p.before)),
     Column("spread B", SPREAD_HINT, lambda p: spread(p.after)),
     Column("memory A", "peak", lambda p: PEAK.cell(p.before)),
     Column("memory B", "peak", lambda p: PEAK.cell(p.after)),
-    Column("B's speed", None, lambda p: cell(rr.times, rr.speed(p.before, p.after), CHANGES.get(p.verdict, ""))),
-    Column("B is", None, lambda p: Cell(p.verdict, look=f"check {CHANGES.get(p.verdict, '')}")),
 )
 
 

@@ -15,20 +15,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from bench import report_plots
+from bench.report_plots import look
 
 NO_VALUE = "–"  # an en dash: nothing known, nothing measured
 TEXT_LOOKS = ("text", "who", "check")  # of cells that are read and not compared: set to the left
 
-templates = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-templates.globals.update(style=report_plots, look=report_plots.look)
-templates.filters["variable"] = lambda colour: f"--c{colour[1:]}"  # CSS variable of a colour of report_plots.DARK
+OPTIONS = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+templates = Environment(loader=FileSystemLoader(Path(__file__).parent), **OPTIONS)
+templates.globals["look"] = look
 html: Any = templates.get_template("report_blocks.jinja").module
 
 
@@ -154,17 +148,11 @@ def page(title: str, sections: Sequence[Section]) -> str:
     contents = [list(group) for _, group in listed]
     text = templates.get_template("report_page.jinja").render(title=title, sections=sections, contents=contents)
     numbers = itertools.count()
-    return re.sub(r"<svg .*?</svg>", lambda svg: _inline(svg[0], f"plot{next(numbers)}-"), text, flags=re.DOTALL)
 
+    def renamed(svg: re.Match) -> str:
+        """Without what a page need not say, and each name once in the page."""
+        text, prefix = re.sub(r' xmlns(:\w+)?="[^"]*"| xlink:(?=href=)', " ", svg[0]), f"plot{next(numbers)}-"
+        names = r'(?<= id=")|(?<= href="#)|(?<=url\(#)'
+        return re.sub(r"<[^>]+>", lambda tag: re.sub(names, prefix, tag[0]), text)
 
-def _inline(svg: str, prefix: str) -> str:
-    """An SVG plot as a part of a page: names that occur once in it, colours that follow the page's."""
-
-    def colour(found: re.Match) -> str:
-        return f"var(--c{found[1]})" if found[0] in report_plots.DARK else found[0]
-
-    def changed(tag: re.Match) -> str:
-        text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", tag[0]).replace("xlink:href=", "href=")
-        return re.sub(r"#([0-9a-f]{6})\b", colour, re.sub(r'( id="| href="#|url\(#)', rf"\g<1>{prefix}", text))
-
-    return re.sub(r"<[^>]+>", changed, svg)
+    return re.sub(r"<svg .*?</svg>", renamed, text, flags=re.DOTALL)

@@ -5,8 +5,8 @@
         ...
     svg = to_svg(figure)
 
-A plot is drawn in the colours of light ground. A page that it stands in (bench/report_page.py) swaps the colours named
-here for CSS variables, so that it is readable on dark ground too. matplotlib is imported when something is drawn.
+A plot is drawn in the colours of light ground; a page inverts their lightness where the ground is dark. matplotlib is
+imported when something is drawn.
 """
 
 import io
@@ -22,45 +22,30 @@ if TYPE_CHECKING:
 
 
 class Look(NamedTuple):
-    """Of a provider: its colour on light and on dark ground, its marker in matplotlib and in a line of text."""
+    """Of a provider: its colour, its marker in matplotlib and in a line of text."""
 
     light: str
-    dark: str
     marker: str
     glyph: str
 
 
-# Okabe and Ito's palette, safe for the colour-blind, lightened or darkened where needed.
+# Okabe and Ito's palette, safe for the colour-blind, darkened where needed.
 LOOKS = {
-    "eager": Look("#5f6368", "#b4b8bd", "o", "●"),
-    "published": Look("#5f6368", "#b4b8bd", "o", "●"),
-    "sdpa": Look("#0072b2", "#5aaeea", "s", "■"),
-    "sdpa-flash": Look("#0072b2", "#5aaeea", "s", "■"),
-    "sdpa-cudnn": Look("#3f9fd0", "#9bd6f7", "D", "◆"),
-    "sdpa-efficient": Look("#00805c", "#35c79b", "^", "▲"),
-    "sdpa-math": Look("#948200", "#f0e442", "v", "▼"),
-    "compile": Look("#b0538a", "#e6a6cb", "P", "✚"),
-    "bands": Look("#b87400", "#ffb833", "s", "■"),
-    "pruned": Look("#8a5a00", "#ffcf70", "D", "◆"),
-    "triton": Look("#c94f00", "#ff9248", "o", "●"),
+    "eager": Look("#5f6368", "o", "●"),
+    "published": Look("#5f6368", "o", "●"),
+    "sdpa": Look("#0072b2", "s", "■"),
+    "sdpa-flash": Look("#0072b2", "s", "■"),
+    "sdpa-cudnn": Look("#3f9fd0", "D", "◆"),
+    "sdpa-efficient": Look("#00805c", "^", "▲"),
+    "sdpa-math": Look("#948200", "v", "▼"),
+    "compile": Look("#b0538a", "P", "✚"),
+    "bands": Look("#b87400", "s", "■"),
+    "pruned": Look("#8a5a00", "D", "◆"),
+    "triton": Look("#c94f00", "o", "●"),
 }
-OTHERS = (
-    Look("#4b5fbd", "#a3b1ff", "D", "◆"),
-    Look("#7a6a53", "#d6c3a5", "^", "▲"),
-    Look("#8a3ffc", "#c9a6ff", "v", "▼"),
-    Look("#007d79", "#5fd4cf", "P", "✚"),
-)
+OTHERS = (Look("#4b5fbd", "D", "◆"), Look("#7a6a53", "^", "▲"), Look("#8a3ffc", "v", "▼"), Look("#007d79", "P", "✚"))
 INK, SOFT, LINE, GROUND, BAD = "#1b1f24", "#59636e", "#d5dae0", "#ffffff", "#b3261e"
 TINTS = ("#e8f1fa", "#fbefe3", "#e9f5ee", "#f4ecf6")  # areas behind a plot
-DARK = {  # colour on light ground -> on dark ground
-    INK: "#e8eaed",
-    SOFT: "#a5adb6",
-    LINE: "#3a4149",
-    GROUND: "#14171b",
-    BAD: "#ff8a80",
-    **dict(zip(TINTS, ("#1c2b3a", "#38291a", "#1b3224", "#2f2236"), strict=True)),
-    **{look.light: look.dark for look in (*LOOKS.values(), *OTHERS)},
-}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
@@ -74,33 +59,17 @@ def style() -> Iterator[None]:
     """matplotlib's settings for every plot."""
     import matplotlib
 
-    settings = {
-        "font.family": "DejaVu Sans",  # matplotlib brings it: texts are as wide everywhere
-        "font.size": 9,
-        "text.color": INK,
-        "text.parse_math": False,  # names are shown as they are
-        "axes.titlesize": 9.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.edgecolor": SOFT,
-        "axes.labelcolor": INK,
-        "axes.facecolor": "none",
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": LINE,
-        "grid.linewidth": 0.7,
-        "xtick.color": SOFT,
-        "ytick.color": SOFT,
-        "xtick.labelsize": 8.5,
-        "ytick.labelsize": 8.5,
-        "legend.frameon": False,
-        "figure.facecolor": GROUND,
-        "lines.linewidth": 1.6,
-        "lines.markersize": 5,
-    }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context():
+        matplotlib.rc("font", family="DejaVu Sans", size=9)  # matplotlib brings it: texts are as wide everywhere
+        matplotlib.rc("text", color=INK, parse_math=False)  # names are shown as they are
+        matplotlib.rc("axes", titlesize=9.5, titleweight="bold", titlelocation="left", edgecolor=SOFT, labelcolor=INK)
+        matplotlib.rc("axes", facecolor="none", axisbelow=True, grid=True)
+        matplotlib.rc("axes.spines", top=False, right=False)
+        matplotlib.rc("grid", color=LINE, linewidth=0.7)
+        matplotlib.rc(("xtick", "ytick"), color=SOFT, labelsize=8.5)
+        matplotlib.rc("legend", frameon=False)
+        matplotlib.rc("figure", facecolor=GROUND)
+        matplotlib.rc("lines", linewidth=1.6, markersize=5)
         yield
 
 
@@ -124,9 +93,8 @@ def to_svg(figure: "Figure") -> str:
     with matplotlib.rc_context({"svg.hashsalt": "segmenter", "svg.fonttype": "none"}):
         figure.savefig(file, format="svg", metadata={**nothing, "Title": figure.get_label() or "plot"})
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", file.getvalue(), flags=re.DOTALL)
-    svg = svg[svg.index("<svg ") :].replace(
-        "<svg ", f'<svg role="img" font-family="{FONT}" stroke-linejoin="round" ', 1
-    )
+    start = f'<svg role="img" font-family="{FONT}" stroke-linejoin="round" '
+    svg = svg[svg.index("<svg ") :].replace("<svg ", start, 1)
     svg = svg.replace("font-family: 'DejaVu Sans'; ", "").replace("'DejaVu Sans';", f"{FONT};")
     svg = re.sub(r'<g id="tip:([^"]*)">', r"<g><title>\1</title>", svg)
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # nothing refers to matplotlib's numbered names
@@ -134,8 +102,10 @@ def to_svg(figure: "Figure") -> str:
     return re.sub(r"\n\s*", "\n", svg)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bars
+def shortened(words: str, inches: float, size: float = 9) -> str:
+    """`words`, cut to about this width."""
+    most = max(4, int(inches * 120 / size))
+    return words if len(words) <= most else words[: most - 1].rstrip() + "…"
 
 
 class Bar(NamedTuple):
@@ -147,12 +117,6 @@ class Bar(NamedTuple):
     text: str = ""
     note: str = ""
     bad: bool = False
-
-
-def shortened(words: str, inches: float, size: float = 9) -> str:
-    """`words`, cut to about this width."""
-    most = max(4, int(inches * 120 / size))
-    return words if len(words) <= most else words[: most - 1].rstrip() + "…"
 
 
 def bars(title: str, items: Sequence[Bar], width: float, unit: str) -> str:
@@ -169,22 +133,18 @@ def bars(title: str, items: Sequence[Bar], width: float, unit: str) -> str:
         axes = figure.add_axes((left / width, 0.05 / height, room / width, 1 - 0.4 / height))
         axes.set_axis_off()
         axes.set(xlim=(0, most / max(0.1, 1 - (behind + 0.3) / room)), ylim=(len(items) - 0.5, -0.5))
+        beside, small = {"textcoords": "offset points", "va": "center"}, {"color": SOFT, "fontsize": 8}
         for y, bar in enumerate(items):
-            beside = {"textcoords": "offset points", "va": "center"}
             axes.annotate(shortened(bar.label, left), (0, y), (-6, 0), ha="right", **beside)
             if bar.value is None:
-                axes.annotate(shortened(bar.note, room, 8), (0, y), (2, 0), color=SOFT, fontsize=8, **beside)
+                axes.annotate(shortened(bar.note, room, 8), (0, y), (2, 0), **small, **beside)
                 continue
             tip = f"tip:{bar.label}: {bar.text} {bar.note}"
             axes.barh(y, bar.value, height=0.6, color=look(bar.provider).light, gid=tip)
             words = axes.annotate(bar.text, (bar.value, y), (5, 0), **beside)
-            said = {"color": BAD, "weight": "bold"} if bar.bad else {"color": SOFT}
-            axes.annotate(bar.note, (1, 0.5), (7, 0), xycoords=words, fontsize=8, **said, **beside)
+            said = small | ({"color": BAD, "weight": "bold"} if bar.bad else {})
+            axes.annotate(bar.note, (1, 0.5), (7, 0), xycoords=words, **said, **beside)
         return to_svg(figure)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lines
 
 
 class Point(NamedTuple):
@@ -218,20 +178,16 @@ def lines(
     xs, ys = sorted({point.x for point in points}), [*(point.y for point in shown), *(y for _, y in floor)]
     spread = max(max(ys) / min(ys), 2)
     low, high = min(ys) / spread**0.07, max(ys) * spread ** (0.07 + 0.07 * len(failing))
+    low, high = (low, high) if high > 2.6 * low else (low / 1.6, high * 1.6)  # a round value is in it
     with style():
         figure = new_figure(3.9, 2.8, title)
         axes = figure.add_axes((0.19, 0.16, 0.78, 0.74))
         axes.set(xscale="log", yscale="log", xlabel=x_name, ylim=(low, high))
         axes.set_title(shortened(title, 3, 9.5))
-        axes.minorticks_off()
-        ticks = _ticks(low, high, binary=form(1).endswith("B"))
-        axes.set_yticks(ticks, [re.sub(r"\.0+(?= |x|$)", "", form(tick)) for tick in ticks])
-        axes.set_xticks(_apart(xs), [f"{x:,.0f}" for x in _apart(xs)])
-        if len(xs) == 1:
-            axes.set_xlim(xs[0] / 2, xs[0] * 2)
+        _ticks(axes, xs, form)
         axes.plot(*zip(*floor, strict=True), ":", color=INK, linewidth=1.2, marker="_" if len(floor) == 1 else "")
         if square:
-            x, y = max((point.x, point.y) for point in shown if point.x == min(shown, key=lambda one: one.x).x)
+            x, y = max((point.x, point.y) for point in shown if point.x == min(one.x for one in shown))
             end = min(xs[-1], x * math.sqrt(high / y))
             axes.plot((x, end), (y, y * (end / x) ** 2), "--", color=SOFT, linewidth=1)
         for provider in dict.fromkeys(point.provider for point in shown):
@@ -243,9 +199,24 @@ def lines(
         return to_svg(figure)
 
 
+def _ticks(axes: Any, xs: Sequence[float], form: Callable[[float], str]) -> None:
+    """At most six of `xs`, and round values of y: of powers of two for what is in bytes."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axes.get_ylim()
+    base, subs = (2, (1,)) if form(1).endswith("B") else (10, (1, 2, 5) if high < 100 * low else (1,))
+    axes.yaxis.set_major_locator(LogLocator(base, subs, numticks=7))
+    axes.yaxis.set_major_formatter(lambda y, _: re.sub(r"\.0+(?= |x|$)", "", form(y)))
+    axes.set_xticks(xs[:: math.ceil(len(xs) / 6)])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.minorticks_off()
+    if len(xs) == 1:
+        axes.set_xlim(xs[0] / 2, xs[0] * 2)
+
+
 def _mark(axes: Any, point: Point, where: str, form: Callable[[float], str], failing: Sequence[str]) -> None:
     """The provider's mark; a cross at the top, in a line of its own for each provider, for what failed."""
-    colour, _, marker, _ = look(point.provider)
+    colour, marker, _ = look(point.provider)
     if point.y is None:
         y, place = 0.96 - 0.07 * failing.index(point.provider), axes.get_xaxis_transform()
         tip = f"tip:{point.provider} at {where}: {point.reason}"
@@ -253,21 +224,3 @@ def _mark(axes: Any, point: Point, where: str, form: Callable[[float], str], fai
     else:
         tip, face = f"tip:{point.provider}: {form(point.y)} at {where}", GROUND if point.hollow else colour
         axes.plot(point.x, point.y, marker, color=colour, markerfacecolor=face, gid=tip)
-
-
-def _ticks(low: float, high: float, binary: bool) -> list[float]:
-    """At most six round values: powers of ten, with 2 and 5 where there is room; of two for what is in bytes."""
-    base, every = (2.0, [(1,)]) if binary else (10.0, [(1, 2, 5), (1, 3), (1,)])
-    powers = [base**e for e in range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)]
-    choices = [[n * power for power in powers for n in steps if low <= n * power <= high] for steps in every]
-    found = next((choice for choice in choices if len(choice) <= 6), choices[-1])
-    return found[:: math.ceil(len(found) / 6) or 1]
-
-
-def _apart(xs: Sequence[float]) -> list[float]:
-    """Those of `xs` that have room for a label on a logarithmic axis."""
-    kept = [xs[0]]
-    for x in xs:
-        if math.log(x / kept[-1]) > math.log(xs[-1] / xs[0]) / 6:
-            kept.append(x)
-    return kept

@@ -11,9 +11,9 @@ two rows exchanges "faster" and "slower". 3 % is for what changes between two se
 
 import functools
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,8 @@ RULE = (
     "Rule: faster or slower only if the quartile boxes do not overlap and the ratio of medians is beyond 3 % and "
     "beyond both relative interquartile ranges together (root of the sum of squares)."
 )
-MACHINES = "The ratios compare the machines as much as the code."
 OURS = ("triton", "pruned", "bands")
 USUAL_CLASSES = 150  # not worth saying in a label
-NOTHING_SAID = {"kind": "other", "provider": "unknown", "name": "", "reason": "no reason recorded"}
 
 
 def number(value: Any) -> float | None:
@@ -45,59 +43,71 @@ def dictionary(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-@dataclass(frozen=True)
+def dictionaries(value: Any) -> list[dict[str, Any]]:
+    """The dictionaries of a list; none if `value` is no list."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
 class Row:
-    """A measured row. Times are seconds a call; None where the file does not say.
+    """A row of a file: measured, or without a median and with the reason. Times are seconds a call, None if not said.
 
     Attributes:
-        label: model, image and batch, for people. info: `extra_info` as it stands in the file.
+        label: model, image and batch, for people. info: `extra_info`, or all that the file says of a missing row.
+        group: the measured rows of its shape. key: what a row of another file has in common with this one.
+        order, first, before: of a waterfall's step, its place, the first measured step and the last one before it.
     """
 
-    kind: str
-    provider: str
-    label: str
-    dtype: str
-    timing: str
-    tokens: float | None
-    median: float
-    q1: float | None
-    q3: float | None
-    rounds: float | None
-    info: dict[str, Any] = field(hash=False)
+    group: "Group"
+    order: float = 0
+    first: "Row | None" = None
+    before: "Row | None" = None
+
+    def __init__(self, name: Any, info: Any, stats: Any):
+        self.info, stats = (info := dictionary(info)), dictionary(stats)
+        self.shape, self.tokens = dictionary(info.get("shape")), number(info.get("tokens"))
+        numbers = (number(stats.get(key)) for key in ("median", "q1", "q3", "iqr", "rounds"))
+        self.median, self.q1, self.q3, iqr, self.rounds = numbers
+        if self.median and None in (self.q1, self.q3) and iqr is not None:
+            self.q1, self.q3 = max(0.0, self.median - iqr / 2), self.median + iqr / 2
+        self.name, self.reason = str(name or "unnamed"), str(info.get("reason") or "no reason recorded")
+        self.kind = str(info.get("kind") or ("model" if "agreement" in info else "other"))
+        self.provider = str(info.get("provider") or name or "unknown")
+        self.dtype, self.timing = str(info.get("dtype") or "unknown type"), str(info.get("timing") or "unknown")
+        length = f"{self.tokens:,.0f} tokens" if self.tokens and self.kind == "long" else self.name
+        self.label = shape_label(info.get("shape"), info) or length
+        self.ours = self.provider in OURS or info.get("ours") is True
+        self.key = self.kind, self.label, self.provider, self.dtype
 
     def get(self, name: str) -> float | None:
         """A number of `extra_info`, or None."""
         return number(self.info.get(name))
 
     @property
-    def shape(self) -> dict[str, Any]:
-        return dictionary(self.info.get("shape"))
-
-    @property
     def iqr(self) -> float | None:
         """Interquartile range relative to the median."""
         return None if self.q1 is None or self.q3 is None else (self.q3 - self.q1) / self.median
 
-    @property
-    def group(self) -> tuple[str, str, str]:
-        """What rows have in common that are compared with each other."""
-        return self.kind, self.label, self.dtype
 
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What a row of another file has in common that is compared with this one."""
-        return self.kind, self.label, self.provider, self.dtype
+class Group:
+    """Measured rows of one kind, shape and type, and those of them that speed-ups refer to."""
 
-    @property
-    def ours(self) -> bool:
-        return self.provider in OURS or self.info.get("ours") is True
+    def __init__(self, rows: Iterable[Row]):
+        self.by_provider = {row.provider: row for row in rows}
+        self.rows, get = list(self.by_provider.values()), self.by_provider.get
+        self.name = f"{self.rows[0].label}, {self.rows[0].dtype}"
+        self.eager, self.compile = get("eager") or get("published"), get("compile")
+        self.sdpa = fastest(row for row in self.rows if row.provider.startswith("sdpa"))
+        self.ours = next((self.by_provider[name] for name in OURS if name in self.by_provider), None)
+        self.other = fastest(row for row in self.rows if not row.ours)
+        self.best = fastest(self.rows)
 
 
 class Results:
     """One result file, read for the report, with whatever is missing left out.
 
     Attributes:
-        left_out: how many rows have no usable median.
+        left_out: how many rows have no usable median. device: name of the GPU, or "CPU" and which.
+        stack: versions and commit in one line.
 
     Raises:
         ResultsError: it is none.
@@ -106,38 +116,54 @@ class Results:
     def __init__(self, path: Path):
         self.path, self.content = path, load(path)
         self.machine = dictionary(self.content["machine_info"])
-        self.ceilings = dictionary(self.content.get("ceilings"))
+        self.ceilings = dictionary(self.content["ceilings"])
         found = self.content["benchmarks"] if isinstance(self.content["benchmarks"], list) else []
-        self.rows = [row for bench in found if (row := _row(dictionary(bench))) is not None]
-        self.left_out = len(found) - len(self.rows)
-        self.unavailable = [
-            {**NOTHING_SAID, **{key: value for key, value in entry.items() if value is not None}}
-            for entry in self.content.get("unavailable") or []
-            if isinstance(entry, dict)
-        ]
-
-    @property
-    def device(self) -> str:
-        """Name of the GPU, or "CPU" and which."""
+        rows = [Row(bench.get("name"), bench.get("extra_info"), bench.get("stats")) for bench in map(dictionary, found)]
+        self.rows = [row for row in rows if row.median]
+        self.left_out = len(rows) - len(self.rows)
+        self.unavailable = [Row(entry.get("name"), entry, {}) for entry in dictionaries(self.content["unavailable"])]
+        self.on_gpu = self.machine.get("device") == "cuda"
         name = self.machine.get("name") or cpu_name(self.machine)
-        return str(name) if self.on_gpu else f"CPU: {name}"
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.machine.get("device") == "cuda"
-
-    @property
-    def stack(self) -> str:
-        """Versions and commit in one line."""
-        return said(self.machine, "torch", "triton", "commit") or "versions not recorded"
+        self.device = str(name) if self.on_gpu else f"CPU: {name}"
+        self.stack = said(self.machine, "torch", "triton", "commit") or "versions not recorded"
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.kind, row.label, row.dtype), []).append(row)
+        for rows in groups.values():
+            group = Group(rows)
+            for row in rows:
+                row.group = group
 
     def of(self, kind: str) -> list[Row]:
-        """Rows of one kind, in the order of the file."""
+        """Measured rows of one kind, in the order of the file."""
         return [row for row in self.rows if row.kind == kind]
 
-    def missing(self, kind: str) -> list[dict[str, Any]]:
+    def missing(self, kind: str) -> list[Row]:
         """Unavailable rows of one kind."""
-        return [row for row in self.unavailable if row["kind"] == kind]
+        return [row for row in self.unavailable if row.kind == kind]
+
+    def waterfalls(self) -> dict[str, list[Row]]:
+        """What was timed -> steps in order. A missing step joins the waterfall of its shape, or else the first."""
+        found: dict[str, list[Row]] = {}
+        for row in (*self.of("waterfall"), *self.missing("waterfall")):
+            title = row.label if row.shape or row.info.get("model") else str(row.info.get("speed_model") or "one model")
+            steps = found.setdefault(title if row.median or title in found or not found else next(iter(found)), [])
+            place = re.fullmatch(r"waterfall-(\d+)", row.name)  # as the benchmark names its rows
+            order = float(place[1]) if place else row.get("step")
+            row.order = max((step.order for step in steps), default=-1) + 1 if order is None else order
+            steps.append(row)
+        for steps in found.values():
+            steps.sort(key=lambda row: row.order)
+            first = before = None
+            for row in steps:
+                first = first or (row if row.median else None)
+                row.first, row.before, before = first, before, row if row.median else before
+        return found
+
+
+def grouped(rows: Iterable[Row]) -> list[Group]:
+    """Groups in the order in which their first row was measured, which is the most telling first."""
+    return list(dict.fromkeys(row.group for row in rows))
 
 
 def said(facts: dict[str, Any], *keys: str) -> str:
@@ -149,23 +175,6 @@ def cpu_name(machine: dict[str, Any]) -> str:
     """The processor; pytest-benchmark's own files hold a dictionary."""
     cpu = machine.get("cpu")
     return str((cpu.get("brand_raw") if isinstance(cpu, dict) else cpu) or "unknown")
-
-
-def _row(bench: dict[str, Any]) -> Row | None:
-    info, stats = dictionary(bench.get("extra_info")), dictionary(bench.get("stats"))
-    median, q1, q3, iqr, rounds = (number(stats.get(key)) for key in ("median", "q1", "q3", "iqr", "rounds"))
-    if not median:
-        return None
-    if None in (q1, q3) and iqr is not None:
-        q1, q3 = max(0.0, median - iqr / 2), median + iqr / 2
-    kind = str(info.get("kind") or ("model" if "agreement" in info else "other"))
-    tokens = number(info.get("tokens"))
-    label = shape_label(info.get("shape"), info)
-    if not label:
-        label = f"{tokens:,.0f} tokens" if tokens and kind == "long" else str(bench.get("name") or "unnamed")
-    provider = str(info.get("provider") or bench.get("name") or "unknown")
-    dtype, timing = str(info.get("dtype") or "unknown type"), str(info.get("timing") or "unknown")
-    return Row(kind, provider, label, dtype, timing, tokens, median, q1, q3, rounds, info)
 
 
 def known_shape(shape: Any) -> Shape | None:
@@ -212,31 +221,12 @@ def verdict(base: Row, row: Row) -> str:
 
 def speed(base: Row | None, row: Row | None) -> float | None:
     """How many times faster `row` is than `base`."""
-    return None if base is None or row is None else base.median / row.median
+    return base.median / row.median if base and row and base.median and row.median else None
 
 
 def fastest(rows: Iterable[Row]) -> Row | None:
     """The row of the smallest median."""
     return min(rows, key=lambda row: row.median, default=None)
-
-
-class Group:
-    """Rows of one shape by provider, with what speed-ups refer to."""
-
-    def __init__(self, rows: Iterable[Row]):
-        self.by_provider = {row.provider: row for row in rows}
-        self.eager = self.by_provider.get("eager") or self.by_provider.get("published")
-        self.sdpa = fastest(row for row in self.by_provider.values() if row.provider.startswith("sdpa"))
-        self.other = fastest(row for row in self.by_provider.values() if not row.ours)
-        self.best = fastest(self.by_provider.values())
-
-
-def grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str], Group]:
-    """Groups in the order in which their first row was measured, which is the most telling first."""
-    lists: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        lists.setdefault(row.group, []).append(row)
-    return {key: Group(found) for key, found in lists.items()}
 
 
 class Pair(NamedTuple):
@@ -247,29 +237,33 @@ class Pair(NamedTuple):
     verdict: str
 
 
-@dataclass
 class Comparison:
-    """Two files, row by row: matched by kind, model and shape, provider and type, and then by how they were timed."""
+    """Two files, row by row: matched by kind, model and shape, provider and type, and then by how they were timed.
 
-    before: Results
-    after: Results
-    pairs: list[Pair]
-    timed_differently: list[tuple[Row, Row]]
-    only_before: list[Row]
-    only_after: list[Row]
+    Of rows that a file has twice the last counts.
+    """
+
+    def __init__(self, before: Results, after: Results):
+        self.before, self.after = before, after
+        a, b = ({(*row.key, row.tokens): row for row in result.rows} for result in (before, after))
+        common = [(a[key], b[key]) for key in a if key in b]
+        self.pairs = [Pair(x, y, verdict(x, y)) for x, y in common if x.timing == y.timing]
+        self.timed_differently = [(x, y) for x, y in common if x.timing != y.timing]
+        self.only_before = [a[key] for key in a if key not in b]
+        self.only_after = [b[key] for key in b if key not in a]
 
     def notes(self) -> list[str]:
         """What a reader has to know before believing a verdict."""
         a, b, found = self.before, self.after, []
         if a.device != b.device:
-            found.append(f"Different machines: {a.device} against {b.device}. {MACHINES}")
+            machines = f"Different machines: {a.device} against {b.device}."
+            found.append(f"{machines} The ratios compare the machines as much as the code.")
         for what, key in (("matrix products", "flops_per_second"), ("copies", "bytes_per_second")):
             rates = number(a.ceilings.get(key)), number(b.ceilings.get(key))
-            if a.device == b.device and all(rates):
-                ratio = rates[1] / rates[0]
-                if abs(math.log(ratio)) > math.log1p(LEAST_DIFFERENCE):
-                    slower = f"its {what} ran at {times(ratio)} of the first file's rate"
-                    found.append(f"The machine itself was not the same: {slower}.")
+            ratio = rates[1] / rates[0] if a.device == b.device and all(rates) else 1
+            if abs(math.log(ratio)) > math.log1p(LEAST_DIFFERENCE):
+                slower = f"its {what} ran at {times(ratio)} of the first file's rate"
+                found.append(f"The machine itself was not the same: {slower}.")
         if not self.pairs:
             found.append("No row is in both files (kind, model and shape, provider, type, timing).")
         return found
@@ -280,9 +274,8 @@ class Comparison:
         found = [f"{x}  {one.path.name}: {one.device}, {one.stack}" for x, one in files.items()]
         a, b = ({**one.machine, "cpu": cpu_name(one.machine)} for one in files.values())
         keys = [key for key in {**a, **b} if not isinstance(a.get(key, b.get(key)), dict | list)]
-        found += [
-            f"{key}: {a.get(key, NO_VALUE)} -> {b.get(key, NO_VALUE)}" for key in keys if a.get(key) != b.get(key)
-        ]
+        changed = [key for key in keys if a.get(key) != b.get(key)]
+        found += [f"{key}: {a.get(key, NO_VALUE)} -> {b.get(key, NO_VALUE)}" for key in changed]
         for kind in dict.fromkeys(pair.after.kind for pair in self.pairs):
             verdicts = [pair.verdict for pair in self.pairs if pair.after.kind == kind]
             counts = [f"{verdicts.count(said)} {said}" for said in (FASTER, SAME, SLOWER, UNKNOWN) if said in verdicts]
@@ -293,16 +286,6 @@ class Comparison:
         ]
         only = {"A": self.only_before, "B": self.only_after}
         return found + [f"{counted(len(rows), 'row')} only in {which}" for which, rows in only.items() if rows]
-
-
-def compare(before: Results, after: Results) -> Comparison:
-    """Matches the rows of two files; of rows that a file has twice the last counts."""
-    a, b = ({(*row.key, row.tokens): row for row in result.rows} for result in (before, after))
-    common = [(a[key], b[key]) for key in a if key in b]
-    pairs = [Pair(x, y, verdict(x, y)) for x, y in common if x.timing == y.timing]
-    differently = [(x, y) for x, y in common if x.timing != y.timing]
-    only_before, only_after = ([x[key] for key in x if key not in y] for x, y in ((a, b), (b, a)))
-    return Comparison(before, after, pairs, differently, only_before, only_after)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,14 +300,8 @@ def or_dash(form: Callable[[float], str]) -> Callable[[float | None], str]:
 @or_dash
 def significant(value: float) -> str:
     """ "1.23", "12.3", "1,230": three significant digits, no exponent unless tiny."""
-    if value == 0:
-        return "0"
-    exponent = math.floor(math.log10(abs(value)))
-    if exponent < -4:
-        return f"{value:.2e}"
-    rounded = round(value, 2 - exponent)
-    exponent = math.floor(math.log10(abs(rounded)))  # 9.999 is 10.0, not 10.00
-    return f"{rounded:,.{max(0, 2 - exponent)}f}"
+    digits = f"{value:#.3g}"
+    return f"{float(digits):,.0f}" if not value or digits.endswith(".") or "e+" in digits else digits
 
 
 def _in_units(value: float, units: dict[str, float]) -> str:

@@ -35,60 +35,56 @@ def report(results: Sequence[Results], links: Sequence[str | None]) -> str:
     Args:
         links: where each result file is, as seen from the page; None for no link.
     """
-    several, sections = len(results) > 1, []
-    for i, other in enumerate(results[1:], 1):
-        name = f"Comparison{f' {i}' if len(results) > 2 else ''}"
-        sections.append(comparison(rr.compare(results[0], other), f"comparison-{i}", name))
-    gpu_known = any(result.on_gpu for result in results)
-    for i, result in enumerate(results):
-        prefix = f"f{i}-" if several else ""
-        parts = file_sections(result, links[i], gpu_known, prefix)
-        sections += [Section(prefix + id_, title, blocks, name, i + 1) for id_, name, title, blocks in parts if blocks]
-    sections.append(Section("method", "How measured", METHOD, "How measured", len(results) + 1))
+    several, gpu_known = len(results) > 1, any(result.on_gpu for result in results)
+    parts = [
+        (
+            f"comparison-{i}",
+            f"Comparison{f' {i}' if len(results) > 2 else ''}",
+            comparison(Comparison(results[0], other)),
+            0,
+        )
+        for i, other in enumerate(results[1:], 1)
+    ]
+    for i, (result, link) in enumerate(zip(results, links, strict=True)):
+        prefix, title = (f"f{i}-", f"{result.path.name}: machine and run") if several else ("", "Machine and run")
+        parts += [(prefix + "run", title, header(result, link, gpu_known), i + 1)]
+        parts += [(prefix + id_, title, blocks, i + 1) for id_, title, blocks in file_parts(result, prefix) if blocks]
+    parts.append(("method", "How measured", METHOD, len(results) + 1))
+    sections = [Section(id_, title, blocks, title.partition(":")[0], group) for id_, title, blocks, group in parts]
     names = " and ".join(dict.fromkeys(result.device for result in results))
     return page(f"segmenter: benchmark on {names}", sections)
 
 
-def file_sections(
-    result: Results, link: str | None, gpu_known: bool, prefix: str
-) -> Iterable[tuple[str, str, str, list[Any]]]:
-    """(anchor, name in the contents, title, blocks) of the parts of one file; no blocks, no part.
-
-    Args:
-        link: where the file is. gpu_known: the page has a file of a GPU.
-        prefix: of the file's anchors, if there are several files.
-    """
-    title = f"File: {result.path.name}" if prefix else "Machine and run"
-    yield "run", result.path.name if prefix else "Machine", title, header(result, link, gpu_known)
-    yield "summary", "Where we stand", "Where our code stands", summary(result)
-    yield "waterfall", "Waterfall", "Waterfall: what each technique brings", waterfall(result)
-    yield "model", "Whole models", "Whole models: images to labels", models(result)
+def file_parts(result: Results, prefix: str) -> Iterable[tuple[str, str, list[Any]]]:
+    """(anchor, title, blocks) of the parts of one file; no blocks, no part. `prefix`: of its anchors."""
+    yield "summary", "Where our code stands", summary(result)
+    yield "waterfall", "Waterfall: what each technique brings", waterfall(result)
+    yield "model", "Whole models: images to labels", models(result)
     known = ("model", "peers", "waterfall", "long")
     kinds = dict.fromkeys((*OPERATIONS, *(row.kind for row in result.rows if row.kind not in known)))
     parts = [part for kind in kinds for part in operation(result, kind, prefix)]
-    yield "operations", "Operations", "Single operations", parts or ["This file has no single operations."]
+    yield "operations", "Single operations", parts or ["This file has no single operations."]
     peers = tables.peers(result)
-    yield "peers", "Peers", "Peers", [PEERS, peers] if peers.lines else ["This file has no peers."]
-    yield "long", "Long sequences", "Long sequences", long_sequences(result)
-    yield "missing", "Not measured", "Not measured", unavailable(result)
+    yield "peers", "Peers", [PEERS, peers] if peers.lines else ["This file has no peers."]
+    yield "long", "Long sequences", long_sequences(result)
+    yield "missing", "Not measured", unavailable(result)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparison
-
-
-def comparison(found: Comparison, id_: str, name: str) -> Section:
+def comparison(found: Comparison) -> list[Any]:
     """Two files side by side."""
     only = (("A", found.only_before), ("B", found.only_after))
-    apart = {f"{rr.counted(len(rows), 'row')} only in {x}": [", ".join(row.key) for row in rows] for x, rows in only}
-    blocks = [
+    return [
+        f"{found.before.path.name} (A) and {found.after.path.name} (B)",
         *(html.paragraph(note, "note") for note in found.notes()),
         rr.RULE,
         html.items(found.facts()),
         tables.pairs(found) if found.pairs else None,
-        *(html.fold(text, [html.items(rows)]) for text, rows in apart.items() if rows),
+        *(
+            html.fold(f"{rr.counted(len(rows), 'row')} only in {x}", [html.items(", ".join(row.key) for row in rows)])
+            for x, rows in only
+            if rows
+        ),
     ]
-    return Section(id_, f"Comparison: {found.before.path.name} (A) and {found.after.path.name} (B)", blocks, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,18 +100,16 @@ GPU_FACTS = ("capability", "multiprocessors", "driver_version", "power.limit", "
 
 
 def header(result: Results, link: str | None, gpu_known: bool) -> list[Any]:
-    """Machine, stack, command, ceilings."""
+    """Machine, stack, command, ceilings. `gpu_known`: the page has a file of a GPU."""
     m, complete = result.machine, result.content.get("complete")
     processor = [rr.cpu_name(m), *(f"{m[key]} {key}" for key in ("cores", "threads") if m.get(key))]
-    processor = ", ".join([*processor, *filter(None, [m.get("cpu_capability")])])
-    gpu = rr.said(m, *GPU_FACTS)
     products = _ceiling(result, "flops", 1e12, "TFLOP/s of matrix products")
     copies = _ceiling(result, "bytes", 1e9, "GB/s of copies")
     measured_in = result.ceilings.get("dtype", "the same run")
     facts = {
         "Machine": result.device,
-        "GPU": gpu if result.on_gpu else None,
-        "Host" if result.on_gpu else "Processor": processor,
+        "GPU": rr.said(m, *GPU_FACTS) if result.on_gpu else None,
+        "Host" if result.on_gpu else "Processor": ", ".join([*processor, *filter(None, [m.get("cpu_capability")])]),
         "Memory": rr.memory(rr.number(m.get("memory_bytes"))),
         "Stack": rr.said(m, "torch", "triton", "numpy", "python", "cuda", "cudnn"),
         "Commit": m.get("commit"),
@@ -129,22 +123,18 @@ def header(result: Results, link: str | None, gpu_known: bool) -> list[Any]:
     state = {True: "complete", False: "cut short"}.get(complete, "not recorded whether complete")
     badges = [html.span(result.device if result.on_gpu else "CPU", "badge")]
     badges.append(html.span(state, "badge" if complete is True else "badge bad"))
-    blocks = [
+    unknown = "" if gpu_known else " GPU figures are not measured yet, and none is claimed."
+    notes = [] if result.on_gpu else [f"Measured on a CPU: this file says nothing about GPUs.{unknown}"]
+    notes += [f"{rr.counted(result.left_out, 'row')} without a usable time left out."] if result.left_out else []
+    steps = rr.dictionaries(result.content.get("steps"))
+    said = [f"{s.get('name')}: {s.get('state')}, {rr.duration(rr.number(s.get('seconds')))}" for s in steps]
+    done = sum(step.get("state") == "done" for step in steps)
+    return [
         html.paragraph(Markup(" ").join(badges)),
         html.facts([(name, value) for name, value in facts.items() if value and value != NO_VALUE]),
+        *(html.paragraph(note, "note") for note in notes),
+        html.fold(f"{done} of {len(steps)} steps done", [html.items(said)]) if steps else None,
     ]
-    if not result.on_gpu:
-        more = "" if gpu_known else " GPU figures are not measured yet, and none is claimed."
-        blocks.append(html.paragraph(f"Measured on a CPU: this file says nothing about GPUs.{more}", "note"))
-    if result.left_out:
-        left_out = f"{rr.counted(result.left_out, 'row')} without a usable time left out."
-        blocks.append(html.paragraph(left_out, "note"))
-    steps = [step for step in result.content.get("steps") or [] if isinstance(step, dict)]
-    if steps:
-        said = [f"{s.get('name')}: {s.get('state')}, {rr.duration(rr.number(s.get('seconds')))}" for s in steps]
-        done = sum(step.get("state") == "done" for step in steps)
-        blocks.append(html.fold(f"{done} of {len(steps)} steps done", [html.items(said)]))
-    return blocks
 
 
 def _ceiling(result: Results, name: str, unit: float, what: str) -> str:
@@ -175,30 +165,6 @@ def _states(rows: Iterable[Row]) -> str:
     return "; ".join(said)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where ours stands
-
-
-def summary(result: Results) -> list[Any]:
-    """For each kind: our rows against eager, the best sdpa and the fastest other provider; the slower ones listed."""
-    lines, slower = [], []
-    for kind, name in itertools.product(("model", *OPERATIONS, "long"), rr.OURS):
-        groups = rr.grouped(result.of(kind)).values()
-        ours = [(group, group.by_provider[name]) for group in groups if name in group.by_provider]
-        against = [(group.other, row, _judged(group.other, row)) for group, row in ours if group.other]
-        slower += [(base, row) for base, row, said in against if said == rr.SLOWER]
-        spans = [
-            rr.span([speed for group, row in ours if (speed := rr.speed(getattr(group, base), row))])
-            for base in ("eager", "sdpa", "other")
-        ]
-        counts = [sum(said == found for *_, found in against) for said in (rr.FASTER, rr.SAME, rr.SLOWER, rr.UNKNOWN)]
-        cells = [Cell(n, n, "slow" if i == 2 and n else "") for i, n in enumerate(counts)]
-        if ours:
-            lines.append(Line([Cell(kind), Cell(name, look="who"), Cell(len(ours)), *map(Cell, spans), *cells]))
-    said = "Times faster: median over shapes, and range. Counts are against the fastest other provider of each shape."
-    return [said, Table("Where our code stands", STANDINGS, lines), _slower(slower)] if lines else []
-
-
 STANDINGS = (
     *map(Column, ("what", "ours", "shapes", "vs eager", "vs best sdpa", "vs fastest other")),
     *map(Column, ("faster", rr.SAME, "slower")),
@@ -206,85 +172,95 @@ STANDINGS = (
 )
 
 
-def _judged(base: Row, row: Row) -> str:
-    """The verdict, but nothing counts as faster because the other was timed with its launches."""
-    found = rr.verdict(base, row)
-    return rr.UNKNOWN if found == rr.FASTER and base.timing != row.timing else found
+def summary(result: Results) -> list[Any]:
+    """For each kind: our rows against eager, the best sdpa and the fastest other provider; the slower ones listed."""
+    lines, slower = [], []
+    for kind, name in itertools.product(("model", *OPERATIONS, "long"), rr.OURS):
+        ours = [row for group in rr.grouped(result.of(kind)) if (row := group.by_provider.get(name))]
+        verdicts = [_judged(row) for row in ours if row.group.other]
+        slower += [row for row in ours if row.group.other and _judged(row) == rr.SLOWER]
+        speeds = [[rr.speed(getattr(row.group, base), row) for row in ours] for base in ("eager", "sdpa", "other")]
+        counts = [verdicts.count(said) for said in (rr.FASTER, rr.SAME, rr.SLOWER, rr.UNKNOWN)]
+        cells = [Cell(n, n, "slow" if i == 2 and n else "") for i, n in enumerate(counts)]
+        if ours:
+            spans = [Cell(rr.span([speed for speed in found if speed])) for found in speeds]
+            lines.append(Line([Cell(kind), Cell(name, look="who"), Cell(len(ours)), *spans, *cells]))
+    said = "Times faster: median over shapes, and range. Counts are against the fastest other provider of each shape."
+    return [said, Table("Where our code stands", STANDINGS, lines), _slower(slower)] if lines else []
 
 
-def _slower(pairs: Sequence[tuple[Row, Row]]) -> Any:
-    """(fastest other, ours) where ours is slower."""
-    if not pairs:
+def _judged(row: Row) -> str:
+    """Against the fastest other; but nothing counts as faster because the other was timed with its launches."""
+    found = rr.verdict(row.group.other, row)
+    return rr.UNKNOWN if found == rr.FASTER and row.group.other.timing != row.timing else found
+
+
+def _slower(rows: Sequence[Row]) -> Any:
+    """Those of ours that are slower than the fastest other."""
+    if not rows:
         return "None of our rows is slower than the fastest other provider, beyond the spread."
-    items = [
-        Markup("{}, {}: {} {} of {}'s speed ({} against {})").format(
-            *(row.kind, row.label, row.provider, html.span(rr.times(rr.speed(base, row)), "slow")),
-            *(base.provider, rr.duration(row.median), rr.duration(base.median)),
-        )
-        for base, row in sorted(pairs, key=lambda pair: rr.speed(*pair))
-    ]
-    title = f"Slower than the fastest other provider: {rr.counted(len(pairs), 'row')}, slowest first"
-    return html.fold(html.span(title, "slow"), [html.items(items)], open=len(pairs) <= SHOWN)
+    items = []
+    for row in sorted(rows, key=lambda row: rr.speed(row.group.other, row)):
+        other, speed = row.group.other, html.span(rr.times(rr.speed(row.group.other, row)), "slow")
+        seconds = f"{rr.duration(row.median)} against {rr.duration(other.median)}"
+        said = Markup("{}, {}: {} {} of {}'s speed ({})")
+        items.append(said.format(row.kind, row.label, row.provider, speed, other.provider, seconds))
+    title = f"Slower than the fastest other provider: {rr.counted(len(rows), 'row')}, slowest first"
+    return html.fold(html.span(title, "slow"), [html.items(items)], open=len(rows) <= SHOWN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Waterfall and whole models
 
 
-def waterfall_svg(title: str, steps: Sequence[tables.Step]) -> str:
+def waterfall_svg(title: str, steps: Sequence[Row]) -> str:
     """Bars of images a second, one technique more on each: the first grey, the fastest orange, the others blue."""
-    rows = [step.row for step in steps if step.row]
-    items = []
-    for step in steps:
-        row = step.row
-        if row is None:
-            items.append(plots.Bar(step.name, step.name, None, note=f"not measured: {step.reason}"))
-            continue
-        miou = row.get("miou")
-        notes = [rr.times(rr.speed(step.first, row)), tables.peak_memory(row).text]
-        notes += [f"mIoU {rr.points(miou)}"] * (miou is not None) + ["slower than the step before"] * step.slower
-        look = "eager" if row is rows[0] else "triton" if row is rr.fastest(rows) else "sdpa-flash"
-        items.append(_bar(step.name, look, row, [note for note in notes if note != NO_VALUE], step.slower))
+    best, items = rr.fastest(row for row in steps if row.median), []
+    for row in steps:
+        look = "eager" if row is row.first else "triton" if row is best else "sdpa-flash"
+        slower, miou = tables.slower_step(row), row.get("miou")
+        notes = [rr.times(rr.speed(row.first, row)), tables.PEAK.cell(row).text]
+        notes += [f"mIoU {rr.points(miou)}"] * (miou is not None) + ["slower than the step before"] * slower
+        notes = [note for note in notes if note != NO_VALUE] if row.median else [tables.not_measured(row)]
+        items.append(_bar(row, look, notes, slower))
     return plots.bars(title, items, 8.6, "images/s")
 
 
-def _bar(label: str, look: str, row: Row, notes: Sequence[str], slower: bool) -> plots.Bar:
+def _bar(row: Row, look: str, notes: Sequence[str], slower: bool = False) -> plots.Bar:
+    if not row.median:
+        return plots.Bar(row.provider, look, None, note=" · ".join(notes))
     pace = row.get("images_per_second")
     pace = 1 / row.median if pace is None else pace
-    return plots.Bar(label, look, pace, rr.significant(pace), " · ".join(notes), slower)
+    return plots.Bar(row.provider, look, pace, rr.significant(pace), " · ".join(notes), slower)
 
 
 def waterfall(result: Results) -> list[Any]:
     """Figure and table of every waterfall of the file."""
     blocks = ["One technique more on each line; what each costs in accuracy and memory beside it."]
-    found = tables.waterfalls(result)
+    found = result.waterfalls()
     for title, steps in found.items():
         blocks += [html.plots([waterfall_svg(title, steps)], wide=True), tables.waterfall(title, steps)]
     return blocks if found else ["This file has no waterfall."]
 
 
-def model_bars(key: tuple[str, str, str], group: Group, missing: Iterable[dict[str, Any]]) -> str:
+def model_bars(group: Group, missing: Iterable[Row]) -> str:
     """Images a second of one shape, a bar for each provider."""
     items = []
-    for row in group.by_provider.values():
+    for row in group.rows:
         bases = [base for base in (group.eager, group.sdpa) if row.ours and base is not None]
-        notes = [tables.ratio(base, row).text for base in bases]
         slower = any(rr.verdict(base, row) == rr.SLOWER for base in bases)
-        items.append(_bar(row.provider, row.provider, row, notes, slower))
-    for entry in missing:
-        items.append(plots.Bar(str(entry["provider"]), str(entry["provider"]), None, note=str(entry["reason"])))
-    return plots.bars(f"{key[1]}, {key[2]}", items, 4.5, "images/s")
+        items.append(_bar(row, row.provider, [tables.ratio(base, row).text for base in bases], slower))
+    items += [_bar(row, row.provider, [row.reason]) for row in missing]
+    return plots.bars(group.name, items, 4.5, "images/s")
 
 
 def models(result: Results) -> list[Any]:
     """Bars for each shape and the tables of all."""
-    rows = result.of("model")
+    rows, missing = result.of("model"), result.missing("model")
     if not rows:
         return ["This file has no whole models."]
-    missing: dict[str, list[dict[str, Any]]] = {}
-    for entry in result.missing("model"):
-        missing.setdefault(rr.shape_label(entry.get("shape"), {}), []).append(entry)
-    svgs = [model_bars(key, group, missing.get(key[1], ())) for key, group in rr.grouped(rows).items()]
+    groups = rr.grouped(rows)
+    svgs = [model_bars(group, [row for row in missing if row.label == group.rows[0].label]) for group in groups]
     more, rest = f"{rr.counted(len(svgs) - SHOWN, 'more shape')}", svgs[SHOWN:]
     return [
         "uint8 images on the device in, labels out, a whole batch, by the wall clock until the device is done.",
@@ -295,37 +271,21 @@ def models(result: Results) -> list[Any]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operations
-
-
-def _panel_of(row: Row) -> tuple[str, float | None, str]:
-    """(panel, x, name of x): models of one width share a panel, but the tail of inference has no width."""
-    if row.kind in ("masks-to-labels", "noise-to-labels", "loss"):
-        return f"Patches of {row.shape.get('patch', '?')}", rr.number(row.shape.get("size")), "pixels a side"
-    return f"Seg-{row.shape.get('model', '?')}", row.tokens, "tokens"
-
-
-def _panel_order(name: str) -> tuple[int, str]:
-    """By width of the model or size of the patches."""
-    last = re.split(r"[ -]", name)[-1]
-    return (int(last) if last.isdigit() else "TSBL".find(last), name)
-
-
 def panels(rows: Sequence[Row], relative: bool = False) -> list[str]:
     """Time of one image by its size, a plot for each width of model; full marks are the largest batch of each x.
 
-    Args:
-        relative: how many times the floor instead of the time.
+    The tail of inference has no width: by size of the patches. `relative`: how many times the floor, not the time.
     """
     found: dict[str, list[tuple[float, float, Row]]] = {}
+    tail = rows[0].kind in ("masks-to-labels", "noise-to-labels", "loss")
     for row in rows:
-        name, x, _ = _panel_of(row)
+        name = f"Patches of {row.shape.get('patch', '?')}" if tail else f"Seg-{row.shape.get('model', '?')}"
+        x = rr.number(row.shape.get("size")) if tail else row.tokens
         if x and row.shape:
             found.setdefault(name, []).append((x, rr.number(row.shape.get("batch")) or 1, row))
     svgs = []
-    for name in sorted(found, key=_panel_order):
-        largest = {x: max(batch for at, batch, _ in found[name] if at == x) for x, _, _ in found[name]}
+    for name in sorted(found, key=lambda name: ("TSBL".find(name[-1]), len(name), name)):
+        largest = {x: batch for x, batch, _ in sorted(found[name], key=lambda mark: mark[1])}
         points, floor = [], {}
         for x, batch, row in found[name]:
             least, hollow = row.get("floor_seconds"), batch < largest[x]
@@ -334,7 +294,7 @@ def panels(rows: Sequence[Row], relative: bool = False) -> list[str]:
                 points.append(plots.Point(row.provider, x, row.median / unit, hollow))
             if unit and least and not hollow:
                 floor[x] = least / unit
-        form, x_name = rr.times if relative else rr.duration, _panel_of(found[name][0][2])[2]
+        form, x_name = rr.times if relative else rr.duration, "pixels a side" if tail else "tokens"
         svgs.append(plots.lines(name, points, x_name, form, sorted(floor.items())))
     return [svg for svg in svgs if svg]
 
@@ -343,23 +303,18 @@ def operation(result: Results, kind: str, prefix: str) -> list[Section]:
     """Plots and table of one kind of operation; nothing if the file has none."""
     rows = result.of(kind)
     title, text = OPERATIONS.get(kind, (kind, ""))
-    if not rows:
-        missing = [Section(prefix + kind, title, ["Nothing measured; reasons below."], level=3)]
-        return missing if result.missing(kind) else []
-    svgs, relative = panels(rows), panels(rows, relative=True)
-    caption = "Time of one image. Full marks: the largest batch; hollow: smaller batches. Dotted: the floor."
-    providers = dict.fromkeys(row.provider for row in rows)
-    blocks = [
-        text or None,
-        html.plots(svgs, caption, providers, ["┄ floor"]) if svgs else None,
-        html.fold("The same in times of the floor", [html.plots(relative)]) if relative else None,
-        tables.measured(rows, title),
-    ]
-    return [Section(prefix + kind, title, blocks, level=3)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Long sequences
+    blocks: list[Any] = ["Nothing measured; reasons below."]
+    if rows:
+        svgs, relative = panels(rows), panels(rows, relative=True)
+        caption = "Time of one image. Full marks: the largest batch; hollow: smaller batches. Dotted: the floor."
+        providers = dict.fromkeys(row.provider for row in rows)
+        blocks = [
+            text or None,
+            html.plots(svgs, caption, providers, ["┄ floor"]) if svgs else None,
+            html.fold("The same in times of the floor", [html.plots(relative)]) if relative else None,
+            tables.measured(rows, title),
+        ]
+    return [Section(prefix + kind, title, blocks, level=3)] if rows or result.missing(kind) else []
 
 
 def long_sequences(result: Results) -> list[Any]:
@@ -368,55 +323,56 @@ def long_sequences(result: Results) -> list[Any]:
     if not rows and not missing:
         return []
     svgs = []
-    for model in dict.fromkeys(str(row.info.get("model") or "") for row in rows):
-        mine = [row for row in rows if str(row.info.get("model") or "") == model and row.tokens]
-        failed = [
-            plots.Point(str(entry["provider"]), tokens, None, reason=str(entry["reason"]))
-            for entry in missing
-            if (tokens := _failed_at(entry, model))
-        ]
+    for model in dict.fromkeys(_model(row) for row in rows):
+        mine = [row for row in rows if _model(row) == model and row.tokens]
+        gone = [row for row in missing if row.reason.startswith("out of memory") and _model(row) in (model, "")]
+        failed = [plots.Point(row.provider, x, None, reason=row.reason) for row in gone if (x := _tokens(row))]
         times = [plots.Point(row.provider, row.tokens, row.median) for row in mine]
         peaks = [plots.Point(row.provider, row.tokens, peak) for row in mine if (peak := row.get("peak_bytes"))]
         floor = sorted({(row.tokens, least) for row in mine if (least := row.get("floor_seconds"))})
         svgs.append(plots.lines(f"{model} time of a call", times + failed, "tokens", rr.duration, floor, square=True))
         svgs.append(plots.lines(f"{model} peak memory", peaks + failed, "tokens", rr.memory, square=True))
     svgs = [svg for svg in svgs if svg]
-    names = dict.fromkeys([row.provider for row in rows] + [str(entry["provider"]) for entry in missing])
+    names = dict.fromkeys(row.provider for row in rows + missing)
     return [
         html.plots(svgs, "", names, ["╌ grows with the square", "┄ floor", "× out of memory"]) if svgs else None,
         tables.measured(rows, "Long sequences"),
     ]
 
 
-def _failed_at(entry: dict[str, Any], model: str) -> float | None:
-    """Tokens at which memory ran out; None for any other reason or model."""
-    shape = rr.known_shape(entry.get("shape"))
-    if not str(entry["reason"]).startswith("out of memory") or (shape and shape.name != model):
-        return None
-    tokens = rr.number(rr.dictionary(entry.get("shape")).get("tokens")) or rr.number(entry.get("tokens"))
-    return float(shape.tokens) if shape else tokens
+def _model(row: Row) -> str:
+    shape = rr.known_shape(row.shape)
+    return str(row.info.get("model") or (shape.name if shape else ""))
+
+
+def _tokens(row: Row) -> float | None:
+    """Of a row that says them or has a shape."""
+    shape = rr.known_shape(row.shape)
+    return float(shape.tokens) if shape else rr.number(row.shape.get("tokens")) or row.tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is missing, and how the rest came about
 
 
+MISSING = (
+    Column("what", None, lambda item: Cell(item[0][0])),
+    Column("provider", None, lambda item: Cell(item[0][1], look="who")),
+    Column("reason", None, lambda item: Cell(item[0][2], look="text")),
+    Column("where", None, lambda item: Cell("; ".join(item[1]), look="text")),
+)
+
+
 def unavailable(result: Results) -> list[Any]:
     """Everything that could not be measured, by reason."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
-    for entry in result.unavailable:
-        key = (str(entry["kind"]), str(entry["provider"]), str(entry["reason"]))
-        reasons.setdefault(key, []).append(rr.shape_label(entry.get("shape"), {}) or str(entry["name"]))
+    for row in result.unavailable:
+        where = rr.shape_label(row.shape, {}) or row.name
+        reasons.setdefault((row.kind, row.provider, row.reason), []).append(where)
     if not reasons:
         return ["The file lists nothing that could not be measured."]
-    columns = (
-        Column("what", None, lambda item: Cell(item[0][0])),
-        Column("provider", None, lambda item: Cell(item[0][1], look="who")),
-        Column("reason", None, lambda item: Cell(item[0][2], look="text")),
-        Column("where", None, lambda item: Cell("; ".join(item[1]), look="text")),
-    )
     said = f"{rr.counted(len(result.unavailable), 'row')} could not be measured, for these reasons."
-    return [said, Table.of("Not measured", columns, reasons.items())]
+    return [said, Table.of("Not measured", MISSING, reasons.items())]
 
 
 PEERS = (

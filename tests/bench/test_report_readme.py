@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from bench import report, report_rows
-from bench.report_readme import BLOCKS, MarkerError, block, replaced
+from bench.report import BLOCKS, MarkerError, block, replaced
+from bench.report_plots import Point, lines
 from bench.report_rows import Results
 from tests.support.report_results import results, saver
 
@@ -177,6 +178,14 @@ def test_waterfall_image_stands_alone(save, tmp_path):
     assert report.main([*arguments, "--check"]) == 0
     image.write_text(text.replace("160", "161"), encoding="utf-8")
     assert report.main([*arguments, "--check"]) == 1
+
+
+@pytest.mark.parametrize("value", [1.1, 2.1, 3.0, 5.1, 9.0])
+@pytest.mark.parametrize(("form", "unit"), [("memory", 2**20), ("duration", 1e-3)])
+def test_a_plot_of_equal_values_has_a_scale(form, unit, value):
+    points = [Point("eager", x, value * unit) for x in (1025, 4097)]
+    svg = lines("title", points, "tokens", getattr(report_rows, form))
+    assert re.search(r">\d+ (MiB|ms)</text>", svg)
 
 
 @pytest.mark.parametrize(

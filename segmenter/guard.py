@@ -20,7 +20,7 @@ from torch.nn.modules import module as _module
 from torch.overrides import _get_current_function_mode_stack
 
 PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 DECISION = "_segmenter_decision"  # where `decision` keeps its answer in a module
 _FORWARD, _PRE = _module._global_forward_hooks, _module._global_forward_pre_hooks
 _BACKWARD, _BACKWARD_PRE = _module._global_backward_hooks, _module._global_backward_pre_hooks
@@ -59,7 +59,7 @@ class _Decision:
             modules += () if module is None else module._modules.values()
         bases = dict.fromkeys(base for module in modules for base in type(module).__mro__)
         self.classes = [cls for cls in bases if issubclass(cls, nn.Module)]
-        ours = {*_OF_EVERY_MODULE, DECISION}
+        ours = {*OF_EVERY_MODULE, DECISION}
         self.names = [[name for name in getattr(module, "__dict__", ()) if name not in ours] for module in modules]
         self.state, self.values = self._look(root)
         if any(isinstance(value, torch.Tensor) for value in self.values):  # somebody's results: not to be kept

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
-from segmenter.guard import DECISION, hooks_of_all, qualified, replaced, why_not_bypass
+from segmenter.guard import DECISION, OF_EVERY_MODULE, hooks_of_all, qualified, replaced, why_not_bypass
 
 Path = tuple[str, ...]  # names of children, from the accelerated module down
 
@@ -19,7 +19,6 @@ _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _WITHOUT_FLAGS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)  # what these do is in parameters, eps and rates
 OURS = ("_segmenter", "_segmenter_declined", DECISION)  # attributes of accelerated modules
 RATES = ("p", "drop_prob", "dropout")  # of nn.Dropout; of everybody's stochastic depth; of nn.MultiheadAttention
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 class Unlike(Exception):
@@ -80,7 +79,7 @@ def record(root: nn.Module, path: Path, parameters: tuple[str, ...] = (), childr
         raise Unlike(f"{name} has {reason}")
     kind = original_class(type(layer))
     replaced(kind)  # notes down its forward
-    attributes = {n: value for n, value in state.items() if n not in _OF_EVERY_MODULE and n not in OURS}
+    attributes = {n: value for n, value in state.items() if n not in OF_EVERY_MODULE and n not in OURS}
     for attribute, value in attributes.items():
         if not _is_plain(value):
             raise Unlike(f"{name} ({_class(layer)}) holds {attribute}, a {qualified(type(value))}")
@@ -90,7 +89,7 @@ def record(root: nn.Module, path: Path, parameters: tuple[str, ...] = (), childr
 
 
 def record_linear(root: nn.Module, path: Path, bias: bool = False) -> Layer:
-    """`record` of a linear layer, with a bias if `bias`. Subclasses that add nothing may pass: `structure` tries them.
+    """`record` of a linear layer, with a bias if `bias`. Subclasses that add nothing may pass: `verify` tries them.
 
     Raises:
         Unlike: it is another kind of layer, such as an adapter around a linear layer.

@@ -61,7 +61,7 @@ class Batch:
         self.tally.failed[place] = {"image": str(job.source), "error": str(error)}
 
 
-class ImageError(Exception):
+class JobError(Exception):
     """One image cannot be done; the others can."""
 
 
@@ -268,7 +268,7 @@ def _sources(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm, taken: de
         try:
             with _errors_of_writing(job, batch.output):
                 _make_room(job, batch)
-        except ImageError as error:
+        except JobError as error:
             batch.fail(place, job, error)
             bar.update()
         else:
@@ -285,7 +285,7 @@ def _finish(place: int, job: Job, facts: dict[str, int] | None, result: Result, 
     try:
         with _errors_of_writing(job, batch.output):
             _write_results(job, batch, result.pixels, result.labels.numpy(), facts)
-    except ImageError as error:
+    except JobError as error:
         batch.fail(place, job, error)
     else:
         batch.tally.done += 1
@@ -297,7 +297,7 @@ def _errors_of_writing(job: Job, output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise ImageError(f"{job.source}: the names of its results are too long; rename it") from error
+            raise JobError(f"{job.source}: the names of its results are too long; rename it") from error
         # whatever else it is, a full disk or a missing permission, the next image would meet it too
         raise CommandError(f"{output / job.name}: cannot write: {cause(error)}", FAILURE) from error
 

@@ -130,8 +130,6 @@ def _attention_fwd_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching. Everything below sees q, k and v as (B, N, heads, d) views and a first head in each.
 
-_PLANS: dict[Any, launch.Plan] = {}
-
 
 def _run(
     q: torch.Tensor,
@@ -151,15 +149,12 @@ def _run(
         (B, N, h*d), and the log-sum-exp (B, h, N rounded up to LSE_ROWS) or None.
     """
     B, n_queries, _, d = q.shape
-    o = torch.empty(B, n_queries, heads[0] * d, dtype=q.dtype, device=q.device)
+    o = launch.empty((B, n_queries, heads[0] * d), q.dtype, q.device)
     n_lse = -(-n_queries // LSE_ROWS) * LSE_ROWS
-    lse = torch.empty(B, heads[0], n_lse, dtype=torch.float32, device=q.device) if store_lse else None
+    lse = launch.empty((B, heads[0], n_lse), torch.float32, q.device) if store_lse else None
     if o.numel() == 0:
         return o, lse
-    precision = launch.dot_precision(q.dtype)
-    layouts = launch.layout(q) if q is k and k is v else (launch.layout(q), launch.layout(k), launch.layout(v))
-    key = (layouts, heads, scale, store_lse, precision, config)
-    plan = launch.planned(_PLANS, key, lambda: _plan(q, k, v, o, lse, heads, scale, precision, config))
+    plan = _plan(q, k, v, o, lse, heads, scale, launch.dot_precision(q.dtype), config)
     plan.run(q, k, v, o, lse, k, v)
     return o, lse
 
@@ -195,7 +190,7 @@ def _check_head(d: int) -> None:
 
 def _addressable(x: torch.Tensor) -> torch.Tensor:
     """(B, N, ...) itself, or a copy if its last dimension is not dense or its rows are too far apart."""
-    return launch.rows_contiguous(x) if x.shape[1] < 2 or x.stride(1) <= _MAX_ROW_STRIDE else x.contiguous()
+    return launch.rows_contiguous(x) if x.shape[1] < 2 or x.stride(1) <= _MAX_ROW_STRIDE else launch.contiguous(x)
 
 
 def _packed(qkv: torch.Tensor, n_heads: int) -> torch.Tensor:

@@ -1,28 +1,27 @@
-"""Everything between a Python call and a running kernel: where kernels can run, checks, cached launches, descriptors.
+"""Everything between a Python call and a running kernel: where kernels can run, checks, memory, launches, descriptors.
 
-A launch through `kernel[grid](...)` binds and specialises every argument anew, 5 to 18 microseconds of host time. What
-they come out as depends on shapes, strides, types and alignment alone, so each operator keeps a `Plan` for a key of
-these and launches the compiled kernel directly from the second call on. Nothing is tuned at run time, nothing
-synchronises and nothing is allocated but the outputs, so every operator can be captured in a CUDA graph; a first call
-compiles, so make one call of each shape before capturing.
+Nothing is tuned at run time, nothing synchronises and nothing is allocated but the outputs, so every operator can be
+captured in a CUDA graph; a first call compiles, so make one call of each shape before capturing. From the second call
+on, an operator is repeated from notes of the first: see kernels/repeat.py, which says what host functions have to keep
+to for that.
 """
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from segmenter.kernels import configs, interpreted
+from segmenter.kernels import configs, direct, interpreted
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton.jit saw the kernels
 FLOATS = configs.FLOATS
 MAX_GRID = 2**31 - 1  # of axis 0, the only one used: the others end at 65,535
-MAX_PLANS = 4096  # shapes remembered by one operator; beyond that it starts over
 
 _recording: "Recording | None" = None
 
@@ -99,7 +98,12 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its last dimension is dense, which is all that kernels ask for; else a dense copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 else call(torch.Tensor.contiguous, tensor)
+
+
+def contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if it is contiguous, else a copy that is."""
+    return tensor if tensor.is_contiguous() else call(torch.Tensor.contiguous, tensor)
 
 
 def fits_descriptor(tensor: torch.Tensor) -> bool:
@@ -140,7 +144,7 @@ class Plan:
         options: num_warps, num_stages.
     """
 
-    __slots__ = ("compiled", "descriptors", "grid", "kernel", "options", "scalars", "tiles")
+    __slots__ = ("_launcher", "compiled", "grid", "kernel", "options", "scalars", "tiles")
 
     def __init__(
         self,
@@ -154,13 +158,15 @@ class Plan:
             raise KernelError(f"this call needs {grid} programs, more than {MAX_GRID}; split the batch")
         self.kernel, self.grid, self.tiles, self.scalars, self.options = kernel, (grid, 1, 1), tiles, scalars, options
         self.compiled: Any = None
-        self.descriptors: list[dict[str, Any] | None] | None = None
+        self._launcher: direct.Launcher | str | None = None
 
     def run(self, *tensors: torch.Tensor | None) -> None:
         """Launches on the tensors' device and its current stream. None stands for a tensor the kernel does not use."""
         if _recording is not None:
             _recording.launches.append(Launch(self, tensors))
             return
+        if current.notes is not None:
+            current.notes.launched(self, tensors)
         index = tensors[0].get_device()  # type: ignore[union-attr]  # the first is never None; -1 on the CPU
         if index >= 0 and index != torch.cuda.current_device():
             with torch.cuda.device(index):  # never set_device: the caller's current device stays as it is
@@ -168,23 +174,24 @@ class Plan:
         else:
             self._run(tensors)
 
-    def arguments(self, tensors: tuple[torch.Tensor | None, ...]) -> list[Any]:
+    def arguments(self, tensors: Sequence[torch.Tensor | None]) -> list[Any]:
         """What the kernel is called with."""
-        if self.descriptors is None:
-            arguments: list[Any] = [
-                tensor if tiles is None else tiles.of(tensor) for tensor, tiles in zip(tensors, self.tiles, strict=True)
-            ]
-            self.descriptors = [
-                {**vars(x), "base": None} if isinstance(x, TensorDescriptor) else None for x in arguments
-            ]
-            return [*arguments, *self.scalars]
-        arguments = [*tensors, *self.scalars]
-        for i, template in enumerate(self.descriptors):
-            if template is not None:  # checked when the first was made; alignment is in the plan's key
-                arguments[i] = descriptor = object.__new__(TensorDescriptor)
-                vars(descriptor).update(template)
-                descriptor.base = tensors[i]
-        return arguments
+        pairs = zip(tensors, self.tiles, strict=True)
+        return [*(tensor if tiles is None else tiles.of(tensor) for tensor, tiles in pairs), *self.scalars]
+
+    def launcher(self, tensors: Callable[[], Sequence[torch.Tensor | None]]) -> direct.Launcher | None:
+        """For launches that pass Triton by, or None where that cannot be: `why_not_direct` says why."""
+        if self._launcher is None:
+            try:
+                self._launcher = direct.Launcher(self.compiled, self.grid, self.arguments, tensors())
+            except direct.Unknown as error:
+                self._launcher = str(error)
+        return None if isinstance(self._launcher, str) else self._launcher
+
+    @property
+    def why_not_direct(self) -> str | None:
+        """Why launches go through Triton's launcher, or None if they do not or nothing is known yet."""
+        return self._launcher if isinstance(self._launcher, str) else None
 
     def _run(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
         arguments = self.arguments(tensors)
@@ -194,22 +201,35 @@ class Plan:
             self.compiled = self.kernel[self.grid](*arguments, **self.options)
 
 
-def planned(plans: dict[Any, Plan], key: tuple, make: Callable[[], Plan]) -> Plan:
-    """The plan for a key, made on first use. The key holds all that `make` looks at: shapes, strides, types,
-    alignment and device."""
-    if _recording is not None:
-        return make()
-    plan = plans.get(key)
-    if plan is None:
-        if len(plans) >= MAX_PLANS:
-            plans.clear()
-        plan = plans[key] = make()
-    return plan
+# ---------------------------------------------------------------------------------------------------------------------
+# What host functions do besides launching
 
 
-def layout(tensor: torch.Tensor) -> tuple:
-    """The part of a plan's key that one tensor gives."""
-    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16, tensor.get_device())
+class _Current(threading.local):
+    notes: Any = None  # a `repeat.Notes`, while a host function of this thread runs for the first time
+
+
+current = _Current()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`torch.empty`, noted down."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if current.notes is not None:
+        current.notes.allocated(tensor)
+    return tensor
+
+
+def call(function: Callable, *arguments: Any, **options: Any) -> Any:
+    """`function(*arguments, **options)`, noted down. It gives new tensors, one or a tuple of them, no views."""
+    notes, current.notes = current.notes, None  # nothing of what happens inside
+    try:
+        result = function(*arguments, **options)
+    finally:
+        current.notes = notes
+    if notes is not None:
+        notes.called(function, arguments, options, result)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------

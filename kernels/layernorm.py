@@ -99,8 +99,6 @@ def _layernorm_fwd_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching
 
-_PLANS: dict[Any, launch.Plan] = {}
-
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """(..., N) as (M, N) with a dense last dimension: a view if the rows lie at one distance, else a copy.
@@ -111,7 +109,11 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     n_rows = math.prod(x.shape[:-1])
     if n_rows >= 2**31:
         raise launch.KernelError(f"{n_rows} rows are more than 2**31 - 1; split the batch")
-    return launch.rows_contiguous(x).reshape(n_rows, x.shape[-1])
+    x = launch.rows_contiguous(x)
+    try:
+        return x.view(n_rows, x.shape[-1])
+    except RuntimeError:  # rows at several distances
+        return launch.contiguous(x).view(n_rows, x.shape[-1])
 
 
 def run(
@@ -123,7 +125,7 @@ def run(
     config: configs.LayerNormConfig | None = None,
 ) -> torch.Tensor:
     """LayerNorm of x (M, N), dense rows, in `dtype`."""
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = launch.empty(x.shape, dtype, x.device)
     if y.numel():
         _launch(x, weight, bias, y, None, None, eps, config)
     return y
@@ -133,8 +135,7 @@ def statistics(
     x: torch.Tensor, eps: float, config: configs.LayerNormConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and 1/sqrt(variance + eps) of the rows of x (M, N), float32 (M,) each."""
-    mean = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    mean, rstd = (launch.empty(x.shape[:1], torch.float32, x.device) for _ in range(2))
     if x.numel():
         _launch(x, None, None, None, mean, rstd, eps, config)
     return mean, rstd
@@ -150,18 +151,13 @@ def _launch(
     eps: float,
     config: configs.LayerNormConfig | None,
 ) -> None:
-    affine = tuple(None if t is None else launch.layout(t) for t in (weight, bias))
-    key = (launch.layout(x), affine, None if y is None else y.dtype, eps, config)
-
-    def plan() -> launch.Plan:
-        n_rows, n = x.shape
-        c = config or configs.layernorm(n)
-        flags = (weight is not None, bias is not None, y is None)
-        scalars = (x.stride(0), n_rows, eps, n, c.block_m, c.block_n, *flags)
-        options = {"num_warps": c.num_warps, "num_stages": 1}
-        return launch.Plan(_layernorm_fwd_kernel, triton.cdiv(n_rows, c.block_m), (None,) * 6, scalars, options)
-
-    launch.planned(_PLANS, key, plan).run(x, weight, bias, y, mean, rstd)
+    n_rows, n = x.shape
+    c = config or configs.layernorm(n)
+    flags = (weight is not None, bias is not None, y is None)
+    scalars = (x.stride(0), n_rows, eps, n, c.block_m, c.block_n, *flags)
+    options = {"num_warps": c.num_warps, "num_stages": 1}
+    plan = launch.Plan(_layernorm_fwd_kernel, triton.cdiv(n_rows, c.block_m), (None,) * 6, scalars, options)
+    plan.run(x, weight, bias, y, mean, rstd)
 
 
 def check_affine(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:

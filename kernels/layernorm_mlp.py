@@ -87,40 +87,28 @@ def _layernorm_mlp_fwd_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching. From here on x is (M, d) with dense rows.
 
-_PLANS: dict[Any, launch.Plan] = {}
-
-
 def _single(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, c) -> torch.Tensor:
-    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, fc2_weight.dtype), device=x.device)
-    precision = launch.dot_precision(fc1_weight.dtype)
-    d, d_1 = x.shape[1], power_of_two_columns(x.shape[1])
-
-    def plan() -> launch.Plan:
-        m, hidden = x.shape[0], fc1_weight.shape[0]
-        cut = (fc1_weight, fc2_weight, x, y)
-        descriptors = c.descriptors and all(launch.fits_descriptor(t) for t in cut)
-        tiles: list[launch.Tiles | None] = [None] * 13
-        if descriptors:
-            # 0 stands for the columns of x on this side of the cut.
-            blocks = ((c.block_h, 0), (0, c.block_h), (c.block_m, 0), (c.block_m, 0))
-            for i, (tensor, block) in enumerate(zip(cut, blocks, strict=True)):
-                for side, columns in enumerate((d_1, d - d_1)):
-                    if columns:
-                        block_ = tuple(size or columns for size in block)
-                        tiles[1 + 2 * i + side] = launch.Tiles(tuple(tensor.shape), tensor.stride(), block_)
-        form = gelu_form(fc1_weight.dtype, launch.architecture(x))
-        scalars = (
-            x.stride(0), fc1_weight.stride(0), fc2_weight.stride(0), m, eps, d, d_1, hidden, c.block_m, c.block_h,
-            form, descriptors, precision,
-        )  # fmt: skip
-        options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
-        return launch.Plan(_layernorm_mlp_fwd_kernel, triton.cdiv(m, c.block_m), tuple(tiles), scalars, options)
-
-    tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    key = (tuple(launch.layout(t) for t in tensors), eps, precision, c)
+    y = launch.empty(x.shape, torch.promote_types(x.dtype, fc2_weight.dtype), x.device)
+    (m, d), hidden, d_1 = x.shape, fc1_weight.shape[0], power_of_two_columns(x.shape[1])
     cut = (fc1_weight, fc2_weight, x, y)
+    descriptors = c.descriptors and all(launch.fits_descriptor(t) for t in cut)
+    tiles: list[launch.Tiles | None] = [None] * 13
+    if descriptors:
+        # 0 stands for the columns of x on this side of the cut.
+        blocks = ((c.block_h, 0), (0, c.block_h), (c.block_m, 0), (c.block_m, 0))
+        for i, (tensor, block) in enumerate(zip(cut, blocks, strict=True)):
+            for side, columns in enumerate((d_1, d - d_1)):
+                if columns:
+                    block_ = tuple(size or columns for size in block)
+                    tiles[1 + 2 * i + side] = launch.Tiles(tuple(tensor.shape), tensor.stride(), block_)
+    scalars = (
+        x.stride(0), fc1_weight.stride(0), fc2_weight.stride(0), m, eps, d, d_1, hidden, c.block_m, c.block_h,
+        gelu_form(fc1_weight.dtype, launch.architecture(x)), descriptors, launch.dot_precision(fc1_weight.dtype),
+    )  # fmt: skip
+    options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
+    plan = launch.Plan(_layernorm_mlp_fwd_kernel, triton.cdiv(m, c.block_m), tuple(tiles), scalars, options)
     halves = [half for t in cut for half in (t, t if d_1 < d else None)]
-    launch.planned(_PLANS, key, plan).run(x, *halves, norm_weight, norm_bias, fc1_bias, fc2_bias)
+    plan.run(x, *halves, norm_weight, norm_bias, fc1_bias, fc2_bias)
     return y
 
 
@@ -142,7 +130,7 @@ def run(
         strategy: "single" or "split", config: of "single"; instead of the table's choice.
     """
     if x.numel() == 0:
-        return torch.empty(x.shape, dtype=torch.promote_types(x.dtype, fc2_weight.dtype), device=x.device)
+        return launch.empty(x.shape, torch.promote_types(x.dtype, fc2_weight.dtype), x.device)
     (m, d), hidden, architecture = x.shape, fc1_weight.shape[0], launch.architecture(x)
     strategy = strategy or configs.layernorm_mlp(architecture, fc1_weight.element_size(), d)
     c = config or configs.mlp(architecture, m)

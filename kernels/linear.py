@@ -19,7 +19,6 @@ Reference: `reference.linear`, `reference.layernorm_linear`. Test: tests/kernels
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,14 +146,6 @@ def _layernorm_linear_rows_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching. From here on x is (M, K) and residual (M, N), with dense rows.
 
-_PLANS: dict[Any, launch.Plan] = {}
-_FOLD_PLANS: dict[Any, launch.Plan] = {}
-_ROWS_PLANS: dict[Any, launch.Plan] = {}
-
-
-def _layouts(*tensors: torch.Tensor | None) -> tuple:
-    return tuple(None if t is None else launch.layout(t) for t in tensors)
-
 
 def product(
     x: torch.Tensor,
@@ -171,13 +162,11 @@ def product(
         folded: (mean, rstd, row_sum) if x is to be normalised and `weight` and `bias` come from `_fold`.
         config: instead of the table's choice.
     """
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=_result_type(weight, residual), device=x.device)
+    y = launch.empty((x.shape[0], weight.shape[0]), _result_type(weight, residual), x.device)
     if y.numel() == 0:
         return y
-    precision = launch.dot_precision(x.dtype)
     mean, rstd, row_sum = folded or (None, None, None)
-    key = (_layouts(x, weight, bias, residual), y.dtype, gelu, folded is not None, precision, config)
-    plan = launch.planned(_PLANS, key, lambda: _plan(x, weight, bias, residual, y, gelu, folded, precision, config))
+    plan = _plan(x, weight, bias, residual, y, gelu, folded, launch.dot_precision(x.dtype), config)
     plan.run(x, weight, residual, y, bias, mean, rstd, row_sum)
     return y
 
@@ -187,7 +176,7 @@ def chosen(
 ) -> torch.Tensor:
     """`product`, or the same by cuBLASLt where the table says so."""
     if configs.linear_by_library(gelu, residual is not None):
-        return F.linear(x, weight, bias)
+        return launch.call(F.linear, x, weight, bias)
     return product(x, weight, bias, residual, gelu)
 
 
@@ -217,48 +206,37 @@ def _fold(
     norm_weight: torch.Tensor, norm_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(weight * norm_weight in weight's type, the sums of its rows, weight norm_bias + bias), the last two float32."""
-    folded = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    row_sum = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    folded_bias = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-
-    def plan() -> launch.Plan:
-        n, k = weight.shape
-        c = configs.fold(k)
-        scalars = (weight.stride(0), n, k, c.block_m, c.block_n, bias is not None)
-        options = {"num_warps": c.num_warps, "num_stages": 1}
-        return launch.Plan(_fold_kernel, triton.cdiv(n, c.block_m), (None,) * 7, scalars, options)
-
-    key = _layouts(weight, norm_weight, norm_bias, bias)
-    launch.planned(_FOLD_PLANS, key, plan).run(weight, norm_weight, norm_bias, bias, folded, row_sum, folded_bias)
+    folded = launch.empty(weight.shape, weight.dtype, weight.device)
+    row_sum, folded_bias = (launch.empty(weight.shape[:1], torch.float32, weight.device) for _ in range(2))
+    n, k = weight.shape
+    c = configs.fold(k)
+    scalars = (weight.stride(0), n, k, c.block_m, c.block_n, bias is not None)
+    options = {"num_warps": c.num_warps, "num_stages": 1}
+    plan = launch.Plan(_fold_kernel, triton.cdiv(n, c.block_m), (None,) * 7, scalars, options)
+    plan.run(weight, norm_weight, norm_bias, bias, folded, row_sum, folded_bias)
     return folded, row_sum, folded_bias
 
 
 def _rows(x, norm_weight, norm_bias, weight, bias, eps, gelu, config) -> torch.Tensor:
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=weight.dtype, device=x.device)
-    precision = launch.dot_precision(weight.dtype)
-    k_1 = power_of_two_columns(x.shape[1])
-
-    def plan() -> launch.Plan:
-        (m, k), n, architecture = x.shape, weight.shape[0], launch.architecture(x)
-        c = config or configs.rows(architecture, m, n)
-        descriptors = c.descriptors and launch.fits_descriptor(weight) and launch.fits_descriptor(y)
-        tiles: list[launch.Tiles | None] = [None] * 7
-        if descriptors:
-            tiles[1] = launch.Tiles(tuple(weight.shape), weight.stride(), (c.block_n, k_1))
-            tiles[2] = launch.Tiles(tuple(weight.shape), weight.stride(), (c.block_n, k - k_1)) if k_1 < k else None
-            tiles[3] = launch.Tiles(tuple(y.shape), y.stride(), (c.block_m, c.block_n))
-        split = min(c.split, triton.cdiv(n, c.block_n))
-        scalars = (
-            x.stride(0), weight.stride(0), m, eps, n, k, k_1, c.block_m, c.block_n, split,
-            bias is not None, gelu_form(weight.dtype, architecture) if gelu else None, descriptors, precision,
-        )  # fmt: skip
-        options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
-        programs = triton.cdiv(m, c.block_m) * split
-        return launch.Plan(_layernorm_linear_rows_kernel, programs, tuple(tiles), scalars, options)
-
-    key = (_layouts(x, norm_weight, norm_bias, weight, bias), eps, gelu, precision, config)
-    second = weight if k_1 < x.shape[1] else None
-    launch.planned(_ROWS_PLANS, key, plan).run(x, weight, second, y, norm_weight, norm_bias, bias)
+    (m, k), n, architecture = x.shape, weight.shape[0], launch.architecture(x)
+    y = launch.empty((m, n), weight.dtype, x.device)
+    precision, k_1 = launch.dot_precision(weight.dtype), power_of_two_columns(k)
+    c = config or configs.rows(architecture, m, n)
+    descriptors = c.descriptors and launch.fits_descriptor(weight) and launch.fits_descriptor(y)
+    tiles: list[launch.Tiles | None] = [None] * 7
+    if descriptors:
+        tiles[1] = launch.Tiles(tuple(weight.shape), weight.stride(), (c.block_n, k_1))
+        tiles[2] = launch.Tiles(tuple(weight.shape), weight.stride(), (c.block_n, k - k_1)) if k_1 < k else None
+        tiles[3] = launch.Tiles(tuple(y.shape), y.stride(), (c.block_m, c.block_n))
+    split = min(c.split, triton.cdiv(n, c.block_n))
+    scalars = (
+        x.stride(0), weight.stride(0), m, eps, n, k, k_1, c.block_m, c.block_n, split,
+        bias is not None, gelu_form(weight.dtype, architecture) if gelu else None, descriptors, precision,
+    )  # fmt: skip
+    options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
+    programs = triton.cdiv(m, c.block_m) * split
+    plan = launch.Plan(_layernorm_linear_rows_kernel, programs, tuple(tiles), scalars, options)
+    plan.run(x, weight, weight if k_1 < k else None, y, norm_weight, norm_bias, bias)
     return y
 
 
@@ -280,7 +258,7 @@ def normalised_product(
     """
     (m, k), n = x.shape, weight.shape[0]
     if m == 0 or n == 0:
-        return torch.empty(m, n, dtype=weight.dtype, device=x.device)
+        return launch.empty((m, n), weight.dtype, x.device)
     if strategy is None:
         size, same_type = weight.element_size(), x.dtype == weight.dtype
         strategy = configs.layernorm_linear(launch.architecture(x), size, m, k, gelu, same_type)
@@ -292,7 +270,7 @@ def normalised_product(
         return product(x, folded, folded_bias, gelu=gelu, folded=(mean, rstd, row_sum), config=config)
     h = run_layernorm(x, norm_weight, norm_bias, eps, weight.dtype)
     if strategy == "library":
-        return F.linear(h, weight, bias)
+        return launch.call(F.linear, h, weight, bias)
     return product(h, weight, bias, gelu=gelu, config=config)
 
 
@@ -331,7 +309,11 @@ def _linear_shape(
 
 
 def _linear_kernel(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gelu: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    gelu: bool = False,
 ) -> torch.Tensor:
     launch.check_device(x, weight, bias, residual)
     check_types(weight, x=x, bias=bias, residual=residual)
@@ -340,7 +322,7 @@ def _linear_kernel(
     return chosen(as_rows(x), weight, bias, None if residual is None else as_rows(residual), gelu).view(shape)
 
 
-def _layernorm_linear_kernel(x, norm_weight, norm_bias, weight, bias, eps, gelu) -> torch.Tensor:
+def _layernorm_linear_kernel(x, norm_weight, norm_bias, weight, bias, eps, gelu=False) -> torch.Tensor:
     launch.check_device(x, norm_weight, norm_bias, weight, bias)
     launch.check_floats("x", x)
     check_types(weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)

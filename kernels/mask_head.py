@@ -93,8 +93,6 @@ def _mask_head_fwd_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching
 
-_PLANS: dict[Any, launch.Plan] = {}
-
 
 def _run(
     patches: torch.Tensor,
@@ -116,15 +114,11 @@ def _run(
         (B, N, K).
     """
     B, N, _ = patches.shape
-    y = torch.empty(B, N, classes.shape[1], dtype=patches.dtype if norm else torch.float32, device=patches.device)
+    y = launch.empty((B, N, classes.shape[1]), patches.dtype if norm else torch.float32, patches.device)
     if y.numel() == 0:
         return y
-    precision = launch.dot_precision(patches.dtype)
-    affine = tuple(None if t is None else (t.dtype, t.data_ptr() % 16) for t in (norm_weight, norm_bias))
-    layouts = (launch.layout(patches), launch.layout(classes), launch.layout(proj_patch))
-    key = (layouts, affine, eps, norm, precision, config)
-    class_norm = torch.linalg.vector_norm(classes, dim=-1, dtype=torch.float32)
-    plan = launch.planned(_PLANS, key, lambda: _plan(patches, classes, proj_patch, eps, norm, precision, config))
+    class_norm = launch.call(torch.linalg.vector_norm, classes, dim=-1, dtype=torch.float32)
+    plan = _plan(patches, classes, proj_patch, eps, norm, launch.dot_precision(patches.dtype), config)
     plan.run(patches, proj_patch.unsqueeze(0), classes, class_norm, norm_weight, norm_bias, y)
     return y
 
@@ -165,7 +159,7 @@ def _masks(
     eps: float,
     config: configs.MaskHeadConfig | None = None,
 ) -> torch.Tensor:
-    projected = torch.matmul(classes, proj_classes).contiguous()
+    projected = launch.contiguous(launch.call(torch.matmul, classes, proj_classes))
     patches, proj_patch = launch.rows_contiguous(patches), launch.rows_contiguous(proj_patch)
     norm_weight, norm_bias = (None if t is None else launch.rows_contiguous(t) for t in (norm_weight, norm_bias))
     if classes.shape[1] <= MAX_CLASSES:

@@ -21,8 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
 from segmenter.kernels.launch import INTERPRETED, KernelError
+from segmenter.kernels.repeat import Repeated
 
 LIBRARY = torch.library.Library("segmenter", "DEF")
+HOST_FUNCTIONS: dict[str, Callable] = {}  # of operators by name: what the dispatcher calls in the end, as written
 
 
 def define(
@@ -45,6 +47,7 @@ def define(
         autocast_result: applied to the result under autocast, for what eager returns in float32 there.
     """
     name = schema.split("(")[0]
+    HOST_FUNCTIONS[name], kernel = kernel, Repeated(kernel)
     LIBRARY.define(schema)
     LIBRARY.impl(name, kernel, "CUDA")
     LIBRARY.impl(name, kernel if INTERPRETED else reference, "CPU")

@@ -27,7 +27,6 @@ Reference: `reference.pixels_to_tokens`. Test: tests/kernels/test_pixels_to_toke
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,8 +112,6 @@ def _pixels_to_tokens_fwd_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching
 
-_PLANS: dict[Any, launch.Plan] = {}
-
 
 def _readable(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
     """The images themselves if the kernel reads them as they are, else an aligned copy, padded with 128s."""
@@ -124,6 +121,12 @@ def _readable(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
     offsets = (pixels.data_ptr(), pixels.stride(1), pixels.stride(0) if B > 1 else 0)
     if (height, width) == (H, W) and pixels.stride()[2:] == (3, 1) and all(n % 16 == 0 for n in offsets):
         return pixels
+    return launch.call(_padded, pixels, height, width)
+
+
+def _padded(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """A copy (B, height, width, 3) whose rows begin at multiples of 16 bytes."""
+    B, H, W, _ = pixels.shape
     row = 3 * width + -3 * width % 16
     copy = torch.empty(B, height, row, dtype=torch.uint8, device=pixels.device).fill_(CENTRE)
     copy = copy.as_strided((B, height, width, 3), (height * row, row, 3, 1))
@@ -146,17 +149,12 @@ def _run(
         config: instead of the table's choice.
     """
     B, n_tokens, d = pixels.shape[0], *pos_embed.shape
-    y = torch.empty(B, n_tokens, d, dtype=_result_type(weight, extra_tokens, pos_embed), device=pixels.device)
+    y = launch.empty((B, n_tokens, d), _result_type(weight, extra_tokens, pos_embed), pixels.device)
     if y.numel() == 0:
         return y
     padded = bool(pixels.shape[1] % patch_size or pixels.shape[2] % patch_size)
     pixels = _readable(pixels, patch_size)
-    precision = launch.dot_precision(weight.dtype)
-    layouts = tuple(launch.layout(t) for t in (pixels, weight, bias_table, extra_tokens, pos_embed))
-    key = (layouts, y.dtype, patch_size, padded, precision, config)
-    plan = launch.planned(
-        _PLANS, key, lambda: _plan(pixels, weight, extra_tokens, patch_size, padded, precision, config)
-    )
+    plan = _plan(pixels, weight, extra_tokens, patch_size, padded, launch.dot_precision(weight.dtype), config)
     plan.run(pixels, weight, bias_table, extra_tokens, pos_embed, y)
     return y
 
@@ -213,7 +211,7 @@ def _pixels_to_tokens_kernel(pixels, weight, bias_table, extra_tokens, pos_embed
         launch.check_floats(name, tensor)
     launch.check_floats("bias_table", bias_table, (torch.float32,))
     _shape(pixels, weight, bias_table, extra_tokens, pos_embed, patch_size)
-    dense = (t.contiguous() for t in (bias_table, extra_tokens, pos_embed))
+    dense = (launch.contiguous(t) for t in (bias_table, extra_tokens, pos_embed))
     return _run(pixels, launch.rows_contiguous(weight), *dense, patch_size)
 
 

@@ -199,7 +199,6 @@ def _upsample_argmax_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching
 
-_PLANS: dict[Any, launch.Plan] = {}
 _TABLES: dict[Any, tuple[torch.Tensor, ...]] = {}
 _OLD_TABLES: dict[Any, tuple[torch.Tensor, ...]] = {}  # of before _TABLES was full: kernels may still read them
 _CAPTURED: dict[Any, tuple[torch.Tensor, ...]] = {}  # CUDA graphs have their addresses: never freed
@@ -244,7 +243,7 @@ def _run(
     config: configs.UpsampleArgmaxConfig | None = None,
 ) -> torch.Tensor:
     B, n_windows, grid_h, grid_w, K = masks.shape
-    labels = torch.empty(B, *shape, dtype=reference.label_dtype(K), device=masks.device)
+    labels = launch.empty((B, *shape), reference.label_dtype(K), masks.device)
     if B == 0:
         return labels
     geometry = (tops, lefts, (grid_h, grid_w), size, window, shape)
@@ -254,22 +253,17 @@ def _run(
         raise launch.KernelError(
             f"{slots[0] * slots[1]} windows over one pixel, more than {MAX_SLOTS}; use a larger window_stride"
         )
-    tables = _tables((geometry, masks.device), axes, masks.device)
-
-    def plan() -> launch.Plan:
-        k_pad = triton.next_power_of_2(K)
-        block_x = triton.next_power_of_2(axes[1].longest)
-        c = config or configs.upsample_argmax(launch.architecture(masks), block_x, k_pad)
-        n_tiles = [len(axis.starts) - 1 for axis in axes]
-        scalars = (
-            *n_tiles, len(lefts), n_windows, grid_h, grid_w, *shape,
-            K, k_pad, *slots, min(c.block_y, triton.next_power_of_2(axes[0].longest)), block_x,
-        )  # fmt: skip
-        options = {"num_warps": c.num_warps, "num_stages": 1}
-        return launch.Plan(_upsample_argmax_kernel, B * n_tiles[0] * n_tiles[1], (None,) * 6, scalars, options)
-
-    key = (launch.layout(masks), geometry, config)
-    launch.planned(_PLANS, key, plan).run(masks, labels, *tables)
+    tables = launch.call(_tables, (geometry, masks.device), axes, masks.device)
+    k_pad, block_x = triton.next_power_of_2(K), triton.next_power_of_2(axes[1].longest)
+    c = config or configs.upsample_argmax(launch.architecture(masks), block_x, k_pad)
+    n_tiles = [len(axis.starts) - 1 for axis in axes]
+    scalars = (
+        *n_tiles, len(lefts), n_windows, grid_h, grid_w, *shape,
+        K, k_pad, *slots, min(c.block_y, triton.next_power_of_2(axes[0].longest)), block_x,
+    )  # fmt: skip
+    options = {"num_warps": c.num_warps, "num_stages": 1}
+    plan = launch.Plan(_upsample_argmax_kernel, B * n_tiles[0] * n_tiles[1], (None,) * 6, scalars, options)
+    plan.run(masks, labels, *tables)
     return labels
 
 
@@ -294,7 +288,7 @@ def _windows_argmax_kernel(masks, tops, lefts, size, window, shape):
     if masks.shape[-1] > MAX_CLASSES:
         raise launch.KernelError(f'{masks.shape[-1]} classes are more than {MAX_CLASSES}; use impl="eager"')
     geometry = (tuple(x) for x in (tops, lefts, size, window, shape))
-    return _run(masks.contiguous(), *geometry)
+    return _run(launch.contiguous(masks), *geometry)
 
 
 def _windows_argmax_fake(masks, tops, lefts, size, window, shape):

@@ -196,13 +196,23 @@ def fused_attention(
 
     Reads the parameters of the layers and calls none: whoever calls it has asked whether that is right.
     """
-    qkv = ops.layernorm_linear(x, norm.weight, norm.bias, qkv_weight, qkv_bias, norm.eps)
-    return ops.linear(ops.attention(qkv, heads), proj.weight, proj.bias, residual=x)
+    parameters = (norm.weight, norm.bias, qkv_weight, qkv_bias, proj.weight, proj.bias)
+    return ops.compose(_attention_half, x, *parameters, heads, norm.eps)
+
+
+def _attention_half(ops, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps) -> torch.Tensor:
+    qkv = ops.layernorm_linear(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps)
+    return ops.linear(ops.attention(qkv, heads), weight, bias, residual=x)
 
 
 def fused_mlp(x: torch.Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, ops: Operators) -> torch.Tensor:
     """The second half: x + fc2(gelu(fc1(norm(x)))), in one operator."""
-    return ops.layernorm_mlp(x, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm.eps)
+    parameters = (norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    return ops.compose(_mlp_half, x, *parameters, norm.eps)
+
+
+def _mlp_half(ops: Operators, x: torch.Tensor, *parameters_and_eps) -> torch.Tensor:
+    return ops.layernorm_mlp(x, *parameters_and_eps)
 
 
 class Block(OperatorModule):

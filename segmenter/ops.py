@@ -41,6 +41,25 @@ class Operators(NamedTuple):
         """The operators for this input: these, whatever it is."""
         return self
 
+    def compose(self, formula: Callable, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        """`formula(self, x, *arguments)`: an operation that is made of operators, such as half a block."""
+        return formula(self, x, *arguments)
+
+
+class Kernels(Operators):
+    """The kernels. `_replace` gives plain `Operators`, which call what they were given."""
+
+    __slots__ = ()
+
+    def compose(self, formula: Callable, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        """As one operator, repeated from notes (kernels/repeat.py) past PyTorch's dispatcher, where nobody notices."""
+        if unobserved(x):
+            return (_COMPOSED.get(formula) or _composed(formula))(x, *arguments)
+        return formula(self, x, *arguments)
+
+    def _replace(self, **others: Any) -> Operators:
+        return Operators(*self)._replace(**others)
+
 
 class ImplementationError(RuntimeError):
     """The implementation asked for cannot run here."""
@@ -83,6 +102,39 @@ class Automatic:
 
 AUTO = Automatic("auto", on_cpu=False)
 KERNELS: list[Operators] = []  # the kernels, once loaded: a plain look-up, because torch.compile traces it
+_COMPOSED: dict[Callable, Callable] = {}  # formula -> what runs it as one operator
+
+
+def _composed(formula: Callable) -> Callable:
+    from segmenter.kernels.operators import HOST_FUNCTIONS
+    from segmenter.kernels.repeat import Repeated
+
+    names = ("attention", "layernorm_linear", "linear", "layernorm_mlp")
+    host = EAGER._replace(name="triton", **{name: HOST_FUNCTIONS[name] for name in names})
+    return _COMPOSED.setdefault(formula, Repeated(functools.partial(formula, host)))
+
+
+def unobserved(x: torch.Tensor) -> bool:
+    """Whether calling an operator for x now does nothing but run its kernel.
+
+    Gradients, autocast, modes, transforms of torch.func, tracing, compiling and profilers all work through PyTorch's
+    dispatcher; tensors of other types, too.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is torch.Tensor
+        and not torch.is_autocast_enabled(x.device.type)
+        and torch._C._dispatch_tls_local_include_set() in _NOTHING_INCLUDED
+        and not torch._C._autograd._profiler_enabled()
+        and not x.is_neg()  # its values have the other sign in memory
+    )
+
+
+with torch.inference_mode():
+    _NOTHING_INCLUDED = [torch._C._dispatch_tls_local_include_set()]
+with torch.inference_mode(False), torch.no_grad():
+    _NOTHING_INCLUDED.append(torch._C._dispatch_tls_local_include_set())
 
 
 def load_kernels() -> Operators:
@@ -96,7 +148,7 @@ def load_kernels() -> Operators:
         from segmenter.kernels.upsample_argmax import windows_argmax
 
         KERNELS.append(
-            Operators(
+            Kernels(
                 "triton",
                 attention,
                 layernorm_linear,

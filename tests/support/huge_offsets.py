@@ -10,7 +10,7 @@ import tests.conftest as conftest  # sets up the interpreter  # isort: skip
 import torch
 
 from segmenter.kernels import attention as kernel
-from segmenter.kernels import configs, reference
+from segmenter.kernels import configs, launch, reference
 from tests.support.parity import assert_bitwise_equal, assert_parity
 
 FAR = 2**30 + 2**28
@@ -53,11 +53,11 @@ def check_batches(config):
 def check_output(config):
     qkv = torch.randn(3, 34, 48).half()
     want = run(qkv, 1, config)
-    kernel.torch = conftest.POISONED_TORCH
-    kernel.torch.empty = lambda *shape, **kwargs: far_apart(shape, (FAR, shape[-1], 1))
+    launch.torch = conftest.POISONED_TORCH
+    launch.torch.empty = lambda shape, **kwargs: far_apart(shape, (FAR, shape[-1], 1))
     x = qkv.view(3, 34, 3, 16)
     o = kernel._run(x, x, x, (1, 0, 1, 2), 0.25, False, config)[0]
-    kernel.torch = torch
+    launch.torch = torch
     assert o.stride(0) == FAR
     assert_bitwise_equal(o, want)
 

@@ -26,75 +26,85 @@ def stream(index: int) -> int | None:
 
 
 class Launcher:
-    """Launches the compiled kernel of one plan.
+    """Launches the compiled kernel of one plan on tensors out of a list.
 
     Args:
-        compiled, grid: Triton's kernel and the programs along its axes.
-        arguments: of some tensors, what the kernel is called with.
-        tensors: the same, as the plan is run with.
+        plan: that has been run. tensors: what it is run with now.
+        places: where each of these comes from, (index into the list, bytes from its beginning) or None.
     Raises:
         Unknown: this Triton does something else than what is known here.
     """
 
-    def __init__(self, compiled: Any, grid: tuple[int, int, int], arguments: Callable, tensors: Sequence[Any]):
-        self.compiled, self.grid, self.arguments = compiled, grid, arguments
+    def __init__(self, plan: Any, tensors: Sequence[torch.Tensor | None], places: Sequence[tuple[int, int] | None]):
+        self.plan, self.places = plan, places
         try:
             self._read(tensors)
         except Unknown:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever private parts of another version raise
             raise Unknown(f"{type(error).__name__}: {error}") from error
 
-    def _read(self, tensors: Sequence[Any]) -> None:
-        run = self.compiled.run
+    def _read(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        run = self.plan.compiled.run
         if run.global_scratch_size or run.profile_scratch_size:
             raise Unknown("the kernel needs scratch memory")
-        handed = self._handed_over(tensors, 0)
-        self.function = _raw(run.launch)
-        if handed[:4] != (*self.grid, 0):
-            raise Unknown("grid and stream do not come first")
-        self.nested = isinstance(handed[-1], list | tuple)
-        self.after, template = (handed[4:-1], handed[-1]) if self.nested else ((), handed[4:])
-        self.template = list(template)
+        self.function, (self.before, self.after, self.arguments) = _raw(run.launch), self._handed_over(tensors)
+        if self.before != self.plan.grid:
+            raise Unknown("the grid does not come first")
         index_of = {id(tensor): i for i, tensor in enumerate(tensors) if tensor is not None}
-        self.pointers = [(p, index_of[id(x)]) for p, x in enumerate(template) if isinstance(x, torch.Tensor)]
-        maps = [p for p, x in enumerate(template) if type(x).__name__ == "PyCUtensorMap"]
-        mapped = [id(x.base) for x in self.arguments(tensors) if hasattr(x, "base") and hasattr(x, "block_shape")]
-        if maps and len(maps) != len(mapped):
-            raise Unknown(f"{len(maps)} tensor maps of {len(mapped)} descriptors")
-        self.maps = [(p, index_of[base], {}) for p, base in zip(maps, mapped, strict=bool(maps))]
-        found = {id(tensors[i]) for _, i, *_ in (*self.pointers, *self.maps)}
-        if found != set(index_of):
+        pointers = [(p, index_of[id(x)]) for p, x in enumerate(self.arguments) if isinstance(x, torch.Tensor)]
+        maps = [p for p, x in enumerate(self.arguments) if type(x).__name__ == "PyCUtensorMap"]
+        mapped = [i for i, tiles in enumerate(self.plan.tiles) if tiles is not None] if maps else []
+        if len(maps) != len(mapped) or {i for _, i in pointers} | set(mapped) != set(index_of.values()):
             raise Unknown("a tensor is handed over in a form of its own")
+        self.pointers = [(position, *self.places[i]) for position, i in pointers]
+        self.maps = [(position, *self.places[i], {}) for position, i in zip(maps, mapped, strict=True)]
 
-    def __call__(self, stream: int, addresses: Sequence[int | None], tensors: Callable[[], Sequence[Any]]) -> None:
-        """Launches on tensors at these addresses; `tensors()` gives them, for tensor maps not made before."""
-        arguments = self.template.copy()
-        for position, i in self.pointers:
-            arguments[position] = addresses[i]
-        for position, i, known in self.maps:
-            found = known.get(addresses[i])
-            arguments[position] = self._encoded(position, i, known, tensors()) if found is None else found
-        if self.nested:
-            self.function(*self.grid, stream, *self.after, arguments)
+    def __call__(self, slots: Sequence[Any], stream: int) -> None:
+        arguments = self.arguments.copy()
+        for position, slot, offset in self.pointers:
+            arguments[position] = slots[slot].data_ptr() + offset
+        for position, slot, offset, known in self.maps:
+            address = slots[slot].data_ptr() + offset
+            found = known.get(address)
+            arguments[position] = self._encoded(position, address, known, slots) if found is None else found
+        if self.after is None:
+            self.function(*self.before, stream, *arguments)
         else:
-            self.function(*self.grid, stream, *arguments)
+            self.function(*self.before, stream, *self.after, arguments)
 
-    def _encoded(self, position: int, i: int, known: dict, tensors: Sequence[Any]) -> Any:
+    def _encoded(self, position: int, address: int, known: dict[int, Any], slots: Sequence[Any]) -> Any:
         """A new tensor map, by Triton. It holds values only: memory that is freed and used again is no danger."""
         if len(known) >= MAX_MAPS:
             known.clear()
-        handed = self._handed_over(tensors, 0)
-        known[tensors[i].data_ptr()] = made = handed[-1][position] if self.nested else handed[4 + position]
+        known[address] = made = self._handed_over(tensors_at(slots, self.places))[2][position]
         return made
 
-    def _handed_over(self, tensors: Sequence[Any], stream: int) -> tuple:
-        """What Triton's launcher hands to its C function."""
-        handed, run = [], copy.copy(self.compiled.run)
+    def _handed_over(self, tensors: Sequence[torch.Tensor | None]) -> tuple[tuple, tuple | None, list]:
+        """What Triton's launcher hands to its C function: before the stream, after it, and the kernel's arguments.
+
+        The last come as one list, or where there is none, as all that is after the stream.
+        """
+        compiled, handed = self.plan.compiled, []
+        run = copy.copy(compiled.run)
         run.launch = _ending_in(run.launch, lambda *arguments: handed.append(arguments))
-        about = (self.compiled.function, self.compiled.packed_metadata, None, None, None)  # no metadata, no hooks
-        run(*self.grid, stream, *about, *self.arguments(tensors))
-        return handed[0]
+        about = (compiled.function, compiled.packed_metadata, None, None, None)  # no metadata, no hooks
+        run(*self.plan.grid, 0, *about, *self.plan.arguments(tensors))
+        ((*before, _), rest) = handed[0][:4], handed[0][4:]
+        if isinstance(rest[-1], list | tuple):
+            return tuple(before), rest[:-1], list(rest[-1])
+        return tuple(before), None, list(rest)
+
+
+def tensors_at(slots: Sequence[Any], places: Sequence[tuple[int, int] | None]) -> list[torch.Tensor | None]:
+    """Tensors at these places of the list, as far as a launch looks at them: address and type."""
+    return [None if place is None else _at(slots[place[0]], place[1]) for place in places]
+
+
+def _at(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    if not offset:
+        return tensor
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() + offset // tensor.element_size())
 
 
 class Unknown(RuntimeError):

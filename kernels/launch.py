@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from segmenter.kernels import configs, direct, interpreted
+from segmenter.kernels import configs, interpreted
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when triton.jit saw the kernels
 FLOATS = configs.FLOATS
@@ -144,7 +144,7 @@ class Plan:
         options: num_warps, num_stages.
     """
 
-    __slots__ = ("_launcher", "compiled", "grid", "kernel", "options", "scalars", "tiles")
+    __slots__ = ("compiled", "grid", "kernel", "options", "scalars", "tiles")
 
     def __init__(
         self,
@@ -158,7 +158,6 @@ class Plan:
             raise KernelError(f"this call needs {grid} programs, more than {MAX_GRID}; split the batch")
         self.kernel, self.grid, self.tiles, self.scalars, self.options = kernel, (grid, 1, 1), tiles, scalars, options
         self.compiled: Any = None
-        self._launcher: direct.Launcher | str | None = None
 
     def run(self, *tensors: torch.Tensor | None) -> None:
         """Launches on the tensors' device and its current stream. None stands for a tensor the kernel does not use."""
@@ -178,20 +177,6 @@ class Plan:
         """What the kernel is called with."""
         pairs = zip(tensors, self.tiles, strict=True)
         return [*(tensor if tiles is None else tiles.of(tensor) for tensor, tiles in pairs), *self.scalars]
-
-    def launcher(self, tensors: Callable[[], Sequence[torch.Tensor | None]]) -> direct.Launcher | None:
-        """For launches that pass Triton by, or None where that cannot be: `why_not_direct` says why."""
-        if self._launcher is None:
-            try:
-                self._launcher = direct.Launcher(self.compiled, self.grid, self.arguments, tensors())
-            except direct.Unknown as error:
-                self._launcher = str(error)
-        return None if isinstance(self._launcher, str) else self._launcher
-
-    @property
-    def why_not_direct(self) -> str | None:
-        """Why launches go through Triton's launcher, or None if they do not or nothing is known yet."""
-        return self._launcher if isinstance(self._launcher, str) else None
 
     def _run(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
         arguments = self.arguments(tensors)

@@ -87,6 +87,7 @@ def _layernorm_mlp_fwd_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching. From here on x is (M, d) with dense rows.
 
+
 def _single(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, c) -> torch.Tensor:
     y = launch.empty(x.shape, torch.promote_types(x.dtype, fc2_weight.dtype), x.device)
     (m, d), hidden, d_1 = x.shape, fc1_weight.shape[0], power_of_two_columns(x.shape[1])

@@ -13,7 +13,9 @@ What a host function has to keep to, so that its notes are all there is to it:
 Memory that comes from anywhere else is an error at the first call.
 """
 
+import functools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,12 +114,22 @@ class Notes:
         return Program(steps[::-1], len(self.layouts) - self.inputs, outputs, isinstance(result, tuple))
 
 
+_empty_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # half the time of torch.empty
+
+
 class _Allocation:
     def __init__(self, slot: int, tensor: torch.Tensor):
         self.slot, self.shape, self.dtype, self.device = slot, tuple(tensor.shape), tensor.dtype, tensor.device
 
     def __call__(self, slots: Slots, stream: int | None) -> None:
-        slots[self.slot] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        if stream is None or _empty_cuda is None:
+            slots[self.slot] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        else:
+            slots[self.slot] = _empty_cuda(self.shape, self.strides, self.dtype)
+
+    @functools.cached_property
+    def strides(self) -> tuple[int, ...]:
+        return torch.empty(self.shape, device="meta").stride()
 
 
 class _Call:
@@ -139,29 +151,32 @@ class _Call:
 
 
 class _Launch:
-    """Launches a plan: directly, where that is possible and nobody wants to be told of launches."""
+    """Launches a plan: directly, where that is possible and nobody wants to be told of launches.
 
-    def __init__(self, plan: Any, places: list[tuple[int, int] | None]):
+    Attributes:
+        why_not_direct: why Triton launches it each time, or None.
+    """
+
+    why_not_direct: str | None = None
+
+    def __init__(self, plan: launch.Plan, places: list[tuple[int, int] | None]):
         self.plan, self.places = plan, places
-        self.known = [(i, *place) for i, place in enumerate(places) if place]
+        self.direct: direct.Launcher | None = None
 
     def __call__(self, slots: Slots, stream: int | None) -> None:
-        launcher = None if stream is None else self.plan.launcher(lambda: self._tensors(slots))
-        if launcher is None:
-            self.plan.run(*self._tensors(slots))
-            return
-        addresses = [None] * len(self.places)
-        for i, slot, offset in self.known:
-            addresses[i] = slots[slot].data_ptr() + offset
-        launcher(stream, addresses, lambda: self._tensors(slots))
+        if stream is None or self.why_not_direct is not None:
+            self.plan.run(*direct.tensors_at(slots, self.places))
+        elif self.direct is not None:
+            self.direct(slots, stream)
+        else:
+            self._first(slots, stream)
 
-    def _tensors(self, slots: Slots) -> list[torch.Tensor | None]:
-        """What the plan was run with, as far as a launch looks at it: addresses and types."""
-        return [None if place is None else _at(slots[place[0]], place[1]) for place in self.places]
-
-
-def _at(tensor: torch.Tensor, offset: int) -> torch.Tensor:
-    return tensor if not offset else strided(tensor, ((1,), (1,), offset // tensor.element_size()))
+    def _first(self, slots: Slots, stream: int) -> None:
+        try:
+            self.direct = direct.Launcher(self.plan, direct.tensors_at(slots, self.places), self.places)
+        except direct.Unknown as error:
+            self.why_not_direct = str(error)
+        self(slots, stream)
 
 
 def strided(tensor: torch.Tensor, view: tuple) -> torch.Tensor:
@@ -195,9 +210,7 @@ class Program:
         return tuple(found) if self.several else found[0]
 
 
-def layout(tensor: torch.Tensor) -> tuple:
-    """What one tensor gives to the key: all that host functions and Triton's specialisation look at."""
-    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16, tensor.get_device())
+_UNKNOWN, _TENSOR = object(), object()
 
 
 class Repeated:
@@ -207,28 +220,24 @@ class Repeated:
         function: the host function. programs: by the kind of arguments; None where it always runs as written.
     """
 
-    everywhere: "list[Repeated]" = []
+    everywhere: "weakref.WeakSet[Repeated]" = weakref.WeakSet()
 
     def __init__(self, function: Callable):
         self.function = function
         self.programs: dict[tuple, Program | None] = {}
-        self.everywhere.append(self)
+        self.everywhere.add(self)
 
     def __call__(self, *arguments: Any) -> Any:
-        if launch.current.notes is not None or launch._recording is not None:  # part of a larger one; not run
+        if launch.current.notes is not None or launch._recording is not None:  # part of a larger one; nothing is run
             return self.function(*arguments)
-        key: list[Any] = [torch.get_float32_matmul_precision()]
-        tensors = []
-        for argument in arguments:
-            if isinstance(argument, torch.Tensor):
-                tensors.append(argument)
-                argument = layout(argument)
-            elif isinstance(argument, list):
-                argument = tuple(argument)
-            key.append(argument)
-        program = self.programs.get(known := tuple(key), self)
-        if program is self:
-            return self._first(known, tensors, arguments)
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        # Of tensors, all that host functions and Triton's specialisation look at.
+        layouts = [(x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()) for x in tensors]
+        others = [_TENSOR if isinstance(x, torch.Tensor) else tuple(x) if isinstance(x, list) else x for x in arguments]
+        key = (*layouts, *others, torch.get_float32_matmul_precision())
+        program = self.programs.get(key, _UNKNOWN)
+        if program is _UNKNOWN:
+            return self._first(key, tensors, arguments)
         return self.function(*arguments) if program is None else program.run(tensors)
 
     def _first(self, key: tuple, tensors: list[torch.Tensor], arguments: tuple) -> Any:

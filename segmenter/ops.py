@@ -124,17 +124,14 @@ def unobserved(x: torch.Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and type(x) is torch.Tensor
-        and not torch.is_autocast_enabled(x.device.type)
-        and torch._C._dispatch_tls_local_include_set() in _NOTHING_INCLUDED
+        and not torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.maybe_current_level() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
         and not x.is_neg()  # its values have the other sign in memory
     )
-
-
-with torch.inference_mode():
-    _NOTHING_INCLUDED = [torch._C._dispatch_tls_local_include_set()]
-with torch.inference_mode(False), torch.no_grad():
-    _NOTHING_INCLUDED.append(torch._C._dispatch_tls_local_include_set())
 
 
 def load_kernels() -> Operators:

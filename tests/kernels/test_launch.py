@@ -361,5 +361,5 @@ def test_kernels_import_only_what_they_may(path):
 
 STANDARD = {
     *("collections", "contextlib", "copy", "dataclasses", "functools", "math", "operator", "threading", "types"),
-    *("typing", "warnings"),
+    *("typing", "warnings", "weakref"),
 }

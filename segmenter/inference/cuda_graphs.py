@@ -7,7 +7,10 @@ than running them. A graph launches all of them at once.
 import collections
 import contextlib
 import copy
+import ctypes
+import functools
 import itertools
+import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -56,10 +59,29 @@ class Place(NamedTuple):
 
     @staticmethod
     def on(device: torch.device) -> "Place":
-        """A new one."""
-        return Place(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+        """A new pool, on the device's one stream for capturing: libraries keep a workspace for each stream."""
+        return Place(torch.cuda.graph_pool_handle(), capture_stream(device.index or 0))
+
+    def give_up(self) -> None:
+        """After a failed capture: PyTorch up to 2.11 sends allocations of the stream to the pool until it is told."""
+        with contextlib.suppress(RuntimeError):  # newer ones have been
+            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
 
 
+@functools.cache
+def capture_stream(index: int) -> Any:
+    """A stream of a device that nobody else has: what `torch.cuda.Stream()` gives comes from a pool of 32, in turn."""
+    with torch.cuda.device(index):
+        handle = ctypes.c_void_p()
+        try:
+            runtime = ctypes.CDLL(f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}")
+            status = runtime.cudaStreamCreateWithFlags(ctypes.byref(handle), 1)  # does not wait for the default stream
+        except (OSError, AttributeError):  # a PyTorch with another runtime
+            status = 1
+        return torch.cuda.Stream(index) if status else torch.cuda.ExternalStream(handle.value, device=index)
+
+
+ATTEMPTS = 3  # to capture a shape
 _capturing = threading.Lock()  # PyTorch allows one capture at a time in a process
 
 
@@ -73,23 +95,31 @@ class Graph:
     def __init__(
         self, function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], example: torch.Tensor, place: Place
     ):
-        self.input = example.clone()
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self._streams = torch.cuda.CUDAGraph(), set()
         with _capturing, holding_results() as self.held:
             place.stream.wait_stream(torch.cuda.current_stream(example.device))
             with torch.cuda.stream(place.stream):
+                self.input = example.clone()
                 for _ in range(2):  # compiles kernels, makes tables, and lets libraries allocate their workspaces
                     function(self.input)
                 torch.cuda.synchronize(example.device)
                 torch.cuda.empty_cache()  # as capturing does itself: else it would hide what capturing takes
                 before = torch.cuda.memory_reserved(example.device)
-                with torch.cuda.graph(self.graph, place.pool, place.stream, capture_error_mode="thread_local"):
-                    self.outputs = function(self.input)
+                try:
+                    with torch.cuda.graph(self.graph, place.pool, place.stream, capture_error_mode="thread_local"):
+                        self.outputs = function(self.input)
+                except BaseException:
+                    place.give_up()
+                    raise
             torch.cuda.current_stream(example.device).wait_stream(place.stream)
             self.nbytes = self.input.nbytes + max(0, torch.cuda.memory_reserved(example.device) - before)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The outputs for x, which the next call overwrites."""
+        stream = torch.cuda.current_stream()
+        if stream.cuda_stream not in self._streams:  # which may still read the input when it is freed
+            self.input.record_stream(stream)
+            self._streams.add(stream.cuda_stream)
         with torch.inference_mode():  # outside, a tensor that was made inside could not be written to
             self.input.copy_(x, non_blocking=True)
         self.graph.replay()
@@ -117,20 +147,32 @@ class Watched:
 
     def __init__(self, model: nn.Module):
         self.steps = optimiser_steps()
-        self.tensors = []  # (the module's dictionary, name, tensor, address, version)
-        self.memory = []  # kept, so that no later tensor can come to lie at the same address
-        for module in model.modules():
-            for owner in (module._parameters, module._buffers):
-                for name, tensor in owner.items():
-                    if tensor is not None:
-                        self.tensors.append((owner, name, tensor, tensor.data_ptr(), _version(tensor)))
-                        self.memory.append(tensor.detach())
+        self.owners = [owner for m in model.modules() for owner in (m._parameters, m._buffers) if owner]
+        self.values = list(itertools.chain.from_iterable(map(dict.values, self.owners)))
+        self.tensors = [tensor for tensor in self.values if tensor is not None]
+        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]  # those count no writes
+        self.addresses, self.versions = self._addresses(), self._versions()
+        self.memory = [tensor.detach() for tensor in self.tensors]  # so that no later tensor comes to the same address
 
     def unchanged(self) -> bool:
-        return self.steps == optimiser_steps() and all(
-            owner.get(name) is tensor and tensor.data_ptr() == address and _version(tensor) == version
-            for owner, name, tensor, address, version in self.tensors
+        """Written for speed: it runs before every replay."""
+        values = list(itertools.chain.from_iterable(map(dict.values, self.owners)))
+        return (
+            self.steps == optimiser_steps()
+            and len(values) == len(self.values)
+            and all(map(operator.is_, values, self.values))
+            and self._addresses() == self.addresses
+            and self._versions() == self.versions
         )
+
+    def _addresses(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, self.tensors))
+
+    def _versions(self) -> list[int]:
+        return list(map(_VERSION, self.counted))
+
+
+_VERSION = operator.attrgetter("_version")
 
 
 class CompiledInference:
@@ -141,7 +183,8 @@ class CompiledInference:
     them again where `dtype` asks for that, and captures anew what comes twice. Call `refresh` after changes that
     PyTorch does not count (`p.data.mul_(2)`), and after others than of weights (`model.info`, `accelerate`).
 
-    A shape that cannot be captured runs without a graph, which is warned of once.
+    What cannot be captured runs without a graph, and that is warned of once: a shape after three tries, because what
+    other threads do can spoil one; every new shape once memory ran out, so that captures do not push out each other.
 
     Attributes:
         graphs: whether shapes are captured; False on a CPU, where calls run one by one.
@@ -166,7 +209,9 @@ class CompiledInference:
         segment.compute_dtype(model, dtype)  # raises for one that this model cannot run in
         self._lock = threading.RLock()
         self._shapes: collections.OrderedDict[Shape, Graph | Direct] = collections.OrderedDict()
-        self._met: collections.OrderedDict[Shape, None] = collections.OrderedDict()  # shapes run once, not captured
+        self._met: collections.OrderedDict[Shape, int] = collections.OrderedDict()  # not captured: how often tried
+        self._full = False  # memory ran out: nothing more is captured
+        self._transfers: list[_Transfer] = []  # that no `map` uses
         self._weights: Watched | None = None
         self._network: nn.Module = model
         self._place: Place | None = None
@@ -192,7 +237,8 @@ class CompiledInference:
             raise ValueError(f"batch, height and width must be at least 1, got {tuple(shape)}")
         with self._lock, self._on_device():
             self._follow_weights()
-            self._captured(shape, torch.zeros(*shape, 3, dtype=torch.uint8, device=self.device))
+            if shape not in self._shapes:
+                self._try(shape, torch.zeros(*shape, 3, dtype=torch.uint8, device=self.device))
 
     def memory(self) -> dict[Shape, int]:
         """Bytes on the device that each captured shape holds (input, labels, what lies between); 0 without graphs.
@@ -225,7 +271,12 @@ class CompiledInference:
         _check_pixels(pixels)
         with self._lock, self._on_device():
             labels, finite = self._run(pixels)
-            labels = labels.to(pixels.device) if labels.device != pixels.device else labels.clone()
+            if labels.device == pixels.device:
+                labels = labels.clone()
+            else:
+                labels, finite = _on_host(labels, finite)
+                torch.cuda.current_stream().synchronize()  # the only wait
+                labels = labels.clone()
             check_finite(finite)
         return labels
 
@@ -239,27 +290,40 @@ class CompiledInference:
             yield from map(self, batches)
             return
         waiting: collections.deque[_Transfer] = collections.deque()
-        transfers = [_Transfer(self.device), _Transfer(self.device)]
         iterator, failure = iter(batches), None
-        for i in itertools.count():
-            transfer = transfers[i % 2]  # its labels were fetched in the turn before last
-            try:
-                pixels = next(iterator)
-                _check_pixels(pixels)
-                with self._lock, self._on_device():
-                    transfer.send(pixels, self._run)
-            except StopIteration:
-                break
-            except Exception as error:
-                failure = error
-                break
-            waiting.append(transfer)
-            if len(waiting) == 2:
+        with self._two_transfers() as transfers:
+            for i in itertools.count():
+                transfer = transfers[i % 2]  # its labels were fetched in the turn before last
+                try:
+                    pixels = next(iterator)
+                    _check_pixels(pixels)
+                    with self._lock, self._on_device():
+                        transfer.send(pixels, self._run)
+                except StopIteration:
+                    break
+                except Exception as error:
+                    failure = error
+                    break
+                waiting.append(transfer)
+                if len(waiting) == 2:
+                    yield waiting.popleft().fetch()
+            while waiting:
                 yield waiting.popleft().fetch()
-        while waiting:
-            yield waiting.popleft().fetch()
         if failure is not None:
             raise failure
+
+    @contextlib.contextmanager
+    def _two_transfers(self) -> Iterator[list["_Transfer"]]:
+        """Kept from one `map` to the next: PyTorch keeps memory by stream."""
+        with self._lock:
+            free = [t for t in self._transfers if t.device == self.device][:2]
+            self._transfers = [t for t in self._transfers if t not in free]
+        taken = free + [_Transfer(self.device) for _ in range(2 - len(free))]
+        try:
+            yield taken
+        finally:
+            with self._lock:
+                self._transfers += taken
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -286,37 +350,56 @@ class CompiledInference:
             rest = min(larger).batch - shape.batch
             labels, finite = self._run(torch.cat([pixels, pixels[-1:].expand(rest, -1, -1, -1)]))
             return labels[: shape.batch], finite
-        if shape in self._shapes or shape in self._met:
-            return self._captured(shape, pixels)(pixels)
-        self._met[shape] = None
+        if shape not in self._shapes and shape in self._met:
+            self._try(shape, pixels)
+        if shape in self._shapes:
+            self._shapes.move_to_end(shape)
+            return self._shapes[shape](pixels)
+        self._met.setdefault(shape, 0)
         if len(self._met) > 64:
             self._met.popitem(last=False)
-        return self._labels(pixels.to(self.device, non_blocking=True))
+        return self._without_graph(pixels)
 
-    def _captured(self, shape: Shape, pixels: torch.Tensor) -> Graph | Direct:
-        graph = self._shapes.get(shape)
-        if graph is None:
-            graph = self._shapes[shape] = self._capture(shape, pixels.to(self.device))
-            while len(self._shapes) > self.max_shapes:
-                self._shapes.popitem(last=False)
-        self._shapes.move_to_end(shape)
-        return graph
-
-    def _capture(self, shape: Shape, pixels: torch.Tensor) -> Graph | Direct:
+    def _try(self, shape: Shape, pixels: torch.Tensor) -> None:
+        """Captures a shape, if that can be."""
         if not self.graphs:
-            return Direct(self._labels, pixels, None)
+            self._shapes[shape] = Direct(self._labels, pixels.to(self.device), None)
+        elif not self._full and self._met.get(shape, 0) < ATTEMPTS:
+            self._capture(shape, pixels.to(self.device))
+        while len(self._shapes) > self.max_shapes:
+            self._shapes.popitem(last=False)
+
+    def _capture(self, shape: Shape, pixels: torch.Tensor) -> None:
         try:
-            return Graph(self._labels, pixels, self._place)
+            self._shapes[shape] = Graph(self._labels, pixels, self._place)
+            self._met.pop(shape, None)
+        except torch.OutOfMemoryError:
+            self._stop_capturing(f"not enough memory to capture images {tuple(shape)}")
+        except RuntimeError as error:
+            self._met[shape] = tried = self._met.get(shape, 0) + 1
+            self._place = Place.on(self.device)  # the pool of a failed capture takes no other
+            if tried == ATTEMPTS:
+                cause = str(error.__context__ or error).strip().splitlines()[0]
+                warnings.warn(
+                    f"images {tuple(shape)} cannot be captured and run without a graph: {cause}", stacklevel=6
+                )
+
+    def _without_graph(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Graphs give way to a call that does not fit beside them."""
+        try:
+            return self._labels(pixels.to(self.device, non_blocking=True))
         except torch.OutOfMemoryError:
             if not self._shapes:
                 raise
-            self._shapes.clear()
-        except RuntimeError as error:
-            cause = str(error.__context__ or error).strip().splitlines()[0]
-            warnings.warn(f"images {tuple(shape)} cannot be captured and run without a graph: {cause}", stacklevel=5)
-            return Direct(self._labels, pixels, None)
-        self._place = Place.on(self.device)  # what the graphs before held goes back with their pool
-        return Graph(self._labels, pixels, self._place)
+        self._shapes.clear()
+        self._stop_capturing(f"not enough memory for images {tuple(pixels.shape[:3])} beside what was captured")
+        self._place = Place.on(self.device)  # what the graphs held goes back with their pool
+        torch.cuda.empty_cache()
+        return self._labels(pixels.to(self.device, non_blocking=True))
+
+    def _stop_capturing(self, why: str) -> None:
+        self._full = True
+        warnings.warn(f"{why}; from here on new shapes run without a graph", stacklevel=7)
 
     def _labels(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Labels (B, H, W), and a number that is finite if all scores are. What is captured."""
@@ -338,6 +421,7 @@ class CompiledInference:
         self._weights = Watched(self.model)
         self._shapes.clear()
         self._met.clear()
+        self._full = False
         self._place = Place.on(self.device) if self.graphs else None
         parameter = next(self.model.parameters())
         dtype = segment.resolve_dtype(self.dtype, parameter.device, parameter.dtype)
@@ -371,9 +455,8 @@ class _Transfer:
         labels, finite = (x.clone() for x in run(staged))  # the next batch overwrites what a graph gives
         self.copies.wait_stream(compute)
         with torch.cuda.stream(self.copies):
-            self.results = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in (labels, finite))
-            for host, x in zip(self.results, (labels, finite), strict=True):
-                host.copy_(x, non_blocking=True)
+            self.results = _on_host(labels, finite)
+            for x in (labels, finite):
                 x.record_stream(self.copies)
             self.done.record()
 
@@ -385,14 +468,17 @@ class _Transfer:
         return labels.clone()
 
 
+def _on_host(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Copies in pinned memory, on their way on the current stream."""
+    copies = tuple(torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors)
+    for copied, x in zip(copies, tensors, strict=True):
+        copied.copy_(x, non_blocking=True)
+    return copies
+
+
 def _check_pixels(pixels: Any) -> None:
     if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8:
         what = pixels.dtype if isinstance(pixels, torch.Tensor) else type(pixels).__name__
         raise ValueError(f"expected a uint8 tensor (B, H, W, 3), got {what}")
     if pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape:
         raise ValueError(f"expected images (B, H, W, 3), got {tuple(pixels.shape)}")
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often it was written to. Tensors made under inference_mode do not count that."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -74,11 +74,11 @@ def capture_stream(index: int) -> Any:
     with torch.cuda.device(index):
         handle = ctypes.c_void_p()
         try:
-            runtime = ctypes.CDLL(f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}")
-            status = runtime.cudaStreamCreateWithFlags(ctypes.byref(handle), 1)  # does not wait for the default stream
-        except (OSError, AttributeError):  # a PyTorch with another runtime
-            status = 1
-        return torch.cuda.Stream(index) if status else torch.cuda.ExternalStream(handle.value, device=index)
+            create = ctypes.CDLL(None).cudaStreamCreateWithFlags  # of the runtime that PyTorch has loaded
+            failed = create(ctypes.byref(handle), 1)  # 1: does not wait for the default stream
+        except AttributeError:  # linked into PyTorch, or of AMD
+            failed = True
+        return torch.cuda.Stream(index) if failed else torch.cuda.ExternalStream(handle.value, device=index)
 
 
 ATTEMPTS = 3  # to capture a shape

@@ -231,14 +231,20 @@ class CompiledInference:
         return list(self._shapes)
 
     def capture(self, batch: int, height: int, width: int) -> None:
-        """Captures a shape now, rather than at its second call."""
+        """Captures a shape now, rather than at its second call.
+
+        Warns:
+            UserWarning: it cannot be captured, or memory does not suffice; it will run without a graph.
+        """
         shape = Shape(batch, height, width)
         if min(shape) < 1:
             raise ValueError(f"batch, height and width must be at least 1, got {tuple(shape)}")
         with self._lock, self._on_device():
             self._follow_weights()
-            if shape not in self._shapes:
-                self._try(shape, torch.zeros(*shape, 3, dtype=torch.uint8, device=self.device))
+            pixels = torch.zeros(*shape, 3, dtype=torch.uint8, device=self.device)
+            for _ in range(ATTEMPTS):
+                if shape not in self._shapes:
+                    self._try(shape, pixels)
 
     def memory(self) -> dict[Shape, int]:
         """Bytes on the device that each captured shape holds (input, labels, what lies between); 0 without graphs.
@@ -372,7 +378,7 @@ class CompiledInference:
     def _capture(self, shape: Shape, pixels: torch.Tensor) -> None:
         try:
             self._shapes[shape] = Graph(self._labels, pixels, self._place)
-            self._met.pop(shape, None)
+            self._met[shape] = 0
         except torch.OutOfMemoryError:
             self._stop_capturing(f"not enough memory to capture images {tuple(shape)}")
         except RuntimeError as error:

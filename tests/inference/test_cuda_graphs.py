@@ -250,38 +250,83 @@ def test_fewer_images_are_filled_up(model, graphs):
     assert len(graphs) == 2
 
 
+def failing(monkeypatch, *errors):
+    """Has the next captures raise these; a list of the shapes that were tried."""
+    good, left, tried = cuda_graphs.Graph, list(errors), []
+
+    def graph(function, example, place):
+        tried.append(tuple(example.shape[:3]))
+        if left:
+            raise left.pop(0)
+        return good(function, example, place)
+
+    monkeypatch.setattr(cuda_graphs, "Graph", graph)
+    return tried
+
+
+NOT_PERMITTED = RuntimeError("operation not permitted when stream is capturing")
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_what_cannot_be_captured_runs_without_a_graph(model, graphs, monkeypatch):
-    """A part that waits for the device, say: said once, and never an error or a lost shape."""
+    """A part that waits for the device, say: three tries, said once, and never an error."""
     compiled = model.compile_inference(1, 64, 64)
-    good, pixels = cuda_graphs.Graph, images(1, 64, 80)
+    pixels, other = images(1, 64, 80), images(1, 64, 96)
+    tried = failing(monkeypatch, *[NOT_PERMITTED] * 6)
+    with pytest.warns(
+        UserWarning, match=r"\(1, 64, 80\) cannot be captured and run without a graph: operation"
+    ) as said:
+        for _ in range(6):
+            assert torch.equal(compiled(pixels), one_by_one(model, pixels))
+    assert len(said) == 1 and tried == [(1, 64, 80)] * 3 and compiled.shapes == [(1, 64, 64)]
+    with pytest.warns(UserWarning, match=r"\(1, 64, 96\) cannot be captured"):
+        compiled.capture(1, 64, 96)
+    assert len(tried) == 6 and torch.equal(compiled(other), one_by_one(model, other)) and len(tried) == 6
+    compiled(images(1))
+    assert graphs[0].replays == 1, "the other shapes are still captured"
 
-    def refuse(*args):
-        raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(cuda_graphs, "Graph", refuse)
-    with pytest.warns(UserWarning, match=r"\(1, 64, 80\) cannot be captured and run without a graph: operation"):
-        compiled.capture(1, 64, 80)
-    monkeypatch.setattr(cuda_graphs, "Graph", good)
+def test_a_passing_disturbance_is_no_reason_to_give_up(model, graphs, monkeypatch):
+    compiled, pixels = CompiledInference(model), images(1)
+    tried = failing(monkeypatch, NOT_PERMITTED)
+    for _ in range(4):
+        assert torch.equal(compiled(pixels), one_by_one(model, pixels))
+    assert len(tried) == 2 and compiled.shapes == [(1, 64, 64)] and graphs[0].replays == 2
+    assert graphs[0].place.pool == 1, "the pool of a failed capture takes no other"
+
+
+def test_captures_do_not_push_out_each_other_for_memory(model, graphs, monkeypatch):
+    compiled = model.compile_inference(1, 64, 64)
+    pixels, tried = images(1, 64, 80), failing(monkeypatch, OUT_OF_MEMORY)
+    compiled(pixels)
+    with pytest.warns(UserWarning, match=r"not enough memory to capture images \(1, 64, 80\); from here on new shapes"):
+        compiled(pixels)
+    for w in (80, 96, 80, 96):
+        compiled(images(1, 64, w))
+    compiled(images(1))
+    assert len(tried) == 1 and compiled.shapes == [(1, 64, 64)] and graphs[0].replays == 1
+    by_copy(model)  # new weights, new chance
     for _ in range(2):
         assert torch.equal(compiled(pixels), one_by_one(model, pixels))
-    assert compiled.shapes == [(1, 64, 64), (1, 64, 80)] and len(graphs) == 1
+    assert compiled.shapes == [(1, 64, 80)]
 
 
-def test_out_of_memory_while_capturing_gives_up_the_other_shapes(model, graphs, monkeypatch):
-    compiled = model.compile_inference(1, 64, 64)
-    good, failures = cuda_graphs.Graph, iter([torch.OutOfMemoryError("CUDA out of memory")])
+def test_graphs_give_way_to_a_call_that_does_not_fit_beside_them(model, graphs, monkeypatch):
+    compiled, pixels = model.compile_inference(1, 64, 64), images(1, 64, 80)
+    labels, errors = compiled._labels, iter([OUT_OF_MEMORY])
 
-    def once(*args):
-        for error in failures:
+    def run(x):
+        for error in errors:
             raise error
-        return good(*args)
+        return labels(x)
 
-    monkeypatch.setattr(cuda_graphs, "Graph", once)
-    compiled.capture(1, 64, 80)
-    assert compiled.shapes == [(1, 64, 80)] and graphs[0].place != graphs[1].place
-    failures = iter([torch.OutOfMemoryError("CUDA out of memory")] * 2)
-    with pytest.raises(torch.OutOfMemoryError):
-        compiled.capture(1, 64, 96)
+    monkeypatch.setattr(compiled, "_labels", run)
+    with pytest.warns(UserWarning, match=r"not enough memory for images \(1, 64, 80\) beside what was captured"):
+        assert torch.equal(compiled(pixels), one_by_one(model, pixels))
+    assert not compiled.shapes
+    errors = iter([OUT_OF_MEMORY])
+    with pytest.raises(torch.OutOfMemoryError):  # nothing is left to give way
+        compiled(pixels)
 
 
 def test_what_the_caller_has_on_is_not_captured(model, graphs):

@@ -13,6 +13,8 @@ def install(monkeypatch):
     made = []
 
     class Stream:
+        cuda_stream = 0
+
         def wait_stream(self, other):
             pass
 
@@ -32,8 +34,7 @@ def install(monkeypatch):
 
     pools = iter(range(100))
     for name, stand_in in {
-        "Stream": lambda device: Stream(),
-        "current_stream": lambda device: Stream(),
+        "current_stream": lambda device=None: Stream(),
         "CUDAGraph": type("CUDAGraph", (), {}),
         "stream": lambda stream: contextlib.nullcontext(),
         "graph": lambda graph, pool, stream, **options: contextlib.nullcontext(),
@@ -43,6 +44,8 @@ def install(monkeypatch):
         "graph_pool_handle": lambda: next(pools),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(cuda_graphs, "capture_stream", lambda index: Stream())
     monkeypatch.setattr(cuda_graphs, "Graph", Graph)
     monkeypatch.setattr(CompiledInference, "graphs", True)
     monkeypatch.setattr(CompiledInference, "_on_device", lambda self: contextlib.nullcontext())

@@ -55,7 +55,8 @@ class Launcher:
         pointers = [(p, index_of[id(x)]) for p, x in enumerate(self.arguments) if isinstance(x, torch.Tensor)]
         maps = [p for p, x in enumerate(self.arguments) if type(x).__name__ == "PyCUtensorMap"]
         mapped = [i for i, tiles in enumerate(self.plan.tiles) if tiles is not None] if maps else []
-        if len(maps) != len(mapped) or {i for _, i in pointers} | set(mapped) != set(index_of.values()):
+        found = {id(tensors[i]) for i in (*(i for _, i in pointers), *mapped)}
+        if len(maps) != len(mapped) or found != set(index_of):
             raise Unknown("a tensor is handed over in a form of its own")
         self.pointers = [(position, *self.places[i]) for position, i in pointers]
         self.maps = [(position, *self.places[i], {}) for position, i in zip(maps, mapped, strict=True)]

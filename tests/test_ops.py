@@ -1,10 +1,12 @@
 """Which implementation runs: by argument, by device, part by part; and when a block must not use fused operators."""
 
+import contextlib
 import types
 from importlib import metadata
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from segmenter import create_segmenter
 from segmenter import ops as implementation
@@ -254,3 +256,95 @@ def test_parts_tell_where_labels_come_from(monkeypatch):
     assert parts(many)["windows_argmax"] == "eager (1025 classes)"
     many.ops = EAGER._replace(name="triton")  # asked for: it will raise, and say so
     assert parts(many)["windows_argmax"] == "triton"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operations that are made of operators
+
+
+def half(ops, x, weight, bias):
+    return ops.linear(x, weight, bias, residual=x)
+
+
+def dispatched(run, monkeypatch):
+    """How often `run` calls operators through PyTorch's dispatcher, by the formula as it is written."""
+    calls = []
+    monkeypatch.setattr(implementation, "_COMPOSED", {half: lambda x, *parameters: half(EAGER, x, *parameters)})
+    kernels = implementation.load_kernels()
+    monkeypatch.setattr(implementation, "load_kernels", lambda: kernels)
+    counted = type(kernels)(*kernels._replace(linear=lambda *a, **kw: calls.append(1) or reference.linear(*a, **kw)))
+    run(lambda x, *parameters: counted.compose(half, x, *parameters))
+    return len(calls)
+
+
+@contextlib.contextmanager
+def watching():
+    with torch.no_grad(), FlopCounterMode(display=False):
+        yield
+
+
+@contextlib.contextmanager
+def profiling():
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        yield
+
+
+@contextlib.contextmanager
+def in_half_precision():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@contextlib.contextmanager
+def differentiating_forwards():
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        yield
+
+
+X, PARAMETERS = torch.randn(3, 16), (torch.randn(16, 16), torch.randn(16))
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode], ids=lambda f: f.__name__)
+def test_where_nobody_notices_operators_are_composed(around, monkeypatch):
+    pytest.importorskip("triton")
+    with around():
+        assert dispatched(lambda compose: compose(X, *PARAMETERS), monkeypatch) == 0
+
+
+@pytest.mark.parametrize(
+    "around",
+    [torch.enable_grad, watching, profiling, in_half_precision, differentiating_forwards],
+    ids=lambda f: f.__name__,
+)
+def test_where_somebody_would_notice_they_are_dispatched(around, monkeypatch):
+    pytest.importorskip("triton")
+    with around():
+        assert dispatched(lambda compose: compose(X, *PARAMETERS), monkeypatch) == 1
+
+
+@pytest.mark.parametrize("kind", ["subclass", "negated", "vmap", "trace"])
+def test_tensors_and_transforms_that_are_dispatched(kind, monkeypatch):
+    pytest.importorskip("triton")
+
+    def run(compose):
+        with torch.no_grad():
+            if kind == "subclass":
+                compose(X.as_subclass(type("Mine", (torch.Tensor,), {})), *PARAMETERS)
+            elif kind == "negated":
+                x = torch.randn(3, 16, dtype=torch.complex64).conj().imag
+                assert x.is_neg()
+                compose(x, *PARAMETERS)
+            elif kind == "vmap":
+                torch.func.vmap(lambda x: compose(x, *PARAMETERS))(X[None])
+            else:
+                torch.jit.trace(lambda x: compose(x, *PARAMETERS), X, check_trace=False)
+
+    assert dispatched(run, monkeypatch) == 1
+
+
+def test_replaced_operators_are_called():
+    pytest.importorskip("triton")
+    kernels = implementation.load_kernels()
+    mine = kernels._replace(linear=lambda *args, **kwargs: "mine")
+    with torch.no_grad():
+        assert mine.compose(half, X, *PARAMETERS) == "mine" and type(mine) is not type(kernels)

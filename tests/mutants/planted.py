@@ -3,6 +3,7 @@
 from tests.mutants.mutant import Mutant, planted_in
 from tests.mutants.planted_guard import GUARD
 from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, READ_AHEAD, STRIDES, UPSAMPLE_TILES
+from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
 
 ATTENTION = planted_in(
@@ -455,6 +456,7 @@ MUTANTS = [
     *FOLDING,
     *CACHE,
     *GUARD,
+    *REPEAT,
     *LABELS_KERNEL,
     *UPSAMPLE_TILES,
     *LABELS,

@@ -93,10 +93,6 @@ LABELS_KERNEL = planted_in(
             "    in_x = x < x_end\n",
             "    in_x = x <= x_end\n",
         ),
-        "plan_of_another_geometry": (
-            "key = (launch.layout(masks), geometry, config)",
-            "key = (launch.layout(masks), config)",
-        ),
     },
 )
 
@@ -275,20 +271,20 @@ CAPTURED = planted_in(
             "if self._weights is not None:",
         ),
         "every_first_call_captured": (
-            "        if shape in self._shapes or shape in self._met:\n",
-            "        if True:\n",
+            "        if shape not in self._shapes and shape in self._met:\n",
+            "        if shape not in self._shapes:\n",
         ),
         "the_shape_used_last_evicted": (
-            "                self._shapes.popitem(last=False)\n",
-            "                self._shapes.popitem()\n",
+            "            self._shapes.popitem(last=False)\n",
+            "            self._shapes.popitem()\n",
         ),
         "use_does_not_count": (
             "        self._shapes.move_to_end(shape)\n",
             "",
         ),
         "results_of_earlier_calls_overwritten": (
-            "else labels.clone()",
-            "else labels",
+            "            if labels.device == pixels.device:\n                labels = labels.clone()\n",
+            "            if labels.device == pixels.device:\n                pass\n",
         ),
         "filled_up_images_returned": (
             "return labels[: shape.batch], finite",
@@ -311,20 +307,40 @@ CAPTURED = planted_in(
             "MATRICES = (nn.Linear, nn.Conv2d)",
         ),
         "fused_optimisers_not_seen": (
-            "self.steps == optimiser_steps() and all(",
-            "all(",
+            "            self.steps == optimiser_steps()\n            and len(values)",
+            "            len(values)",
         ),
         "written_in_place_not_seen": (
-            " and _version(tensor) == version\n",
-            "\n",
+            "            and self._versions() == self.versions\n",
+            "",
         ),
         "other_memory_not_seen": (
-            "tensor.data_ptr() == address and ",
+            "            and self._addresses() == self.addresses\n",
             "",
         ),
         "other_parameters_not_seen": (
-            "owner.get(name) is tensor and ",
+            "            and all(map(operator.is_, values, self.values))\n",
             "",
+        ),
+        "tried_once_only": (
+            "ATTEMPTS = 3 ",
+            "ATTEMPTS = 1 ",
+        ),
+        "tried_for_ever": (
+            "self._met.get(shape, 0) < ATTEMPTS:",
+            "True:",
+        ),
+        "pool_of_a_failed_capture_kept": (
+            "            self._place = Place.on(self.device)  # the pool of a failed capture takes no other\n",
+            "",
+        ),
+        "captures_push_out_each_other": (
+            "        self._full = True\n",
+            "",
+        ),
+        "graphs_never_give_way": (
+            "            if not self._shapes:\n                raise\n",
+            "            raise\n",
         ),
         "ambient_autocast_captured": (
             "dtype if half else None, enabled=half, cache_enabled=False)",

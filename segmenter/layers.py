@@ -196,7 +196,7 @@ def fused_attention(
 
     Reads the parameters of the layers and calls none: whoever calls it has asked whether that is right.
     """
-    parameters = (norm.weight, norm.bias, qkv_weight, qkv_bias, proj.weight, proj.bias)
+    parameters = (*_weight_and_bias(norm), qkv_weight, qkv_bias, *_weight_and_bias(proj))
     return ops.compose(_attention_half, x, *parameters, heads, norm.eps)
 
 
@@ -207,8 +207,14 @@ def _attention_half(ops, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight
 
 def fused_mlp(x: torch.Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, ops: Operators) -> torch.Tensor:
     """The second half: x + fc2(gelu(fc1(norm(x)))), in one operator."""
-    parameters = (norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    parameters = (*_weight_and_bias(norm), *_weight_and_bias(fc1), *_weight_and_bias(fc2))
     return ops.compose(_mlp_half, x, *parameters, norm.eps)
+
+
+def _weight_and_bias(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Not by `layer.weight`: looking up an attribute of a module takes a microsecond, a dozen times a block."""
+    held = layer._parameters
+    return (held["weight"], held["bias"]) if len(held) == 2 else (layer.weight, layer.bias)
 
 
 def _mlp_half(ops: Operators, x: torch.Tensor, *parameters_and_eps) -> torch.Tensor:
@@ -250,8 +256,8 @@ class Block(OperatorModule):
         layers = self._modules  # not self.attn and so on: attribute look-ups of modules are slow
         if attention is None and mask is None:
             attn = layers["attn"]
-            qkv, proj = attn._modules["qkv"], attn._modules["proj"]
-            x = fused_attention(x, layers["norm1"], qkv.weight, qkv.bias, attn.heads, proj, ops)
+            proj = attn._modules["proj"]
+            x = fused_attention(x, layers["norm1"], *_weight_and_bias(attn._modules["qkv"]), attn.heads, proj, ops)
         else:
             x = x + self.drop_path(self._attended(self.norm1(x), mask, False))
         if mlp is None:

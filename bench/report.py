@@ -176,7 +176,8 @@ def run(args: argparse.Namespace) -> int:
         made[args.waterfall_svg] = sections.waterfall_svg(f"{title} · {result.device}", steps)
     if args.text:
         found = rr.Comparison(*results)
-        print(*found.notes(), tables.pairs(found).markdown(), "\n".join(found.facts()), rr.RULE, sep="\n\n")
+        table = [tables.pairs(found).markdown()] if found.pairs else []
+        print(*found.notes(), *table, "\n".join(found.facts()), rr.RULE, sep="\n\n")
     if args.check:
         stale = [what for path, text in made.items() for what in differing(path, text)]
         for what in stale:

@@ -105,20 +105,20 @@ class Bar(NamedTuple):
 def bars(title: str, items: Sequence[Bar], width: float) -> str:
     """Horizontal bars of images a second, from zero, as SVG. `width` in inches."""
     title, rows = f"{title}, images/s", range(len(items))
+    labels = [shortened(bar.label, 0.4 * width) for bar in items]
+    room = 0.9 * width - 9 / 120 * max(map(len, labels), default=0)  # or the layout would leave no length for bars
     with style():
         figure = new_figure(width, 0.45 + 0.29 * len(items), title)
         figure.set_layout_engine("constrained")
         figure.suptitle(shortened(title, width, 9.5), x=0.01, ha="left", fontsize=9.5, weight="bold")
         axes = figure.subplots()
         axes.spines[:].set_visible(False)
-        axes.xaxis.set_visible(False)
-        axes.set_yticks(rows, [shortened(bar.label, 0.4 * width) for bar in items], color=INK)
-        axes.tick_params(length=0)
         axes.grid(False)
-        drawn = axes.barh(
-            rows, [bar.value or 0 for bar in items], 0.6, color=[look(bar.provider).light for bar in items]
-        )
-        words = axes.bar_label(drawn, [shortened(bar.text, 0.7 * width, 8) for bar in items], padding=3, fontsize=8)
+        axes.tick_params(length=0, labelbottom=False)
+        axes.set_yticks(rows, labels, color=INK)
+        colours = [look(bar.provider).light for bar in items]
+        drawn = axes.barh(rows, [bar.value or 0 for bar in items], 0.6, color=colours)
+        words = axes.bar_label(drawn, [shortened(bar.text, room, 8) for bar in items], padding=3, fontsize=8)
         for word, bar in zip(words, items, strict=True):
             word.set(color=BAD if bar.bad else INK if bar.value else SOFT, weight="bold" if bar.bad else "normal")
         axes.invert_yaxis()

@@ -13,7 +13,7 @@ import pytest
 
 from bench import report, report_rows
 from bench.report import BLOCKS, MarkerError, block, replaced
-from bench.report_plots import Point, lines
+from bench.report_plots import Bar, Point, bars, lines
 from bench.report_rows import Results
 from tests.support.report_results import results, saver
 
@@ -167,6 +167,11 @@ def test_a_short_table_links_to_the_long_one(save, folder, target):
 # Images, numbers, command line
 
 
+def drawn_bars(svg):
+    """Where each begins and ends."""
+    return re.findall(r'<path d="M ([\d.]+) [\d.]+\s+L ([\d.]+) [^"]*" clip-path=', svg)
+
+
 def test_waterfall_image_stands_alone(save, tmp_path):
     path, image = save(results()), tmp_path / "waterfall.svg"
     arguments = [str(path), "--waterfall-svg", str(image)]
@@ -178,12 +183,20 @@ def test_waterfall_image_stands_alone(save, tmp_path):
     assert float(root.getAttribute("width").removesuffix("pt")) > 0
     assert "var(" not in text
     assert "not measured: compiler error" in text
-    bars = re.findall(r'<path d="M ([\d.]+) [\d.]+\s+L ([\d.]+) [^"]*" clip-path=', text)
-    widths = [float(right) - float(left) for left, right in bars]
+    widths = [float(right) - float(left) for left, right in drawn_bars(text)]
     assert [round(w / widths[0], 1) for w in widths] == [1.0, 0.0, 2.0, 1.6]
     assert report.main([*arguments, "--check"]) == 0
     image.write_text(text.replace("160", "161"), encoding="utf-8")
     assert report.main([*arguments, "--check"]) == 1
+
+
+def test_long_names_leave_length_for_bars(recwarn):
+    long = "name " * 50
+    svg = bars(long, [Bar(long, "eager", 2.0, long), Bar(long, "triton", 1.0, "1.00"), Bar("b", "c", None, long)], 4.5)
+    widths = [float(right) - float(left) for left, right in drawn_bars(svg)]
+    assert widths[0] == pytest.approx(2 * widths[1], rel=1e-3)
+    assert widths[0] > 5
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("value", [1.1, 2.1, 3.0, 5.1, 9.0])

@@ -31,7 +31,6 @@ class Look(NamedTuple):
 # Okabe and Ito's palette, safe for the colour-blind, darkened where needed.
 LOOKS = {
     "eager": Look("#5f6368", "o"),
-    "published": Look("#5f6368", "o"),
     "sdpa-flash": Look("#0072b2", "s"),
     "sdpa-cudnn": Look("#3f9fd0", "D"),
     "sdpa-efficient": Look("#00805c", "^"),
@@ -106,7 +105,8 @@ def bars(title: str, items: Sequence[Bar], width: float) -> str:
     """Horizontal bars of images a second, from zero, as SVG. `width` in inches."""
     title, rows = f"{title}, images/s", range(len(items))
     labels = [shortened(bar.label, 0.4 * width) for bar in items]
-    room = 0.9 * width - 9 / 120 * max(map(len, labels), default=0)  # or the layout would leave no length for bars
+    room = 0.9 * width - 9 / 120 * max(map(len, labels), default=0)  # of the bars and what is behind them
+    ends = [bar.value / max(0.1, 1 - 0.06 * len(bar.text) / room) for bar in items if bar.value]
     with style():
         figure = new_figure(width, 0.45 + 0.29 * len(items), title)
         figure.set_layout_engine("constrained")
@@ -121,7 +121,7 @@ def bars(title: str, items: Sequence[Bar], width: float) -> str:
         words = axes.bar_label(drawn, [shortened(bar.text, room, 8) for bar in items], padding=3, fontsize=8)
         for word, bar in zip(words, items, strict=True):
             word.set(color=BAD if bar.bad else INK if bar.value else SOFT, weight="bold" if bar.bad else "normal")
-        axes.invert_yaxis()
+        axes.set(xlim=(0, max(ends, default=1)), ylim=(len(items) - 0.5, -0.5))
         return to_svg(figure)
 
 

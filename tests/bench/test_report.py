@@ -167,6 +167,10 @@ def test_slower_is_said_first_and_only_beyond_the_spread(save, undrawn):
     assert len(re.findall(r'class="slow"[^>]*>0\.80x slower<', page)) == 4  # both shapes, there and in the list
     assert "Slower than the fastest other provider, beyond the spread: 2 rows." in page
     assert page.index("beyond the spread: 2 rows.") < page.index('id="waterfall"')
+    worse = results()
+    worse["benchmarks"][7]["stats"] = {"median": 3e-4, "q1": 3e-4, "q3": 3e-4}
+    page = rendered(save(worse))
+    assert page.index("0.33x slower") < page.index("0.80x slower")  # slowest first
     close = results()
     for entry in close["benchmarks"]:
         if entry["extra_info"]["kind"] == "attention" and entry["extra_info"]["provider"] == "triton":

@@ -55,10 +55,10 @@ DEFAULTS = {  # option -> on a GPU, on a CPU, where compiling alone would take a
 
 def profile(provider: str, run: Run) -> Profile:
     """Profiles one provider and writes its files; where that cannot be, the profile says why."""
-    needed = 3 * forward_flops(run.shape) / run.roofs.flops_per_second  # counted, profiled, timed
-    for point in run.points:  # the longest that is no longer decides
+    needed = 3 * forward_flops(run.shape) / run.roofs.flops_per_second  # at least: counted, profiled, timed
+    for point in run.points:
         if point.provider == provider and point.seconds and point.tokens <= run.shape.tokens:
-            needed = point.predicted(run.shape.tokens)
+            needed = max(needed, point.predicted(point.tokens))
     left, work = run.deadline - time.monotonic(), functools.partial(_profile, provider, run)
     found, reason = long_sequences.attempt(work, provider, run.device, run.dtype, needed, left)
     return found or Profile(provider, reason)

@@ -42,7 +42,6 @@ QUICK = 1.0  # seconds: a forward below it is profiled several times
 FORWARDS = 3
 SCALING_SHARE = 0.55  # of the time; it goes first, what is left is for the profiles
 SNAPSHOT_ENTRIES = 200_000
-Call = Callable[[], None]
 DEFAULTS = {  # option -> on a GPU, on a CPU, where compiling alone would take a minute a size
     "model": ("S", "T"),
     "size": (1024, 256),
@@ -102,7 +101,7 @@ def _profile(provider: str, run: Run) -> Profile:
     return found
 
 
-def traced(forward: Call, forwards: int, warm_up: bool, device: torch.device) -> tuple[torch.profiler.profile, dict]:
+def traced(forward: Callable, forwards: int, warm_up: bool, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """torch's profiler of some forwards, and its Chrome trace. `warm_up`: one more before, for slow first launches."""
     activities = {torch.profiler.ProfilerActivity.CPU, getattr(torch.profiler.ProfilerActivity, device.type.upper())}
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=forwards, repeat=1) if warm_up else None
@@ -119,7 +118,7 @@ def traced(forward: Call, forwards: int, warm_up: bool, device: torch.device) ->
     return profiler, trace
 
 
-def memory_snapshot(forward: Call, path: Path) -> None:
+def memory_snapshot(forward: Callable, path: Path) -> None:
     """Writes what torch's allocator on the GPU did during one forward."""
     memory = torch.cuda.memory
     memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES, stacks="python")

@@ -48,8 +48,8 @@ def scaling(lines: Sequence[Line], title: str) -> "Figure | None":
         ax.set(xscale="log", yscale="linear" if key == "attention_percent" else "log", ylabel=unit)
         if key == "attention_percent" or not found:
             continue
-        ax.set_ylim(ax.get_ylim())  # as the points need it, whatever the guide does
         most = max(found, key=lambda line: line[key])
+        ax.set_ylim(min(line[key] for line in found) / 1.5, 1.5 * most[key])
         guide = [most[key] * (count / most["tokens"]) ** 2 for count in tokens]
         ax.plot(tokens, guide, "--", color=SOFT, linewidth=1, zorder=1, label="quadratic")
         _numbers(ax.yaxis, (1, 2, 5))
@@ -57,7 +57,7 @@ def scaling(lines: Sequence[Line], title: str) -> "Figure | None":
         gone = [(line["provider"], line["reason"]) for line in lines if line["tokens"] == count and line["reason"]]
         words = [f"{name}: {OUT_OF_MEMORY if reason == OUT_OF_MEMORY else 'not run'}" for name, reason in gone]
         axes[0].text(count, 0.02, "\n".join(words), ha="right", transform=axes[0].get_xaxis_transform(), **SMALL)
-    axes[0].legend(loc="upper left")
+    axes[0].legend()
     axes[2].set(ylim=(0, 100), xlabel="tokens of the encoder")
     axes[2].set_xticks(tokens, [f"{count:,}" for count in tokens])
     axes[2].minorticks_off()
@@ -74,10 +74,11 @@ def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figur
     ceiling, slope = roofs.flops_per_second / 1e12, roofs.bytes_per_second / 1e12
     every = [line for lines in found.values() for line in lines]
     intensities = [ceiling / slope, *(1e3 * line["tflops"] / line["gbps"] for line in every)]
-    left, right, bottom = min(intensities) / 2, max(intensities) * 2, min(line["tflops"] for line in every) / 2
+    rates = [ceiling, *(line["tflops"] for line in every)]
+    left, right = min(intensities) / 2, 2 * max(intensities)
     for ax, (provider, lines) in zip(axes, found.items(), strict=True):
         colour, marker, _ = look(provider)
-        ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * ceiling), ylabel="TFLOP/s")
+        ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(rates) / 2, 3 * max(rates)), ylabel="TFLOP/s")
         ax.set_title(provider)
         ax.plot([left, ceiling / slope, right], [left * slope, ceiling, ceiling], color=INK, zorder=1)
         ax.text(right, 1.15 * ceiling, f"matrix product: {ceiling:.3g} TFLOP/s ", ha="right", **SMALL)

@@ -43,7 +43,7 @@ def scaling(lines: Sequence[Line], title: str) -> "Figure | None":
         found = [line for line in lines if line[key]]
         for provider in dict.fromkeys(line["provider"] for line in found):
             points = [(line["tokens"], line[key]) for line in found if line["provider"] == provider]
-            colour, marker, _ = look(provider)
+            colour, marker = look(provider)
             ax.plot(*zip(*points, strict=True), color=colour, marker=marker, label=provider)
         ax.set(xscale="log", yscale="linear" if key == "attention_percent" else "log", ylabel=unit)
         if key == "attention_percent" or not found:
@@ -77,7 +77,7 @@ def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figur
     rates = [ceiling, *(line["tflops"] for line in every)]
     left, right = min(intensities) / 2, 2 * max(intensities)
     for ax, (provider, lines) in zip(axes, found.items(), strict=True):
-        colour, marker, _ = look(provider)
+        colour, marker = look(provider)
         ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(rates) / 2, 3 * max(rates)), ylabel="TFLOP/s")
         ax.set_title(provider)
         ax.plot([left, ceiling / slope, right], [left * slope, ceiling, ceiling], color=INK, zorder=1)

@@ -243,9 +243,11 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.ids += [attrs["id"]] if "id" in attrs else []
-        self.references += [attrs[key] for key in ("src", "href") if key in attrs]
-        self.images += tag == "svg"
-        if tag not in ("meta", "input"):
+        self.references += [attrs["href"]] if "href" in attrs else []
+        if tag == "img":
+            assert attrs["src"].startswith("data:image/svg+xml;base64,") and attrs["alt"]
+            self.images += 1
+        if tag not in ("meta", "input", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):

@@ -85,6 +85,7 @@ def _check_attention_backward(provider: str, shape: Shape, dqkv: torch.Tensor, i
     return gate.check(provider, actual, gradient(torch.float64), gradient(qkv.dtype), max_ratio=4.0)
 
 
+# Of packed qkv, one encoder layer; and the same with its gradient, in one call as training does.
 ATTENTION = Operation("attention", providers.PROVIDERS, _qkv, _attention_call, _check_attention, shapes.attention)
 ATTENTION_BACKWARD = ATTENTION._replace(
     kind="attention-backward",
@@ -219,6 +220,8 @@ def _check_loss(provider: str, shape: Shape, gradient: torch.Tensor, inputs: Ten
 
 
 _LABELS = ("eager", "compile", "bands", "pruned", "triton")
+# The tail of inference: low-resolution masks to a label for every pixel; the worst case of what looks at classes first,
+# where nearly all of them could win everywhere; and the tail of training with the gradient of the masks.
 MASKS_TO_LABELS = Operation(
     "masks-to-labels", _LABELS, lambda *args: (_regions(*args),), _labels_call, _check_labels, shapes.masks_to_labels
 )

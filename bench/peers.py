@@ -30,14 +30,6 @@ from segmenter.model import create_segmenter
 Build = Callable[[int, int], nn.Module]
 
 
-class Source(NamedTuple):
-    """Where a figure was published, and what of it was seen when it was written down."""
-
-    title: str
-    where: str
-    seen: str
-
-
 class Figure(NamedTuple):
     """A published number. `source` is a key of SOURCES; `gpu` and `how` belong to speeds."""
 
@@ -215,19 +207,18 @@ def _query_scores(model: nn.Module, im: torch.Tensor) -> torch.Tensor:
     return semantic_scores(found.class_queries_logits, found.masks_queries_logits)
 
 
-def library(name: str, package: str, *attributes: str) -> list[Any]:
-    """The attributes of a module.
+def library(package: str, *names: str) -> list[Any]:
+    """What a package has under these names.
 
     Raises:
         ImportError: it is not installed, or too old to have one of them; the message says what to install.
     """
-    wrong = f"this model needs {package}: pip install {package} ({{}})"
     try:
-        module = importlib.import_module(name)
-        wrong = f"this model needs a newer {package} than {getattr(module, '__version__', 'installed')}: {{}}"
-        return [getattr(module, attribute) for attribute in attributes]
+        module = importlib.import_module(package.replace("-", "_"))
+        return [getattr(module, name) for name in names]
     except (AttributeError, ImportError) as error:
-        raise ImportError(wrong.format(error)) from error
+        wanted = f"{package} with {' and '.join(names)}"
+        raise ImportError(f"this model needs {wanted}: pip install -U {package} ({error})") from error
 
 
 def settled(network: nn.Module) -> nn.Module:
@@ -242,12 +233,12 @@ def settled(network: nn.Module) -> nn.Module:
 
 
 def _timm(name: str, **kwargs: Any) -> nn.Module:
-    (create_model,) = library("timm", "timm", "create_model")
+    (create_model,) = library("timm", "create_model")
     return create_model(name, pretrained=False, **kwargs)
 
 
 def _transformers(config_name: str, network_name: str, **kwargs: Any) -> nn.Module:
-    config, network = library("transformers", "transformers", config_name, network_name)
+    config, network = library("transformers", config_name, network_name)
     return network(config(**kwargs))
 
 
@@ -266,7 +257,7 @@ def _deeplabv3plus(trunk: str, n_cls: int, image_size: int) -> nn.Module:
 
 def _deeplabv3plus_os16(trunk: str, n_cls: int, image_size: int) -> nn.Module:
     """The defaults of segmentation-models-pytorch, without its upsampling."""
-    (network,) = library("segmentation_models_pytorch", "segmentation-models-pytorch", "DeepLabV3Plus")
+    (network,) = library("segmentation-models-pytorch", "DeepLabV3Plus")
     return settled(network(trunk, encoder_weights=None, classes=n_cls, upsampling=1))
 
 
@@ -289,7 +280,7 @@ def _setr_mla(n_cls: int, image_size: int) -> nn.Module:
 
 def _swin_large() -> Any:
     """Configuration of Swin-L with windows of 12, as pretrained at 384 pixels on ImageNet-22k."""
-    (config,) = library("transformers", "transformers", "SwinConfig")
+    (config,) = library("transformers", "SwinConfig")
     sizes = {"image_size": 384, "embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]}
     return config(**sizes, window_size=12, out_features=["stage1", "stage2", "stage3", "stage4"])
 
@@ -357,5 +348,5 @@ def _peer(row: dict[str, Any]) -> Peer:
 
 
 _DATA = yaml.safe_load(Path(__file__).with_name("peers.yml").read_text(encoding="utf-8"))
-SOURCES: dict[str, Source] = {key: Source(**source) for key, source in _DATA["sources"].items()}
+SOURCES: dict[str, dict[str, str]] = _DATA["sources"]  # where figures were published, and what of that was seen
 PEERS: tuple[Peer, ...] = tuple(_peer(row) for row in _DATA["rows"])

@@ -73,7 +73,8 @@ def add_long_rows(file: ResultsFile, scaling: Path, device: str, dtype: str) -> 
         shape, provider = Shape(LONG_MODEL[device], LONG_PATCH, int(point["size"])), point["provider"]
         name = f"long-{shape.id}-{dtype}-{provider}"
         if point["reason"]:
-            file.add_unavailable("long", provider, shape._asdict(), name, point["reason"])
+            facts = {"kind": "long", "provider": provider, "shape": shape._asdict()}
+            file.add_unavailable({**facts, "name": name, "reason": point["reason"]})
             continue
         median, spread = float(point["ms"]) / 1e3, point["spread_percent"]
         work = model_work(shape, machine.DTYPES[dtype].itemsize)

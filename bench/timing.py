@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 MAX_SETS = 64
 SLOW = 0.5  # seconds: fewer rounds, because they vary less and there is no time
@@ -63,9 +64,7 @@ CLOCK = Clock()
 
 def tensor_bytes(values: Any) -> int:
     """Bytes of all tensors in (nested) tuples and lists."""
-    if isinstance(values, torch.Tensor):
-        return values.numel() * values.element_size()
-    return sum(tensor_bytes(value) for value in values) if isinstance(values, tuple | list) else 0
+    return sum(leaf.nbytes for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
 
 
 _ALLOCATION_FAILED = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")

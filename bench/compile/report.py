@@ -118,8 +118,7 @@ def compile_row(case: Case, architecture: str, index: int) -> Kernel:
         row.config = describe(recorded)
         row.exact = case.dtype == "fp32" and known.get("PRECISION") == "ieee"
         compiled = aot.compile_launch(recorded, architecture)
-        for name, value in aot.figures(compiled, architecture).items():
-            setattr(row, name, value)
+        vars(row).update(aot.figures(compiled, architecture))
         if architecture == "sm_90":
             _look_into(row, compiled)
             if case.op == "linear" and case.dtype != "fp32" and known.get("GELU"):
@@ -277,10 +276,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = selected(args.arch, args.op, args.full, args.match)
     if not chosen:
         parser.error("no case is left to compile")
-    rows = compile_all(distinct_tasks(chosen), args.jobs)
+    rows = [dataclasses.replace(row, failures=check(row)) for row in compile_all(distinct_tasks(chosen), args.jobs)]
     order = {name: i for i, name in enumerate((*SHARED_MEMORY, *DTYPES))}
-    for row in rows:
-        row.failures = check(row)
     rows.sort(key=lambda row: (row.op, order[row.architecture], order[row.dtype], row.what))
     print(table(rows))
     failures = [f"{r.op} {r.architecture} {r.dtype} {r.what}: {text}" for r in rows for text in r.failures]

@@ -130,7 +130,7 @@ class Program:
                 starts.add(i + 1)
         bounds = [*sorted(start for start in starts if start < ends), ends]
         self._flow = networkx.DiGraph()
-        blocks = {start: range(start, end) for start, end in zip(bounds, bounds[1:], strict=False)}
+        blocks = {start: range(start, end) for start, end in itertools.pairwise(bounds)}
         self._flow.add_nodes_from(blocks.values())
         for block in blocks.values():
             last = self.instructions[block[-1]]

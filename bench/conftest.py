@@ -56,7 +56,7 @@ def pytest_generate_tests(metafunc):
         return
     option = metafunc.config.option
     chosen = shapes.sweep(option.sweep, option.device.type == "cuda")
-    if metafunc.function.__name__ in TRAINING:
+    if metafunc.definition.originalname in TRAINING:
         chosen = [shape for shape in chosen if shapes.trainable(shape, option.device.type == "cuda")]
     metafunc.parametrize("shape", chosen, ids=[shape.id for shape in chosen])
 

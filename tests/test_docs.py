@@ -154,7 +154,7 @@ def benchmarks() -> list[str]:
     from bench import shapes
 
     sources = "".join(path.read_text() for path in (ROOT / "bench").glob("bench_*.py"))
-    functions = re.findall(r"^def (bench_\w+)", sources, re.MULTILINE)
+    functions = re.findall(r"^(?:def )?(bench_\w+)", sources, re.MULTILINE)
     return [f"{function}[{shape.id}]" for function in functions for shape in shapes.sweep("full", True)]
 
 

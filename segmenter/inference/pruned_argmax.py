@@ -128,7 +128,7 @@ def _dense(view: View, labels: torch.Tensor, top: int, bottom: int) -> None:
         """Mask rows first..last of the i-th row of windows, as wide as these; earlier ones are forgotten."""
         begin, rows = upsampled.get(i, (first, masks.new_empty(len(windows.lefts), 0, width, n_cls)))
         if begin + rows.shape[1] < last:
-            cells = masks[i, :, begin + rows.shape[1] : last]
+            cells = masks[i, :, max(begin + rows.shape[1], first) : last]
             more = torch.addcmul(w * cells[:, :, right], rest_w, cells[:, :, left])
             begin, rows = first, torch.cat([rows[:, first - begin :], more], 1)
             upsampled[i] = begin, rows

@@ -315,6 +315,7 @@ def test_steps_without_a_gpu():
 
 
 def test_kernels_of_each_step():
+    pytest.importorskip("triton")
     kernels = providers.operators("triton")
     ops = waterfall.operators(frozenset({"sdpa", "attention", "mlp"}))
     assert ops.attention is kernels.attention and ops.layernorm_mlp is kernels.layernorm_mlp

@@ -10,6 +10,7 @@ import torch
 from bench import gate, models, peers, profiling, providers
 from bench.harness import Call, Row
 from bench.shapes import Work
+from segmenter.ops import why_not_on
 
 N_CLS = 150
 GPU_BATCH, CPU_SHRINK = 8, 2  # a CPU gets one image of half the side at a time
@@ -58,12 +59,8 @@ class Ours:
 
     def __init__(self, peer, size, device, dtype):
         self.id, self.dtype, self.model = peer.id, dtype, peer.build(N_CLS, size).to(device)
-        try:
-            providers.require("triton", device, dtype)
-            provider = "triton"
-        except providers.Unavailable:
-            provider = "pruned"
-        self.labels = models.labels_of(self.model, provider, dtype)
+        kernels = device.type == "cuda" and why_not_on("cuda", device.index) is None
+        self.labels = models.labels_of(self.model, "triton" if kernels else "pruned", dtype)
         unused = sum(p.numel() for p in self.model.encoder.head.parameters())  # the ImageNet head
         self.parameters = sum(p.numel() for p in self.model.parameters()) - unused
         with providers.using(self.model, providers.PUBLISHED):
@@ -113,4 +110,4 @@ def bench_peers(benchmark, harness, row):
         work = Work(model.flops * batch, model.parameters * harness.dtype.itemsize + 4 * batch * size**2)
         return Call(model.labels, inputs, lambda labels, first: model.check(labels, *first), work)
 
-    harness.run(benchmark, Row("peers", peer.id, None, f"peers-{peer.id}", build, images=batch, extra=extra))
+    harness.run(benchmark, Row("peers", peer.id, None, build, batch, extra=extra, name=f"peers-{peer.id}"))

@@ -24,8 +24,7 @@ def bench_model(benchmark, harness, shape, provider):
         work = shapes.model(shape, harness.dtype.itemsize)
         return Call(run, lambda: (models.images(shape, harness.device),), check, work)
 
-    name = f"model-{shape.id}-{harness.short}-{provider}"
-    harness.run(benchmark, Row("model", provider, shape, name, build, shape.batch, compiled, compiled, extra))
+    harness.run(benchmark, Row("model", provider, shape, build, shape.batch, compiled, compiled, extra))
 
 
 @pytest.mark.parametrize("provider", models.STEP_PROVIDERS)
@@ -48,8 +47,7 @@ def bench_train_step(benchmark, harness, shape, provider):
 
         return Call(step, inputs, check, shapes.train_step(shape, harness.dtype.itemsize))
 
-    name = f"train-step-{shape.id}-{harness.short}-{provider}"
-    harness.run(benchmark, Row("train-step", provider, shape, name, build, shape.batch, compiled, compiled))
+    harness.run(benchmark, Row("train-step", provider, shape, build, shape.batch, compiled, compiled))
 
 
 @functools.lru_cache(1)
@@ -82,5 +80,5 @@ def bench_waterfall(benchmark, harness, pytestconfig, step):
         return Call(run, lambda: (models.images(shape, device),), check, shapes.model(shape, dtype.itemsize))
 
     compiled, replays = adds == "compile", adds in ("compile", "graph")
-    row = Row("waterfall", name, shape, f"waterfall-{step}", build, shape.batch, compiled, replays, extra)
+    row = Row("waterfall", name, shape, build, shape.batch, compiled, replays, extra, f"waterfall-{step}")
     harness.run(benchmark, row)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 
 from bench import machine, results, shapes, timing
 from bench.harness import Harness
@@ -40,8 +41,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.pluginmanager.unregister(name="faulthandler")  # its time limit is for tests; crashes are still reported
-    if hasattr(torch.compiler.config, "force_disable_caches"):  # or compile times would be those of an earlier run
-        torch.compiler.config.force_disable_caches = True
+    torch._inductor.config.force_disable_caches = True  # or compile times would be those of an earlier run
     smoke = config.option.benchmark_disable
     device = torch.device(config.option.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if smoke and device.type == "cpu":
@@ -56,7 +56,7 @@ def pytest_generate_tests(metafunc):
         return
     option = metafunc.config.option
     chosen = shapes.sweep(option.sweep, option.device.type == "cuda")
-    if metafunc.function.__name__ in TRAINING:
+    if metafunc.definition.originalname in TRAINING:
         chosen = [shape for shape in chosen if shapes.trainable(shape, option.device.type == "cuda")]
     metafunc.parametrize("shape", chosen, ids=[shape.id for shape in chosen])
 

@@ -1,8 +1,9 @@
 """One row of the benchmark, from its inputs to its line in the results file: check, warm up, time, memory, context."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,7 +33,6 @@ class Row:
     kind: str
     provider: str
     shape: Shape | None
-    name: str
     build: Callable[[], Call]  # called when the row's turn has come; raises providers.Unavailable
     # Those of one call; the row is then timed by the wall clock as a user sees it, launches included. None for single
     # operations, which are timed on the device.
@@ -40,6 +40,7 @@ class Row:
     compiled: bool = False  # by torch.compile, so the first call is compilation
     replays: bool = False  # a CUDA graph's, whose memory no single call shows
     extra: dict[str, Any] = field(default_factory=dict)  # joins `extra_info`, or stands beside the reason for no result
+    name: str = ""  # made of kind, shape, type and provider if there is none
 
 
 @dataclass
@@ -82,11 +83,11 @@ class Harness:
                 operation.work(shape, self.dtype.itemsize),
             )
 
-        name = f"{operation.kind}-{shape.id}-{self.short}-{provider}"
-        self.run(benchmark, Row(operation.kind, provider, shape, name, build, compiled=provider == "compile"))
+        self.run(benchmark, Row(operation.kind, provider, shape, build, compiled=provider == "compile"))
 
     def run(self, benchmark: Any, row: Row) -> None:
         """Builds, checks and times a row; one that cannot be had here is skipped, and noted."""
+        row.name = row.name or f"{row.kind}-{row.shape.id}-{self.short}-{row.provider}"
         if row.name in self.known:
             pytest.skip(f"{row.name}: measured before")
         if time.time() > self.deadline:
@@ -99,20 +100,17 @@ class Harness:
         try:
             if row.provider in providers.PROVIDERS:
                 providers.require(row.provider, self.device, self.dtype, timed=not self.smoke)
-            self._measure(benchmark, row, row.build())
+            with _in_memory("out of memory"):
+                self._measure(benchmark, row, row.build())
         except providers.Unavailable as error:
             self._unavailable(row, str(error))
-        except (RuntimeError, MemoryError) as error:
-            if not timing.out_of_memory(error):
-                raise
-            self._unavailable(row, "out of memory")
         finally:
             timing.CLOCK.reset()
 
     def _unavailable(self, row: Row, reason: str) -> None:
         if self.results is not None:
-            shape = row.shape and row.shape._asdict()
-            self.results.add_unavailable(row.kind, row.provider, shape, row.name, reason, row.extra)
+            facts = {"kind": row.kind, "provider": row.provider, "shape": row.shape and row.shape._asdict()}
+            self.results.add_unavailable({**row.extra, **facts, "name": row.name, "reason": reason})
         pytest.skip(f"{row.name}: {reason}")
 
     def _measure(self, benchmark: Any, row: Row, call: Call) -> None:
@@ -129,7 +127,8 @@ class Harness:
             result, seconds = timing.timed(lambda: call.fn(*inputs), self.device)
         where = "CPU" if self.device.type == "cpu" else "GPU"  # a group is compared with each other
         benchmark.group = f"{row.kind} {row.shape.id if row.shape else 'all'} {self.short} {where}"
-        verdict = self._verdict(call, result, inputs)
+        with _in_memory("its exact result does not fit in memory, so it cannot be checked"):
+            verdict = call.check(result, inputs)
         facts = row_facts(row.kind, row.provider, row.name, self.short, call.work, row.shape)
         benchmark.extra_info.update(facts | row.extra, gate=verdict)
         del result
@@ -159,14 +158,6 @@ class Harness:
         if self.results is not None:
             self.results.add(benchmark.stats.as_dict(include_data=False))
 
-    def _verdict(self, call: Call, result: Any, inputs: tuple) -> str:
-        try:
-            return call.check(result, inputs)
-        except (RuntimeError, MemoryError) as error:
-            if not timing.out_of_memory(error):
-                raise
-        raise providers.Unavailable("its exact result does not fit in memory, so it cannot be checked")
-
     def _round(self, row: Row, fn: Callable, sets: Sequence[tuple], seconds: float) -> tuple[Callable, int, str]:
         """What a round runs, the number of calls in it, and how that is called in the results."""
         whole = row.images is not None
@@ -185,6 +176,17 @@ class Harness:
             except RuntimeError:
                 pytest.exit(f"{row.name}: a failed capture left torch unusable ({error}); run again with --missing", 3)
             return run, len(sets), "events"
+
+
+@contextlib.contextmanager
+def _in_memory(reason: str) -> Iterator[None]:
+    """Where memory does not suffice for what is inside, the row is unavailable for that reason."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not timing.out_of_memory(error):
+            raise
+        raise providers.Unavailable(reason) from None
 
 
 def row_facts(kind: str, provider: str, name: str, dtype: str, work: Work, shape: Shape | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 DTYPES = {short: dtype for dtype, short in SHORT.items()}
 _STATE = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
 

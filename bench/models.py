@@ -109,15 +109,10 @@ def labels_of(model: Segmenter, provider: str, dtype: torch.dtype) -> Callable[[
 @torch.inference_mode()
 def exact_scores(model: Segmenter, pixels: torch.Tensor) -> torch.Tensor:
     """Full-resolution float32 logits (B, K, H, W) by the published order of work, float32 products in full."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # the patch embedding is a convolution
-    try:
-        with providers.using(model, providers.PUBLISHED), no_tf32:
-            normalize = Normalize(model.info.normalization, torch.float32, pixels.device)
-            return upsampled(model.masks(normalize(pixels)), model.patch_size)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with providers.using(model, providers.PUBLISHED), providers.float32_products("highest"), no_tf32:
+        normalize = Normalize(model.info.normalization, torch.float32, pixels.device)
+        return upsampled(model.masks(normalize(pixels)), model.patch_size)
 
 
 # Golden checks ask for 1e-4 of the largest score in float32; half types are compared with what eager makes of them.

@@ -85,6 +85,7 @@ def _check_attention_backward(provider: str, shape: Shape, dqkv: torch.Tensor, i
     return gate.check(provider, actual, gradient(torch.float64), gradient(qkv.dtype), max_ratio=4.0)
 
 
+# Of packed qkv, one encoder layer; and the same with its gradient, in one call as training does.
 ATTENTION = Operation("attention", providers.PROVIDERS, _qkv, _attention_call, _check_attention, shapes.attention)
 ATTENTION_BACKWARD = ATTENTION._replace(
     kind="attention-backward",
@@ -134,19 +135,19 @@ MASK_HEAD = _fused("mask-head", "mask_head", _mask_head_inputs, shapes.mask_head
 # From low-resolution masks to labels, and to the loss
 
 
-def _masks(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _masks(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
     """(B, K, g, g) as the mask head leaves them: class last in memory. Noise, so that nearly every class could win."""
     grid = shape.size // shape.patch
-    return _random((shape.batch, grid, grid, shape.n_cls), dtype, device).permute(0, 3, 1, 2)
+    return (_random((shape.batch, grid, grid, shape.n_cls), dtype, device).permute(0, 3, 1, 2),)
 
 
-def _regions(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _regions(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
     """The same of regions of one class each, about four patches wide, with a little noise: as after training."""
     grid, coarse = shape.size // shape.patch, max(2, shape.size // shape.patch // 4)
     regions = torch.randn(shape.batch, shape.n_cls, coarse, coarse, device=device)
     regions = F.interpolate(regions, (grid, grid), mode="bicubic").argmax(1)
     noise = torch.randn(shape.batch, grid, grid, shape.n_cls, device=device) * 0.3
-    return (F.one_hot(regions, shape.n_cls) * 4.0 + noise).to(dtype).permute(0, 3, 1, 2)
+    return ((F.one_hot(regions, shape.n_cls) * 4.0 + noise).to(dtype).permute(0, 3, 1, 2),)
 
 
 def _full_size(masks: torch.Tensor, patch: int) -> tuple[int, int]:
@@ -197,7 +198,8 @@ def _check_labels(provider: str, shape: Shape, labels: torch.Tensor, inputs: Ten
 def _masks_and_target(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
     target = torch.randint(0, shape.n_cls, (shape.batch, shape.size, shape.size), device=device)
     target[:, :: max(shape.size // 16, 1)] = IGNORE
-    return _masks(shape, dtype, device).requires_grad_(), target
+    (masks,) = _masks(shape, dtype, device)
+    return masks.requires_grad_(), target
 
 
 def segmentation_loss(masks: torch.Tensor, target: torch.Tensor, patch: int) -> torch.Tensor:
@@ -219,8 +221,8 @@ def _check_loss(provider: str, shape: Shape, gradient: torch.Tensor, inputs: Ten
 
 
 _LABELS = ("eager", "compile", "bands", "pruned", "triton")
-MASKS_TO_LABELS = Operation(
-    "masks-to-labels", _LABELS, lambda *args: (_regions(*args),), _labels_call, _check_labels, shapes.masks_to_labels
-)
-NOISE_TO_LABELS = MASKS_TO_LABELS._replace(kind="noise-to-labels", inputs=lambda *args: (_masks(*args),))
+# The tail of inference: low-resolution masks to a label for every pixel; the worst case of what looks at classes first,
+# where nearly all of them could win everywhere; and the tail of training with the gradient of the masks.
+MASKS_TO_LABELS = Operation("masks-to-labels", _LABELS, _regions, _labels_call, _check_labels, shapes.masks_to_labels)
+NOISE_TO_LABELS = MASKS_TO_LABELS._replace(kind="noise-to-labels", inputs=_masks)
 LOSS = Operation("loss", ("eager", "compile"), _masks_and_target, _loss_call, _check_loss, shapes.loss)

@@ -30,14 +30,6 @@ from segmenter.model import create_segmenter
 Build = Callable[[int, int], nn.Module]
 
 
-class Source(NamedTuple):
-    """Where a figure was published, and what of it was seen when it was written down."""
-
-    title: str
-    where: str
-    seen: str
-
-
 class Figure(NamedTuple):
     """A published number. `source` is a key of SOURCES; `gpu` and `how` belong to speeds."""
 
@@ -80,19 +72,15 @@ def resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-class ConvBNReLU(nn.Sequential):
+def conv(in_channels: int, channels: int, kernel_size: int = 1, **kwargs: int) -> nn.Sequential:
     """Convolution that keeps the resolution, BatchNorm, ReLU."""
-
-    def __init__(self, in_channels: int, channels: int, kernel_size: int = 1, dilation: int = 1, groups: int = 1):
-        kwargs = {"padding": dilation * (kernel_size // 2), "dilation": dilation, "groups": groups, "bias": False}
-        convolution = nn.Conv2d(in_channels, channels, kernel_size, **kwargs)
-        super().__init__(convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+    convolution = nn.Conv2d(in_channels, channels, kernel_size, padding="same", bias=False, **kwargs)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 def separable(in_channels: int, channels: int, dilation: int = 1) -> nn.Sequential:
     """A 3x3 convolution as one over pixels and one over channels, BatchNorm and ReLU after both."""
-    over_pixels = ConvBNReLU(in_channels, in_channels, 3, dilation, groups=in_channels)
-    return nn.Sequential(over_pixels, ConvBNReLU(in_channels, channels))
+    return conv(in_channels, in_channels, 3, dilation=dilation, groups=in_channels) + conv(in_channels, channels)
 
 
 class DeepLabHead(nn.Module):
@@ -103,12 +91,12 @@ class DeepLabHead(nn.Module):
 
     def __init__(self, low_channels: int, in_channels: int, n_cls: int, channels: int = 512, low_out: int = 48):
         super().__init__()
-        self.pooled = ConvBNReLU(in_channels, channels)
-        self.point = ConvBNReLU(in_channels, channels)
+        self.pooled = conv(in_channels, channels)
+        self.point = conv(in_channels, channels)
         self.atrous = nn.ModuleList(separable(in_channels, channels, rate) for rate in (12, 24, 36))
-        self.bottleneck = ConvBNReLU(5 * channels, channels, 3)
-        self.low = ConvBNReLU(low_channels, low_out)
-        self.fuse = nn.Sequential(separable(channels + low_out, channels), separable(channels, channels))
+        self.bottleneck = conv(5 * channels, channels, 3)
+        self.low = conv(low_channels, low_out)
+        self.fuse = separable(channels + low_out, channels) + separable(channels, channels)
         self.cls = nn.Conv2d(channels, n_cls, 1)
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -133,14 +121,13 @@ class OCRHead(nn.Module):
 
     def __init__(self, in_channels: int, n_cls: int, channels: int = 512, key_channels: int = 256):
         super().__init__()
-        self.regions = nn.Sequential(ConvBNReLU(in_channels, in_channels), nn.Conv2d(in_channels, n_cls, 1))
-        self.pixels = ConvBNReLU(in_channels, channels, 3)
-        self.query, self.key = (
-            nn.Sequential(ConvBNReLU(channels, key_channels), ConvBNReLU(key_channels, key_channels)) for _ in range(2)
-        )
-        self.value = ConvBNReLU(channels, key_channels)
-        self.up = ConvBNReLU(key_channels, channels)
-        self.fuse = ConvBNReLU(2 * channels, channels)
+        self.regions = nn.Sequential(conv(in_channels, in_channels), nn.Conv2d(in_channels, n_cls, 1))
+        self.pixels = conv(in_channels, channels, 3)
+        self.query = conv(channels, key_channels) + conv(key_channels, key_channels)
+        self.key = conv(channels, key_channels) + conv(key_channels, key_channels)
+        self.value = conv(channels, key_channels)
+        self.up = conv(key_channels, channels)
+        self.fuse = conv(2 * channels, channels)
         self.cls = nn.Conv2d(channels, n_cls, 1)
 
     def context(self, pixels: torch.Tensor, objects: torch.Tensor) -> torch.Tensor:
@@ -160,8 +147,8 @@ class OCRHead(nn.Module):
 class MLAHead(nn.Module):
     """Multi-level aggregation of SETR (Zheng et al., CVPR 2021), sizes of the authors' `setr_mla` configuration.
 
-    Takes four token sequences (B, N, d_model) of a square grid, the deepest layer's last; each is added to what the
-    deeper ones gave. Returns scores (B, n_cls, 4 sqrt(N), 4 sqrt(N)).
+    Takes the tokens of four layers (B, d_model, h, w), the deepest last; each is added to what the deeper ones gave.
+    Returns scores (B, n_cls, 4 h, 4 w).
     """
 
     def __init__(self, d_model: int, n_cls: int, channels: int = 256, head_channels: int = 128):
@@ -171,31 +158,19 @@ class MLAHead(nn.Module):
             return nn.ModuleList(layer() for _ in range(4))
 
         self.norms = four(lambda: nn.LayerNorm(d_model, eps=1e-6))
-        self.lateral = four(lambda: ConvBNReLU(d_model, channels))
-        self.smooth = four(lambda: ConvBNReLU(channels, channels, 3))
-        sizes = (channels, head_channels, 3), (head_channels, head_channels, 3)
-        self.heads = four(lambda: nn.Sequential(*(ConvBNReLU(*size) for size in sizes)))
+        self.lateral = four(lambda: conv(d_model, channels))
+        self.smooth = four(lambda: conv(channels, channels, 3))
+        self.heads = four(lambda: conv(channels, head_channels, 3) + conv(head_channels, head_channels, 3))
         self.cls = nn.Conv2d(4 * head_channels, n_cls, 3, padding=1)
 
     def forward(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
-        side = round(layers[0].shape[1] ** 0.5)
+        size = [4 * side for side in layers[0].shape[-2:]]
         total, streams = 0, []
         for i in reversed(range(4)):
-            tokens = self.norms[i](layers[i]).transpose(1, 2)
-            total = total + self.lateral[i](tokens.unflatten(2, (side, side)))
-            streams.append(resize(self.heads[i](self.smooth[i](total)), (4 * side, 4 * side)))
+            normed = self.norms[i](layers[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            total = total + self.lateral[i](normed)
+            streams.append(resize(self.heads[i](self.smooth[i](total)), size))
         return self.cls(torch.cat(streams, 1))
-
-
-class Layers(nn.Module):
-    """A timm ViT that gives the tokens of some of its layers: (B, 3, H, W) -> [(B, N, d_model), ...]."""
-
-    def __init__(self, vit: nn.Module, indices: Sequence[int]):
-        super().__init__()
-        self.vit, self.indices = vit, list(indices)
-
-    def forward(self, im: torch.Tensor) -> list[torch.Tensor]:
-        return self.vit.forward_intermediates(im, self.indices, output_fmt="NLC", intermediates_only=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,19 +207,18 @@ def _query_scores(model: nn.Module, im: torch.Tensor) -> torch.Tensor:
     return semantic_scores(found.class_queries_logits, found.masks_queries_logits)
 
 
-def library(name: str, package: str, *attributes: str) -> list[Any]:
-    """The attributes of a module.
+def library(package: str, *names: str) -> list[Any]:
+    """What a package has under these names.
 
     Raises:
         ImportError: it is not installed, or too old to have one of them; the message says what to install.
     """
-    wrong = f"this model needs {package}: pip install {package} ({{}})"
     try:
-        module = importlib.import_module(name)
-        wrong = f"this model needs a newer {package} than {getattr(module, '__version__', 'installed')}: {{}}"
-        return [getattr(module, attribute) for attribute in attributes]
+        module = importlib.import_module(package.replace("-", "_"))
+        return [getattr(module, name) for name in names]
     except (AttributeError, ImportError) as error:
-        raise ImportError(wrong.format(error)) from error
+        wanted = f"{package} with {' and '.join(names)}"
+        raise ImportError(f"this model needs {wanted}: pip install -U {package} ({error})") from error
 
 
 def settled(network: nn.Module) -> nn.Module:
@@ -259,12 +233,12 @@ def settled(network: nn.Module) -> nn.Module:
 
 
 def _timm(name: str, **kwargs: Any) -> nn.Module:
-    (create_model,) = library("timm", "timm", "create_model")
+    (create_model,) = library("timm", "create_model")
     return create_model(name, pretrained=False, **kwargs)
 
 
 def _transformers(config_name: str, network_name: str, **kwargs: Any) -> nn.Module:
-    config, network = library("transformers", "transformers", config_name, network_name)
+    config, network = library("transformers", config_name, network_name)
     return network(config(**kwargs))
 
 
@@ -283,7 +257,7 @@ def _deeplabv3plus(trunk: str, n_cls: int, image_size: int) -> nn.Module:
 
 def _deeplabv3plus_os16(trunk: str, n_cls: int, image_size: int) -> nn.Module:
     """The defaults of segmentation-models-pytorch, without its upsampling."""
-    (network,) = library("segmentation_models_pytorch", "segmentation-models-pytorch", "DeepLabV3Plus")
+    (network,) = library("segmentation-models-pytorch", "DeepLabV3Plus")
     return settled(network(trunk, encoder_weights=None, classes=n_cls, upsampling=1))
 
 
@@ -293,16 +267,20 @@ def _ocr_hrnet(n_cls: int, image_size: int) -> nn.Module:
     return settled(nn.Sequential(branches, OCRHead(sum(branches.feature_info.channels()), n_cls)))
 
 
+def _vit_layers(name: str, indices: tuple[int, ...], **sizes: int) -> nn.Module:
+    """Images to the tokens of these layers, without class token and last norm: the head has a norm for each."""
+    return _timm(name, features_only=True, out_indices=indices, class_token=False, global_pool="", **sizes)
+
+
 def _setr_mla(n_cls: int, image_size: int) -> nn.Module:
     """ViT-L/16 without class token, as in the authors' code; layers 6, 12, 18 and 24 go to the head."""
-    kwargs = {"img_size": image_size, "num_classes": 0, "class_token": False, "global_pool": ""}
-    vit = _timm("vit_large_patch16_384", **kwargs, final_norm=False)  # the head has a norm for each layer
-    return nn.Sequential(Layers(vit, (5, 11, 17, 23)), MLAHead(vit.embed_dim, n_cls))
+    layers = _vit_layers("vit_large_patch16_384", (5, 11, 17, 23), img_size=image_size)
+    return nn.Sequential(layers, MLAHead(layers.feature_info.channels()[0], n_cls))
 
 
 def _swin_large() -> Any:
     """Configuration of Swin-L with windows of 12, as pretrained at 384 pixels on ImageNet-22k."""
-    (config,) = library("transformers", "transformers", "SwinConfig")
+    (config,) = library("transformers", "SwinConfig")
     sizes = {"image_size": 384, "embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]}
     return config(**sizes, window_size=12, out_features=["stage1", "stage2", "stage3", "stage4"])
 
@@ -370,5 +348,5 @@ def _peer(row: dict[str, Any]) -> Peer:
 
 
 _DATA = yaml.safe_load(Path(__file__).with_name("peers.yml").read_text(encoding="utf-8"))
-SOURCES: dict[str, Source] = {key: Source(**source) for key, source in _DATA["sources"].items()}
+SOURCES: dict[str, dict[str, str]] = _DATA["sources"]  # where figures were published, and what of that was seen
 PEERS: tuple[Peer, ...] = tuple(_peer(row) for row in _DATA["rows"])

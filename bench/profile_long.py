@@ -2,13 +2,11 @@
 
 python -m bench.profile_long --patch 8 --size 1024 --out DIR        one image of 16,385 tokens, five providers
 python -m bench.profile_long --device cpu --out DIR                 a small model and small images, two minutes
-python -m bench.profile_long --profiler proton --out DIR            Triton's profiler instead of torch's; CUDA only
 
 DIR gets for each provider regions_*.csv (the model's own names: time against measured ceilings, peak memory),
 kernels_*.csv (torch.profiler's table of operators), trace_*.json.gz (for chrome://tracing or ui.perfetto.dev) and on
-CUDA device_kernels_*.csv, memory_*.pickle and memory_*.html (pytorch.org/memory_viz; the page loads its viewer from the
-network); for all together roofline.png, memory.png, scaling.csv, scaling.png, summary.md and report.html, which needs
-nothing else.
+CUDA device_kernels_*.csv and memory_*.pickle (for pytorch.org/memory_viz); for all together roofline.png, memory.png,
+scaling.csv, scaling.png and report.html, which needs nothing else.
 
 What runs is the network and the labels; "triton" takes labels without full-resolution logits, the others by these.
 A trace and a snapshot hold function names and a snapshot the paths of source files: look before you publish them.
@@ -16,28 +14,27 @@ A trace and a snapshot hold function names and a snapshot the paths of source fi
 
 import argparse
 import contextlib
+import functools
 import gzip
-import importlib
+import importlib.util
 import json
 import os
-import pickle
-import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from tqdm import tqdm
 
 from bench import long_sequences, machine, profile_report, profiling, providers, timing
 from bench import profile_tables as tables
-from bench.long_sequences import Point
+from bench.profile_report import Run
 from bench.profile_tables import FORWARD, Profile, csv_text
-from bench.profiling import Regions
 from bench.shapes import WIDTHS, Shape, forward_flops
 from segmenter.files import write_atomically, write_text
 
@@ -45,7 +42,6 @@ QUICK = 1.0  # seconds: a forward below it is profiled several times
 FORWARDS = 3
 SCALING_SHARE = 0.55  # of the time; it goes first, what is left is for the profiles
 SNAPSHOT_ENTRIES = 200_000
-Call = Callable[[], None]
 DEFAULTS = {  # option -> on a GPU, on a CPU, where compiling alone would take a minute a size
     "model": ("S", "T"),
     "size": (1024, 256),
@@ -56,79 +52,62 @@ DEFAULTS = {  # option -> on a GPU, on a CPU, where compiling alone would take a
 }
 
 
-class Setting(NamedTuple):
-    """What is profiled, on what, with what, until when (`time.monotonic`) and where to; and what was found."""
-
-    shape: Shape
-    device: torch.device
-    dtype: torch.dtype
-    profiler: str
-    roofs: timing.Ceilings
-    deadline: float
-    out: Path
-
-
-def profile(provider: str, setting: Setting, cost: float = 0.0) -> Profile:
-    """Profiles one provider and writes its files; where that cannot be, the profile says why. `cost`: of `cost_of`."""
-
-    def run() -> Profile:
-        with long_sequences.limited_memory(setting.device), torch.no_grad():
-            return _profile(provider, setting)
-
-    least = 3 * forward_flops(setting.shape) / setting.roofs.flops_per_second  # counted, profiled, timed
-    needed, left = max(cost, least), setting.deadline - time.monotonic()
-    found, reason = long_sequences.attempt(run, provider, setting.device, setting.dtype, needed, left)
+def profile(provider: str, run: Run) -> Profile:
+    """Profiles one provider and writes its files; where that cannot be, the profile says why."""
+    needed = 3 * forward_flops(run.shape) / run.roofs.flops_per_second  # at least: counted, profiled, timed
+    for point in run.points:
+        if point.provider == provider and point.seconds and point.tokens <= run.shape.tokens:
+            needed = max(needed, point.predicted(point.tokens))
+    left, work = run.deadline - time.monotonic(), functools.partial(_profile, provider, run)
+    found, reason = long_sequences.attempt(work, provider, run.device, run.dtype, needed, left)
     return found or Profile(provider, reason)
 
 
-def _profile(provider: str, setting: Setting) -> Profile:
+@torch.no_grad()
+def _profile(provider: str, run: Run) -> Profile:
     found, compiled = Profile(provider), provider == "compile"
-    device, by_proton = setting.device, setting.profiler == "proton"
-    im = long_sequences.image(setting.shape, device, setting.dtype)
-    model = long_sequences.build(setting.shape, device, setting.dtype)
-    regions = Regions(_proton().scope if by_proton else torch.profiler.record_function)
-    # Without this, generated CPU kernels are no events of the profiler.
-    options = {"cpp.enable_kernel_profile": True} if device.type == "cpu" else None
-    run = long_sequences.network(model, provider, regions, options)
+    device, on_gpu = run.device, run.device.type == "cuda"
+    model, im = long_sequences.prepared(run.shape, device, run.dtype)
+    regions = profiling.Regions()
+    labels = long_sequences.network(model, provider, regions)
     counter = profiling.Counter(lambda: regions.current)
 
+    @regions.region(FORWARD)
     def forward() -> None:
-        run(im)
+        labels(im)
         timing.synchronize(device)
 
-    if compiled:
+    named = contextlib.nullcontext if compiled else functools.partial(regions.of, model)
+    with named(), contextlib.nullcontext() if compiled else counter:
         first = timing.wall_seconds(forward, device)
-        found.notes.append(
-            "Fused kernels compute several operators at once: their operations and bytes are unknown, their columns"
-            " empty. There is one region, because compiled code knows no modules. What the program says is not always"
-            " done: full-resolution logits, for one, can be fused away."
-        )
-    else:
-        with regions.of(model), counter:
-            first = timing.wall_seconds(forward, device)
     found.seconds = statistics.median(long_sequences.wall_times(forward, device, first))
     forwards = FORWARDS if found.seconds < QUICK else 1
-    with contextlib.nullcontext() if compiled else regions.of(model):
-        seconds = (_by_proton if by_proton else _by_torch)(forward, forwards, regions, found, setting)
-    found.regions = tables.region_lines(seconds, counter.found, found.region_peaks(), forwards, setting.roofs)
+    with named():
+        profiler, trace = traced(forward, forwards, forwards > 1 or compiled, device)
+    packed = gzip.compress(json.dumps(trace).encode())
+    write_atomically(run.out / f"trace_{provider}.json.gz", lambda file: file.write(packed))
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
+    found.profiled_seconds = statistics.fmean(e.time_range.elapsed_us() / 1e6 for e in events if e.name == FORWARD)
+    found.operators = tables.operator_lines(profiler.key_averages(), regions.names, forwards, on_gpu)
+    found.kernels = tables.kernel_lines(trace, forwards)
+    found.memory, found.spans = tables.timeline(trace, regions.names, device.type)
+    seconds = tables.region_seconds(events, regions.names, on_gpu)
+    found.regions = tables.region_lines(seconds, counter.found, found.region_peaks(), forwards, run.roofs)
     for name, (file, _) in tables.TABLES.items():
         if lines := getattr(found, name):
-            write_text(setting.out / f"{file}_{provider}.csv", csv_text(lines))
-    if device.type == "cuda":
-        memory_snapshot(forward, provider, setting.out)
+            write_text(run.out / f"{file}_{provider}.csv", csv_text(lines))
+    if on_gpu:
+        memory_snapshot(forward, run.out / f"memory_{provider}.pickle")
     return found
 
 
-def _by_torch(forward: Call, forwards: int, regions: Regions, found: Profile, setting: Setting) -> dict[str, float]:
-    """Profiles with torch.profiler and writes the Chrome trace. Fills `found` and returns the regions' seconds."""
-    device = setting.device.type
-    warm_up = forwards > 1 or found.provider == "compile"  # the first launches under a profiler are slow
-    activities = {torch.profiler.ProfilerActivity.CPU, getattr(torch.profiler.ProfilerActivity, device.upper())}
+def traced(forward: Callable, forwards: int, warm_up: bool, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """torch's profiler of some forwards, and its Chrome trace. `warm_up`: one more before, for slow first launches."""
+    activities = {torch.profiler.ProfilerActivity.CPU, getattr(torch.profiler.ProfilerActivity, device.type.upper())}
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=forwards, repeat=1) if warm_up else None
     with torch.profiler.profile(activities=activities, schedule=schedule, profile_memory=True) as profiler:
         for _ in range(warm_up + forwards):
-            with torch.profiler.record_function(FORWARD):
-                forward()
+            forward()
             profiler.step()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "trace.json"
@@ -136,70 +115,18 @@ def _by_torch(forward: Call, forwards: int, regions: Regions, found: Profile, se
         trace = json.loads(path.read_text())
     for key in ("host_name", "traceName", "trace_id"):  # of the machine, and of no use to anybody else
         trace.pop(key, None)
-    packed = gzip.compress(json.dumps(trace).encode())
-    write_atomically(setting.out / f"trace_{found.provider}.json.gz", lambda file: file.write(packed))
-    events = profiler.events()
-    found.profiled_seconds = statistics.fmean(e.time_range.elapsed_us() / 1e6 for e in tables.forwards_of(events))
-    found.operators = tables.operator_lines(profiler.key_averages(), regions.names, forwards, device == "cuda")
-    found.kernels = tables.kernel_lines(trace, forwards)
-    found.memory, found.spans = tables.timeline(trace, regions.names, device)
-    return tables.region_seconds(events, regions.names, device == "cuda")
+    return profiler, trace
 
 
-def _by_proton(forward: Call, forwards: int, regions: Regions, found: Profile, setting: Setting) -> dict[str, float]:
-    """As `_by_torch` with Proton and its .hatchet. Never together with torch.profiler: both need CUPTI."""
-    proton = _proton()
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "proton.hatchet"
-        session = proton.start(str(path.with_suffix("")), context="shadow", data="tree")  # adds ".hatchet" itself
-        try:
-            for _ in range(forwards):
-                forward()
-        finally:
-            proton.finalize(session)
-        written = path.read_text()
-    write_text(setting.out / f"proton_{found.provider}.hatchet", written)
-    found.notes.append("Proton sees kernels, no operators of torch.")
-    seconds, found.operators = tables.read_hatchet(json.loads(written), regions.names, forwards)
-    return seconds
-
-
-def _proton() -> Any:
-    return importlib.import_module("triton.profiler")
-
-
-def memory_snapshot(forward: Call, provider: str, out: Path) -> None:
-    """Writes what torch's allocator on the GPU did during one forward, as a pickle and as a page."""
-    from torch.cuda import _memory_viz, memory
-
+def memory_snapshot(forward: Callable, path: Path) -> None:
+    """Writes what torch's allocator on the GPU did during one forward."""
+    memory = torch.cuda.memory
     memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES, stacks="python")
     try:
         forward()
-        snapshot = memory._snapshot()
+        memory._dump_snapshot(str(path))
     finally:
         memory._record_memory_history(enabled=None)
-    write_atomically(out / f"memory_{provider}.pickle", lambda file: pickle.dump(snapshot, file))
-    write_text(out / f"memory_{provider}.html", _memory_viz.trace_plot(snapshot))
-
-
-def scaling_points(args: argparse.Namespace, setting: Setting, bar: Any) -> Iterator[tuple[Point, float]]:
-    """All providers at all lengths, each with the seconds that it took; providers share the time that scaling gets."""
-    sizes, start = long_sequences.sizes_for(args.tokens, args.patch), time.monotonic()
-    stop = start + SCALING_SHARE * (setting.deadline - start)
-    for i, provider in enumerate(args.providers):
-        bar.set_description_str(f"scaling {provider}")
-        end = start + max(stop - start, 0) / (len(args.providers) - i)
-        left = lambda end=end: end - time.monotonic()  # noqa: E731
-        for point in long_sequences.scaling(setting.shape, sizes, provider, setting.device, setting.dtype, left):
-            bar.update()
-            yield point, time.monotonic() - start
-            start = time.monotonic()
-
-
-def cost_of(provider: str, shape: Shape, points: list[tuple[Point, float]]) -> float:
-    """What profiling this shape takes at least, by the provider's point of this length or the longest below it."""
-    done = [(p.tokens, took) for p, took in points if p.provider == provider and not p.reason]
-    return max((one for one in done if one[0] <= shape.tokens), default=(0, 0.0))[1]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -224,33 +151,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("device", "default: a GPU if there is one", choices=("cuda", "cpu"))
     add("tokens", "lengths for the scaling; ", type=int, nargs="*")
     add("minutes", "nothing is started after so long; ", type=float)
-    add("profiler", choices=("torch", "proton"), default="torch")
     add("out", "folder for everything", type=Path, required=True, metavar="DIR")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[args.device == "cpu"])
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the plots need matplotlib: pip install 'segmenter-triton[bench]'")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
-    if args.profiler == "proton" and args.device == "cpu":
-        parser.error("--profiler proton: Triton's profiler sees GPU kernels only; leave it out on a CPU")
     if args.size < args.patch or args.size % args.patch:
         parser.error(f"--size {args.size} is no multiple of --patch {args.patch}")
     if not 2 <= args.classes <= 256 or args.batch < 1:
         parser.error("--classes must be 2 to 256 and --batch at least 1")
     try:
-        long_sequences.sizes_for(args.tokens, args.patch)
+        args.sizes = long_sequences.sizes_for(args.tokens, args.patch)
     except ValueError as error:
         parser.error(f"--tokens: {error}")
     args.providers = list(dict.fromkeys(args.providers))
     return args
-
-
-def command(argv: list[str]) -> str:
-    """The command line without the directory, which is of this machine."""
-    words = re.sub("--out[\0=][^\0]*", "--out DIR", "\0".join(argv))
-    return f"python -m bench.profile_long\0{words}".rstrip("\0").replace("\0", " ")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -259,25 +179,26 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its library reports every start and stop on a CPU otherwise
     args.out.mkdir(parents=True, exist_ok=True)
     shape = Shape(args.model, args.patch, args.size, args.batch, args.classes, args.decoder == "mask")
-    device, dtype, points = torch.device(args.device), machine.DTYPES[args.dtype], []
-    with tqdm(total=1 + len(args.providers) * (1 + len(args.tokens)), file=sys.stderr, desc="ceilings") as bar:
+    device, dtype = torch.device(args.device), machine.DTYPES[args.dtype]
+    with tqdm(total=1 + len(args.providers) * (1 + len(args.tokens)), file=sys.stderr, desc="scaling") as bar:
         roofs = timing.measure_ceilings(device, dtype, small=args.model == "X")
         bar.update()
-        setting = Setting(shape, device, dtype, args.profiler, roofs, started + 60 * args.minutes, args.out)
-        facts = machine.facts(device) | {"command": command(sys.argv[1:] if argv is None else argv)}
-        for found in scaling_points(args, setting, bar):
-            points.append(found)  # and written at once: an interruption loses one point
-            write_text(args.out / "scaling.csv", csv_text(profile_report.scaling_lines([point for point, _ in points])))
-        report = profile_report.Report(shape, dtype, args.profiler, roofs, facts, [], [p for p, _ in points])
-        profile_report.write(report, args.out)  # in case that what follows is interrupted
+        facts, deadline = machine.facts(device), started + 60 * args.minutes
+        run = Run(shape, device, dtype, roofs, facts, deadline, args.out, points=[], profiles=[])
+        stop = deadline - (1 - SCALING_SHARE) * (deadline - time.monotonic())
+        for point in long_sequences.scaling(shape, args.sizes, args.providers, device, dtype, stop):
+            bar.update()
+            run.points.append(point)  # and written at once: an interruption loses one point
+            write_text(run.out / "scaling.csv", csv_text(profile_report.scaling_lines(run.points)))
+        profile_report.write(run)  # in case that what follows is interrupted
         for provider in args.providers:
             bar.set_description_str(f"profile {provider}")
-            report.profiles.append(profile(provider, setting, cost_of(provider, shape, points)))
+            run.profiles.append(profile(provider, run))
             bar.update()
-    profile_report.write(report, args.out)
-    for table in (profile_report.overview(report), *profile_report.scaling_tables(report.points)):
-        print(f"{table.caption}\n{table.plain()}\n")
-    print(args.out / "report.html")
+    profile_report.write(run)
+    for table in profile_report.overviews(run):
+        print(f"{table.caption}\n\n{table.markdown()}\n")
+    print(run.out / "report.html")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """The profile's plots: scaling, roofline, memory over time. matplotlib is imported when one is drawn."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from bench.long_sequences import OUT_OF_MEMORY, Point
-from bench.profile_tables import Profile, Span, pattern
-from bench.report_plots import INK, SOFT, TINTS, look, new_figure
+from bench.long_sequences import OUT_OF_MEMORY
+from bench.profile_tables import Line, Profile, Span, pattern
+from bench.report_plots import INK, SOFT, TINTS, look, new_figure, shortened
 from bench.timing import Ceilings
 
 if TYPE_CHECKING:
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
 
 WIDTH = 8.0  # inches
 LEAST_NAMED = 0.055  # of the width of the plot: narrower regions get no name
+SMALL = {"fontsize": 8, "color": SOFT}
 
 
 def _rows(title: str, heights: Sequence[float], **kwargs: Any) -> tuple["Figure", list[Any]]:
@@ -25,95 +25,71 @@ def _rows(title: str, heights: Sequence[float], **kwargs: Any) -> tuple["Figure"
     return figure, list(axes[:, 0])
 
 
-def _numbers(axis: Any, dense: bool = False) -> None:
-    """Numbers instead of powers on a logarithmic axis; `dense`: also at 2 and 5."""
-    from matplotlib.ticker import LogLocator
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if dense else (1,)))
+def _numbers(axis: Any, subs: Sequence[int] = (1,)) -> None:
+    """Numbers instead of powers on a logarithmic axis, at these multiples of powers of ten."""
+    axis.get_major_locator().set_params(subs=subs)
     axis.set_major_formatter("{x:,g}")
     axis.set_minor_formatter("")
 
 
-def scaling(points: Sequence[Point], title: str) -> "Figure | None":
-    """Time, peak memory and attention's share against tokens; None if nothing was measured."""
-    if not any(p.seconds for p in points):
+def scaling(lines: Sequence[Line], title: str) -> "Figure | None":
+    """The lines of scaling.csv: time, peak memory, attention's share by tokens; None if nothing was measured."""
+    if not any(line["ms"] for line in lines):
         return None
     figure, axes = _rows(title, (3.4, 3.0, 1.9), sharex=True)
-    _against_tokens(axes[0], points, lambda p: p.seconds and 1e3 * p.seconds, "ms a call")
-    _against_tokens(axes[1], points, lambda p: p.peak_bytes and p.peak_bytes / 2**20, "peak MiB beyond the model")
-    _lines(axes[2], points, lambda p: None if p.attention is None else 100 * p.attention)
-    axes[2].set(ylim=(0, 100), ylabel="attention, % of time", xlabel="tokens of the encoder")
-    axes[2].set_xticks(sorted({p.tokens for p in points}))
-    axes[2].xaxis.set_major_formatter("{x:,g}")
+    tokens = sorted({line["tokens"] for line in lines})
+    units = {"ms": "ms a call", "peak_mib": "peak MiB beyond the model", "attention_percent": "attention, % of time"}
+    for ax, (key, unit) in zip(axes, units.items(), strict=True):
+        found = [line for line in lines if line[key]]
+        for provider in dict.fromkeys(line["provider"] for line in found):
+            points = [(line["tokens"], line[key]) for line in found if line["provider"] == provider]
+            colour, marker = look(provider)
+            ax.plot(*zip(*points, strict=True), color=colour, marker=marker, label=provider)
+        ax.set(xscale="log", yscale="linear" if key == "attention_percent" else "log", ylabel=unit)
+        if key == "attention_percent" or not found:
+            continue
+        most = max(found, key=lambda line: line[key])
+        ax.set_ylim(min(line[key] for line in found) / 1.5, 1.5 * most[key])
+        guide = [most[key] * (count / most["tokens"]) ** 2 for count in tokens]
+        ax.plot(tokens, guide, "--", color=SOFT, linewidth=1, zorder=1, label="quadratic")
+        _numbers(ax.yaxis, (1, 2, 5))
+    for count in tokens:
+        gone = [(line["provider"], line["reason"]) for line in lines if line["tokens"] == count and line["reason"]]
+        words = [f"{name}: {OUT_OF_MEMORY if reason == OUT_OF_MEMORY else 'not run'}" for name, reason in gone]
+        axes[0].text(count, 0.02, "\n".join(words), ha="right", transform=axes[0].get_xaxis_transform(), **SMALL)
+    axes[0].legend()
+    axes[2].set(ylim=(0, 100), xlabel="tokens of the encoder")
+    axes[2].set_xticks(tokens, [f"{count:,}" for count in tokens])
     axes[2].minorticks_off()
-    axes[0].legend(loc="upper left")
     return figure
-
-
-def _lines(ax: Any, points: Sequence[Point], value: Callable[[Point], float | None]) -> None:
-    """One line a provider, of the points that have a value."""
-    for provider in dict.fromkeys(p.provider for p in points):
-        line = [(p.tokens, value(p)) for p in points if p.provider == provider and value(p) is not None]
-        if line:
-            ax.plot(*zip(*line, strict=True), color=look(provider).light, marker=look(provider).marker, label=provider)
-
-
-def _against_tokens(ax: Any, points: Sequence[Point], value: Callable[[Point], float | None], label: str) -> None:
-    """One quantity of all providers on logarithmic axes, two guides, and crosses where memory ran out."""
-    ax.set(xscale="log", yscale="log", ylabel=label)
-    _lines(ax, points, lambda p: value(p) or None)
-    y, x = max(((value(p), p.tokens) for p in points if value(p)), default=(0, 0))
-    gone = [p for p in points if p.reason == OUT_OF_MEMORY]
-    if y:
-        tokens, (bottom, top) = sorted({p.tokens for p in points}), ax.get_ylim()
-        for name, power, dashes in (("quadratic", 2, (4, 3)), ("linear", 1, (1, 2.5))):
-            guide = [y * (count / x) ** power for count in tokens]
-            ax.plot(tokens, guide, color=SOFT, ls=(0, dashes), lw=1, zorder=1, label=name)
-        ax.set_ylim(bottom, max(top, y * (3.0 if gone else 1.3)))
-    drawn, skipped = {p.provider for p in points if p.seconds}, {}
-    small = {"fontsize": 7.5, "color": SOFT, "transform": ax.get_xaxis_transform()}
-    for i, p in enumerate(gone):
-        ax.text(p.tokens, 0.97 - 0.07 * i, f"{p.provider}: out of memory x", ha="right", va="top", **small)
-    for p in points:
-        if p.reason and p not in gone and p.provider in drawn:
-            skipped[p.tokens] = f"{skipped.get(p.tokens, 'not run:')}\n{p.provider}"
-    for count, text in skipped.items():
-        ax.text(count, 0.02, text, ha="center", va="bottom", **small)
-    bottom, top = ax.get_ylim()
-    _numbers(ax.yaxis, dense=top / bottom < 1e3)
 
 
 def roofline(profiles: Sequence[Profile], roofs: Ceilings, title: str) -> "Figure | None":
     """Every region that has matrix products as a point below the measured ceilings, by provider; None without any."""
-    points = {}  # provider -> (FLOP a byte, TFLOP/s, name) of each region, the fastest first
-    for p in profiles:
-        found = [
-            (1e3 * line["gflop"] / line["mbytes"], line["tflops"],
-             f"{short_region(line['region'])}  {line['share_percent']:.1f} %")
-            for line in p.regions if line["tflops"] and line["gbps"]
-        ]  # fmt: skip
-        points |= {p.provider: sorted(found, key=lambda point: -point[1])} if found else {}
-    if not points:
+    found = {p.provider: [line for line in p.regions if line["tflops"] and line["gbps"]] for p in profiles}
+    found = {provider: sorted(lines, key=lambda line: -line["tflops"]) for provider, lines in found.items() if lines}
+    if not found:
         return None
-    figure, axes = _rows(title, [3.0] * len(points), sharex=True, sharey=True)
+    figure, axes = _rows(title, [3.0] * len(found), sharex=True, sharey=True)
     ceiling, slope = roofs.flops_per_second / 1e12, roofs.bytes_per_second / 1e12
-    intensities, rates, _ = zip(*itertools.chain(*points.values()), strict=True)
-    left, right, bottom = min(*intensities, ceiling / slope) / 2, max(*intensities, ceiling / slope) * 2, min(rates) / 2
-    for ax, (provider, found) in zip(axes, points.items(), strict=True):
-        colour, marker = look(provider).light, look(provider).marker
-        ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, 3 * ceiling), ylabel="TFLOP/s")
+    every = [line for lines in found.values() for line in lines]
+    intensities = [ceiling / slope, *(1e3 * line["tflops"] / line["gbps"] for line in every)]
+    rates = [ceiling, *(line["tflops"] for line in every)]
+    left, right = min(intensities) / 2, 2 * max(intensities)
+    for ax, (provider, lines) in zip(axes, found.items(), strict=True):
+        colour, marker = look(provider)
+        ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(rates) / 2, 3 * max(rates)), ylabel="TFLOP/s")
         ax.set_title(provider)
         ax.plot([left, ceiling / slope, right], [left * slope, ceiling, ceiling], color=INK, zorder=1)
-        small = {"fontsize": 8, "color": SOFT, "ha": "right"}
-        ax.text(right, 1.15 * ceiling, f"matrix product: {ceiling:.3g} TFLOP/s ", **small)
-        ax.text(0.99, 0.03, f"slope: copy, {1e3 * slope:.3g} GB/s", transform=ax.transAxes, **small)
-        for i, (intensity, rate, name) in enumerate(found):
-            ax.scatter(intensity, rate, s=30, c=colour, marker=marker)
-            ax.annotate(
-                name, (intensity, rate), (1.03, 0.97 - 0.97 * i / max(len(found) - 1, 8)),
-                textcoords="axes fraction", fontsize=8, va="center", annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.45, "lw": 0.7, "relpos": (0, 0.5)},
-            )  # fmt: skip
+        ax.text(right, 1.15 * ceiling, f"matrix product: {ceiling:.3g} TFLOP/s ", ha="right", **SMALL)
+        ax.text(0.99, 0.03, f"slope: copy, {1e3 * slope:.3g} GB/s", transform=ax.transAxes, ha="right", **SMALL)
+        arrow = {"arrowstyle": "-", "color": colour, "alpha": 0.45, "lw": 0.7, "relpos": (0, 0.5)}
+        beside = {"textcoords": "axes fraction", "va": "center", "annotation_clip": False, "arrowprops": arrow}
+        for i, line in enumerate(lines):
+            point, name = (1e3 * line["tflops"] / line["gbps"], line["tflops"]), short_region(line["region"])
+            ax.plot(*point, marker, color=colour)
+            place = (1.03, 0.97 - 0.97 * i / max(len(lines) - 1, 8))
+            ax.annotate(f"{name}  {line['share_percent']:.1f} %", point, place, fontsize=8, **beside)
         _numbers(ax.xaxis)
         _numbers(ax.yaxis)
     axes[-1].set_xlabel("intensity, FLOP of matrix products for each byte read or written")
@@ -133,33 +109,31 @@ def memory(profiles: Sequence[Profile], title: str) -> "Figure | None":
         return None
     figure, axes = _rows(title, [2.4] * len(found))
     for ax, profile in zip(axes, found, strict=True):
-        times = [1e3 * time for time, _ in profile.memory]
-        held, colour = [count / 2**20 for _, count in profile.memory], look(profile.provider).light
-        most, at = max(zip(held, times, strict=True), key=lambda step: step[0])
+        times, held = [1e3 * time for time, _ in profile.memory], [count / 2**20 for _, count in profile.memory]
+        most, last, colour = max(held), times[-1], look(profile.provider).light
         ax.fill_between(times, held, step="post", color=colour, alpha=0.25, lw=0)
         ax.step(times, held, where="post", color=colour, lw=1)
-        ax.set(xlim=(0, times[-1]), ylim=(0, 1.16 * most), ylabel="MiB")
+        ax.set(xlim=(0, last), ylim=(0, 1.16 * most), ylabel="MiB")
         ax.set_title(profile.provider, pad=18)
-        side = "right" if at > 0.7 * times[-1] else "left"
-        ax.text(at, 1.03 * most, f" peak {most:,.4g} MiB ", fontsize=8.5, ha=side)
+        at = times[held.index(most)]
+        ax.text(at, 1.03 * most, f" peak {most:,.4g} MiB ", ha="right" if at > 0.7 * last else "left", fontsize=8)
         for i, (name, start, end) in enumerate(outermost(profile.spans)):
             ax.axvspan(1e3 * start, 1e3 * end, color=TINTS[i % len(TINTS)], lw=0, zorder=0)
-            width = 1e3 * (end - start) / times[-1]
-            text = name if len(name) < 125 * width else name.rpartition(".")[2]  # an inch has 16 characters
+            width, middle = 1e3 * (end - start) / last, 500 * (start + end)
             if width > LEAST_NAMED:
-                ax.text(500 * (start + end), 1.03, text[: int(125 * width)], transform=ax.get_xaxis_transform(),
-                        fontsize=7.5, color=SOFT, ha="center")  # fmt: skip
+                name = shortened(name, 0.9 * WIDTH * width, 8)
+                ax.text(middle, 1.03, name, ha="center", transform=ax.get_xaxis_transform(), **SMALL)
     axes[-1].set_xlabel("ms since the start of the forward, on the host's clock")
     return figure
 
 
-def outermost(spans: Sequence[Span]) -> list[tuple[str, float, float]]:
-    """(name, start, end) of the regions inside encoder and decoder; the blocks of one after the other as one."""
-    inner = [span for span in spans if span[0] not in ("encoder", "decoder")]
-    inner = [one for one in inner if not any(o[1] <= one[1] < one[2] <= o[2] for o in inner if o != one)]
-    found = []
-    for name, group in itertools.groupby(inner, key=lambda span: pattern(span[0])):
-        inside = list(group)
-        count = f" x{len(inside)}" if len(inside) > 1 else ""
-        found.append((name.removesuffix(".*") + count, inside[0][1], inside[-1][2]))
+def outermost(spans: Sequence[Span]) -> list[Span]:
+    """The regions inside encoder and decoder; the blocks of one after the other as one."""
+    found: list[Span] = []
+    for region, start, end in spans:
+        name = pattern(region).removesuffix(".*")
+        if found and found[-1][0] == name:
+            found[-1] = (name, found[-1][1], end)
+        elif name not in ("encoder", "decoder") and (not found or start >= found[-1][2]):
+            found.append((name, start, end))
     return found

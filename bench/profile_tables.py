@@ -1,4 +1,4 @@
-"""A profile's tables: what torch.profiler or Proton saw by region, operator and kernel, against measured ceilings.
+"""A profile's tables: what torch.profiler saw by region, operator and kernel, against measured ceilings.
 
 A table is a list of lines, and a line a dictionary: name of a column -> text, number, or None where it is unknown.
 """
@@ -14,11 +14,12 @@ from typing import Any
 
 from torch.autograd import DeviceType
 
+from bench import harness
 from bench.shapes import Work
 from bench.timing import Ceilings
 
-FORWARD = "forward"  # the annotation around what is measured
-ELSEWHERE = "(elsewhere)"  # outside every named region
+FORWARD = "forward"  # the region around what is measured
+ELSEWHERE = "(elsewhere)"  # what of it is in no other region
 DEVICE_KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
 # A profile's tables: the beginning of the file's name, what the table shows.
 TABLES = {
@@ -26,9 +27,9 @@ TABLES = {
     "operators": ("kernels", "time by operator"),
     "kernels": ("device_kernels", "kernels on the device"),
 }
-MEMORY_TYPE = {"cpu": 0, "cuda": 1}  # the device of a trace's memory events
-PROTON_METADATA = "__proton_launch_metadata"  # kernels that Proton itself launches to count
-PROTON_UNITS = {"time (s)": 1.0, "time (ms)": 1e-3, "time (us)": 1e-6, "time (ns)": 1e-9}
+# Columns of a region's table -> what harness.rates calls them.
+RATES = {name: name for name in ("tflops", "gbps", "percent_flops", "percent_bytes")}
+RATES |= {"percent_of_roof": "percent_of_floor"}
 Line = dict[str, Any]
 Span = tuple[str, float, float]  # a region, its start and end in seconds
 
@@ -39,7 +40,6 @@ class Profile:
 
     provider: str
     reason: str = ""  # why there is nothing
-    notes: list[str] = field(default_factory=list)  # what a reader has to know
     seconds: float | None = None  # median of a forward without any profiler
     profiled_seconds: float | None = None  # mean with it, as everything below
     regions: list[Line] = field(default_factory=list)
@@ -48,11 +48,6 @@ class Profile:
     # (seconds since the start, bytes beyond those at the start) of the last forward, one step an event
     memory: list[tuple[float, int]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)  # its regions from the same start
-
-    @property
-    def covered(self) -> float:
-        """The share of the time that lies in named regions."""
-        return 1 - sum(line["share_percent"] for line in self.regions if line["region"] == ELSEWHERE) / 100
 
     @property
     def peak_bytes(self) -> int | None:
@@ -71,16 +66,7 @@ class Profile:
 
 def pattern(region: str) -> str:
     """The name with a star for the number of a layer: "encoder.blocks.*.attn"."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", region) or ELSEWHERE
-
-
-def rates(work: Work, seconds: float, roofs: Ceilings) -> dict[str, float | None]:
-    """TFLOP/s, GB/s, percent of each ceiling, percent of the best time that both allow; None where there is no work."""
-    best = work.floor(roofs.flops_per_second, roofs.bytes_per_second)
-    flops, moved = work.flops / seconds, work.bytes / seconds
-    found = {"tflops": flops / 1e12, "gbps": moved / 1e9, "percent_flops": 100 * flops / roofs.flops_per_second}
-    found |= {"percent_bytes": 100 * moved / roofs.bytes_per_second, "percent_of_roof": 100 * best / seconds}
-    return {name: value or None for name, value in found.items()}
+    return ELSEWHERE if region == FORWARD else re.sub(r"\.\d+(?=\.|$)", ".*", region)
 
 
 def region_lines(
@@ -97,53 +83,38 @@ def region_lines(
         time[pattern(region)] += took
     for (region, _), one in counted.items():
         work[pattern(region)] += one.work
-    return [
-        {"region": region, "layers": layers[region], "ms": 1e3 * took / forwards}
-        | {"share_percent": 100 * took / (time.total() or 1.0)}
-        | {"gflop": work[region].flops / 1e9 or None, "mbytes": work[region].bytes / 1e6 or None}
-        | rates(work[region], max(took, 1e-9) / forwards, roofs)
-        | {"peak_mib": peaks[region] / 2**20 if region in peaks else None}
-        for region, took in time.most_common()
-    ]
-
-
-def forwards_of(events: Iterable[Any]) -> list[Any]:
-    """The annotations FORWARD of `torch.profiler.profile.events()`. Raises ValueError if there is none."""
-    found = [event for event in events if event.name == FORWARD and event.device_type == DeviceType.CPU]
-    if not found:
-        raise ValueError(f"the profile has no annotation {FORWARD!r}: nothing was profiled, or it is incomplete")
-    return found
+    lines = []
+    for region, took in time.most_common():
+        line = {"region": region, "layers": layers[region], "ms": 1e3 * took / forwards}
+        line["share_percent"] = 100 * took / (time.total() or 1.0)
+        line |= {"gflop": work[region].flops / 1e9 or None, "mbytes": work[region].bytes / 1e6 or None}
+        reached = harness.rates(work[region], None, max(took, 1e-9) / forwards, roofs)
+        line |= {column: reached.get(name) for column, name in RATES.items()}
+        lines.append(line | {"peak_mib": peaks[region] / 2**20 if region in peaks else None})
+    return lines
 
 
 def region_seconds(events: Iterable[Any], regions: Collection[str], on_device: bool) -> dict[str, float]:
-    """Region ("" is none) -> its time without its parts: of its kernels, or the host's own."""
-    named, found = {FORWARD, *regions}, collections.Counter()
-
-    def kernels(event: Any) -> float:
-        launched = sum(kernel.duration for kernel in event.kernels if kernel.name not in named)
-        return launched + sum(map(kernels, event.cpu_children))
-
+    """Region -> its time without its parts: of the kernels launched there, or the host's own."""
+    found: dict[str, float] = collections.Counter()
     for event in events:
-        if event.name in named and event.device_type == DeviceType.CPU:
-            took = kernels(event) if on_device else event.time_range.elapsed_us()
-            found[event.name] += took / 1e6
-            around = event
-            while (around := around.cpu_parent) is not None and around.name not in named:
-                pass
-            if around is not None:
-                found[around.name] -= took / 1e6
-    found[""] = found.pop(FORWARD)
+        kernels = sum(kernel.duration for kernel in event.kernels if kernel.name not in regions)
+        around = event
+        while around is not None and around.name not in regions:
+            around = around.cpu_parent
+        if around is not None:
+            found[around.name] += (kernels if on_device else event.self_cpu_time_total) / 1e6
     return dict(found)
 
 
 def operator_lines(averages: Iterable[Any], regions: Collection[str], forwards: int, on_device: bool) -> list[Line]:
     """torch's own table, `torch.profiler.profile.key_averages()`, of operators: their time without those inside."""
-    found = []
-    for row in averages:
-        if row.device_type == DeviceType.CPU and row.key not in {FORWARD, *regions} and "ProfilerStep" not in row.key:
-            ms = (row.self_device_time_total if on_device else row.self_cpu_time_total) / 1e3 / forwards
-            found += [{"operator": row.key, "calls": row.count / forwards, "ms": ms}] if ms or not on_device else []
-    return _by_time(found)
+    own = "self_device_time_total" if on_device else "self_cpu_time_total"
+    return _by_time(
+        {"operator": row.key, "calls": row.count / forwards, "ms": getattr(row, own) / 1e3 / forwards}
+        for row in averages
+        if row.device_type == DeviceType.CPU and row.key not in regions and "ProfilerStep" not in row.key
+    )
 
 
 def kernel_lines(trace: Mapping[str, Any], forwards: int) -> list[Line]:
@@ -161,50 +132,29 @@ def kernel_lines(trace: Mapping[str, Any], forwards: int) -> list[Line]:
 
 
 def _by_time(lines: Iterable[Line]) -> list[Line]:
-    lines = sorted(lines, key=lambda line: -line["ms"])
-    total = sum(line["ms"] for line in lines) or 1.0
+    """Those that took time, the slowest first, with their shares."""
+    lines = sorted((line for line in lines if line["ms"]), key=lambda line: -line["ms"])
+    total = sum(line["ms"] for line in lines)
     return [line | {"share_percent": 100 * line["ms"] / total} for line in lines]
 
 
 def timeline(trace: Mapping[str, Any], regions: Collection[str], device: str) -> tuple[list, list[Span]]:
     """`Profile.memory` and `Profile.spans` from a Chrome trace of torch.profiler, parsed."""
     events = trace["traceEvents"]
-    named = [event for event in events if event.get("cat") == "user_annotation"]
+    named = [event for event in events if event.get("cat") == "user_annotation" and event["name"] in regions]
     forward = max((event for event in named if event["name"] == FORWARD), key=lambda event: event["ts"])
-    start, seconds = forward["ts"], forward["dur"] / 1e6
-    steps = [event for event in events if event.get("name") == "[memory]"]
+    start, end = forward["ts"], forward["ts"] + forward["dur"]
+    steps = [event for event in events if event.get("name") == "[memory]" and start <= event["ts"] <= end]
     held, memory = 0, [(0.0, 0)]
-    for event in sorted(steps, key=lambda step: step["ts"]):  # stable: an allocation and its release at one time
-        time = (event["ts"] - start) / 1e6
-        if 0 <= time <= seconds and event["args"].get("Device Type") == MEMORY_TYPE[device]:
-            held += event["args"]["Bytes"]
-            memory.append((time, held))
-    times = [(event["name"], (event["ts"] - start) / 1e6, event["dur"] / 1e6) for event in named]
-    spans = [(name, begin, begin + took) for name, begin, took in times if name in regions and 0 <= begin <= seconds]
-    return [*memory, (seconds, held)], sorted(spans, key=lambda span: (span[1], -span[2]))
-
-
-def read_hatchet(data: Any, regions: Collection[str], forwards: int) -> tuple[dict[str, float], list[Line]]:
-    """(as of `region_seconds`, kernels as operators) from a .hatchet file of Proton, parsed; or raises ValueError."""
-    if not isinstance(data, list) or not data or "frame" not in data[0]:
-        raise ValueError("this is no .hatchet file of Proton: it does not begin with a frame")
-    time, lines = collections.Counter(), {}
-
-    def visit(node: dict[str, Any], region: str) -> None:
-        name, metrics = node["frame"]["name"], node.get("metrics", {})
-        if name.startswith(PROTON_METADATA):
-            return
-        seconds = sum(float(metrics[unit]) * scale for unit, scale in PROTON_UNITS.items() if unit in metrics)
-        if seconds and "device_id" in metrics:
-            time[region] += seconds
-            line = lines.setdefault(name, {"operator": name, "calls": 0.0, "ms": 0.0})
-            line["calls"] += int(metrics.get("count", 1)) / forwards
-            line["ms"] += 1e3 * seconds / forwards
-        for child in node.get("children", []):
-            visit(child, name if name in regions else region)
-
-    visit(data[0], "")
-    return dict(time), _by_time(lines.values())
+    for step in sorted(steps, key=lambda step: step["ts"]):  # stable: an allocation and its release at one time
+        if step["args"].get("Device Type") == getattr(DeviceType, device.upper()).value:
+            held += step["args"]["Bytes"]
+            memory.append(((step["ts"] - start) / 1e6, held))
+    times = [
+        (event["name"], (event["ts"] - start) / 1e6, event["dur"] / 1e6) for event in named if event is not forward
+    ]
+    spans = [(name, begin, begin + took) for name, begin, took in times if begin >= 0]
+    return [*memory, ((end - start) / 1e6, held)], sorted(spans, key=lambda span: (span[1], -span[2]))
 
 
 def csv_text(lines: Sequence[Line]) -> str:

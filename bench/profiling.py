@@ -32,20 +32,16 @@ PARTS = {
 
 
 class Regions:
-    """Named parts of a forward pass, opened as annotations of a profiler. Results are the same with them and without.
+    """Named parts of a forward pass, annotations of torch.profiler. Results are the same with them and without."""
 
-    `scope` makes the context manager of a name: `torch.profiler.record_function`, `triton.profiler.scope`.
-    """
-
-    def __init__(self, scope: Callable[[str], Any] = torch.profiler.record_function):
+    def __init__(self) -> None:
         self.names: set[str] = set()  # all that were opened
-        self._scope = scope
-        self._open: list[tuple[str, Any]] = []
+        self._open: list[torch.profiler.record_function] = []
 
     @property
     def current(self) -> str:
         """The innermost open region; "" outside of all."""
-        return self._open[-1][0] if self._open else ""
+        return self._open[-1].name if self._open else ""
 
     @contextlib.contextmanager
     def region(self, name: str) -> Iterator[None]:
@@ -84,13 +80,12 @@ class Regions:
         return ops._replace(**{op: self.region(name_of(part))(getattr(ops, op)) for op, part in PARTS.items()})
 
     def _enter(self, name: str) -> None:
-        scope = self._scope(name)
-        scope.__enter__()
         self.names.add(name)
-        self._open.append((name, scope))
+        self._open.append(torch.profiler.record_function(name))
+        self._open[-1].__enter__()
 
     def _leave(self) -> None:
-        self._open.pop()[1].__exit__(None, None, None)
+        self._open.pop().__exit__(None, None, None)
 
 
 def _hookable(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -83,6 +83,17 @@ def require(provider: str, device: torch.device, dtype: torch.dtype, timed: bool
 
 
 @contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """While inside, float32 is multiplied at this precision, whatever was set before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
 def using(model: nn.Module, ops: Operators) -> Iterator[None]:
     """While inside, every part of `model` that has a choice computes with `ops`."""
     before = [(module, module.ops) for module in model.modules() if hasattr(module, "ops")]

@@ -31,7 +31,6 @@ from segmenter.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 LONG_TABLES = "bench/results/README.md"
 READMES = [ROOT / "README.md", ROOT / LONG_TABLES]
-MARKER = re.compile(r"<!-- bench:([\w-]+):(start|end) -->")
 MARKED = re.compile(r"(<!-- bench:([\w-]+):start -->)(.*?)(<!-- bench:\2:end -->)", re.DOTALL)
 
 
@@ -44,27 +43,13 @@ def relative(path: Path, folder: Path) -> str:
     return os.path.relpath(path.resolve(), folder.resolve()).replace(os.sep, "/")
 
 
-def link_to(target: Path, page: Path) -> str | None:
-    """`target` as seen from the page, if it lies below the page's folder or in the same checkout; else None.
-
-    Any other path would tell the folders of this machine.
-    """
-    folder = page.resolve().parent
-    common = Path(os.path.commonpath([target.resolve(), folder]))
-    return relative(target, folder) if common == folder or (common / "pyproject.toml").exists() else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Blocks of a README: paragraphs of one file's results for a README in `folder`
-
-
 def _shortened(table: Table, folder: Path, most: int | None, what: str) -> list[str]:
     """The table, or its first lines and how many more there are: a link where `folder` is in this checkout."""
     more, where = len(table.lines[most:]) if most else 0, LONG_TABLES
     if folder.resolve().is_relative_to(ROOT):
         where = f"[{LONG_TABLES}]({relative(ROOT / LONG_TABLES, folder)})"
     said = [f"{rr.counted(more, f'more {what}')} in {where}."] if more else []
-    return [Table(table.caption, table.columns, table.lines[:most]).markdown(), *said]
+    return [table._replace(lines=table.lines[:most]).markdown(), *said]
 
 
 def waterfalls(result: Results, folder: Path, count: int | None = None, most: int | None = None) -> list[str]:
@@ -126,23 +111,19 @@ def block(name: str, results: Sequence[Results], folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def replaced(text: str, results: Sequence[Results], folder: Path) -> str:
-    """`text` with every marked block generated anew.
+def replaced(path: Path, results: Sequence[Results]) -> str:
+    """The text of a README with every marked block generated anew.
 
     Raises:
         MarkerError: there is no marker, one has an unknown name, or one has no partner.
     """
-    found = MARKER.findall(text)
-    if not found:
-        names = ", ".join(BLOCKS)
-        raise MarkerError(f"no marker <!-- bench:NAME:start --> ... <!-- bench:NAME:end -->, NAME one of {names}")
-    unknown = [name for name, _ in found if name not in BLOCKS]
-    if unknown:
-        raise MarkerError(f"the marker bench:{unknown[0]} is unknown; there are {', '.join(BLOCKS)}")
-    names = [name for name, _ in found[::2]]
-    if found != [(name, end) for name in names for end in ("start", "end")] or len(set(names)) < len(names):
-        raise MarkerError("every marker bench:NAME:start needs one bench:NAME:end after it, and each NAME occurs once")
-    return MARKED.sub(lambda old: f"{old[1]}\n{block(old[2], results, folder)}\n{old[4]}", text)
+    text = path.read_text(encoding="utf-8")
+    names = [found[2] for found in MARKED.finditer(text)]
+    if not names or len(set(names)) < len(names) or text.count("<!-- bench:") != 2 * len(names):
+        raise MarkerError(f"{path} needs pairs <!-- bench:NAME:start --> <!-- bench:NAME:end -->, each NAME once")
+    if unknown := set(names) - set(BLOCKS):
+        raise MarkerError(f"{path}: no block is called {', '.join(sorted(unknown))}; there are {', '.join(BLOCKS)}")
+    return MARKED.sub(lambda old: f"{old[1]}\n{block(old[2], results, path.parent)}\n{old[4]}", text)
 
 
 def differing(path: Path, new: str) -> list[str]:
@@ -150,10 +131,6 @@ def differing(path: Path, new: str) -> list[str]:
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     before, after = ({found[2]: found[3] for found in MARKED.finditer(text)} for text in (old, new))
     return [f"{path}, block {name}" for name in after if before.get(name) != after[name]] or [str(path)] * (old != new)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -173,6 +150,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("say what to make: --out, --readme, --waterfall-svg or --text")
     if args.text and len(args.results) != 2:
         parser.error("--text compares two files")
+    if args.out and len(args.results) > 2:
+        parser.error("--out shows one file, or two compared")
     if args.check and not (args.readme or args.waterfall_svg):
         parser.error("--check needs --readme or --waterfall-svg")
     inputs = {path.resolve() for path in args.results}
@@ -188,11 +167,7 @@ def run(args: argparse.Namespace) -> int:
         ResultsError, MarkerError, OSError: something cannot be used; the message says what.
     """
     results, made = [Results(path) for path in args.results], {}
-    for path in args.readme:
-        try:
-            made[path] = replaced(path.read_text(encoding="utf-8"), results, path.parent)
-        except MarkerError as error:
-            raise MarkerError(f"{path}: {error}") from None
+    made |= {path: replaced(path, results) for path in args.readme}
     if args.waterfall_svg:
         found = [(result, *one) for result in results for one in result.waterfalls().items()]
         if not found:
@@ -200,14 +175,16 @@ def run(args: argparse.Namespace) -> int:
         result, title, steps = found[0]
         made[args.waterfall_svg] = sections.waterfall_svg(f"{title} · {result.device}", steps)
     if args.text:
-        print(tables.comparison_text(rr.Comparison(*results)))
+        found = rr.Comparison(*results)
+        table = [tables.pairs(found).markdown()] if found.pairs else []
+        print(*found.notes(), *table, "\n".join(found.facts()), rr.RULE, sep="\n\n")
     if args.check:
         stale = [what for path, text in made.items() for what in differing(path, text)]
         for what in stale:
             print(f"{what}: not what the result files give; generate it with python -m bench.report", file=sys.stderr)
         return int(bool(stale))
     if args.out:
-        made[args.out] = sections.report(results, [link_to(path, args.out) for path in args.results])
+        made[args.out] = sections.report(results)
     for path, text in made.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)

@@ -1,33 +1,38 @@
-"""Tables for HTML, Markdown and a terminal, and the page of a report, which needs nothing else.
+"""Tables for HTML and Markdown, and the page of a report, which needs nothing else.
 
     page("Title", [Section("times", "Times", [table, "A paragraph.", html.plots([to_svg(figure)])])])
 
 `html` holds the macros of bench/report_blocks.jinja. They escape every text; what is markup already is a `Markup`.
 """
 
+import base64
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from bench.report_plots import look
-
 NO_VALUE = "–"  # an en dash: nothing known, nothing measured
 TEXT_LOOKS = ("text", "who", "check")  # of cells that are read and not compared: set to the left
 
+
+def image(svg: str) -> Markup:
+    """A plot as an element that needs no file; the plot's title is read out in its place."""
+    title = Markup(re.search("<title>(.*?)</title>", svg, re.DOTALL)[1]).unescape()
+    data = base64.b64encode(svg.encode()).decode()
+    return Markup('<img alt="{}" src="data:image/svg+xml;base64,{}">').format(title, data)
+
+
 OPTIONS = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
 templates = Environment(loader=FileSystemLoader(Path(__file__).parent), **OPTIONS)
-templates.globals["look"] = look
+templates.globals["image"] = image
 html: Any = templates.get_template("report_blocks.jinja").module
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A cell.
 
     Attributes:
@@ -40,8 +45,7 @@ class Cell:
     title: str | None = None
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A column: its heading, what it means, and its cell of an item, for `Table.of`."""
 
     name: str
@@ -49,16 +53,14 @@ class Column:
     cell: Callable[[Any], Cell] | None = None
 
 
-@dataclass(frozen=True)
-class Line:
-    """A row: one cell a column. look: "ours", "gone" (not measured) or "next" (another shape than the line before)."""
+class Line(NamedTuple):
+    """A row: one cell a column. look: "ours" or "gone" (not measured)."""
 
     cells: Sequence[Cell]
     look: str = ""
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table for every form that a report takes; it may be a block of a section. Columns without a value are left out.
 
     Attributes:
@@ -102,15 +104,6 @@ class Table:
         heads = [self.columns[i].name for i in kept]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows))
 
-    def plain(self) -> str:
-        """For a terminal."""
-        columns = []
-        for i in self.kept:
-            texts = [self.columns[i].name, *(str(line.cells[i].text) for line in self.lines)]
-            align, width = str.ljust if i == 0 or self.side(i) else str.rjust, max(map(len, texts))
-            columns.append([align(text, width) for text in texts])
-        return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
-
 
 def _markdown(cell: Cell, bold: bool) -> str:
     text = markdown_text(cell.text)
@@ -122,8 +115,7 @@ def markdown_text(value: Any) -> str:
     return re.sub(r"([|*])", r"\\\1", " ".join(str(value).split())).replace("<", "&lt;")
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A part of the page with a heading that can be linked. It may be a block of another one.
 
     Attributes:
@@ -146,13 +138,4 @@ def page(title: str, sections: Sequence[Section]) -> str:
     """The whole document."""
     listed = itertools.groupby((one for one in sections if one.contents), key=lambda one: one.group)
     contents = [list(group) for _, group in listed]
-    text = templates.get_template("report_page.jinja").render(title=title, sections=sections, contents=contents)
-    numbers = itertools.count()
-
-    def renamed(svg: re.Match) -> str:
-        """Without what a page need not say, and each name once in the page."""
-        text, prefix = re.sub(r' xmlns(:\w+)?="[^"]*"| xlink:(?=href=)', " ", svg[0]), f"plot{next(numbers)}-"
-        names = r'(?<= id=")|(?<= href="#)|(?<=url\(#)'
-        return re.sub(r"<[^>]+>", lambda tag: re.sub(names, prefix, tag[0]), text)
-
-    return re.sub(r"<svg .*?</svg>", renamed, text, flags=re.DOTALL)
+    return templates.get_template("report_page.jinja").render(title=title, sections=sections, contents=contents)

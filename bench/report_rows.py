@@ -1,19 +1,14 @@
 """What the report knows about result files: rows of any age or completeness, groups, and the verdict.
 
-The rule of every verdict, also of "slower" inside one file: two medians differ only if
-
-1. their quartile boxes [q1, q3] do not overlap, and
-2. their ratio is beyond 3 % and beyond both relative interquartile ranges together (root of the sum of squares).
-
-Anything else is "no difference"; a row without quartiles gives "spread unknown". The rule is symmetric: exchanging the
-two rows exchanges "faster" and "slower". 3 % is for what changes between two sessions and no single one can see.
+`RULE` is that of every verdict, also of "slower" inside one file. Anything else is "no difference"; a row without
+quartiles gives "spread unknown". Exchanging the two rows exchanges "faster" and "slower". 3 % is for what changes
+between two sessions and no single one can see.
 """
 
-import functools
 import math
 import re
-import statistics
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +47,9 @@ class Row:
     """A row of a file: measured, or without a median and with the reason. Times are seconds a call, None if not said.
 
     Attributes:
-        label: model, image and batch, for people. info: `extra_info`, or all that the file says of a missing row.
+        label: model, image and batch, for people. shape: of the sweep, None if that is not said.
+        info: `extra_info`, or all that the file says of a missing row. Of a peer also what was published: im_s, ss
+            and ms (mIoU in percent), params_m, crop, source, gpu.
         group: the measured rows of its shape. key: what a row of another file has in common with this one.
         order, first, before: of a waterfall's step, its place, the first measured step and the last one before it.
     """
@@ -63,18 +60,20 @@ class Row:
     before: "Row | None" = None
 
     def __init__(self, name: Any, info: Any, stats: Any):
-        self.info, stats = (info := dictionary(info)), dictionary(stats)
-        self.shape, self.tokens = dictionary(info.get("shape")), number(info.get("tokens"))
-        numbers = (number(stats.get(key)) for key in ("median", "q1", "q3", "iqr", "rounds"))
-        self.median, self.q1, self.q3, iqr, self.rounds = numbers
-        if self.median and None in (self.q1, self.q3) and iqr is not None:
-            self.q1, self.q3 = max(0.0, self.median - iqr / 2), self.median + iqr / 2
-        self.name, self.reason = str(name or "unnamed"), str(info.get("reason") or "no reason recorded")
+        info, stats = dictionary(info), dictionary(stats)
+        self.info = {**dictionary(info.get("published")), **info}
+        self.shape = shape = known_shape(info.get("shape"))
+        self.tokens = number(info.get("tokens")) or (shape and shape.tokens)
+        self.median, self.q1, self.q3, self.rounds = map(number, map(stats.get, ("median", "q1", "q3", "rounds")))
+        self.name, self.reason = str(name or "unnamed"), f"not measured: {info.get('reason') or 'no reason recorded'}"
         self.kind = str(info.get("kind") or ("model" if "agreement" in info else "other"))
         self.provider = str(info.get("provider") or name or "unknown")
         self.dtype, self.timing = str(info.get("dtype") or "unknown type"), str(info.get("timing") or "unknown")
-        length = f"{self.tokens:,.0f} tokens" if self.tokens and self.kind == "long" else self.name
-        self.label = shape_label(info.get("shape"), info) or length
+        self.model = str(info.get("model") or (shape.name if shape else ""))
+        size = input_label(shape._asdict() if shape else info) or (f"{self.tokens:,.0f} tokens" if self.tokens else "")
+        classes = f"{shape.n_cls} classes" if shape and shape.n_cls != USUAL_CLASSES else ""
+        self.label = ", ".join(filter(None, (self.model, size, classes))) or self.name
+        self.peak = number(info.get("peak_bytes"))
         self.ours = self.provider in OURS or info.get("ours") is True
         self.key = self.kind, self.label, self.provider, self.dtype
 
@@ -91,13 +90,15 @@ class Row:
 class Group:
     """Measured rows of one kind, shape and type, and those of them that speed-ups refer to."""
 
-    def __init__(self, rows: Iterable[Row]):
-        self.by_provider = {row.provider: row for row in rows}
-        self.rows, get = list(self.by_provider.values()), self.by_provider.get
-        self.name = f"{self.rows[0].label}, {self.rows[0].dtype}"
+    def __init__(self, rows: Sequence[Row]):
+        for row in rows:
+            row.group = self
+        by_provider = {row.provider: row for row in rows}
+        self.rows, get = list(by_provider.values()), by_provider.get
+        self.label, self.dtype = rows[0].label, rows[0].dtype
         self.eager, self.compile = get("eager") or get("published"), get("compile")
         self.sdpa = fastest(row for row in self.rows if row.provider.startswith("sdpa"))
-        self.ours = next((self.by_provider[name] for name in OURS if name in self.by_provider), None)
+        self.ours = next((by_provider[name] for name in OURS if name in by_provider), None)
         self.other = fastest(row for row in self.rows if not row.ours)
         self.best = fastest(self.rows)
 
@@ -107,7 +108,7 @@ class Results:
 
     Attributes:
         left_out: how many rows have no usable median. device: name of the GPU, or "CPU" and which.
-        stack: versions and commit in one line.
+        stack: versions and commit in one line. facts: what the file says of machine and software, one value each.
 
     Raises:
         ResultsError: it is none.
@@ -117,22 +118,24 @@ class Results:
         self.path, self.content = path, load(path)
         self.machine = dictionary(self.content["machine_info"])
         self.ceilings = dictionary(self.content["ceilings"])
-        found = self.content["benchmarks"] if isinstance(self.content["benchmarks"], list) else []
-        rows = [Row(bench.get("name"), bench.get("extra_info"), bench.get("stats")) for bench in map(dictionary, found)]
+        found = dictionaries(self.content["benchmarks"])
+        rows = [Row(bench.get("name"), bench.get("extra_info"), bench.get("stats")) for bench in found]
         self.rows = [row for row in rows if row.median]
         self.left_out = len(rows) - len(self.rows)
         self.unavailable = [Row(entry.get("name"), entry, {}) for entry in dictionaries(self.content["unavailable"])]
         self.on_gpu = self.machine.get("device") == "cuda"
-        name = self.machine.get("name") or cpu_name(self.machine)
+        cpu = self.machine.get("cpu")  # a dictionary in files of pytest-benchmark alone
+        facts = {**self.machine, "cpu": dictionary(cpu).get("brand_raw", cpu)}
+        self.facts = {key: value for key, value in facts.items() if value and not isinstance(value, dict | list)}
+        name = self.facts.get("name") or self.facts.get("cpu", "unknown")
         self.device = str(name) if self.on_gpu else f"CPU: {name}"
-        self.stack = said(self.machine, "torch", "triton", "commit") or "versions not recorded"
+        versions = [f"{key} {self.facts[key]}" for key in ("torch", "triton", "commit") if key in self.facts]
+        self.stack = ", ".join(versions) or "versions not recorded"
         groups: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.kind, row.label, row.dtype), []).append(row)
         for rows in groups.values():
-            group = Group(rows)
-            for row in rows:
-                row.group = group
+            Group(rows)
 
     def of(self, kind: str) -> list[Row]:
         """Measured rows of one kind, in the order of the file."""
@@ -143,15 +146,12 @@ class Results:
         return [row for row in self.unavailable if row.kind == kind]
 
     def waterfalls(self) -> dict[str, list[Row]]:
-        """What was timed -> steps in order. A missing step joins the waterfall of its shape, or else the first."""
+        """What was timed -> steps in order."""
         found: dict[str, list[Row]] = {}
         for row in (*self.of("waterfall"), *self.missing("waterfall")):
-            title = row.label if row.shape or row.info.get("model") else str(row.info.get("speed_model") or "one model")
-            steps = found.setdefault(title if row.median or title in found or not found else next(iter(found)), [])
             place = re.fullmatch(r"waterfall-(\d+)", row.name)  # as the benchmark names its rows
-            order = float(place[1]) if place else row.get("step")
-            row.order = max((step.order for step in steps), default=-1) + 1 if order is None else order
-            steps.append(row)
+            row.order = float(place[1]) if place else row.get("step") or 0
+            found.setdefault(row.label, []).append(row)
         for steps in found.values():
             steps.sort(key=lambda row: row.order)
             first = before = None
@@ -166,31 +166,11 @@ def grouped(rows: Iterable[Row]) -> list[Group]:
     return list(dict.fromkeys(row.group for row in rows))
 
 
-def said(facts: dict[str, Any], *keys: str) -> str:
-    """ "torch 2.9, commit abc": those that are there."""
-    return ", ".join(f"{key} {facts[key]}" for key in keys if facts.get(key))
-
-
-def cpu_name(machine: dict[str, Any]) -> str:
-    """The processor; pytest-benchmark's own files hold a dictionary."""
-    cpu = machine.get("cpu")
-    return str((cpu.get("brand_raw") if isinstance(cpu, dict) else cpu) or "unknown")
-
-
 def known_shape(shape: Any) -> Shape | None:
     """The sweep's Shape for its dictionary; None if that is incomplete."""
-    try:
-        return Shape(**{key: value for key, value in dictionary(shape).items() if key in Shape._fields})
-    except TypeError:
-        return None
-
-
-def shape_label(shape: Any, info: dict[str, Any]) -> str:
-    """ "Seg-S-Mask/16, 512x512, batch 8" as far as it is known; empty if nothing is."""
-    found = known_shape(shape)
-    name = str(info["model"]) if info.get("model") else found.name if found else ""
-    classes = f"{found.n_cls} classes" if found and found.n_cls != USUAL_CLASSES else ""
-    return ", ".join(filter(None, (name, input_label(found._asdict() if found else info), classes)))
+    given = {key: value for key, value in dictionary(shape).items() if key in Shape._fields}
+    complete = "model" in given and all(number(given.get(key)) for key in ("patch", "size", "batch"))
+    return Shape(**given) if complete else None
 
 
 def input_label(info: dict[str, Any]) -> str:
@@ -201,10 +181,6 @@ def input_label(info: dict[str, Any]) -> str:
     elif number(size):
         parts.append(f"{size}x{size}")
     return ", ".join([*parts, *([f"batch {info['batch']}"] if number(info.get("batch")) else [])])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing
 
 
 def verdict(base: Row, row: Row) -> str:
@@ -240,17 +216,19 @@ class Pair(NamedTuple):
 class Comparison:
     """Two files, row by row: matched by kind, model and shape, provider and type, and then by how they were timed.
 
-    Of rows that a file has twice the last counts.
+    Of rows that a file has twice the last counts. `apart`: why rows are not compared -> those rows.
     """
 
     def __init__(self, before: Results, after: Results):
         self.before, self.after = before, after
-        a, b = ({(*row.key, row.tokens): row for row in result.rows} for result in (before, after))
+        a, b = ({row.key: row for row in result.rows} for result in (before, after))
         common = [(a[key], b[key]) for key in a if key in b]
         self.pairs = [Pair(x, y, verdict(x, y)) for x, y in common if x.timing == y.timing]
-        self.timed_differently = [(x, y) for x, y in common if x.timing != y.timing]
-        self.only_before = [a[key] for key in a if key not in b]
-        self.only_after = [b[key] for key in b if key not in a]
+        self.apart = {
+            "only in A": [a[key] for key in a if key not in b],
+            "only in B": [b[key] for key in b if key not in a],
+            "timed differently, not compared": [x for x, y in common if x.timing != y.timing],
+        }
 
     def notes(self) -> list[str]:
         """What a reader has to know before believing a verdict."""
@@ -272,29 +250,22 @@ class Comparison:
         """The files, what differs between machines, stacks and commits, verdicts by kind, and what has no verdict."""
         files = {"A": self.before, "B": self.after}
         found = [f"{x}  {one.path.name}: {one.device}, {one.stack}" for x, one in files.items()]
-        a, b = ({**one.machine, "cpu": cpu_name(one.machine)} for one in files.values())
-        keys = [key for key in {**a, **b} if not isinstance(a.get(key, b.get(key)), dict | list)]
-        changed = [key for key in keys if a.get(key) != b.get(key)]
+        a, b = self.before.facts, self.after.facts
+        changed = [key for key in {**a, **b} if a.get(key) != b.get(key)]
         found += [f"{key}: {a.get(key, NO_VALUE)} -> {b.get(key, NO_VALUE)}" for key in changed]
         for kind in dict.fromkeys(pair.after.kind for pair in self.pairs):
             verdicts = [pair.verdict for pair in self.pairs if pair.after.kind == kind]
             counts = [f"{verdicts.count(said)} {said}" for said in (FASTER, SAME, SLOWER, UNKNOWN) if said in verdicts]
             found.append(f"{kind}: {', '.join(counts)}")
-        found += [
-            f"timed differently, not compared: {x.kind}, {x.label}, {x.provider}: {x.timing} and {y.timing}"
-            for x, y in self.timed_differently
-        ]
-        only = {"A": self.only_before, "B": self.only_after}
-        return found + [f"{counted(len(rows), 'row')} only in {which}" for which, rows in only.items() if rows]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers for people
+        for why, rows in self.apart.items():
+            kinds = [f"{kind} {count}" for kind, count in Counter(row.kind for row in rows).items()]
+            found += [f"{counted(len(rows), 'row')} {why}: {', '.join(kinds)}"] if rows else []
+        return found
 
 
 def or_dash(form: Callable[[float], str]) -> Callable[[float | None], str]:
     """`form`, but a dash for None."""
-    return functools.wraps(form)(lambda value: NO_VALUE if value is None else form(value))
+    return lambda value: NO_VALUE if value is None else form(value)
 
 
 @or_dash
@@ -322,11 +293,3 @@ whole = or_dash("{:,.0f}".format)  # "16,385"
 def counted(count: int, what: str) -> str:
     """ "1 row", "2 rows"."""
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def span(values: list[float]) -> str:
-    """Median and range of ratios: "1.23x (0.90x to 2.10x)"."""
-    if not values:
-        return NO_VALUE
-    middle, low, high = (times(value) for value in (statistics.median(values), min(values), max(values)))
-    return middle if low == high else f"{middle} ({low} to {high})"

@@ -1,10 +1,11 @@
-"""Rows of results as tables, one definition for the page, for Markdown and for a terminal."""
+"""Rows of results as tables, one definition for the page and for Markdown."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from markupsafe import Markup
 
 from bench import report_rows as rr
-from bench.report_page import NO_VALUE, Cell, Column, Table, html
+from bench.report_page import NO_VALUE, Cell, Column, Table
 from bench.report_rows import Comparison, Group, Results, Row
 
 CHANGES = {rr.SLOWER: "slow", rr.FASTER: "best"}
@@ -16,13 +17,9 @@ def cell(form: Form, value: float | None, look: str = "", title: str | None = No
     return Cell(form(value), value, look, title)
 
 
-def text(value: Any, look: str = "") -> Cell:
-    """Words, or a dash for none."""
-    return Cell(value or NO_VALUE, look=look)
-
-
-def not_measured(row: Row) -> str:
-    return f"not measured: {row.reason}"
+def info(name: str, hint: str | None, key: str, form: Form) -> Column:
+    """A column of a number in `extra_info`."""
+    return Column(name, hint, lambda row: cell(form, row and row.get(key)))
 
 
 def ratio(base: Row | None, row: Row | None, slower: str = " slower", always: bool = False) -> Cell:
@@ -55,76 +52,99 @@ def of_floor(row: Row) -> Cell:
     return cell(rr.percent, value)
 
 
-def info(heading: str, hint: str | None, key: str, form: Form) -> Column:
-    """A column of a number in `extra_info`."""
-    return Column(heading, hint, lambda row: cell(form, row and row.get(key)))
+def median(row: Row) -> Cell:
+    return cell(rr.duration, row.median, "best" * (row is row.group.best))
 
 
-# Columns that several tables have.
-SPREAD_HINT = "half the interquartile range, relative to the median"
-SPREAD = Column("spread", SPREAD_HINT, spread)
+# Columns that several tables have. The page lists all hints too.
+LABEL = Column("model and image", "of a single operation: the model whose layer has its shape", lambda r: Cell(r.label))
+KIND = Column("what", None, lambda row: Cell(row.kind, look="check"))
+PROVIDER = Column("provider", None, lambda row: Cell(row.provider, look="who"))
+REASON = Column("reason", None, lambda row: Cell(NO_VALUE if row.median else row.reason, look="text"))
+SPREAD = Column("spread", "half the interquartile range, relative to the median", spread)
 PACE = info("images/s", None, "images_per_second", rr.significant)
-PEAK = info("peak memory", "what one call needs beyond what was there", "peak_bytes", rr.memory)
-TFLOPS = info("TFLOP/s", "of matrix products", "tflops", rr.significant)
+TFLOPS = info("TFLOP/s", "of matrix products only, two operations a multiply-add", "tflops", rr.significant)
+PEAK_HINT = "what one call needs beyond what was there: what torch allocates on a GPU, resident memory on a CPU"
+PEAK = info("peak memory", PEAK_HINT, "peak_bytes", rr.memory)
+AGREEMENT_HINT = "share of pixels labelled as in float32 by the published way, or by a waterfall's first step"
+AGREEMENT = info("labels as fp32", AGREEMENT_HINT, "agreement", rr.share)
 
+EAGER_HINT = "how many times faster than eager; * marks rows that were timed in different ways"
 SDPA_HINT = "how many times faster than the fastest backend of scaled_dot_product_attention"
-AGREEMENT_HINT = "share of pixels labelled as the published way labels them in float32"
-TIMING_HINT = "graph: events around a CUDA graph; events: around plain calls; wall: the wall clock"
+CEILING_HINT = "of the rate that a large matrix product or a large copy reached in the same run"
+FLOOR_HINT = "the larger of both times at those ceilings, over the median: 100 % is the best possible"
+TIMING_HINT = (
+    "graph: events around a CUDA graph that calls an operation once on each of several input sets, as many as exceed "
+    "twice the last cache (at most 16), so that neither launches nor a warm cache are in the figure; events: around "
+    "plain calls, where no graph can be captured; wall: the wall clock up to the end of the device's work"
+)
+GATE_HINT = (
+    "nothing wrong is timed: a result is compared with an exact one, and has to be as near as eager PyTorch of the "
+    "same precision is, within a factor of two in the worst element"
+)
 MEASURED = (
-    Column("model and image", "the shape is that of this model's layer", lambda row: Cell(row.label)),
+    LABEL,
     Column("tokens", "of one image in the encoder", lambda row: cell(rr.whole, row.tokens)),
-    Column("provider", None, lambda row: Cell(row.provider, look="who")),
-    Column(
-        "median",
-        "time of a call, a whole batch",
-        lambda row: cell(rr.duration, row.median, "best" * (row is row.group.best)),
-    ),
+    PROVIDER,
+    Column("median", "time of a call, a whole batch, after compiling and warming up", median),
     SPREAD,
     PACE,
-    Column("vs eager", "how many times faster than eager", lambda row: ratio(row.group.eager, row)),
+    Column("vs eager", EAGER_HINT, lambda row: ratio(row.group.eager, row)),
     Column("vs best sdpa", SDPA_HINT, lambda row: ratio(row.group.sdpa, row)),
     TFLOPS,
-    info("of ceiling", "measured rate of matrix products", "percent_flops", rr.percent),
+    info("of ceiling", CEILING_HINT, "percent_flops", rr.percent),
     info("GB/s", "of the fewest bytes that have to move", "gbps", rr.significant),
-    info("of ceiling", "measured rate of copies", "percent_bytes", rr.percent),
-    Column("of floor", "100 %: the least time possible on this machine", of_floor),
+    info("of ceiling", CEILING_HINT, "percent_bytes", rr.percent),
+    Column("of floor", FLOOR_HINT, of_floor),
     PEAK,
-    info("labels as fp32", AGREEMENT_HINT, "agreement", rr.share),
-    info("compile", "not in the median", "compile_seconds", rr.duration),
+    AGREEMENT,
+    info("compile time", "not in the median", "compile_seconds", rr.duration),
     Column("type", None, lambda row: Cell(row.dtype)),
     Column("timed by", TIMING_HINT, lambda row: Cell(row.timing)),
-    Column("check before timing", None, lambda row: text(row.info.get("gate"), "check soft")),
+    Column("check before timing", GATE_HINT, lambda row: Cell(row.info.get("gate") or NO_VALUE, look="check soft")),
 )
 
 
 def measured(rows: Sequence[Row], caption: str) -> Table:
     """Any kind of row: every shape by every provider."""
     found = [row for group in rr.grouped(rows) for row in group.rows]
-    return Table.of(caption, MEASURED, found, lambda row: "ours " * row.ours + "next" * (row is row.group.rows[0]))
+    return Table.of(caption, MEASURED, found, lambda row: "ours" * row.ours)
 
 
-def slower_step(row: Row) -> bool:
-    """Whether a step is slower than the one before."""
-    return bool(row.before and row.median) and rr.verdict(row.before, row) == rr.SLOWER
+SLOWER = (
+    LABEL,
+    KIND,
+    PROVIDER,
+    Column("its speed", None, lambda row: ratio(row.group.other, row)),
+    Column("median", None, median),
+    Column("fastest other", None, lambda row: Cell(row.group.other.provider, look="who")),
+    Column("its median", None, lambda row: median(row.group.other)),
+)
 
 
-STEPS_HINT = "share of the example photographs' pixels that the shipped model labels as in the first step"
-MIOU_HINT = "in percent, of the shipped model on CamVid's test set"
+def slower(result: Results) -> Table:
+    """Those of our rows that are slower than the fastest other provider beyond the spread, slowest first."""
+    ours = [row for group in rr.grouped(result.rows) for row in group.rows if row.provider in rr.OURS and group.other]
+    found = [row for row in ours if rr.verdict(row.group.other, row) == rr.SLOWER]
+    found.sort(key=lambda row: rr.speed(row.group.other, row))
+    return Table.of("Slower than the fastest other provider", SLOWER, found)
+
+
+def miou(row: Row) -> Cell:
+    return cell(rr.points, row.get("miou"), title=f"{rr.whole(row.get('miou_pictures'))} images")
+
+
 STEPS = (
     Column("step", None, lambda row: Cell(row.provider, row.order)),
-    Column("what changes", None, lambda row: text(str(row.info.get("text") or ""), "text")),
-    Column("images/s", None, lambda row: PACE.cell(row) if row.median else Cell(not_measured(row), look="reason")),
+    Column("what changes", None, lambda row: Cell(row.info.get("text") or NO_VALUE, look="text")),
+    Column("images/s", None, lambda row: PACE.cell(row) if row.median else Cell(row.reason, look="reason")),
     Column("vs first", None, lambda row: cell(rr.times, rr.speed(row.first, row))),
     Column("vs step before", None, lambda row: ratio(row.before, row, ", slower than the step before", always=True)),
     SPREAD,
     PEAK,
-    info("labels as fp32", STEPS_HINT, "agreement", rr.share),
-    Column(
-        "mIoU",
-        MIOU_HINT,
-        lambda row: cell(rr.points, row.get("miou"), title=f"{rr.whole(row.get('miou_pictures'))} images"),
-    ),
-    Column("type, timed by", None, lambda row: text(row.median and f"{row.dtype}, {row.timing}")),
+    AGREEMENT,
+    Column("mIoU", "in percent, of the shipped model on CamVid's test set", miou),
+    Column("type, timed by", None, lambda row: Cell(f"{row.dtype}, {row.timing}" if row.median else NO_VALUE)),
 )
 
 
@@ -144,7 +164,7 @@ def _memories(group: Group) -> Cell:
 
 
 MODELS = (
-    Column("model", None, lambda group: Cell(group.name)),
+    Column("model", None, lambda group: Cell(f"{group.label}, {group.dtype}")),
     Column("eager", None, lambda group: PACE.cell(group.eager)),
     Column("best sdpa", None, lambda group: _named_pace(group.sdpa, "sdpa-")),
     Column("compile", None, lambda group: PACE.cell(group.compile)),
@@ -164,45 +184,37 @@ def models(result: Results) -> Table:
 GROUPS = {"poster": 0, "today": 1, "variant": 2}  # of bench/peers.yml, in this order
 
 
-def said(row: Row, key: str) -> Any:
-    """What was published of a peer: im_s, ss and ms (mIoU in percent), params_m, crop, source, gpu."""
-    return rr.dictionary(row.info.get("published")).get(key)
-
-
-def published(heading: str, hint: str | None, key: str, form: Form) -> Column:
-    """A column of a published number."""
-    return Column(heading, hint, lambda row: cell(form, rr.number(said(row, key))))
-
-
 def _published_pace(row: Row) -> Cell:
-    value, gpu = rr.number(said(row, "im_s")), said(row, "gpu")
+    value, gpu = row.get("im_s"), row.info.get("gpu")
     return Cell(rr.significant(value) + (f" ({gpu})" if gpu and value is not None else ""), value)
 
 
 def _source(row: Row) -> Cell:
-    source = str(said(row, "source") or NO_VALUE)
-    return Cell(html.link(source, source) if source.startswith("https://") else source, look="text")
+    source = str(row.info.get("source") or NO_VALUE)
+    link = Markup('<a href="{0}">{0}</a>').format(source)
+    return Cell(link if source.startswith("https://") else source, look="text")
 
 
+HERE_HINT = "random weights, images on the device to labels; ours as impl=auto runs here"
 BUILT_HINT = "of the network that was timed, without what only training uses"
 GROUP_HINT = "poster: rows of Segmenter's ICCV 2021 poster; today: later models; variant: nothing is published"
 PEERS = (
     Column("model", None, lambda row: Cell(row.provider)),
-    info("images/s here", "random weights, on the machine of this file", "images_per_second", rr.significant),
-    Column("published images/s", "not measured here", _published_pace),
-    published("published mIoU", "ADE20K, one scale, in percent", "ss", rr.points),
-    published("published, multi-scale", "mIoU on ADE20K in percent", "ms", rr.points),
-    published("its windows", "their side in pixels for that mIoU", "crop", rr.significant),
+    info("images/s here", HERE_HINT, "images_per_second", rr.significant),
+    Column("published images/s", "other people's figures on other machines", _published_pace),
+    info("published mIoU", "on ADE20K, one scale, in percent", "ss", rr.points),
+    info("published, multi-scale", "mIoU on ADE20K in percent", "ms", rr.points),
+    info("its windows", "their side in pixels for that mIoU", "crop", rr.significant),
     info("parameters here", BUILT_HINT, "parameters", rr.or_dash(lambda n: f"{rr.significant(n / 1e6)} M")),
-    published("published parameters", None, "params_m", rr.or_dash(lambda n: f"{rr.significant(n)} M")),
-    Column("input here", None, lambda row: text(row.median and rr.input_label(row.info))),
+    info("published parameters", None, "params_m", rr.or_dash(lambda n: f"{rr.significant(n)} M")),
+    Column("input here", None, lambda row: Cell(row.median and rr.input_label(row.info) or NO_VALUE)),
     TFLOPS,
     SPREAD,
     PEAK,
-    Column("type", None, lambda row: text(row.median and row.dtype)),
-    Column("group", GROUP_HINT, lambda row: text(row.info.get("group"))),
+    Column("type", None, lambda row: Cell(row.dtype if row.median else NO_VALUE)),
+    Column("group", GROUP_HINT, lambda row: Cell(row.info.get("group") or NO_VALUE)),
     Column("source of what is published", None, _source),
-    Column("remark", None, lambda row: text("" if row.median else not_measured(row), "text")),
+    REASON,
 )
 
 
@@ -210,33 +222,30 @@ def peers(result: Results) -> Table:
     """Other models, measured here and those of which there are published figures only, by group."""
     found = result.of("peers") + result.missing("peers")
     found.sort(key=lambda row: GROUPS.get(str(row.info.get("group")), len(GROUPS)))
-    return Table.of(
-        "Peers", PEERS, found, lambda row: "ours" * (row.info.get("ours") is True) if row.median else "gone"
-    )
+    return Table.of("Peers", PEERS, found, lambda row: "gone" if not row.median else "ours" * row.ours)
 
 
 PAIRS = (
-    Column("model and image", None, lambda p: Cell(p.after.label)),
-    Column("what", None, lambda p: Cell(p.after.kind, look="check")),
-    Column("provider", None, lambda p: Cell(p.after.provider, look="who")),
-    Column("A", None, lambda p: cell(rr.duration, p.before.median)),
-    Column("B", None, lambda p: cell(rr.duration, p.after.median)),
-    Column("B's speed", None, lambda p: cell(rr.times, rr.speed(p.before, p.after), CHANGES.get(p.verdict, ""))),
-    Column("B is", None, lambda p: Cell(p.verdict, look=f"check {CHANGES.get(p.verdict, '')}")),
-    Column("type, timed by", None, lambda p: Cell(f"{p.after.dtype}, {p.after.timing}")),
-    Column("spread A", SPREAD_HINT, lambda p: spread(p.before)),
-    Column("spread B", SPREAD_HINT, lambda p: spread(p.after)),
-    Column("memory A", "peak", lambda p: PEAK.cell(p.before)),
-    Column("memory B", "peak", lambda p: PEAK.cell(p.after)),
+    Column("model and image", None, lambda pair: LABEL.cell(pair.after)),
+    Column("what", None, lambda pair: KIND.cell(pair.after)),
+    Column("provider", None, lambda pair: PROVIDER.cell(pair.after)),
+    Column("A", None, lambda pair: cell(rr.duration, pair.before.median)),
+    Column("B", None, lambda pair: cell(rr.duration, pair.after.median)),
+    Column("B's speed", None, lambda pair: cell(rr.times, rr.speed(*pair[:2]), CHANGES.get(pair.verdict, ""))),
+    Column("B is", None, lambda pair: Cell(pair.verdict, look=f"check {CHANGES.get(pair.verdict, '')}")),
+    Column("type, timed by", None, lambda pair: Cell(f"{pair.after.dtype}, {pair.after.timing}")),
+    Column("spread A", None, lambda pair: spread(pair.before)),
+    Column("spread B", None, lambda pair: spread(pair.after)),
+    Column("memory A", None, lambda pair: PEAK.cell(pair.before)),
+    Column("memory B", None, lambda pair: PEAK.cell(pair.after)),
 )
 
 
 def pairs(found: Comparison) -> Table:
     """Rows of both files."""
-    return Table.of("Rows of both files", PAIRS, found.pairs, lambda pair: "ours" if pair.after.ours else "")
+    return Table.of("Rows of both files", PAIRS, found.pairs, lambda pair: "ours" * pair.after.ours)
 
 
-def comparison_text(found: Comparison) -> str:
-    """Two files compared, for a terminal."""
-    notes = [f"Note: {note}" for note in found.notes()]
-    return "\n".join([*notes, pairs(found).plain() + "\n" if found.pairs else "", *found.facts(), rr.RULE])
+def unavailable(result: Results) -> Table:
+    """Rows that could not be measured."""
+    return Table.of("Not measured", (KIND, PROVIDER, LABEL, REASON), result.unavailable)

@@ -44,20 +44,16 @@ class ResultsFile:
 
     def add(self, row: Row) -> None:
         """Adds a measured row and saves."""
-        self._replace("benchmarks", row, ("fullname",))
+        self._replace("benchmarks", row, "fullname")
         gone = row["extra_info"]["row"]
         self.content["unavailable"] = [r for r in self.content["unavailable"] if r["name"] != gone]
         self.save()
 
-    def add_unavailable(
-        self, kind: str, provider: str, shape: Row | None, name: str, reason: str, facts: Row | None = None
-    ) -> None:
-        """Notes that a row could not be measured, and why. `facts` are what `extra_info` would have held."""
-        if name in self.names():
-            return
-        row = {**(facts or {}), "kind": kind, "provider": provider, "shape": shape, "name": name, "reason": reason}
-        self._replace("unavailable", row, ("kind", "name"))
-        self.save()
+    def add_unavailable(self, row: Row) -> None:
+        """Notes a row that could not be measured: kind, provider, shape, name, reason, what `extra_info` would hold."""
+        if row["name"] not in self.names():
+            self._replace("unavailable", row, "name")
+            self.save()
 
     def names(self) -> frozenset[str]:
         """Names of the rows that are measured."""
@@ -68,10 +64,8 @@ class ResultsFile:
         self.content["datetime"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_text(self.path, json.dumps(self.content, indent=1))
 
-    def _replace(self, part: str, row: Row, keys: tuple[str, ...]) -> None:
-        rows = self.content[part]
-        rows[:] = [r for r in rows if any(r.get(key) != row[key] for key in keys)]
-        rows.append(row)
+    def _replace(self, part: str, row: Row, key: str) -> None:
+        self.content[part] = [*(other for other in self.content[part] if other[key] != row[key]), row]
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -16,19 +16,17 @@ from typing import Any
 
 import torch
 
-from bench import machine, report
+from bench import machine, report, shapes
 from bench.harness import rates, row_facts
 from bench.machine import ROOT
 from bench.results import ResultsError, ResultsFile
-from bench.shapes import Shape
-from bench.shapes import model as model_work
 from bench.timing import Ceilings
 
 OUT_OF_TIME = "stopped: out of time"
 GRACE = 45.0  # seconds that a step may run over its share: the row that was being measured, and writing
 LONG_MODEL, LONG_PATCH = {"cuda": "S", "cpu": "T"}, 8
 # Steps after the gate: name, and the share of what is left of the time that it may use.
-SHARES = {"gpu": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, "long": 1.0}}
+SHARES = {"cuda": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, "long": 1.0}}
 
 
 def commands(out: Path, device: str, dtype: str, camvid: Path | None) -> dict[str, list[str]]:
@@ -70,13 +68,14 @@ def add_long_rows(file: ResultsFile, scaling: Path, device: str, dtype: str) -> 
     with scaling.open(newline="") as lines:
         points = list(csv.DictReader(lines))
     for point in points:
-        shape, provider = Shape(LONG_MODEL[device], LONG_PATCH, int(point["size"])), point["provider"]
+        shape, provider = shapes.Shape(LONG_MODEL[device], LONG_PATCH, int(point["size"])), point["provider"]
         name = f"long-{shape.id}-{dtype}-{provider}"
         if point["reason"]:
-            file.add_unavailable("long", provider, shape._asdict(), name, point["reason"])
+            facts = {"kind": "long", "provider": provider, "shape": shape._asdict()}
+            file.add_unavailable({**facts, "name": name, "reason": point["reason"]})
             continue
         median, spread = float(point["ms"]) / 1e3, point["spread_percent"]
-        work = model_work(shape, machine.DTYPES[dtype].itemsize)
+        work = shapes.model(shape, machine.DTYPES[dtype].itemsize)
         info = row_facts("long", provider, name, dtype, work, shape)
         info |= {"timing": "wall", "tflops": work.flops / median / 1e12}
         info["peak_bytes"] = int(float(point["peak_mib"]) * 2**20) if point["peak_mib"] else None
@@ -121,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     path = out / machine.results_name(device, machine.DTYPES[dtype])
     steps: list[dict[str, Any]] = []
-    shares = SHARES["gpu" if args.device == "cuda" else "cpu"]
+    shares = SHARES[args.device]
     todo = commands(out, args.device, dtype, args.camvid and args.camvid.resolve())
 
     def note() -> dict[str, Any]:

@@ -4,11 +4,8 @@ On a GPU, kernels are timed by events around a CUDA graph that calls the functio
 that launch costs are not in the figure, nor is a warm L2 unless MAX_SETS of them fit in it; where a call cannot be
 captured, events stand around the plain calls and the result says so. Whole models are timed by the wall clock up to the
 end of the device's work, as a user would see it. On a CPU everything is wall clock.
-
-python -m bench.timing [--dtype bf16] prints the two ceilings of this machine.
 """
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -22,8 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-
-from bench.machine import DTYPES, device_name
+from torch.utils._pytree import tree_leaves
 
 MAX_SETS = 64
 SLOW = 0.5  # seconds: fewer rounds, because they vary less and there is no time
@@ -68,9 +64,7 @@ CLOCK = Clock()
 
 def tensor_bytes(values: Any) -> int:
     """Bytes of all tensors in (nested) tuples and lists."""
-    if isinstance(values, torch.Tensor):
-        return values.numel() * values.element_size()
-    return sum(tensor_bytes(value) for value in values) if isinstance(values, tuple | list) else 0
+    return sum(leaf.nbytes for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
 
 
 _ALLOCATION_FAILED = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
@@ -254,20 +248,3 @@ def _seconds(run: Callable[[], torch.Tensor], device: torch.device, rounds: int 
             run()
         times.append(clock())
     return times
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=measure_ceilings.__doc__)
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    found = measure_ceilings(device, DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")])
-    product = f"{found.flops_per_second / 1e12:.2f} TFLOP/s of {found.dtype} matrix products"
-    spreads = [f"(+-{100 * part:.0f} %)" for part in (found.flops_spread, found.bytes_spread)]
-    copy = f"{found.bytes_per_second / 1e9:.1f} GB/s of copies"
-    print(f"{device_name(device)}: {product} {spreads[0]}, {copy} {spreads[1]}")
-
-
-if __name__ == "__main__":
-    main()

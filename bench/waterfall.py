@@ -20,7 +20,7 @@ from bench.providers import PUBLISHED, Unavailable
 from bench.published import published_inference
 from bench.shapes import Shape
 from segmenter.evaluation.metrics import ConfusionMatrix
-from segmenter.inference.images import normalize
+from segmenter.inference.images import normalize, read_image
 from segmenter.inference.segment import cpu_has_bfloat16
 from segmenter.model import Segmenter
 from segmenter.ops import EAGER, Operators, load_kernels, why_not_on
@@ -145,13 +145,9 @@ def segment_with(model: Segmenter, on: frozenset[str], device: torch.device) -> 
     return run
 
 
-def _pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB"))
-
-
 def examples() -> Iterator[np.ndarray]:
     """The photographs in examples/, (H, W, 3) uint8."""
-    return map(_pixels, sorted((ROOT / "examples").glob("*.jpg")))
+    return map(read_image, sorted((ROOT / "examples").glob("*.jpg")))
 
 
 def camvid_test(camvid: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -164,7 +160,7 @@ def camvid_test(camvid: Path, every: int) -> Iterator[tuple[np.ndarray, np.ndarr
     if not paths:
         raise FileNotFoundError(f"{camvid} has no images in images/test")
     for path in paths:
-        yield _pixels(path), np.asarray(Image.open(camvid / "annotations" / "test" / f"{path.stem}.png"))
+        yield read_image(path), np.asarray(Image.open(camvid / "annotations" / "test" / f"{path.stem}.png"))
 
 
 def quality(run: Labels, exact: Labels, camvid: Path | None, every: int) -> dict[str, float | int | None]:

@@ -409,12 +409,13 @@ class MlpConfig:
 
 
 MLP = (
-    Row(HOPPER, "half", "m <= 8448", MlpConfig(64, 64, 4, 3, True), {"m": 8200, "d": 192},
-        "One program a multiprocessor at most, with its rows spread over as many as there are."),
+    Row(HOPPER, "half", "m <= 8448", MlpConfig(64, 32, 4, 5, True), {"m": 8200, "d": 192},
+        "One program a multiprocessor at most, with its rows spread over as many as there are: room for more stages. "
+        "With 64 columns a step, here and below, ptxas 13 serialises the products."),
     Row(HOPPER, "half", "m <= 16896", MlpConfig(64, 32, 4, 3, True), {"m": 16_400, "d": 192},
         "96 KB: two on a multiprocessor, out of step with each other."),
-    Row(HOPPER, "half", "", MlpConfig(128, 64, 8, 3, True), {"m": 65_600, "d": 192},
-        "192 KB. 128 rows halve the reads of the weights from L2."),
+    Row(HOPPER, "half", "", MlpConfig(128, 32, 8, 5, True), {"m": 65_600, "d": 192},
+        "168 KB. 128 rows halve the reads of the weights from L2."),
     Row(BLACKWELL, "half", "", MlpConfig(128, 64, 8, 2, True), {"m": 8200, "d": 192}, "Accumulators in tensor memory."),
     Row(("sm_120",), "half", "", MlpConfig(64, 32, 4, 2, True), {"m": 8200, "d": 192}, "48 KB; pointers would spill."),
     Row(ANY, "half", "", MlpConfig(64, 32, 4, 2), {"m": 8200, "d": 192},

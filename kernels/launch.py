@@ -156,7 +156,8 @@ class Plan:
     ):
         if grid > MAX_GRID:
             raise KernelError(f"this call needs {grid} programs, more than {MAX_GRID}; split the batch")
-        self.kernel, self.grid, self.tiles, self.scalars, self.options = kernel, (grid, 1, 1), tiles, scalars, options
+        self.kernel, self.grid, self.tiles, self.scalars = kernel, (grid, 1, 1), tiles, scalars
+        self.options = {**options, "enable_fp_fusion": True}  # Triton's default, of which 3.9 warns that it will change
         self.compiled: Any = None
 
     def run(self, *tensors: torch.Tensor | None) -> None:

@@ -211,9 +211,10 @@ def _axes(
     size: tuple[int, int],
     window: tuple[int, int],
     shape: tuple[int, int],
+    rounded: bool,
 ) -> tuple[Axis, Axis]:
     pairs = enumerate((tops, lefts))
-    return tuple(upsample_tiles.axis(anchors, window[i], grid[i], size[i], shape[i]) for i, anchors in pairs)
+    return tuple(upsample_tiles.axis(anchors, window[i], grid[i], size[i], shape[i], rounded) for i, anchors in pairs)
 
 
 def _tables(key: tuple, axes: tuple[Axis, Axis], device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -247,7 +248,7 @@ def _run(
     if B == 0:
         return labels
     geometry = (tops, lefts, (grid_h, grid_w), size, window, shape)
-    axes = _axes(*geometry)
+    axes = _axes(*geometry, upsample_tiles.rounds_product(masks.device.type))
     slots = (axes[0].n_slots, axes[1].n_slots)
     if slots[0] * slots[1] > MAX_SLOTS:
         raise launch.KernelError(

@@ -7,7 +7,8 @@ combines the same cells of the same windows, only with other weights. That is wh
 without looking at classes that cannot win (`segmenter.kernels.upsample_argmax`, and `segmenter.inference.pruned_argmax`
 without Triton).
 
-Weights are those of F.interpolate to the last bit: float32, source = fma(n_in / n_out, i + 0.5, -0.5), cut off at 0.
+Weights are those of F.interpolate to the last bit: float32, source = n_in / n_out * (i + 0.5) - 0.5, cut off at 0.
+`rounds_product` tells whether the product is rounded.
 """
 
 import functools
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROUNDING = 2.0**-16  # relative: more than six roundings for each of 64 windows can amount to
 SUBNORMAL = 1e-37  # absolute: products below it lose digits
@@ -58,11 +60,27 @@ class Axis:
         return torch.from_numpy(rows), torch.from_numpy(np.ascontiguousarray(self.weight))
 
 
-def source_cells(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of n_out pixels: the two cells of n_in, and the float32 weight of the second, as F.interpolate has."""
-    # float64 holds the product of two float32 numbers exactly: one rounding, as in the fused multiply-add
-    scale = np.float64(np.float32(n_in) / np.float32(n_out))
-    source = (scale * (np.arange(n_out) + 0.5) - 0.5).astype(np.float32)
+@functools.cache
+def rounds_product(device: str) -> bool:
+    """Whether F.interpolate rounds n_in / n_out * (i + 0.5) before it subtracts 0.5, on this type of device.
+
+    CUDA's fuses multiplication and subtraction. The CPU's does in some versions of PyTorch: 2.14, not 2.6 nor 2.15.
+    """
+    if device != "cpu":
+        return False
+    # pixel 32 of 130 lies on the first of two cells; 2 / 130 is rounded up, so it is beyond, if by no more than that
+    cells = torch.tensor([0.0, 1.0], dtype=torch.float32, device=device).view(1, 1, 2, 1)
+    return bool(F.interpolate(cells, (130, 1), mode="bilinear")[0, 0, 32, 0] == 0)
+
+
+def source_cells(n_in: int, n_out: int, rounded: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of n_out pixels: the two cells of n_in, and the float32 weight of the second, as F.interpolate has.
+
+    rounded: as `rounds_product` says.
+    """
+    # float64 holds the product of two float32 numbers exactly
+    product = np.float64(np.float32(n_in) / np.float32(n_out)) * (np.arange(n_out) + 0.5)
+    source = ((product.astype(np.float32) if rounded else product) - 0.5).astype(np.float32)
     low = np.clip(source.astype(np.int64), 0, n_in - 1)
     high = np.where(source <= 0, low, np.minimum(low + 1, n_in - 1))  # at weight 0 any cell will do
     weight = np.clip(source - low.astype(np.float32), 0, 1).astype(np.float32)
@@ -70,12 +88,12 @@ def source_cells(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 @functools.lru_cache(256)
-def axis(anchors: tuple[int, ...], window: int, n_in: int, n_out: int, length: int) -> Axis:
+def axis(anchors: tuple[int, ...], window: int, n_in: int, n_out: int, length: int, rounded: bool) -> Axis:
     """Cuts an axis of `length` pixels.
 
     Args:
         anchors: first pixel of each window, ascending. window: pixels of a window that count; the n_out pixels that
-            its n_in cells are upsampled to may be more, the rest is padding.
+            its n_in cells are upsampled to may be more, the rest is padding. rounded: as for `source_cells`.
     Raises:
         ValueError: a window hangs over the end, the windows leave a pixel out, or sizes below 1.
     """
@@ -86,7 +104,7 @@ def axis(anchors: tuple[int, ...], window: int, n_in: int, n_out: int, length: i
         raise ValueError(f"windows of {window} at {list(anchors)} do not go from 0 to {length} in order")
     if (np.diff(starts) > window).any():
         raise ValueError(f"windows of {window} at {list(anchors)} leave pixels out")
-    low, high, weight = (x[:window] for x in source_cells(n_in, n_out))
+    low, high, weight = (x[:window] for x in source_cells(n_in, n_out, rounded))
 
     changes = np.flatnonzero((np.diff(low) != 0) | (np.diff(high) != 0)) + 1
     inside = (starts[:, None] + np.concatenate([[0], changes, [window]])).ravel()
@@ -118,6 +136,7 @@ def windows_fit(
 ) -> bool:
     """Whether `segmenter.kernels.upsample_argmax` takes so many classes and windows."""
     slots = [
-        axis(anchors, n, 1, n, length).n_slots for anchors, n, length in zip((tops, lefts), window, shape, strict=True)
+        axis(anchors, n, 1, n, length, False).n_slots
+        for anchors, n, length in zip((tops, lefts), window, shape, strict=True)
     ]
     return n_cls <= MAX_CLASSES and slots[0] * slots[1] <= MAX_SLOTS

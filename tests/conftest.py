@@ -6,6 +6,7 @@ import os
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,12 +27,23 @@ from tests.support.parity import check_guards, guarded
 from tests.support.tiny import tiny_model
 
 NO_KERNELS = ops.why_no_triton()
-collect_ignore = ["kernels", "gpu"] if NO_KERNELS else []
 NOT_POISONED = {f"segmenter.kernels.{name}" for name in ("configs", "operators", "reference")}
 
 
 def pytest_report_header() -> str:
     return f"kernels are not tested: {NO_KERNELS}" if NO_KERNELS else "kernels are tested"
+
+
+class WithoutKernels(pytest.Module):
+    def collect(self):
+        pytest.skip(NO_KERNELS, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """The folders whose tests need the kernels are skipped where there are none."""
+    if NO_KERNELS and module_path.parent.name in ("kernels", "gpu"):
+        return WithoutKernels.from_parent(parent, path=module_path)
+    return None
 
 
 def pytest_addoption(parser):

@@ -303,7 +303,7 @@ def windows_argmax_case(draw: Draw) -> Case:
 
     what = f"B={B} grid={grid} K={K} {geometry} {kind} {dtype}"
     args = (draw.placed(masks.to(dtype).to(DEVICE)),)
-    return Case(args, call, lambda masks: expected_labels(masks.cpu(), *geometry).to(DEVICE), what, labels=True)
+    return Case(args, call, lambda masks: expected_labels(masks, *geometry).to(DEVICE), what, labels=True)
 
 
 FAMILIES: dict[str, Callable[[Draw], Case]] = {

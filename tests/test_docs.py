@@ -36,7 +36,8 @@ RUN = {"predict", "eval", "info", "convert", "attention", "compare", "data"}  # 
 PYTEST = ("-k", "-m")  # options of pytest itself that pages use, beside those of bench/conftest.py
 SAMPLE = Path(paths("camvid", "test", 0)[0]).stem
 NOT_OURS = {"show_attn_map.py"}  # files of the published code that pages name
-MODULES = ("bench.run_all", "bench.report", "bench.profile_long", "bench.compile_report", "tests.random_cases")
+NEED_TRITON = ("bench.compile_report", "tests.random_cases")
+MODULES = ("bench.run_all", "bench.report", "bench.profile_long", *NEED_TRITON)
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -88,6 +89,8 @@ class Parsed(Exception):
 
 def program(module_or_file: str, words: list[str]) -> argparse.ArgumentParser:
     """Starts a program up to the end of its parsing; its parser. SystemExit of status 2: the words are wrong."""
+    if module_or_file in NEED_TRITON:
+        pytest.importorskip("triton")
     parse, found = argparse.ArgumentParser.parse_args, []
 
     def stop(self, *args, **kwargs):
@@ -154,7 +157,7 @@ def benchmarks() -> list[str]:
     from bench import shapes
 
     sources = "".join(path.read_text() for path in (ROOT / "bench").glob("bench_*.py"))
-    functions = re.findall(r"^def (bench_\w+)", sources, re.MULTILINE)
+    functions = re.findall(r"^(?:def )?(bench_\w+)", sources, re.MULTILINE)
     return [f"{function}[{shape.id}]" for function in functions for shape in shapes.sweep("full", True)]
 
 

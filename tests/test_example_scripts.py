@@ -37,6 +37,7 @@ def model(tmp_path_factory):
 
 
 def test_drop_in(model, tmp_path, capsys):
+    pytest.importorskip("triton")
     Image.open(EXAMPLES / "street.jpg").resize((64, 48)).save(tmp_path / "photo.png")
     arguments = ["--model", model, "--image", str(tmp_path / "photo.png"), "--repeats", "1", "--device", "cpu"]
     assert script("drop_in").main(arguments) == 0

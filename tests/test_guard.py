@@ -27,6 +27,7 @@ def ours():
 
 
 def theirs():
+    pytest.importorskip("triton")
     block = blocks.block("packed", accelerated=False, dropout=0.1, drop_path=0.1).cpu()
     assert accelerate(block).swapped
     return block

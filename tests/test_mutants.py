@@ -34,6 +34,7 @@ def test_edits_that_do_not_fit_are_refused(tmp_path):
 
 def test_a_bug_is_found_and_its_absence_passes():
     """The machinery itself, on the definition of a GELU and the quickest test of it."""
+    pytest.importorskip("triton")
     tests = ("tests/kernels/test_reference.py",)
     bug = Mutant("no_gelu", "kernels/reference.py", "y = F.gelu(y) if gelu else y", "y = y", tests)
     assert try_mutant(None, tests)[0] == 0

@@ -1,6 +1,7 @@
 """Which implementation runs: by argument, by device, part by part; and when a block must not use fused operators."""
 
 import contextlib
+import sys
 import types
 from importlib import metadata
 
@@ -24,6 +25,7 @@ from segmenter.ops import (
     select,
     why_not_triton,
 )
+from tests.conftest import NO_KERNELS
 from tests.support.tiny import tiny_config, tiny_model
 
 
@@ -51,6 +53,8 @@ def machine(monkeypatch):
             return triton
 
         monkeypatch.setattr(metadata, "version", version)
+        if NO_KERNELS:
+            monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
 
     return pretend
 

@@ -1,11 +1,9 @@
 """Compiles a recorded launch for any architecture, without a GPU, and reads what the compiler made of it."""
 
 import contextlib
-import dataclasses
 import io
 import os
 import re
-import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -18,14 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.knobs import NvidiaTool
 from triton.runtime.jit import native_specialize_impl
 
 from segmenter.kernels import launch
 from segmenter.kernels.launch import Launch
 
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul")}
 _REGISTERS = 65_536  # of an SM, 32 bits each, handed to warps in units of 8 a thread
@@ -37,23 +34,6 @@ _SM = {
     **dict.fromkeys(("sm_89", "sm_120"), (102_400, 1536, 24)),
     **dict.fromkeys(("sm_90", "sm_100", "sm_103"), (233_472, 2048, 32)),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What one kernel became."""
-
-    kernel: str
-    architecture: str
-    registers: int  # a thread; accumulation registers included on AMD
-    spills: int  # bytes of local memory a thread
-    shared: int  # bytes a program
-    num_warps: int
-    tensor_core: str  # the instruction that multiplies matrices, "none" if there is none
-    has_dot: bool  # whether the kernel asks for such a product
-    binary: bytes  # cubin or hsaco
-    assembly: str  # PTX or AMD GCN
-    options: Any  # what Triton's backend compiled it with
 
 
 class _KernelDispatch(TorchDispatchMode):
@@ -112,37 +92,48 @@ def identity(recorded: Launch, architecture: str) -> tuple:
     return (architecture, src.hash(), *sorted(options.items()))
 
 
-def compile_launch(recorded: Launch, architecture: str) -> Compiled:
+def compile_launch(recorded: Launch, architecture: str) -> CompiledKernel:
     """Compiles through Triton's cache, as the launch itself would."""
     src, options = source(recorded, architecture)
-    compiled = triton.compile(src, target=target(architecture), options=dict(options))
-    has_dot = "tt.dot" in compiled.asm["ttir"]
+    return triton.compile(src, target=target(architecture), options=dict(options))
+
+
+def figures(compiled: CompiledKernel, architecture: str) -> dict[str, Any]:
+    """What one kernel became, by name.
+
+    `registers` are a thread's, on AMD with accumulation registers; `spills` bytes of local memory a thread; `shared`
+    bytes a program; `tensor_core` the instruction that multiplies matrices, "none" if there is none; `has_dot` whether
+    the kernel asks for such a product.
+    """
     if architecture.startswith("gfx"):
-        text, binary, names = compiled.asm["amdgcn"], compiled.asm["hsaco"], ("v_mfma",)
+        text, names = compiled.asm["amdgcn"], ("v_mfma",)
         fields = (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
         registers, spills = (int(re.search(field, text)[1]) for field in fields)
     else:
-        text, binary = compiled.asm["ptx"], compiled.asm["cubin"]
-        registers, spills = resource_usage(binary)
-        names = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-    core = next((name for name in names if name in text), "none")
-    metadata = compiled.metadata  # whose num_warps counts those that warp specialisation adds
-    return Compiled(compiled.name, architecture, registers, spills, metadata.shared, metadata.num_warps, core, has_dot,
-                    binary, text, make_backend(target(architecture)).parse_options(dict(options)))  # fmt: skip
+        text, names = compiled.asm["ptx"], ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+        registers, spills = resource_usage(compiled.kernel)
+    shared, num_warps = compiled.metadata.shared, compiled.metadata.num_warps  # with those of warp specialisation
+    return {
+        "kernel": compiled.name,
+        "registers": registers,
+        "spills": spills,
+        "shared": shared,
+        "tensor_core": next((name for name in names if name in text), "none"),
+        "has_dot": "tt.dot" in compiled.asm["ttir"],
+        "programs_per_sm": programs_per_sm(architecture, registers, shared, num_warps),
+    }
 
 
-def programs_per_sm(compiled: Compiled) -> int:
+def programs_per_sm(architecture: str, registers: int, shared: int, num_warps: int) -> int:
     """How many programs fit on one SM (AMD: compute unit) by registers, threads and shared memory.
 
     An estimate: on Blackwell, tensor memory is not counted.
     """
-    if compiled.architecture.startswith("gfx"):  # 4 SIMDs of 512 registers and at most 8 waves, 64 KB
-        waves = 4 * min(8, 512 // (-(-compiled.registers // 8) * 8))
-        return min(waves // compiled.num_warps, 65_536 // max(1, compiled.shared))
-    shared, threads, programs = _SM[compiled.architecture]
-    lanes = 32 * compiled.num_warps
-    registers = -(-compiled.registers // 8) * 8
-    return min(_REGISTERS // (registers * lanes), threads // lanes, shared // (compiled.shared + 1024), programs)
+    registers, lanes = -(-registers // 8) * 8, 32 * num_warps
+    if architecture.startswith("gfx"):  # 4 SIMDs of 512 registers and at most 8 waves, 64 KB
+        return min(4 * min(8, 512 // registers) // num_warps, 65_536 // max(1, shared))
+    most_shared, most_lanes, most_programs = _SM[architecture]
+    return min(_REGISTERS // (registers * lanes), most_lanes // lanes, most_shared // (shared + 1024), most_programs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,23 +141,14 @@ def programs_per_sm(compiled: Compiled) -> int:
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory) a thread by cuobjdump."""
-    output = _tool(str(_TOOLS / "cuobjdump"), ".cubin", cubin, "-res-usage")
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", output).groups()
-    return int(registers), int(stack)
+    """(registers, bytes of local memory) a thread."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _read(knobs.nvidia.cuobjdump, cubin, "-res-usage"))
+    return int(found[1]), int(found[2])
 
 
 def disassemble(cubin: bytes) -> str:
-    """SASS by nvdisasm."""
-    return _tool(str(_TOOLS / "nvdisasm"), ".cubin", cubin, "-c", "-ndf")
-
-
-def instructions(cubin: bytes) -> int:
-    """How many there are, of 16 bytes each in the sections .text.* of the ELF file."""
-    (table,), (count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HH", cubin, 0x3C)
-    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + 64 * i) for i in range(count)]
-    start = sections[names][4]
-    return sum(size for name, *_, size, _, _, _, _ in sections if cubin.startswith(b".text.", start + name)) // 16
+    """SASS."""
+    return _read(knobs.nvidia.nvdisasm, cubin, "-c", "-ndf")
 
 
 def assemblers() -> dict[str, str]:
@@ -174,29 +156,28 @@ def assemblers() -> dict[str, str]:
 
     Triton takes ptxas up to sm_90 and ptxas-blackwell from sm_100 on; TRITON_PTXAS_PATH replaces the former.
     """
-    tools = (knobs.nvidia.ptxas, *map(NvidiaTool.from_path, map(str, sorted(_TOOLS.glob("ptxas*")))))
+    bundled = sorted((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*"))
     found: dict[str, str] = {}
-    for tool in tools:
+    for tool in (knobs.nvidia.ptxas, *map(NvidiaTool.from_path, map(str, bundled))):
         if tool is not None:
             found.setdefault(tool.version, tool.path)
     return found
 
 
-def assemble(compiled: Compiled, path: str) -> tuple[bytes, str]:
+def assemble(compiled: CompiledKernel, path: str) -> tuple[bytes, str]:
     """Machine code of a kernel's PTX by this ptxas, with Triton's own options, and what ptxas says about it.
 
     Triton keeps no log of what comes out of its cache, so for its own choice too the PTX is assembled again.
     """
-    machine, printed = target(compiled.architecture), io.StringIO()
+    machine, printed = compiled.metadata.target, io.StringIO()
     with knobs.nvidia.scope(), contextlib.redirect_stdout(printed):  # which restores the environment too
         os.environ["TRITON_PTXAS_PATH"], knobs.nvidia.dump_ptxas_log = path, True
-        cubin = make_backend(machine).make_cubin(compiled.assembly, {}, compiled.options, machine.arch)
+        cubin = make_backend(machine).make_cubin(compiled.asm["ptx"], {}, compiled.metadata, machine.arch)
     return cubin, printed.getvalue()
 
 
-def _tool(path: str, suffix: str, content: bytes, *options: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"input{suffix}"
-        file.write_bytes(content)
-        result = subprocess.run([path, *options, str(file)], capture_output=True, text=True, check=True)
-    return result.stdout + result.stderr
+def _read(tool: NvidiaTool, cubin: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.check_output([tool.path, *options, file.name], text=True, stderr=subprocess.STDOUT)

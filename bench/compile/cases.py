@@ -12,10 +12,13 @@ from unittest import mock
 
 import torch
 
+from bench import providers
 from bench.compile import aot
+from bench.machine import DTYPES
 from segmenter.kernels import configs
 from segmenter.kernels.attention import attention, cross_attention
 from segmenter.kernels.configs import ARCHITECTURES, SHARED_MEMORY, TABLES, Row
+from segmenter.kernels.launch import Launch
 from segmenter.kernels.layernorm import layernorm
 from segmenter.kernels.layernorm_mlp import layernorm_mlp
 from segmenter.kernels.linear import layernorm_linear, linear
@@ -23,7 +26,6 @@ from segmenter.kernels.mask_head import mask_head
 from segmenter.kernels.pixels_to_tokens import pixels_to_tokens
 from segmenter.kernels.upsample_argmax import upsample_argmax, windows_argmax
 
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (192, 384, 768, 1024)  # of the model
 CLASSES = (19, 150, 256, 300)
 
@@ -43,28 +45,24 @@ class Case:
         """The sizes for people: "n=1025 d=64 lse"."""
         return " ".join(name if value is True else f"{name}={value}" for name, value in self.sizes if value)
 
-    def run(self) -> None:
-        """Makes the call, with uninitialised CPU tensors; to be used while launches are recorded."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self.precision)
-        try:
-            CALLS[self.op](TYPES[self.dtype], **dict(self.sizes))
-        finally:
-            torch.set_float32_matmul_precision(before)
+    def launches(self, architecture: str) -> list[Launch]:
+        """What the call, made with uninitialised CPU tensors, launches on an architecture."""
+        with providers.float32_products(self.precision), aot.recording(architecture) as launches:
+            CALLS[self.op](DTYPES[self.dtype], **dict(self.sizes))
+        return launches
+
+
+def _case(op: str, kind: str, sizes: dict[str, Any], architectures: tuple[str, ...] = ()) -> Case:
+    """A call. `kind`: a type, or "tf32" for float32 that is multiplied so."""
+    dtype, precision = ("fp32", "high") if kind == "tf32" else (kind, "highest")
+    return Case(op, dtype, tuple(sizes.items()), architectures, precision)
 
 
 def case_of_row(table: str, row: Row) -> Case:
-    """The row's example, on the architectures that it is for: those for which no earlier row takes it."""
-    dtype, precision = {"fp32": ("fp32", "highest"), "tf32": ("fp32", "high")}.get(row.kind, ("bf16", "highest"))
-    case = Case(table, dtype, tuple(row.example.items()), (), precision)
-    earlier = TABLES[table][: TABLES[table].index(row)]
-    here = []
-    for architecture in SHARED_MEMORY:
-        named = {"any": architecture in ARCHITECTURES, "gfx": architecture.startswith("gfx")}
-        meant = any(named.get(name, name == architecture) for name in row.architectures)
-        if meant and not any(other in earlier for other in rows_of(case, architecture)):
-            here.append(architecture)
-    return dataclasses.replace(case, architectures=tuple(here))
+    """The row's example, on the architectures that every kernel is for or the row names, where it takes this row."""
+    case = _case(table, row.kind if row.kind in ("fp32", "tf32") else "bf16", row.example)
+    candidates = [a for a in SHARED_MEMORY if a in ARCHITECTURES or a in row.architectures]
+    return dataclasses.replace(case, architectures=tuple(a for a in candidates if row in rows_of(case, a)))
 
 
 def rows_of(case: Case, architecture: str) -> list[Row]:
@@ -76,30 +74,24 @@ def rows_of(case: Case, architecture: str) -> list[Row]:
         return found[-1]
 
     configs.mlp.cache_clear()
-    with aot.recording(architecture), mock.patch.object(configs, "look_up", noting):
-        case.run()
+    with mock.patch.object(configs, "look_up", noting):
+        case.launches(architecture)
     return found
 
 
 @functools.cache
 def cases() -> tuple[Case, ...]:
     """All of them, those of the rows first."""
-    return (*(case_of_row(table, row) for table, rows in TABLES.items() for row in rows), *_further_cases())
+    found = [case_of_row(table, row) for table, rows in TABLES.items() for row in rows]
 
-
-def _further_cases() -> list[Case]:
-    found: list[Case] = []
-
-    def add(default: bool | tuple[str, ...], op: str, dtypes: str, **sizes: Any) -> None:
-        """A call for each type; compiled by default on sm_90 or on the architectures named, else with --full."""
+    def add(default: bool | tuple[str, ...], op: str, kinds: str, **sizes: Any) -> None:
+        """A call; compiled in these types on sm_90 or on the architectures named, with --full in all types on all."""
         here = default if isinstance(default, tuple) else ("sm_90",) if default else ()
-        for name in dtypes.split():
-            dtype, precision = ("fp32", "high") if name == "tf32" else (name, "highest")
-            found.append(Case(op, dtype, tuple(sizes.items()), here, precision))
+        found.extend(_case(op, kind, sizes, here if kind in kinds.split() else ()) for kind in (*DTYPES, "tf32"))
 
     for more in (_attention_cases, _product_cases, _mask_cases, _pixel_cases):
         more(add)
-    return found
+    return tuple(found)
 
 
 def _attention_cases(add: Callable[..., None]) -> None:
@@ -113,13 +105,11 @@ def _attention_cases(add: Callable[..., None]) -> None:
         add(n == 1100, "attention", "fp32 tf32", n=n)
         for d in (32, 80, 128):
             add(many, "attention", "bf16", n=n, d=d)
-            add(False, "attention", "fp16", n=n, d=d)
             add(n == 1100 and d == 128, "attention", "fp32 tf32", n=n, d=d)
-        add(False, "attention", "bf16 fp16", n=n, heads=16)  # specialised on being divisible by 16: nearly the same
+        add(False, "attention", "", n=n, heads=16)  # specialised on being divisible by 16: nearly the same
     add(ARCHITECTURES, "attention", "bf16", n=1100, d=128)
     for n, m in ((1024, 150), (150, 1174)):
         add(True, "cross_attention", "bf16", n=n, m=m)
-        add(False, "cross_attention", "fp16 fp32 tf32", n=n, m=m)
 
 
 def _product_cases(add: Callable[..., None]) -> None:
@@ -132,18 +122,15 @@ def _product_cases(add: Callable[..., None]) -> None:
                           {"k": d, "n": 4 * d, "gelu": True}, {"k": d, "n": 3 * d}):  # fmt: skip
                 add(d == 384 or (m == 8200 and d < 1024), "linear", "bf16", m=m, **sizes)
                 add((d, m) == (768, 8200), "linear", "fp16", m=m, **sizes)
-                add(False, "linear", "fp32 tf32", m=m, **sizes)
         add(d == 384, "linear", "bf16", m=8200, k=d, n=d, residual=True, stream="fp32")
         add(d == 384, "linear", "bf16", m=8200, k=d, n=150)
         for op in ("layernorm_linear", "layernorm_mlp"):
             for stream in ("", "fp32"):
                 add(d in (192, 384), op, "bf16", m=8200, d=d, stream=stream)
             add(d in (192, 768), op, "fp16", m=8200, d=d)
-            add(False, op, "fp32 tf32", m=8200, d=d)
-            add(False, op, "bf16", m=257, d=d)
+            add(False, op, "", m=257, d=d)
     for n in (*WIDTHS, 300, 10_000):
         add(n in (300, 384), "layernorm", "bf16", n=n)
-        add(False, "layernorm", "fp16 fp32", n=n)
     add(True, "layernorm", "bf16", n=384, weights="fp32")
 
 
@@ -154,13 +141,10 @@ def _mask_cases(add: Callable[..., None]) -> None:
                 small = batch == 2 and d == 384
                 add(small or (n_cls == 150 and d < 1024), "mask_head", "bf16", batch=batch, n_cls=n_cls, d=d)
                 add(small and n_cls == 150, "mask_head", "fp16", batch=batch, n_cls=n_cls, d=d)
-            add(False, "mask_head", "fp32 tf32", n_cls=n_cls, d=d)
     for patch in (8, 16, 32, 14):
         for n_cls in CLASSES:
             add(patch == 16 or (n_cls == 150 and patch != 14), "upsample_argmax", "bf16", patch=patch, n_cls=n_cls)
-            add(False, "upsample_argmax", "fp16 fp32", patch=patch, n_cls=n_cls)
     add(ARCHITECTURES, "windows_argmax", "bf16", n_cls=150)
-    add(False, "windows_argmax", "fp16 fp32", n_cls=150)
 
 
 def _pixel_cases(add: Callable[..., None]) -> None:
@@ -174,7 +158,7 @@ def _pixel_cases(add: Callable[..., None]) -> None:
                 add(patch != 32 or batch == 32, "pixels_to_tokens", "bf16", **sizes)
                 add((patch, batch) == (16, 32), "pixels_to_tokens", "fp16 fp32 tf32", **sizes)
                 for d in (192, 384, 1024):
-                    add(False, "pixels_to_tokens", "bf16 fp16", **sizes, d=d)
+                    add(False, "pixels_to_tokens", "", **sizes, d=d)
             add(patch == 16, "pixels_to_tokens", "bf16", side=side, stream="fp32")
 
 
@@ -188,18 +172,18 @@ def _empty(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 def _linear(dtype: torch.dtype, m: int, k: int = 768, n: int = 0, gelu=False, residual=False, stream: str = "") -> None:
     n = n or (4 * k if gelu else 768)
-    added = torch.empty(m, n, dtype=TYPES.get(stream, dtype)) if residual else None
+    added = torch.empty(m, n, dtype=DTYPES.get(stream, dtype)) if residual else None
     linear(*_empty(dtype, (m, k), (n, k), (n,)), residual=added, gelu=gelu)
 
 
 def _layernorm_linear(dtype: torch.dtype, m: int, d: int, gelu: bool = False, stream: str = "") -> None:
     n = 4 * d if gelu else 3 * d
-    normed = _empty(TYPES.get(stream, dtype), (m, d), (d,), (d,))
+    normed = _empty(DTYPES.get(stream, dtype), (m, d), (d,), (d,))
     layernorm_linear(*normed, *_empty(dtype, (n, d), (n,)), gelu=gelu)
 
 
 def _layernorm_mlp(dtype: torch.dtype, m: int, d: int, stream: str = "") -> None:
-    normed = _empty(TYPES.get(stream, dtype), (m, d), (d,), (d,))
+    normed = _empty(DTYPES.get(stream, dtype), (m, d), (d,), (d,))
     layernorm_mlp(*normed, *_empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d), (d,)))
 
 
@@ -213,7 +197,7 @@ def _labels(dtype: torch.dtype, n_cls: int, patch: int = 16) -> None:
 
 
 def _pixels(dtype: torch.dtype, batch: int = 32, side: int = 512, patch: int = 16, d: int = 768, stream="") -> None:
-    tokens = _empty(TYPES.get(stream, dtype), (2, d), (2 + (-(-side // patch)) ** 2, d))
+    tokens = _empty(DTYPES.get(stream, dtype), (2, d), (2 + (-(-side // patch)) ** 2, d))
     pixels, weight = torch.empty(batch, side, side, 3, dtype=torch.uint8), torch.empty(d, 3 * patch**2, dtype=dtype)
     pixels_to_tokens(pixels, weight, torch.empty(4, d), *tokens, patch)
 
@@ -227,7 +211,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "layernorm_linear": _layernorm_linear,
     "layernorm_mlp": _layernorm_mlp,
     "layernorm": lambda dtype, n, weights="": layernorm(
-        *_empty(dtype, (8200, n)), *_empty(TYPES.get(weights, dtype), (n,), (n,))
+        *_empty(dtype, (8200, n)), *_empty(DTYPES.get(weights, dtype), (n,), (n,))
     ),
     "fold": lambda dtype, m, d: _layernorm_linear(dtype, m, d, gelu=True),
     "mask_head": _mask_head,

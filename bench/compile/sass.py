@@ -13,15 +13,19 @@ import dataclasses
 import functools
 import itertools
 import re
+from typing import NamedTuple
 
 import networkx
 
-_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+((@!?U?P[T0-9]+\s+)?(\S+)\s*(.*?))\s*;")  # text, guard, name, rest
 _LABEL = re.compile(r"^(\.L_x?_?\d+):")
-_GUARD = re.compile(r"^@!?U?P[T0-9]+\s+")
 _TARGET = re.compile(r"`\((\.L_x?_?\d+)\)")
 _SERIALISED = re.compile(r"\(C751\d\).*serialized")
 _IN_FLIGHT = 16  # groups kept apart on one path; older ones are taken together
+# Registers of the wgmma in flight, (accumulators, A operands) a group, the oldest first. The last group is of those
+# that no wait can count yet, often none.
+_InFlight = tuple[tuple[frozenset[int], frozenset[int]], ...]
+_NOTHING = frozenset(), frozenset()
 _WGMMA = ("HGMMA", "QGMMA", "IGMMA", "BGMMA")
 # What writes no general register, by the beginning of its name: stores, control flow, barriers, uniform registers and
 # predicates. Anything else is taken to write its first operand.
@@ -108,16 +112,7 @@ def _result_width(name: str) -> int:
     return 2 if parts[0] == "CS2R" and "32" not in parts else 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Loop:
-    """A natural loop. `body`: indices of its instructions, ascending, those of loops inside it included."""
-
-    header: int
-    body: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Hazard:
+class Hazard(NamedTuple):
     index: int
     text: str
     reason: str
@@ -135,7 +130,7 @@ class Program:
                 starts.add(i + 1)
         bounds = [*sorted(start for start in starts if start < ends), ends]
         self._flow = networkx.DiGraph()
-        blocks = {start: range(start, end) for start, end in zip(bounds, bounds[1:], strict=False)}
+        blocks = {start: range(start, end) for start, end in itertools.pairwise(bounds)}
         self._flow.add_nodes_from(blocks.values())
         for block in blocks.values():
             last = self.instructions[block[-1]]
@@ -148,8 +143,8 @@ class Program:
         self._first = blocks[0]
 
     @functools.cached_property
-    def loops(self) -> list[Loop]:
-        """Natural loops, except those that only poll a barrier."""
+    def loops(self) -> list[tuple[int, ...]]:
+        """Natural loops, except those that only poll a barrier: indices of instructions, loops inside included."""
         reachable = networkx.descendants(self._flow, self._first) | {self._first}
         found = []
         for header in sorted(reachable, key=lambda block: block.start):
@@ -159,7 +154,7 @@ class Program:
             body = {header}.union(*(networkx.ancestors(rest, end) | {end} for end in ends - {header}))
             indices = tuple(i for block in sorted(body, key=lambda block: block.start) for i in block)
             if ends and not self._is_polling(indices):
-                found.append(Loop(header.start, indices))
+                found.append(indices)
         return found
 
     def _is_polling(self, indices: tuple[int, ...]) -> bool:
@@ -167,13 +162,12 @@ class Program:
         return len(names) < 8 and (any(n.startswith("SYNCS") for n in names) or names == ["BRA"])
 
     @property
-    def innermost_loops(self) -> list[Loop]:
-        bodies = [set(loop.body) for loop in self.loops]
-        return [loop for loop in self.loops if not any(body < set(loop.body) for body in bodies)]
+    def innermost_loops(self) -> list[tuple[int, ...]]:
+        return [loop for loop in self.loops if not any(set(other) < set(loop) for other in self.loops)]
 
-    def mix(self, loop: Loop | None = None) -> collections.Counter:
+    def mix(self, loop: tuple[int, ...] | None = None) -> collections.Counter:
         """Number of instructions by name, without modifiers but those that tell a MUFU or a wgmma apart."""
-        chosen = self.instructions if loop is None else [self.instructions[i] for i in loop.body]
+        chosen = self.instructions if loop is None else [self.instructions[i] for i in loop]
         parts = [instruction.name.split(".") for instruction in chosen]
         return collections.Counter(".".join(p[:2]) if p[0] in ("MUFU", *_WGMMA) else p[0] for p in parts)
 
@@ -184,7 +178,7 @@ class Program:
             log: of ptxas. If it warns, every wgmma waited for at once counts. Without a warning only those that go on
                 adding to what the one before them, waited for as well, has added to: one product cut in pieces.
         """
-        inside = sorted({i for loop in self.loops for i in loop.body if self.instructions[i].is_wgmma})
+        inside = sorted({i for loop in self.loops for i in loop if self.instructions[i].is_wgmma})
         alone = [i for i in inside if self._is_alone(i)]
         if _SERIALISED.search(log):
             return alone
@@ -194,72 +188,54 @@ class Program:
 
     def _is_alone(self, index: int) -> bool:
         """Whether this wgmma is a group of its own, and the next thing that happens to it is a wait for all."""
-        if not self.instructions[index].ends_group:
-            return False
-        for instruction in reversed(self.instructions[:index]):
-            if instruction.is_wgmma and not instruction.ends_group:
-                return False
-            if instruction.is_wgmma or instruction.name.startswith("WARPGROUP.ARRIVE"):
-                break
-        for instruction in self.instructions[index + 1 :]:
-            if instruction.waits_for is not None:
-                return instruction.waits_for == 0
-            if instruction.is_wgmma or instruction.name.startswith(("WARPGROUP", "BRA", "EXIT")):
-                return False
-        return False
+        earlier, later = reversed(self.instructions[:index]), self.instructions[index + 1 :]
+        before = next((x for x in earlier if x.is_wgmma or x.name.startswith("WARPGROUP.ARRIVE")), None)
+        after = next((x for x in later if x.is_wgmma or x.name.startswith(("WARPGROUP", "BRA", "EXIT"))), None)
+        starts_group = before is None or before.ends_group or not before.is_wgmma
+        waited_for = after is not None and after.waits_for == 0
+        return self.instructions[index].ends_group and starts_group and waited_for
 
     def hazards(self) -> list[Hazard]:
         """Registers of a wgmma in flight that something touches before a wait that covers it."""
-        found: dict[tuple[int, str], Hazard] = {}
-        todo = [(self._first, _InFlight())]
+        found = set()
+        todo = [(self._first, (_NOTHING,))]
         seen = set(todo)
         while todo:
             block, state = todo.pop()
             for i in block:
                 instruction = self.instructions[i]
-                for reason in state.conflicts(instruction):
-                    found.setdefault((i, reason), Hazard(i, instruction.text, reason))
-                state = state.after(instruction)
+                found |= {Hazard(i, instruction.text, reason) for reason in _conflicts(state, instruction)}
+                state = _after(state, instruction)
             steps = {(successor, state) for successor in self._flow.successors(block)} - seen
             seen |= steps
             todo += steps
-        return [found[key] for key in sorted(found)]
+        return sorted(found)
 
 
-@dataclasses.dataclass(frozen=True)
-class _InFlight:
-    """Registers of the wgmma in flight at one point: (accumulators, A operands) a group, oldest first."""
+def _conflicts(in_flight: _InFlight, instruction: Instruction) -> list[str]:
+    """What is wrong with this instruction while those wgmma are in flight."""
+    accumulators, operands = (frozenset().union(*registers) for registers in zip(*in_flight, strict=True))
+    if instruction.is_wgmma:  # products run in order, so they may share accumulators, but not take one as operand
+        found = {"reads the accumulator of a wgmma in flight": instruction.fragment & accumulators}
+    else:
+        found = {
+            "overwrites the operand of a wgmma in flight": instruction.writes & operands,
+            "touches the accumulator of a wgmma in flight": (instruction.writes | instruction.reads) & accumulators,
+        }
+    return [reason for reason, registers in found.items() if registers]
 
-    groups: tuple[tuple[frozenset[int], frozenset[int]], ...] = ()
-    open: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())  # issued, in no group yet
 
-    def conflicts(self, instruction: Instruction) -> list[str]:
-        pending = [group for group in (*self.groups, self.open) if group[0]]
-        if not pending or instruction.waits_for is not None:
-            return []
-        if instruction.is_wgmma:  # products run in order, so they may share accumulators, but not take one as operand
-            reads = instruction.fragment
-            return ["reads the accumulator of a wgmma in flight"] if any(reads & acc for acc, _ in pending) else []
-        found = []
-        if any(instruction.writes & a for _, a in pending):
-            found.append("overwrites the operand of a wgmma in flight")
-        if any((instruction.writes | instruction.reads) & acc for acc, _ in pending):
-            found.append("touches the accumulator of a wgmma in flight")
-        return found
-
-    def after(self, instruction: Instruction) -> "_InFlight":
-        if instruction.is_wgmma:
-            opened = (self.open[0] | instruction.accumulator, self.open[1] | instruction.fragment)
-            if not instruction.ends_group:
-                return _InFlight(self.groups, opened)
-            groups = (*self.groups, opened)
-            if len(groups) > _IN_FLIGHT:
-                (acc_0, a_0), (acc_1, a_1), *rest = groups
-                groups = ((acc_0 | acc_1, a_0 | a_1), *rest)
-            return _InFlight(groups)
-        if instruction.waits_for is not None:
-            return _InFlight(self.groups[max(0, len(self.groups) - instruction.waits_for) :], self.open)
-        return self
+def _after(in_flight: _InFlight, instruction: Instruction) -> _InFlight:
+    """What is in flight once this instruction is issued."""
+    *groups, (accumulators, operands) = in_flight
+    if instruction.is_wgmma:
+        groups.append((accumulators | instruction.accumulator, operands | instruction.fragment))
+        if len(groups) > _IN_FLIGHT:
+            groups[:2] = [tuple(a | b for a, b in zip(*groups[:2], strict=True))]
+        return (*groups, _NOTHING) if instruction.ends_group else tuple(groups)
+    if instruction.waits_for is not None:
+        return (*groups[max(0, len(groups) - instruction.waits_for) :], in_flight[-1])
+    return in_flight
 
 
 def _parse(sass: str) -> list[Instruction]:
@@ -268,13 +244,10 @@ def _parse(sass: str) -> list[Instruction]:
         if label := _LABEL.match(line.strip()):
             labels[label[1]] = len(lines)
         elif found := _LINE.match(line):
-            lines.append(found[1])
+            lines.append(found.groups())
     instructions = []
-    for text in lines:
-        bare = _GUARD.sub("", text)
-        name, _, rest = bare.partition(" ")
-        target = _TARGET.search(rest) if name.startswith(("BRA", "CALL", "WARPSYNC")) else None
+    for text, guard, name, rest in lines:
+        jump = _TARGET.search(rest) if name.startswith(("BRA", "CALL", "WARPSYNC")) else None
         operands = tuple(part.strip() for part in rest.split(",")) if rest else ()
-        index = labels.get(target[1]) if target else None
-        instructions.append(Instruction(text, bare != text, name, operands, index))
+        instructions.append(Instruction(text, guard is not None, name, operands, labels.get(jump[1]) if jump else None))
     return instructions

@@ -20,6 +20,7 @@ from segmenter.files import write_atomically
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
 FORMATS = tuple(SUFFIXES)
 OPSET = 18  # the oldest that PyTorch writes by itself: the one that most runtimes read
+ONNX_TORCH = "2.7"  # the oldest PyTorch whose ONNX exporter upsamples to sizes that are free
 ONE_FILE_BYTES = 2_000_000_000  # a protobuf message ends at 2 GiB; weights beyond that go to a second file
 
 Runner = Callable[[torch.Tensor], torch.Tensor]  # pixels (B, H, W, 3) uint8 on the CPU -> the output
@@ -47,6 +48,8 @@ def check_path(path: str | os.PathLike, format: str) -> Path:
 
 def require(format: str) -> None:
     """Raises ExportError, saying what to install, if the packages that a format needs are not there."""
+    if format == "onnx" and torch.__version__ < ONNX_TORCH:
+        raise ExportError(f"format onnx needs PyTorch {ONNX_TORCH} or newer, this is {torch.__version__}")
     needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
     missing = []
     for name in needed:

@@ -67,8 +67,9 @@ def windows_argmax(
 
 def _axes(windows: Windows, grid: tuple[int, int]) -> tuple[upsample_tiles.Axis, upsample_tiles.Axis]:
     """The tiles' rows and columns; `grid`: mask cells of a window."""
+    rounded = upsample_tiles.rounds_product("cpu")
     return tuple(
-        upsample_tiles.axis(anchors, windows.window[i], grid[i], windows.size[i], windows.shape[i])
+        upsample_tiles.axis(anchors, windows.window[i], grid[i], windows.size[i], windows.shape[i], rounded)
         for i, anchors in enumerate((windows.tops, windows.lefts))
     )
 
@@ -108,8 +109,11 @@ def _dense(view: View, labels: torch.Tensor, top: int, bottom: int) -> None:
     windows, (grid_h, grid_w, n_cls) = view.windows, view.masks.shape[1:]
     (height, width), (H, W) = windows.window, windows.shape
     masks = view.masks.unflatten(0, (len(windows.tops), len(windows.lefts)))
-    low, high, h = (x[:height] for x in upsample_tiles.source_cells(grid_h, windows.size[0]))
-    left, right, w = (torch.from_numpy(x)[:width] for x in upsample_tiles.source_cells(grid_w, windows.size[1]))
+    rounded = upsample_tiles.rounds_product("cpu")
+    low, high, h = (x[:height] for x in upsample_tiles.source_cells(grid_h, windows.size[0], rounded))
+    left, right, w = (
+        torch.from_numpy(x)[:width] for x in upsample_tiles.source_cells(grid_w, windows.size[1], rounded)
+    )
     cuts = np.flatnonzero((np.diff(low) != 0) | (np.diff(high) != 0)) + 1  # rows of pixels at which mask rows change
     h, w = torch.from_numpy(h)[:, None, None], w[:, None]
     rest_h, rest_w = 1 - h, 1 - w
@@ -124,7 +128,7 @@ def _dense(view: View, labels: torch.Tensor, top: int, bottom: int) -> None:
         """Mask rows first..last of the i-th row of windows, as wide as these; earlier ones are forgotten."""
         begin, rows = upsampled.get(i, (first, masks.new_empty(len(windows.lefts), 0, width, n_cls)))
         if begin + rows.shape[1] < last:
-            cells = masks[i, :, begin + rows.shape[1] : last]
+            cells = masks[i, :, max(begin + rows.shape[1], first) : last]
             more = torch.addcmul(w * cells[:, :, right], rest_w, cells[:, :, left])
             begin, rows = first, torch.cat([rows[:, first - begin :], more], 1)
             upsampled[i] = begin, rows

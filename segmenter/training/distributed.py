@@ -1,5 +1,6 @@
 """The processes of a training run. One process needs nothing of this; several are started by torchrun."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,6 +37,8 @@ class Group:
 
     def leave(self) -> None:
         if self.world > 1 and dist.is_initialized():
+            # PyTorch 2.6 waits there for gloo's threads with the interpreter's lock held, and they may yet need it
+            time.sleep(0.1)
             dist.destroy_process_group()
 
     def wait(self) -> None:

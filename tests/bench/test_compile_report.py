@@ -125,19 +125,20 @@ def test_refuses_an_empty_choice(monkeypatch, capsys):
 
 
 BAD_TILES = """
-import json, sys
+import dataclasses, json, sys
 from bench.compile import aot, report
 from bench.compile.cases import cases
 from bench.compile.sass import Program
 from segmenter.kernels import configs
 case = next(c for c in cases() if (c.op, c.dtype, c.what) == ("attention", "bf16", "n=1025"))
-task = report.Task(case, "sm_90", 0)
-good = aot.disassemble(aot.compile_launch(report.record(case, "sm_90")[0], "sm_90").binary)
+good = aot.disassemble(aot.compile_launch(case.launches("sm_90")[0], "sm_90").kernel)
 without_waits = "\\n".join(line for line in good.splitlines() if "WARPGROUP.DEPBAR" not in line)
 found = {"good": len(Program(good).hazards()), "without waits": len(Program(without_waits).hazards())}
 for name, tiles in (("spills", (256, 128, 4, 2)), ("too much", (64, 256, 4, 5)), ("no tile", (48, 64, 4, 2))):
     configs.attention = lambda *args, tiles=tiles: configs.AttentionConfig(*tiles, True)
-    found[name] = report.compile_row(task).failures
+    found[name] = report.check(report.compile_row(case, "sm_90", 0))
+wrong = dataclasses.replace(case, sizes=(("x", 1),))
+found["no call"] = [report.check(report.compile_row(*task)) for task in report.distinct_tasks([(wrong, "sm_90")])]
 json.dump(found, sys.stdout)
 """
 
@@ -151,6 +152,8 @@ def test_bad_tiles_and_missing_waits_are_found():
     assert any(text.startswith("spills ") for text in found["spills"])
     assert any("bytes of shared memory" in text for text in found["too much"])
     assert any("does not compile" in text for text in found["no tile"])
+    ((failure,),) = found["no call"]
+    assert failure.startswith("does not compile: TypeError")
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def row(name, median):
 def test_results_are_saved_row_by_row_and_go_on(tmp_path):
     path = tmp_path / "sub" / "r.json"
     results = ResultsFile(path, MACHINE)
-    results.add_unavailable("k", "p", None, "b", "no GPU")
+    results.add_unavailable({"name": "b", "reason": "no GPU"})
     results.add(row("a", 1.0))
     assert [r["name"] for r in load(path)["benchmarks"]] == ["a"]
     again = ResultsFile(path, MACHINE)
@@ -201,7 +201,7 @@ def test_results_are_saved_row_by_row_and_go_on(tmp_path):
     again.add(row("b", 3.0))  # there after all
     content = load(path)
     assert [r["stats"]["median"] for r in content["benchmarks"]] == [2.0, 3.0]
-    again.add_unavailable("k", "p", None, "b", "not run")  # it is measured, so this says nothing
+    again.add_unavailable({"name": "b", "reason": "not run"})  # it is measured, so this says nothing
     assert load(path)["unavailable"] == []
     assert content["unavailable"] == [] and again.names() == {"a", "b"}
     assert [p.name for p in path.parent.iterdir()] == ["r.json"]
@@ -315,6 +315,7 @@ def test_steps_without_a_gpu():
 
 
 def test_kernels_of_each_step():
+    pytest.importorskip("triton")
     kernels = providers.operators("triton")
     ops = waterfall.operators(frozenset({"sdpa", "attention", "mlp"}))
     assert ops.attention is kernels.attention and ops.layernorm_mlp is kernels.layernorm_mlp

@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def profile(out, *more):
-    """Each in a process of its own: Proton and torch.profiler cannot share one."""
     command = [sys.executable, "-m", "bench.profile_long", "--device", "cuda", "--dtype", "bf16", "--out", str(out)]
     command += ["--model", SHAPE.model, "--patch", str(SHAPE.patch), "--size", str(SHAPE.size), *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
@@ -79,22 +78,9 @@ def test_a_compiled_program_is_listed_by_its_kernels(by_torch):
 def test_memory_and_traces(by_torch):
     for provider in ("eager", "sdpa-flash", "compile", "triton"):
         assert (by_torch / f"memory_{provider}.pickle").stat().st_size > 1000
-        assert "MemoryViz" in (by_torch / f"memory_{provider}.html").read_text()
         trace = json.loads(gzip.decompress((by_torch / f"trace_{provider}.json.gz").read_bytes()))
-        memory = profile_tables.timeline(trace, set(), "cuda")[0]
+        memory = profile_tables.timeline(trace, {profile_tables.FORWARD}, "cuda")[0]
         assert max(held for _, held in memory) > 1 << 20
     assert (by_torch / "memory.png").exists()
     points = rows(by_torch / "scaling.csv")
     assert all(float(p["ms"]) > 0 and float(p["peak_mib"]) > 0 for p in points if p["provider"] != "compile"), points
-
-
-def test_proton_agrees_with_torchs_profiler(by_torch, tmp_path):
-    providers = ("eager", "triton")
-    out = profile(tmp_path, "--profiler", "proton", "--tokens", "--providers", *providers)
-    for provider in providers:
-        assert (out / f"proton_{provider}.hatchet").exists()
-        assert total(out / f"kernels_{provider}.csv") == pytest.approx(
-            total(by_torch / f"kernels_{provider}.csv"), rel=0.25
-        )
-        regions = {row["region"] for row in rows(out / f"regions_{provider}.csv")}
-        assert {"encoder.blocks.*.attn", "encoder.blocks.*.norm2+mlp", "decoder.mask_head"} <= regions

@@ -13,7 +13,7 @@ import pytest
 
 from bench import report, report_rows
 from bench.report import BLOCKS, MarkerError, block, replaced
-from bench.report_plots import Point, lines
+from bench.report_plots import Bar, Point, bars, lines
 from bench.report_rows import Results
 from tests.support.report_results import results, saver
 
@@ -80,20 +80,24 @@ def test_a_failed_write_leaves_the_old_readme(save, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nothing", "no marker"),
-        ("<!-- bench:speed:start --><!-- bench:speed:end -->", "bench:speed is unknown"),
-        ("<!-- bench:models:start -->", "needs one bench:NAME:end"),
-        ("<!-- bench:models:end --><!-- bench:models:start -->", "needs one bench:NAME:end"),
-        ("<!-- bench:models:start --><!-- bench:peers:start --><!-- bench:peers:end -->", "needs one bench:NAME:end"),
-        (2 * "<!-- bench:models:start --><!-- bench:models:end -->", "occurs once"),
+        ("nothing", "needs pairs"),
+        ("<!-- bench:speed:start --><!-- bench:speed:end -->", "no block is called speed"),
+        ("<!-- bench:models:start -->", "needs pairs"),
+        ("<!-- bench:models:end --><!-- bench:models:start -->", "needs pairs"),
+        ("<!-- bench:models:start --><!-- bench:peers:start --><!-- bench:peers:end -->", "needs pairs"),
+        (
+            "<!-- bench:models:start --><!-- bench:peers:start --><!-- bench:peers:end --><!-- bench:models:end -->",
+            "needs pairs",
+        ),
+        (2 * "<!-- bench:models:start --><!-- bench:models:end -->", "each NAME once"),
     ],
 )
 def test_wrong_markers_are_refused(save, tmp_path, text, message, capsys):
     path = save(results())
-    with pytest.raises(MarkerError, match=message):
-        replaced(text, [Results(path)], tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text(text)
+    with pytest.raises(MarkerError, match=message):
+        replaced(readme, [Results(path)])
     assert report.main([str(path), "--readme", str(readme)]) == 2
     assert "README.md" in capsys.readouterr().err
     assert readme.read_text() == text
@@ -103,10 +107,12 @@ def test_readme_says_what_is_not_measured(save, tmp_path):
     content = results("cpu")
     content["benchmarks"] = [entry for entry in content["benchmarks"] if entry["extra_info"]["kind"] != "waterfall"]
     content["unavailable"] = []
-    made = replaced(README, [Results(save(content, "cpu.json"))], tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    made = replaced(readme, [Results(save(content, "cpu.json"))])
     assert "Not measured (the waterfall): `cpu.json`." in made
     assert "No GPU figure has been measured yet." in made
-    made = replaced(README, [Results(save(results())), Results(save(results("cpu"), "cpu.json"))], tmp_path)
+    made = replaced(readme, [Results(save(results())), Results(save(results("cpu"), "cpu.json"))])
     assert "No GPU figure" not in made
     assert made.index("**GPU X**") < made.index("**CPU: CPU Y, 2 threads**")
 
@@ -161,6 +167,11 @@ def test_a_short_table_links_to_the_long_one(save, folder, target):
 # Images, numbers, command line
 
 
+def drawn_bars(svg):
+    """Where each begins and ends."""
+    return re.findall(r'<path d="M ([\d.]+) [\d.]+\s+L ([\d.]+) [^"]*" clip-path=', svg)
+
+
 def test_waterfall_image_stands_alone(save, tmp_path):
     path, image = save(results()), tmp_path / "waterfall.svg"
     arguments = [str(path), "--waterfall-svg", str(image)]
@@ -172,12 +183,20 @@ def test_waterfall_image_stands_alone(save, tmp_path):
     assert float(root.getAttribute("width").removesuffix("pt")) > 0
     assert "var(" not in text
     assert "not measured: compiler error" in text
-    bars = re.findall(r'<title>[^<]+x[^<]+</title>\s*<path d="M ([\d.]+) [\d.]+\s+L ([\d.]+)', text)
-    widths = [float(right) - float(left) for left, right in bars]
-    assert [round(w / widths[0], 1) for w in widths] == [1.0, 2.0, 1.6]
+    widths = [float(right) - float(left) for left, right in drawn_bars(text)]
+    assert [round(w / widths[0], 1) for w in widths] == [1.0, 0.0, 2.0, 1.6]
     assert report.main([*arguments, "--check"]) == 0
     image.write_text(text.replace("160", "161"), encoding="utf-8")
     assert report.main([*arguments, "--check"]) == 1
+
+
+def test_long_names_leave_length_for_bars(recwarn):
+    long = "name " * 50
+    svg = bars(long, [Bar(long, "eager", 2.0, long), Bar(long, "triton", 1.0, "1.00"), Bar("b", "c", None, long)], 4.5)
+    widths = [float(right) - float(left) for left, right in drawn_bars(svg)]
+    assert widths[0] == pytest.approx(2 * widths[1], rel=1e-3)
+    assert widths[0] > 5
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("value", [1.1, 2.1, 3.0, 5.1, 9.0])
@@ -223,14 +242,24 @@ def test_only_measurable_numbers_count(value, expected):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--check"], ["--text"], ["--out", "SAME"], ["--check", "--out", "x.html"]], ids=" ".join
+    ("files", "arguments", "message"),
+    [
+        (1, "", "say what to make"),
+        (1, "--check", "say what to make"),
+        (1, "--text", "--text compares two files"),
+        (1, "--out gpu.json", "would be written over"),
+        (1, "--check --out x.html", "--check needs"),
+        (3, "--out x.html", "--out shows one file, or two compared"),
+    ],
 )
-def test_what_makes_no_sense_is_refused(save, arguments, capsys):
+def test_what_makes_no_sense_is_refused(save, tmp_path, monkeypatch, capsys, files, arguments, message):
+    monkeypatch.chdir(tmp_path)
     path = save(results())
     before = path.read_text()
     with pytest.raises(SystemExit) as error:
-        report.main([str(path), *(str(path) if a == "SAME" else a for a in arguments)])
+        report.main([path.name] * files + arguments.split())
     assert error.value.code == 2
+    assert message in capsys.readouterr().err
     assert path.read_text() == before
 
 
@@ -239,18 +268,6 @@ def test_a_file_that_holds_no_results_is_refused(save, tmp_path, capsys):
         assert report.main([str(path), "--out", str(tmp_path / "x.html")]) == 2
         assert path.name in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()
-
-
-def test_links_tell_no_folder_of_the_machine(tmp_path):
-    for folder in ("repo/bench", "repo/docs", "elsewhere"):
-        (tmp_path / folder).mkdir(parents=True)
-    results_file = tmp_path / "repo" / "bench" / "x.json"
-    assert report.link_to(results_file, tmp_path / "repo" / "bench" / "r.html") == "x.json"
-    assert report.link_to(results_file, tmp_path / "repo" / "r.html") == "bench/x.json"
-    assert report.link_to(results_file, tmp_path / "repo" / "docs" / "r.html") is None
-    (tmp_path / "repo" / "pyproject.toml").touch()
-    assert report.link_to(results_file, tmp_path / "repo" / "docs" / "r.html") == "../bench/x.json"
-    assert report.link_to(results_file, tmp_path / "elsewhere" / "r.html") is None
 
 
 def test_importing_is_cheap():

@@ -95,8 +95,8 @@ def test_loops_and_mix():
 def test_inner_loop_is_told_from_outer():
     text = "\n".join(["MOV R1, R2"] * 3)
     program = Program(listing(f".L_x_1:\n{text}\n.L_x_2:\n{text}\n@P0 BRA `(.L_x_2)\n{text}\n@P1 BRA `(.L_x_1)\nEXIT"))
-    assert [len(loop.body) for loop in program.loops] == [11, 4]
-    assert [len(loop.body) for loop in program.innermost_loops] == [4]
+    assert [len(loop) for loop in program.loops] == [11, 4]
+    assert [len(loop) for loop in program.innermost_loops] == [4]
 
 
 def test_deleted_waits_are_hazards():

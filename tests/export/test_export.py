@@ -31,7 +31,9 @@ LINEAR = {
 }  # fmt: skip
 SIZES = [(1, 64, 64), (3, 32, 128), (2, 17, 83), (1, 130, 40)]  # all but the first are in no check
 onnx_needed = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))), reason="needs the extra 'export'"
+    torch.__version__ < formats.ONNX_TORCH
+    or not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+    reason=f"needs the extra 'export' and PyTorch {formats.ONNX_TORCH}",
 )
 
 
@@ -281,6 +283,7 @@ def test_scores_that_are_not_finite_are_no_agreement(tmp_path):
 
 
 def test_an_operator_of_ours_is_refused(monkeypatch):
+    pytest.importorskip("triton")
     model = tiny_model(**MASK)
     accelerate(model)
     monkeypatch.setattr(export_program, "eager_twin", lambda model, dtype=None: model)
@@ -322,7 +325,19 @@ def test_errors(change, options, error, message, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("version", ["2.6.0+cu124", "2.7.0", "2.15.0"])
+def test_onnx_needs_a_pytorch_that_can(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+    monkeypatch.setattr(formats.importlib, "import_module", lambda name: None)
+    if version.startswith("2.6"):
+        with pytest.raises(ExportError, match=r"onnx needs PyTorch 2.7 or newer, this is 2.6.0\+cu124"):
+            formats.require("onnx")
+    else:
+        formats.require("onnx")
+
+
 def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "ONNX_TORCH", "2.6")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ExportError, match=r'needs onnxruntime.*pip install "segmenter-triton\[export\]"'):
         export_model(tiny_model(**MASK), tmp_path / "model.onnx", "onnx")

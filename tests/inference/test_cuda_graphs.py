@@ -105,6 +105,8 @@ def test_half_weights_shares_the_rest(model):
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("decoder", ["mask_transformer", "linear"])
 def test_half_weights_give_the_bits_of_autocast(impl, decoder):
+    if impl == "triton":
+        pytest.importorskip("triton")
     config = tiny_model(decoder={"name": decoder, **({"n_layers": 1} if decoder != "linear" else {})}).config
     model = create_segmenter(config, impl=impl).eval()
     pixels = images(1, 40, 50)

@@ -85,6 +85,12 @@ def test_any_size_and_windows(data):
     assert torch.equal(got, expected_labels(masks, tops, lefts, size, window, shape))
 
 
+def test_mask_rows_that_no_pixel_needs():
+    """Fewer pixels than cells: the second row of pixels lies between the fourth and the fifth."""
+    masks = random_masks(1, 5, 1, 2)
+    assert torch.equal(upsample_argmax(masks, (2, 1)), reference.upsample_argmax(masks, (2, 1)))
+
+
 def test_noise_is_dense_and_regions_are_not(monkeypatch):
     monkeypatch.setattr(pruned_argmax, "DENSE_ABOVE", SHIPPED)
     dense = []

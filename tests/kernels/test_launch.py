@@ -61,7 +61,7 @@ def test_compiled_launches_get_the_arguments_of_the_first():
     plan.run(*second)
     plan.run(*second)
     ((grid, arguments, options),) = kernel.calls
-    assert grid == (7, 1, 1) and options == {"num_warps": 4, "num_stages": 2}
+    assert grid == (7, 1, 1) and options == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     assert isinstance(arguments[0], TensorDescriptor) and arguments[0].base is first[0]
     assert arguments[0].shape == [4, 8] and arguments[0].strides == [8, 1] and arguments[0].block_shape == [2, 8]
     assert arguments[1] is first[1] and arguments[2:] == (None, 3, 0.5, 64, True, "ieee")

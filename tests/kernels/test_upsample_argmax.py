@@ -22,8 +22,9 @@ from tests.support.upsampling import (
 def interpolated(masks, size, crop=None):
     """Labels by way of F.interpolate of contiguous float32."""
     crop = crop or size
-    logits = F.interpolate(masks.float().permute(0, 3, 1, 2).contiguous(), size, mode="bilinear", align_corners=False)
-    return logits[..., : crop[0], : crop[1]].argmax(1).to(reference.label_dtype(masks.shape[-1]))
+    masks = masks.float().permute(0, 3, 1, 2).contiguous()
+    logits = F.interpolate(masks.to(DEVICE), size, mode="bilinear").cpu()
+    return logits[..., : crop[0], : crop[1]].argmax(1).to(reference.label_dtype(masks.shape[1]))
 
 
 def labels(masks, *args, **kwargs):

@@ -124,6 +124,10 @@ UPSAMPLE_TILES = planted_in(
             "np.float64(np.float32(n_in) / np.float32(n_out))",
             "np.float64(n_in / n_out)",
         ),
+        "rounded_where_it_is_fused": (
+            "[0, 0, 32, 0] == 0",
+            "[0, 0, 32, 0] != 0",
+        ),
         "border_weight_not_cut_off": (
             "np.clip(source - low.astype(np.float32), 0, 1)",
             "(source - low.astype(np.float32))",

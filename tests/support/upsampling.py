@@ -1,10 +1,14 @@
-"""Masks to label, and what the labels must be: F.interpolate's arithmetic written out, for any size and device."""
+"""Masks to label, and what the labels must be: F.interpolate's arithmetic written out, for any size and device.
+
+The device of the masks says whose arithmetic; what is computed is on the CPU.
+"""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from segmenter.kernels.reference import label_dtype
+from segmenter.kernels.upsample_tiles import rounds_product
 
 
 def fma(a, b, c):
@@ -12,18 +16,19 @@ def fma(a, b, c):
     return (np.multiply(a, b, dtype=np.float64) + c).astype(np.float32)
 
 
-def weights(n_in, n_out):
+def weights(n_in, n_out, rounded):
     """(low cells, high cells, weights of the high ones) of bilinear upsampling without align_corners."""
     scale, pixels = np.float32(n_in) / np.float32(n_out), np.arange(n_out, dtype=np.float32) + np.float32(0.5)
-    source = np.maximum(fma(scale, pixels, np.float32(-0.5)), 0)
+    source = scale * pixels - np.float32(0.5) if rounded else fma(scale, pixels, np.float32(-0.5))
+    source = np.maximum(source, 0)
     low = np.minimum(source.astype(np.int64), n_in - 1)
     return low, np.minimum(low + 1, n_in - 1), np.clip(source - low.astype(np.float32), 0, 1)
 
 
 def upsampled(masks, size):
     """(..., h, w, K) -> (..., H, W, K) float32."""
-    x = masks.float().numpy()
-    (y0, y1, h), (x0, x1, w) = weights(x.shape[-3], size[0]), weights(x.shape[-2], size[1])
+    x, rounded = masks.float().cpu().numpy(), rounds_product(masks.device.type)
+    (y0, y1, h), (x0, x1, w) = weights(x.shape[-3], size[0], rounded), weights(x.shape[-2], size[1], rounded)
     h, w = h[:, None, None], w[:, None]
     top, bottom = x[..., y0, :, :], x[..., y1, :, :]
     top, bottom = (fma(1 - w, row[..., x0, :], w * row[..., x1, :]) for row in (top, bottom))

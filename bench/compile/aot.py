@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.knobs import NvidiaTool
 from triton.runtime.jit import native_specialize_impl
@@ -152,16 +153,21 @@ def disassemble(cubin: bytes) -> str:
 
 
 def assemblers() -> dict[str, str]:
-    """Path of each ptxas that can assemble for sm_90, by release: Triton's choice first, then others that it bundles.
+    """Path of each ptxas that can assemble for sm_90, by release: Triton's choice first, then newer ones that it has.
 
-    Triton takes ptxas up to sm_90 and ptxas-blackwell from sm_100 on; TRITON_PTXAS_PATH replaces the former.
+    An older one does not read the PTX that is written for Triton's choice.
     """
+    choice = get_ptxas(90)
     bundled = sorted((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*"))
     found: dict[str, str] = {}
-    for tool in (knobs.nvidia.ptxas, *map(NvidiaTool.from_path, map(str, bundled))):
-        if tool is not None:
+    for tool in (choice, *map(NvidiaTool.from_path, map(str, bundled))):
+        if tool is not None and _release(tool) >= _release(choice):
             found.setdefault(tool.version, tool.path)
     return found
+
+
+def _release(tool: NvidiaTool) -> tuple[int, ...]:
+    return tuple(map(int, tool.version.split(".")))
 
 
 def assemble(compiled: CompiledKernel, path: str) -> tuple[bytes, str]:
@@ -171,7 +177,8 @@ def assemble(compiled: CompiledKernel, path: str) -> tuple[bytes, str]:
     """
     machine, printed = compiled.metadata.target, io.StringIO()
     with knobs.nvidia.scope(), contextlib.redirect_stdout(printed):  # which restores the environment too
-        os.environ["TRITON_PTXAS_PATH"], knobs.nvidia.dump_ptxas_log = path, True
+        os.environ["TRITON_PTXAS_PATH"] = os.environ["TRITON_PTXAS_BLACKWELL_PATH"] = path
+        knobs.nvidia.dump_ptxas_log = True
         cubin = make_backend(machine).make_cubin(compiled.asm["ptx"], {}, compiled.metadata, machine.arch)
     return cubin, printed.getvalue()
 

@@ -47,6 +47,7 @@ SPILL_FREE = ("sm_80", "sm_90", "sm_100", "gfx942")  # the others hold the MLP i
 KNOWN_SPILLS = {  # bytes a thread in rows that were not chosen anew when they were first compiled
     ("linear", "sm_100", "m=65600 k=3072 residual"): 64,
     ("layernorm", "sm_90", "n=100"): 8,
+    ("pixels_to_tokens", "sm_100", "side=500 patch=14"): 8,  # by ptxas 13.4
 }
 Task = tuple[Case, str, int]  # what a worker needs to record one launch of a case anew: its index among them
 GELU_LIMIT = 12  # instructions an element that the GELU may add to a product on Hopper

@@ -4,8 +4,8 @@ The public operators themselves choose what is compiled (`kernels.launch.recorde
 `bench.compile.cases`. One line a kernel: registers a thread, bytes spilled a thread, shared memory of what the
 architecture has, the instruction that multiplies matrices, how many programs fit on an SM; for Hopper also, by every
 assembler that Triton bundles, instructions, the wgmma that are waited for one by one and the registers touched while
-one is in flight (`bench.compile.sass`), and how many instructions an element a GELU adds. Triton's own choice of an
-assembler decides what fails.
+one is in flight (`bench.compile.sass`), and how many instructions an element a GELU adds. What is slow fails by
+Triton's own choice of an assembler, what is wrong by any.
 
 The exit status is 1 if a kernel does not compile, needs more shared memory than there is or multiplies without tensor
 cores (float32 at the highest precision is meant to), spills on sm_80, sm_90, sm_100 or gfx942, or if one for Hopper's
@@ -147,8 +147,8 @@ def _look_into(row: Kernel, compiled: CompiledKernel) -> None:
             "warnings": sorted(set(re.findall(r"\((C\d{4})\)", log))),
         }
     row.loops = [dict(programs[0].mix(loop).most_common()) for loop in programs[0].innermost_loops]
-    first = next(iter(row.assemblers.values()))
-    row.serialised, row.hazards = first["serialised"], first["hazards"]
+    row.serialised = next(iter(row.assemblers.values()))["serialised"]
+    row.hazards = [hazard for found in row.assemblers.values() for hazard in found["hazards"]]
 
 
 def scalars(recorded: launch.Launch) -> dict[str, Any]:

@@ -314,7 +314,7 @@ def test_a_full_disk_stops_the_run_and_tells_what_was_done(folder, photos, out, 
     monkeypatch.setattr(predict_module, "save_png", full)
     assert main(["predict", str(photos), "-m", folder, "-o", str(out)]) == 1
     captured = capsys.readouterr()
-    assert captured.out.startswith("stopped early, --resume goes on: 1 done, 0 skipped, 1 failed of 4 in ")
+    assert captured.out.startswith("stopped early, --resume goes on: 2 done, 0 skipped, 1 failed of 4 in ")
     failure, error = captured.err.splitlines()
     assert "a0.png: not an image" in failure
     advice = "; make room and try again" if code == errno.ENOSPC else ""
@@ -464,11 +464,11 @@ def test_interrupted_run_leaves_whole_results_and_resumes(folder, photos, out, r
         assert main(["predict", str(photos), "-m", folder, "-o", str(out)]) == 130
     captured = capsys.readouterr()
     assert captured.err == "segmenter: error: interrupted\n"
-    assert captured.out.startswith("stopped early, --resume goes on: 1 done, 0 skipped, 0 failed of 3 in ")
-    assert (out / "a.json").exists()
+    assert captured.out.startswith("stopped early, --resume goes on: 2 done, 0 skipped, 0 failed of 3 in ")
+    assert len(list(out.rglob("*.json"))) == 2, "what is being written is finished"
     assert not (out / "b.json").exists(), "the JSON comes last"
     assert main(["predict", str(photos), "-m", folder, "-o", str(out), "--resume"]) == 0
-    assert "2 done, 1 skipped" in capsys.readouterr().out
+    assert "1 done, 2 skipped" in capsys.readouterr().out
 
 
 def test_warnings_are_one_line(folder, out, tmp_path, capsys):

@@ -268,7 +268,7 @@ READ_AHEAD = planted_in(
 
 CAPTURED = planted_in(
     "segmenter/inference/cuda_graphs.py",
-    ("tests/inference/test_cuda_graphs.py",),
+    ("tests/inference/test_cuda_graphs.py", "tests/inference/test_captures.py"),
     {
         "weights_not_followed": (
             "if self._weights is not None and self._weights.unchanged():",

@@ -28,11 +28,13 @@ from segmenter.cli.shards import Shard, run_part
 from segmenter.errors import cause
 from segmenter.files import remove_leftovers, same_form, walk, write_atomically
 from segmenter.inference.images import suffixes
+from segmenter.inference.read_ahead import Call, ReadAhead, usual_workers
 from segmenter.inference.segment import compute_dtype
 from segmenter.inference.stream import ImageMemoryError, Result, results
 from segmenter.model import Segmenter
 from segmenter.visualize import class_shares, overlay, save_label_png, save_png, with_legend
 
+WAITING = 4  # images whose results are being written, beside the one that the model is at
 LABEL_FILES = {"png": "_labels.png", "raw": "_labels_raw.png", "npy": "_labels.npy"}
 
 
@@ -248,11 +250,12 @@ def _do(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm) -> None:
         dtype=args.dtype,
         workers=args.workers,
     )
+    writer = _Writer(batch, bar)
     try:
-        with contextlib.closing(stream):
+        with writer, contextlib.closing(stream):
             for result in stream:
-                _finish(*taken.popleft(), result, batch)
-                bar.update()
+                writer.add(*taken.popleft(), result)
+                del result
     except ImageMemoryError as error:
         text = f"{error.source}: not enough memory for one window at a time; use a smaller --window-size or --scales, "
         raise CommandError(f"{text}--dtype auto, or --device cpu", DEVICE) from error
@@ -277,18 +280,52 @@ def _sources(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm, taken: de
             yield job.source
 
 
-def _finish(place: int, job: Job, facts: dict[str, int] | None, result: Result, batch: Batch) -> None:
-    """Writes the results of one image, or notes why there are none."""
-    if result.error is not None:
-        batch.fail(place, job, result.error)
-        return
-    try:
-        with _errors_of_writing(job, batch.output):
-            _write_results(job, batch, result.pixels, result.labels.numpy(), facts)
-    except JobError as error:
-        batch.fail(place, job, error)
-    else:
-        batch.tally.done += 1
+class _Writer:
+    """Has results written by threads while the model runs on, and notes what became of them, in the order they came.
+
+    Leaving it waits for what is being written: also after an error, so that nothing half-written is left behind.
+    """
+
+    def __init__(self, batch: Batch, bar: tqdm):
+        self.batch, self.bar = batch, bar
+        self.threads = ReadAhead(usual_workers())
+        self.pending: deque[tuple[int, Job, Call]] = deque()
+
+    def add(self, place: int, job: Job, facts: dict[str, int] | None, result: Result) -> None:
+        """Writes the results of one image, or notes why there are none. Raises what an earlier one met."""
+        call = Call(lambda result: self._write(job, result, facts), result)
+        self.pending.append((place, job, self.threads.put(call)))
+        while len(self.pending) > WAITING:
+            self._note(*self.pending.popleft())
+
+    def _write(self, job: Job, result: Result, facts: dict[str, int] | None) -> None:
+        if result.error is not None:
+            raise JobError(str(result.error)) from result.error
+        with _errors_of_writing(job, self.batch.output):
+            _write_results(job, self.batch, result.pixels, result.labels.numpy(), facts)
+
+    def _note(self, place: int, job: Job, call: Call) -> None:
+        try:
+            self.threads.result(call)
+        except JobError as error:
+            self.batch.fail(place, job, error)
+        else:
+            self.batch.tally.done += 1
+        self.bar.update()
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        first = None  # the error to tell
+        while self.pending:
+            try:
+                self._note(*self.pending.popleft())
+            except BaseException as error:
+                first = first or error
+        self.threads.close()
+        if first is not None and kind is None:
+            raise first
 
 
 @contextlib.contextmanager

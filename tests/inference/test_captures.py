@@ -1,4 +1,4 @@
-"""Captures that fail: disturbed by other threads, not possible at all, out of memory. Rehearsed as in test_cuda_graphs."""
+"""Captures that fail: disturbed by other threads, impossible, out of memory. Rehearsed as in test_cuda_graphs."""
 
 import pytest
 import torch

@@ -19,9 +19,9 @@ MAX_MAPS = 4096  # tensor maps that one argument remembers by address; beyond th
 
 def stream(index: int) -> int | None:
     """The current stream of a CUDA device for direct launches, or None if somebody wants to be told of each launch."""
-    runtime = knobs.runtime
-    if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # profilers
-        return None
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):  # of profilers
+        if hook is not None and getattr(hook, "calls", True):
+            return None
     return torch._C._cuda_getCurrentRawStream(index)
 
 

@@ -328,6 +328,8 @@ class CompiledInference:
         try:
             yield taken
         finally:
+            for transfer in taken:  # one may be under way still, if nobody fetched its labels
+                transfer.done.synchronize()
             with self._lock:
                 self._transfers += taken
 

@@ -82,8 +82,8 @@ REPEAT = [
                 "",
             ),
             "hooks_passed_by": (
-                "    if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # profilers\n",
-                "    if False:\n",
+                'getattr(hook, "calls", True)',
+                "False",
             ),
             "scratch_memory_not_asked_about": (
                 "        if run.global_scratch_size or run.profile_scratch_size:\n",

@@ -36,6 +36,7 @@ def pytest_addoption(parser):
     group.addoption("--missing", action="store_true", help="only rows that the results file does not hold yet")
     group.addoption("--row-seconds", type=float, default=1.0, help="what the rounds of one row should take")
     group.addoption("--deadline", type=float, default=float("inf"), help="Unix time after which no row starts")
+    group.addoption("--failed", nargs="+", default=(), metavar="OPERATION", help="that the kernels are not timed in")
     group.addoption("--camvid", type=Path, metavar="DIR", help="CamVid (images/test, annotations/test), for mIoU")
 
 
@@ -89,7 +90,7 @@ def harness(request):
         pytest.exit(str(error), returncode=4)
     known = file.names() if file is not None and option.missing else frozenset()
     limits = option.row_seconds, option.deadline
-    return Harness(option.device, option.dtype, option.benchmark_disable, file, *limits, known)
+    return Harness(option.device, option.dtype, option.benchmark_disable, file, *limits, known, option.failed)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -54,6 +54,7 @@ class Harness:
     seconds: float  # what the rounds of one row should take
     deadline: float  # `time.time()` after which no row starts any more
     known: frozenset[str] = frozenset()  # names of rows that are not to be measured again
+    failed: Sequence[str] = ()  # operations whose kernels failed their tests
 
     @property
     def short(self) -> str:
@@ -92,6 +93,8 @@ class Harness:
             pytest.skip(f"{row.name}: measured before")
         if time.time() > self.deadline:
             self._unavailable(row, OUT_OF_TIME)
+        if row.provider == "triton" and row.kind in self.failed:
+            self._unavailable(row, "not run: the kernels failed the tests of this operation")
         # A row that raised leaves the clock half used and memory held; neither may reach this one.
         timing.CLOCK.reset()
         if not self.smoke:  # tiny inputs hold little, and a release takes 0.3 s

@@ -1,13 +1,15 @@
 """Everything that one machine can tell, within a time budget: python -m bench.run_all --out DIR --minutes 9
 
-In this order, so that a run that is cut short has what tells most: are the kernels right (else nothing is timed), the
-core sweep with waterfall and peers, long sequences, then the whole sweep where there is a GPU. The results file is
-saved after every row; running the command again with the same DIR goes on where it ended.
+In this order, so that a run that is cut short has what tells most: are the kernels right (operations whose tests fail
+are not timed by them, and nothing is if the tests cannot run), the core sweep with waterfall and peers, long sequences,
+then the whole sweep where there is a GPU. The results file is saved after every row; running the command again with the
+same DIR goes on where it ended.
 """
 
 import argparse
 import csv
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,6 +27,13 @@ from bench.timing import Ceilings
 OUT_OF_TIME = "stopped: out of time"
 GRACE = 45.0  # seconds that a step may run over its share: the row that was being measured, and writing
 LONG_MODEL, LONG_PATCH = {"cuda": "S", "cpu": "T"}, 8
+# Tests -> the operations that they are of. Others are of no single one, and whole models have a check of their own.
+OPERATIONS = {
+    "test_attention_on_gpu": ("attention", "attention-backward"),
+    "test_layers_on_gpu": ("layernorm-mlp", "mask-head"),
+    "test_labels_on_gpu": ("masks-to-labels", "noise-to-labels"),
+}
+TESTS_FAILED = 1  # pytest's exit status; any other but 0 says that they did not run
 # Steps after the gate: name, and the share of what is left of the time that it may use.
 SHARES = {"cuda": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, "long": 1.0}}
 
@@ -37,7 +46,7 @@ def commands(out: Path, device: str, dtype: str, camvid: Path | None) -> dict[st
     timed = [*bench, "--missing", "--row-seconds", {"cuda": "0.3", "cpu": "0.5"}[device], "--results", str(out)]
     timed += ["--camvid", str(camvid)] if camvid else []
     if device == "cuda":  # without what takes minutes by itself; every row has a gate of its own besides
-        gate = ["pytest", "tests/gpu", "-m", "gpu", "-k", "not random and not golden", "-x", *uncached]
+        gate = ["pytest", "tests/gpu", "-m", "gpu", "-k", "not random and not golden", "-rfE", *uncached]
     else:  # through Triton's interpreter, on tiny inputs
         gate = [*bench, "--benchmark-disable", "-k", "triton"]
     model = ["--model", LONG_MODEL[device], "--patch", str(LONG_PATCH)]
@@ -60,6 +69,12 @@ def run(name: str, command: list[str], seconds: float, log: Path) -> dict[str, A
             code = None
     state = {0: "done", None: OUT_OF_TIME, 5: "nothing to do"}.get(code, f"failed with exit status {code}")
     return {"name": name, "state": state, "seconds": round(time.monotonic() - start, 1)}
+
+
+def failed_operations(log: str) -> dict[str, tuple[str, ...]]:
+    """Test files with failures, by pytest's summary -> the operations that are not to be timed."""
+    files = dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) \S*?(\w+)\.py", log, flags=re.MULTILINE))
+    return {file: OPERATIONS.get(file, ()) for file in files}
 
 
 def add_long_rows(file: ResultsFile, scaling: Path, device: str, dtype: str) -> None:
@@ -143,6 +158,13 @@ def main(arguments: list[str] | None = None) -> int:
     content = note()
     if steps[-1]["state"] == OUT_OF_TIME:
         print("the kernels' tests did not end in time; each row is checked by itself all the same", file=sys.stderr)
+    elif steps[-1]["state"] == f"failed with exit status {TESTS_FAILED}" and args.device == "cuda":
+        failed = failed_operations((out / "gate.log").read_text())
+        untimed = sorted({operation for operations in failed.values() for operation in operations})
+        steps[-1]["state"] = f"tests failed: {', '.join(failed)}; not timed: {', '.join(untimed) or 'nothing less'}"
+        print(f"{steps[-1]['state']} (see {out / 'gate.log'})", file=sys.stderr)
+        for name in ("core", "full"):
+            todo[name] += ["--failed", *untimed] if untimed else []
     elif steps[-1]["state"] != "done":
         print((out / "gate.log").read_text()[-3000:])
         print(f"the kernels did not pass their tests ({steps[-1]['state']}), so nothing is timed", file=sys.stderr)

@@ -51,6 +51,7 @@ class Case:
     what: str
     max_ratio: float = 3.0  # the worst of a few elements: chance is larger than in the tests of one operator
     frobenius: float = 1.1
+    terms: int = 0  # products in the sum of one element, as for `assert_parity`
     labels: bool = False  # the result is equal or wrong
 
 
@@ -131,7 +132,7 @@ def attention_case(draw: Draw) -> Case:
 
     what = f"B={B} N={N} h={h} d={d} {dtype} lse={with_lse} {config}"
     frobenius = 4.0 if dtype == torch.float32 else HALF
-    return Case((qkv,), call, lambda x: reference.explicit_attention(x, h), what, frobenius=frobenius)
+    return Case((qkv,), call, lambda x: reference.explicit_attention(x, h), what, frobenius=frobenius, terms=d + N)
 
 
 def cross_attention_case(draw: Draw) -> Case:
@@ -142,7 +143,7 @@ def cross_attention_case(draw: Draw) -> Case:
     frobenius = 4.0 if dtype == torch.float32 else HALF
     return Case(
         (q, k, v), lambda *t: attention.cross_attention(*t, scale=scale), lambda *t: explicit_cross(*t, scale),
-        f"B={B} N={N} M={M} h={h} d={d} {dtype} scale={scale}", frobenius=frobenius,
+        f"B={B} N={N} M={M} h={h} d={d} {dtype} scale={scale}", frobenius=frobenius, terms=d + M,
     )  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def linear_case(draw: Draw) -> Case:
     return Case(
         (x, weight, bias, residual), call, lambda *t: reference.linear(*t, gelu=gelu),
         f"{shape} {k}->{n} {dtype} residual={None if residual is None else wide} gelu={gelu} ours={ours} {config}",
-        frobenius=2.0 if dtype == torch.float32 else 1.1,
+        frobenius=2.0 if dtype == torch.float32 else 1.1, terms=k,
     )  # fmt: skip
 
 
@@ -217,7 +218,7 @@ def layernorm_linear_case(draw: Draw) -> Case:
 
     what = f"{shape} {k}->{n} {dtype} x={wide} gelu={gelu} strategy={strategy}"
     frobenius = 3.0 if dtype == torch.float32 else 1.5 if strategy == "fold" else 1.1
-    return Case((x, *norm, weight, bias), call, definition, what, max_ratio=4.0, frobenius=frobenius)
+    return Case((x, *norm, weight, bias), call, definition, what, max_ratio=4.0, frobenius=frobenius, terms=k)
 
 
 def layernorm_mlp_case(draw: Draw) -> Case:
@@ -239,7 +240,7 @@ def layernorm_mlp_case(draw: Draw) -> Case:
     what = f"{shape} d={d} hidden={hidden} {dtype} x={wide} {config if single else 'as chosen'}"
     args = (x, *norm, fc1, fc1_bias, fc2, fc2_bias)
     frobenius = 2.5 if dtype == torch.float32 else 1.1
-    return Case(args, call, reference.layernorm_mlp, what, frobenius=frobenius)
+    return Case(args, call, reference.layernorm_mlp, what, frobenius=frobenius, terms=d + hidden)
 
 
 def mask_head_case(draw: Draw) -> Case:
@@ -254,7 +255,7 @@ def mask_head_case(draw: Draw) -> Case:
         (patches, classes, *projections, *norm),
         lambda *t: mask_head.mask_head(*t, eps), lambda *t: reference.mask_head(*t, eps),
         f"B={B} N={N} K={K} d={d} {dtype} eps={eps} affine={norm[0] is not None}",
-        frobenius=2.5 if dtype == torch.float32 else 1.2,
+        frobenius=2.5 if dtype == torch.float32 else 1.2, terms=2 * d,
     )  # fmt: skip
 
 
@@ -279,7 +280,7 @@ def pixels_to_tokens_case(draw: Draw) -> Case:
     return Case(
         (draw.images(B, H, W), weight, bias, extra, positions), call,
         lambda *t: reference.pixels_to_tokens(*t, *statistics),
-        f"{B}x{H}x{W} P={P} d={d} E={E} {dtype} stream={stream} {config}",
+        f"{B}x{H}x{W} P={P} d={d} E={E} {dtype} stream={stream} {config}", terms=3 * P * P,
     )  # fmt: skip
 
 
@@ -348,7 +349,8 @@ def run_case(op: str, seed: int) -> None:
         exact = case.definition(*(None if t is None else t.double() for t in case.args))
         eager = case.definition(*case.args)
         luck = 2.0 if actual.numel() < 1024 else 1.0  # a norm of few numbers is a matter of chance
-        assert_parity(actual, exact, eager, max_ratio=luck * case.max_ratio, frobenius=luck * case.frobenius)
+        limits = {"max_ratio": luck * case.max_ratio, "frobenius": luck * case.frobenius}
+        assert_parity(actual, exact, eager, **limits, terms=case.terms)
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}\n  {context}") from error
 

@@ -7,7 +7,7 @@ import torch
 
 from segmenter.kernels import reference
 from tests.support.layouts import LAYOUTS
-from tests.support.parity import GUARD, assert_bitwise_equal, assert_parity, check_guards, guarded
+from tests.support.parity import GUARD, IN_TURN, assert_bitwise_equal, assert_parity, check_guards, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 N, H = 129, 2
@@ -178,3 +178,17 @@ def test_bitwise_equality():
     assert_bitwise_equal(a, a.clone())
     with pytest.raises(AssertionError, match="1 of 2 elements differ, first .0,.: got 1.0, expected 2.0"):
         assert_bitwise_equal(a, torch.tensor([2.0, math.nan]))
+
+
+@pytest.mark.parametrize("terms", [16, 192, 1024])
+def test_the_limit_of_sums_in_turn_is_that_of_their_errors(terms):
+    """One multiply-add after the other, with one rounding each: within the limit, and not far below it."""
+    torch.manual_seed(terms)
+    x, y = torch.randn(2, terms, 4000)
+    total, exact = torch.zeros(4000), torch.zeros(4000, dtype=torch.float64)
+    for a, b in zip(x.double(), y.double(), strict=True):
+        total, exact = (total.double() + a * b).float(), exact + a * b
+    assert_parity(total, exact, exact.float(), frobenius=1e9, terms=terms)
+    eps, rms = torch.finfo(torch.float32).eps, exact.square().mean().sqrt()
+    error = (total - exact).abs() / (eps * terms**0.5 * rms)
+    assert 0.1 < error.square().mean().sqrt() < 0.2 and IN_TURN / 3 < error.max() < IN_TURN

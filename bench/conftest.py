@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._inductor.config
 
 from bench import machine, results, shapes, timing
 from bench.harness import Harness
@@ -42,11 +41,13 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.pluginmanager.unregister(name="faulthandler")  # its time limit is for tests; crashes are still reported
-    torch._inductor.config.force_disable_caches = True  # or compile times would be those of an earlier run
     smoke = config.option.benchmark_disable
     device = torch.device(config.option.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if smoke and device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels: there they can only be interpreted
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: there kernels can only be interpreted
+    from torch._inductor import config as inductor  # imports Triton
+
+    inductor.force_disable_caches = True  # or compile times would be those of an earlier run
     config.option.device = device
     config.option.sweep = config.option.sweep or ("smoke" if smoke else "core")
     config.option.dtype = machine.DTYPES[config.option.dtype or ("bf16" if device.type == "cuda" else "fp32")]

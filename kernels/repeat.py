@@ -37,7 +37,7 @@ class Notes:
     """What a host function does, in terms of its tensors."""
 
     def __init__(self, arguments: Sequence[torch.Tensor]):
-        self.inputs, self.n_slots = len(arguments), 0
+        self.inputs = len(arguments)
         self.steps: list[tuple[Step, list[int], list[int]]] = []  # what is done, slots that it reads, and makes
         self.layouts: list[tuple] = []  # of each slot: (shape, strides, address)
         self.slots_of: dict[int, list[int]] = {}  # address of a storage -> slots

@@ -322,8 +322,8 @@ class CompiledInference:
     def _two_transfers(self) -> Iterator[list["_Transfer"]]:
         """Kept from one `map` to the next: PyTorch keeps memory by stream."""
         with self._lock:
-            free = [t for t in self._transfers if t.device == self.device][:2]
-            self._transfers = [t for t in self._transfers if t not in free]
+            here = [t for t in self._transfers if t.device == self.device]  # not where the model was before
+            free, self._transfers = here[:2], here[2:]
         taken = free + [_Transfer(self.device) for _ in range(2 - len(free))]
         try:
             yield taken

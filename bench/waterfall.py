@@ -21,7 +21,7 @@ from bench.published import published_inference
 from bench.shapes import Shape
 from segmenter.evaluation.metrics import ConfusionMatrix
 from segmenter.inference.images import normalize, read_image
-from segmenter.inference.segment import cpu_has_bfloat16
+from segmenter.inference.precision import cpu_has_bfloat16
 from segmenter.model import Segmenter
 from segmenter.ops import EAGER, Operators, load_kernels, why_not_on
 

@@ -141,9 +141,9 @@ class Segmenter(OperatorModule):
             kwargs: dtype, window_size, window_stride as for `segment`; window_batch_size (8), windows a forward call;
                 max_shapes (8), the captured shapes that are kept.
         Returns:
-            `segmenter.inference.cuda_graphs.CompiledInference`. On a CPU it has the same interface, and no graphs.
+            `segmenter.inference.compiled_inference.CompiledInference`; on a CPU it is the same without graphs.
         """
-        from segmenter.inference.cuda_graphs import CompiledInference
+        from segmenter.inference.compiled_inference import CompiledInference
 
         compiled = CompiledInference(self, **kwargs)
         compiled.capture(batch, height, width)

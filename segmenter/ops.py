@@ -120,11 +120,15 @@ def unobserved(x: torch.Tensor) -> bool:
     Gradients, autocast, modes, transforms of torch.func, tracing, compiling and profilers all work through PyTorch's
     dispatcher; tensors of other types, too.
     """
+    return not torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu") and unobserved_but_for_autocast(x)
+
+
+def unobserved_but_for_autocast(x: torch.Tensor) -> bool:
+    """`unobserved`, whatever autocast is."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and type(x) is torch.Tensor
-        and not torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.maybe_current_level() is None
         and torch.autograd.forward_ad._current_level < 0

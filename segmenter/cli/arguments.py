@@ -96,6 +96,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         metavar="N",
         help="threads that read images (default: one a processor, at most 4)",
     )
+    _add_cuda_graphs(how)
     _add_scales(how)
     _add_flip(how)
     return parser
@@ -284,6 +285,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     how.add_argument("--batch-size", type=_positive_int, metavar="N", help="windows a forward call (default: 1 or 8)")
     how.add_argument("--workers", type=_positive_int, metavar="N", help="threads that read and count (default: 1 to 4)")
+    _add_cuda_graphs(how)
     scales = how.add_mutually_exclusive_group()
     _add_scales(scales)
     scales.add_argument(
@@ -344,6 +346,11 @@ def _add_dtype(parser: argparse._ActionsContainer) -> None:
         default="float32",
         help="compute type; auto: half precision where the processor gains from it (default: float32)",
     )
+
+
+def _add_cuda_graphs(parser: argparse._ActionsContainer) -> None:
+    text = "on a GPU, run batches of windows that come again as CUDA graphs; same labels (default: yes)"
+    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
 def _add_windows(parser: argparse._ActionsContainer, stride: str = "the model's") -> None:

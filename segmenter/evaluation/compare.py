@@ -17,7 +17,7 @@ from segmenter.data.label_files import ignore_index
 from segmenter.evaluation.boundary import DILATION_RATIO
 from segmenter.evaluation.evaluate import Counts, Protocol, predict_labels
 from segmenter.evaluation.metrics import percent
-from segmenter.inference.segment import resolve_dtype
+from segmenter.inference.precision import resolve_dtype
 from segmenter.inference.windows import resized_shape, windows_of
 
 MEANINGLESS = {  # `ModelInfo.weights` -> what to say of the labels
@@ -69,7 +69,7 @@ def compare(
     protocol: Protocol | None = None,
     repeats: int = 5,
 ) -> Compared:
-    """Runs a model on an image once to warm up and `repeats` times by the clock.
+    """Runs a model on an image to warm up, until graphs are captured, and `repeats` times by the clock.
 
     Args:
         model: a `Segmenter` in evaluation mode. pixels: (H, W, 3) uint8 RGB.
@@ -79,7 +79,8 @@ def compare(
         RuntimeError: training mode. ValueError: see `predict_labels`, or a truth of another size.
     """
     protocol = (protocol or Protocol()).of_model(model)
-    labels = predict_labels(model, pixels, protocol)
+    for _ in range(2 if next(model.parameters()).is_cuda else 1):
+        labels = predict_labels(model, pixels, protocol)
     milliseconds = []
     for _ in range(repeats):  # labels come back to the host, so each run has ended when the clock is read, on a GPU too
         began = time.perf_counter()

@@ -5,7 +5,7 @@ so scores come out the same in whatever order, and by however many processes, th
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,20 @@ from segmenter.data.augment import resized
 from segmenter.data.datasets import PUBLISHED, DataError, Dataset, Sample
 from segmenter.evaluation.boundary import BoundaryCounts
 from segmenter.evaluation.metrics import ConfusionMatrix
-from segmenter.inference.images import normalize
+from segmenter.inference.images import normalize, read_image
+from segmenter.inference.network_graphs import network_of
+from segmenter.inference.precision import compute_dtype
 from segmenter.inference.read_ahead import Call, ReadAhead, behind, usual_workers
-from segmenter.inference.segment import compute_dtype, labels_of_views, segment_image, usual_batch_size, window_of
-from segmenter.inference.windows import check_finite, check_sizes, masks_of_images, window_anchors
+from segmenter.inference.segment import (
+    beside_graphs,
+    enqueue,
+    labels_of_views,
+    largest_score,
+    usual_batch_size,
+    window_of,
+)
+from segmenter.inference.transfers import Download, upload
+from segmenter.inference.windows import check_sizes, masks_of_images, window_anchors
 
 OVERLAP = 32  # pixels; of the published evaluation's windows
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # the published scales; they go with flip=True
@@ -85,7 +95,9 @@ class Protocol:
         return resized((h, w), scale * self.im_size, scale * (self.max_ratio * self.im_size))
 
 
-def predict_labels(model: torch.nn.Module, pixels: np.ndarray, protocol: Protocol) -> np.ndarray:
+def predict_labels(
+    model: torch.nn.Module, pixels: np.ndarray, protocol: Protocol, cuda_graphs: bool = True
+) -> np.ndarray:
     """Labels of one image at its own size, by the published evaluation (mmsegmentation's MultiScaleFlipAug).
 
     The image is resized as bytes (bilinear, no antialiasing) to `protocol.resized`, normalised with the rounded
@@ -97,38 +109,37 @@ def predict_labels(model: torch.nn.Module, pixels: np.ndarray, protocol: Protoco
     the difference lies below 0.02 grey levels.
 
     Args:
-        model: a `Segmenter` in evaluation mode. pixels: (H, W, 3) uint8 RGB.
+        model: a `Segmenter` in evaluation mode. pixels: (H, W, 3) uint8 RGB. cuda_graphs: as of `segment_image`.
     Returns:
         (H, W) uint8 (int16 above 256 classes, int32 above 32,768), on the CPU.
     Raises:
         RuntimeError: training mode. ValueError: an image that would grow too large, or scores that are not finite.
     """
+    return enqueue_labels(model, pixels, protocol, cuda_graphs).fetch()[0].numpy()
+
+
+def enqueue_labels(model: torch.nn.Module, pixels: np.ndarray, protocol: Protocol, cuda_graphs: bool) -> Download:
+    """`predict_labels` that does not wait for the device: what it returns has the labels (1, H, W) to `fetch`."""
     protocol = protocol.of_model(model)
+    sizes = protocol.window_size, protocol.window_stride, protocol.batch_size
     if protocol.im_size is None:
-        return segment_image(
-            model,
-            pixels,
-            scales=protocol.scales,
-            flip=protocol.flip,
-            window_size=protocol.window_size,
-            window_stride=protocol.window_stride,
-            batch_size=protocol.batch_size,
-            dtype=protocol.dtype,
-        ).numpy()
+        image = torch.from_numpy(read_image(pixels))[None]
+        return enqueue(model, image, protocol.scales, protocol.flip, *sizes, protocol.dtype, cuda_graphs)
     if model.training:
         raise RuntimeError("the model is in training mode: dropout would make the labels random; call model.eval()")
     shape, device = pixels.shape[:2], next(model.parameters()).device
-    sizes = protocol.window_size, protocol.window_stride, protocol.batch_size
-    with compute_dtype(model, protocol.dtype), torch.inference_mode():
-        views = []
-        for scale in protocol.scales:
-            im = normalize(_resize_bytes(pixels, protocol.resized(*shape, scale)), model.info.normalization, True)
-            for mirrored in (False, True) if protocol.flip else (False,):
-                images = (im.flip(2) if mirrored else im)[None].to(device)
-                masks, windows = masks_of_images(model, images, *sizes)
-                check_finite(masks)
-                views.append((masks, windows, mirrored))
-        return labels_of_views(model, views, shape)[0].cpu().numpy()
+
+    def run() -> Download:
+        with compute_dtype(model, protocol.dtype), torch.inference_mode():
+            views, network = [], network_of(model, cuda_graphs)
+            for scale in protocol.scales:
+                im = normalize(_resize_bytes(pixels, protocol.resized(*shape, scale)), model.info.normalization, True)
+                for mirrored in (False, True) if protocol.flip else (False,):
+                    images = upload((im.flip(2) if mirrored else im)[None], device)
+                    views.append((*masks_of_images(model, images, *sizes, network), mirrored))
+            return Download(labels_of_views(model, views, shape), largest_score(views))
+
+    return beside_graphs(model, run)
 
 
 def _resize_bytes(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -216,6 +227,7 @@ def evaluate(
     *,
     boundary: bool = True,
     workers: int | None = None,
+    cuda_graphs: bool = True,
     progress: bool | None = False,
 ) -> dict[str, Any]:
     """Scores of a model on a data set; nothing but the sums is kept in memory.
@@ -224,6 +236,7 @@ def evaluate(
         model: a `Segmenter` in evaluation mode, with the data set's number of classes.
         protocol: by default, single scale at the images' own size, with the windows of `Protocol.of_model`.
         boundary: also the boundary scores. workers: threads that read and count; by default one a processor, at most 4.
+        cuda_graphs: as of `segment_image`.
         progress: a progress bar on stderr; None: if that is a terminal.
     Returns:
         fractions: "aAcc", "mAcc", "mIoU"; "Acc", "IoU" (n_cls,); with `boundary` those of `BoundaryCounts.scores`;
@@ -233,7 +246,9 @@ def evaluate(
         RuntimeError: training mode.
     """
     total = Counts(dataset.n_cls, dataset.ignore_index, boundary)
-    stream = outcomes(model, dataset, protocol or Protocol(), boundary=boundary, workers=workers)
+    stream = outcomes(
+        model, dataset, protocol or Protocol(), boundary=boundary, workers=workers, cuda_graphs=cuda_graphs
+    )
     bar = tqdm(total=len(dataset), unit="image", disable=None if progress is None else not progress)
     with contextlib.closing(stream), bar:
         for outcome in stream:
@@ -253,18 +268,22 @@ def outcomes(
     *,
     boundary: bool = True,
     workers: int | None = None,
+    cuda_graphs: bool = True,
+    also: Callable[[Outcome], Any] = lambda outcome: None,
 ) -> Iterator[Outcome]:
-    """What became of each sample, in order; by default of all. Arguments as of `evaluate`.
+    """What became of each sample, in order; by default of all. Arguments as of `evaluate`; `also` is called by a thread
+    with each outcome that is no error, before it is given out.
 
-    While the model runs, threads read the samples that come next and count those before; 2 * workers images wait to
-    be run and `workers` to be given out. Close the generator, or exhaust it, to end the threads.
+    While the model runs, threads read the samples that come next, wait for the labels of those before, and count;
+    2 * workers images wait to be run and `workers` to be given out. Close the generator, or exhaust it, to end the
+    threads.
     """
     if model.n_cls != dataset.n_cls:
         raise ValueError(f"the model has {model.n_cls} classes and the data set {dataset.key} {dataset.n_cls}")
     protocol = protocol.of_model(model, dataset.key)
     workers = usual_workers() if workers is None else workers
     samples = dataset.samples if samples is None else samples
-    return _outcomes(model, dataset, protocol, samples, boundary, workers)
+    return _outcomes(model, dataset, protocol, samples, boundary, workers, cuda_graphs, also)
 
 
 def _outcomes(
@@ -274,26 +293,39 @@ def _outcomes(
     samples: Iterable[Sample],
     boundary: bool,
     workers: int,
+    cuda_graphs: bool,
+    also: Callable[[Outcome], Any],
 ) -> Iterator[Outcome]:
-    def count(outcome: Outcome) -> Counts:
+    def complete(begun: tuple[Outcome, Download]) -> Outcome:
+        outcome, labels = begun
+        with _named(outcome.sample):
+            prediction = labels.fetch()[0].numpy()
         counts = Counts(dataset.n_cls, dataset.ignore_index, boundary)
-        counts.update(outcome.prediction, outcome.label)
-        return counts
+        counts.update(prediction, outcome.label)
+        outcome = replace(outcome, prediction=prediction, counts=counts)
+        also(outcome)
+        return outcome
 
-    def predicted(reading: Call) -> tuple[Outcome, Call | None]:
+    def run(reading: Call) -> Call | Outcome:
         sample = reading.source
         try:
             pixels, label = threads.result(reading)
         except DataError as error:
-            return Outcome(sample, error=error), None
-        try:
-            prediction = predict_labels(model, pixels, protocol)
-        except ValueError as error:
-            raise ValueError(f"{sample.image}: {error}") from error
-        outcome = Outcome(sample, pixels, label, prediction)
-        return outcome, threads.put(Call(count, outcome))
+            return Outcome(sample, error=error)
+        with _named(sample):
+            labels = enqueue_labels(model, pixels, protocol, cuda_graphs)
+        return threads.put(Call(complete, (Outcome(sample, pixels, label), labels)))
 
     with contextlib.closing(ReadAhead(workers)) as threads:
         reading = behind((threads.put(Call(dataset.read, sample)) for sample in samples), 2 * workers)
-        for outcome, counting in behind(map(predicted, reading), workers):
-            yield outcome if counting is None else replace(outcome, counts=threads.result(counting))
+        for begun in behind(map(run, reading), workers):
+            yield threads.result(begun) if isinstance(begun, Call) else begun
+
+
+@contextlib.contextmanager
+def _named(sample: Sample) -> Iterator[None]:
+    """Errors of the scores or sizes of an image name it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{sample.image}: {error}") from error

@@ -21,7 +21,7 @@ from segmenter.export.formats import FORMATS, LOADERS, OPSET, WRITERS, as_export
 from segmenter.export.program import OUTPUTS, ExportError, Size, check_exportable, eager_twin, trace
 from segmenter.files import directory_beside, flush, locked, remove_leftovers
 from segmenter.inference.images import normalize
-from segmenter.inference.segment import DTYPES
+from segmenter.inference.precision import DTYPES
 from segmenter.kernels.reference import label_dtype
 from segmenter.model import Segmenter
 

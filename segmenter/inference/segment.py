@@ -1,18 +1,22 @@
 """Images to labels, for people: any image in, labels at the image's own size out."""
 
-import contextlib
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from segmenter.inference import pruned_argmax
 from segmenter.inference.images import NORMALIZATION, read_image
 from segmenter.inference.merge import View, fill_labels, row_blocks
+from segmenter.inference.network_graphs import network_of, release
+from segmenter.inference.precision import compute_dtype
+from segmenter.inference.transfers import Download, upload
 from segmenter.inference.windows import (
     Windows,
     check_finite,
     check_sizes,
+    masks_of,
     masks_of_images,
     predict_masks,
     resize_to,
@@ -23,7 +27,7 @@ from segmenter.kernels.reference import label_dtype, normalized
 from segmenter.kernels.upsample_tiles import windows_fit
 from segmenter.ops import EAGER, Automatic
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+T = TypeVar("T")
 
 
 def segment_image(
@@ -37,6 +41,7 @@ def segment_image(
     batch_size: int | None = None,
     dtype: str | torch.dtype | None = None,
     return_probabilities: bool = False,
+    cuda_graphs: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Labels of an image.
 
@@ -51,6 +56,8 @@ def segment_image(
         dtype: compute type of the network: None for the model's own, "float32", "bfloat16", "float16", or "auto":
             half precision where the processor gains from it. Scores are merged in float32 always.
         return_probabilities: also return the probabilities, which are large: 4 * n_cls * H * W bytes.
+        cuda_graphs: on a CUDA device, run batches of windows of a shape that comes again as a CUDA graph
+            (`segmenter.inference.network_graphs`); the labels are the same. False: never.
     Returns:
         labels (H, W) on the CPU, uint8 (int16 above 256 classes, int32 above 32,768); with `return_probabilities`
         a pair (labels, probabilities (n_cls, H, W) float32).
@@ -61,9 +68,11 @@ def segment_image(
     Memory: the (n_cls, H, W) scores are never held whole unless asked for. Beyond the weights and one batch of
     windows, the peak is about 7 bytes a pixel of the image (for each at another size 24 bytes a pixel of that size),
     4 * n_cls / P**2 bytes a pixel of all windows of all views (the masks), and a few blocks of 8 MB (256 MB on a GPU).
+    Graphs keep, until the model is gone or changes, the working memory of the largest batch of windows, up to 8 shapes
+    of inputs and masks, and with `dtype` a copy of the matrices in it; they give way to a call that needs the memory.
     """
     pixels = torch.from_numpy(read_image(image))[None]
-    options = (scales, flip, window_size, window_stride, batch_size, dtype, return_probabilities)
+    options = (scales, flip, window_size, window_stride, batch_size, dtype, return_probabilities, cuda_graphs)
     result = segment_pixels(model, pixels, *options)
     return (result[0][0], result[1][0]) if return_probabilities else result[0]
 
@@ -78,6 +87,7 @@ def segment_pixels(
     batch_size: int | None = None,
     dtype: str | torch.dtype | None = None,
     return_probabilities: bool = False,
+    cuda_graphs: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Labels of a batch of images of one size; see `segment_image` for the options.
 
@@ -86,6 +96,56 @@ def segment_pixels(
     Returns:
         labels (B, H, W) on the CPU; with `return_probabilities` also (B, n_cls, H, W) float32.
     """
+    options = (scales, flip, window_size, window_stride, batch_size, dtype)
+    if not return_probabilities:
+        return enqueue(model, pixels, *options, cuda_graphs).fetch()
+    views = beside_graphs(model, lambda: _views(model, pixels, *options, cuda_graphs))
+    check_finite(largest_score(views))
+    return _with_probabilities(views, tuple(pixels.shape[1:3]))
+
+
+def enqueue(
+    model: torch.nn.Module,
+    pixels: torch.Tensor,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window_size: int | None = None,
+    window_stride: int | None = None,
+    batch_size: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    cuda_graphs: bool = True,
+) -> Download:
+    """`segment_pixels` that does not wait for the device: what it returns has the labels (B, H, W) to `fetch`."""
+
+    def run() -> Download:
+        views = _views(model, pixels, scales, flip, window_size, window_stride, batch_size, dtype, cuda_graphs)
+        with torch.inference_mode():
+            return Download(labels_of_views(model, views, tuple(pixels.shape[1:3])), largest_score(views))
+
+    return beside_graphs(model, run)
+
+
+def beside_graphs(model: torch.nn.Module, run: Callable[[], T]) -> T:
+    """`run()`; again, without the graphs that the model's calls captured, if it did not fit beside them."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        if not release(model):
+            raise
+    return run()
+
+
+def _views(
+    model: torch.nn.Module,
+    pixels: torch.Tensor,
+    scales: Sequence[float],
+    flip: bool,
+    window_size: int | None,
+    window_stride: int | None,
+    batch_size: int | None,
+    dtype: str | torch.dtype | None,
+    cuda_graphs: bool,
+) -> "Views":
     if model.training:
         raise RuntimeError("the model is in training mode: dropout would make the labels random; call model.eval()")
     if not scales or not all(scale > 0 for scale in scales):
@@ -97,19 +157,22 @@ def segment_pixels(
     batch_size = usual_batch_size(device) if batch_size is None else batch_size
     check_sizes(window_size, batch_size)
 
-    pixels = pixels.to(device)
+    pixels = upload(pixels, device)
     views = []
     with compute_dtype(model, dtype), torch.inference_mode():
+        network = network_of(model, cuda_graphs)
         for scale in scales:
             for mirrored in (False, True) if flip else (False,):
                 x = pixels.flip(2) if mirrored else pixels
-                masks, windows = predict(model, x, window_size, window_stride, batch_size, scale)
-                check_finite(masks)
+                masks, windows = predict(model, x, window_size, window_stride, batch_size, scale, network)
                 views.append((masks, windows, mirrored))
-        shape = tuple(pixels.shape[1:3])
-        if not return_probabilities:
-            return labels_of_views(model, views, shape).cpu()
-        return _with_probabilities(views, shape)
+    return views
+
+
+def largest_score(views: "Views") -> torch.Tensor:
+    """A float32 number that is finite if all scores are; the network may give some that are not."""
+    largest = [masks.abs().max().float() for masks, _, _ in views]
+    return largest[0] if len(largest) == 1 else torch.stack(largest).max()
 
 
 def usual_batch_size(device: torch.device) -> int:
@@ -133,21 +196,27 @@ def predict(
     window_stride: int,
     batch_size: int,
     scale: float = 1.0,
+    network: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, Windows]:
-    """Masks (B, windows, gh, gw, n_cls) of images (B, H, W, 3) at one scale, and how windows cut them."""
+    """Masks (B, windows, gh, gw, n_cls) of images (B, H, W, 3) at one scale, and how windows cut them.
+
+    Args:
+        network: what runs in place of `masks_of` the model.
+    """
+    network = network or functools.partial(masks_of, model)
     size = tuple(pixels.shape[1:3])
     scaled = _scaled_shape(size, scale)
     if size == scaled == resized_shape(*scaled, window_size):
         # no float image is made but of one batch of windows, and of that none by the kernels
         windows = windows_of(size, window_size, window_stride, model.patch_size)
-        masks = predict_masks(model.masks_of_pixels, pixels, windows, batch_size)
+        masks = predict_masks(network, pixels, windows, batch_size)
     else:
         mean, std = NORMALIZATION[model.info.normalization]
         masks = []
         for image in pixels.split(1):  # one by one: a float image is four times as large as its bytes
             im = normalized(image, mean, std, torch.float32)
             im = resize_to(im, scaled, f"by the scale {scale}; use a smaller one")
-            of_image, windows = masks_of_images(model, im, window_size, window_stride, batch_size)
+            of_image, windows = masks_of_images(model, im, window_size, window_stride, batch_size, network)
             masks.append(of_image)
         masks = torch.cat(masks)
     return masks, windows
@@ -193,52 +262,6 @@ def labels_of_windows(model: torch.nn.Module, masks: torch.Tensor, windows: Wind
     if automatic and ops.name == "triton" and not windows_fit(masks.shape[-1], *windows.geometry):
         ops = EAGER
     return pruned_argmax.operator(ops)(masks, *windows.geometry)
-
-
-def compute_dtype(model: torch.nn.Module, dtype: str | torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Autocast for the `dtype` argument of `segment_image`; nothing where the model already has that type.
-
-    Raises:
-        ValueError: an unknown name, or another type than that of a model that is not float32.
-    """
-    parameter = next(model.parameters())
-    dtype = resolve_dtype(dtype, parameter.device, parameter.dtype)
-    if dtype == parameter.dtype:
-        return contextlib.nullcontext()
-    if parameter.dtype != torch.float32:
-        raise ValueError(
-            f"the model holds {parameter.dtype} weights and cannot run in {dtype}; call model.float() first"
-        )
-    return torch.autocast(parameter.device.type, dtype=dtype)
-
-
-def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, default: torch.dtype) -> torch.dtype:
-    """The compute type that a `dtype` argument means on `device`.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if dtype is None:
-        return default
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":  # a model that was converted stays what it is
-        return (_fastest_dtype(device) if default == torch.float32 else None) or default
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 (AVX512-BF16 or AMX)."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so absence counts as no
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-
-
-def _fastest_dtype(device: torch.device) -> torch.dtype | None:
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else None
 
 
 def _scaled_shape(shape: tuple[int, int], scale: float) -> tuple[int, int]:

@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from segmenter.errors import cause, is_out_of_memory, printable
 from segmenter.inference.images import ImageError, read_image
+from segmenter.inference.precision import compute_dtype
 from segmenter.inference.read_ahead import Call, ReadAhead, usual_workers
-from segmenter.inference.segment import compute_dtype, segment_pixels, usual_batch_size
+from segmenter.inference.segment import enqueue, usual_batch_size
+from segmenter.inference.transfers import Download
 
 OnError = str | Callable[[int, Any, ImageError], None]
 
@@ -61,6 +63,7 @@ def segment_stream(
     window_stride: int | None = None,
     window_batch_size: int | None = None,
     dtype: str | torch.dtype | None = None,
+    cuda_graphs: bool = True,
     workers: int | None = None,
     lookahead: int | None = None,
     on_error: OnError = "report",
@@ -75,7 +78,7 @@ def segment_stream(
             generator may fill the same buffer again.
         batch_size: images of one size to run together; by default 1 on a CPU, 8 elsewhere. After running out of
             memory it is halved for the rest of the stream, with a warning; for a single image, window_batch_size is.
-        scales, flip, window_size, window_stride, dtype: see `segmenter.inference.segment.segment_image`.
+        scales, flip, window_size, window_stride, dtype, cuda_graphs: see `segmenter.inference.segment.segment_image`.
         window_batch_size: windows a forward call; by default batch_size, but at least 8 if not on a CPU.
         workers: threads that read; by default one a processor, at most 4.
         lookahead: images taken from `images` before the first of them is given out, at least batch_size. By default
@@ -106,6 +109,7 @@ def segment_stream(
         window_stride=window_stride,
         window_batch_size=window_batch_size,
         dtype=dtype,
+        cuda_graphs=cuda_graphs,
         workers=workers,
         lookahead=lookahead,
         keep_pixels=False,
@@ -144,6 +148,7 @@ def results(
     window_stride: int | None = None,
     window_batch_size: int | None = None,
     dtype: str | torch.dtype | None = None,
+    cuda_graphs: bool = True,
     workers: int | None = None,
     lookahead: int | None = None,
     keep_pixels: bool = True,
@@ -172,16 +177,21 @@ def results(
         raise ValueError(f"need 1 <= window_stride <= window_size, got {window_stride} and {window}")
     compute_dtype(model, dtype)
     options = {"scales": scales, "flip": flip, "window_size": window_size, "window_stride": window_stride}
-    runner = _Runner(model, batch_size, window_batch_size, {**options, "dtype": dtype})
+    runner = _Runner(model, batch_size, window_batch_size, {**options, "dtype": dtype, "cuda_graphs": cuda_graphs})
     return _results(iter(images), runner, ReadAhead(workers), lookahead, keep_pixels)
 
 
 @dataclass(eq=False)
 class _Slot(Call):
-    """An image in the look-ahead: its `source`, and its pixels as `value`."""
+    """An image in the look-ahead: its `source`, and its pixels as `value`. `under_way`: its labels are being made."""
 
     index: int = 0
+    under_way: bool = False
     labels: torch.Tensor | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.labels is not None or self.error is not None
 
     @property
     def name(self) -> str:
@@ -196,7 +206,7 @@ class _Slot(Call):
         if not isinstance(error, ImageError) or name not in text:
             cause, error = error, ImageError(text if name in text else f"{name}: {text}")
             error.__cause__ = cause
-        self.error, self.value = error, None
+        self.error, self.value, self.under_way = error, None, False
 
 
 def _results(
@@ -219,12 +229,15 @@ def _results(
                 break
             head = slots[0]
             reader.wait(head)
-            if head.labels is None and head.error is None:
-                batch = _batch_of_head(slots, reader, runner.batch_size)
-                runner.run(batch)
-                for slot in batch:
-                    slot.value = slot.value if keep_pixels else None
-                del batch, slot
+            while not head.finished:
+                if not runner.under_way:
+                    runner.run(_next_batch(slots, reader, runner.batch_size))
+                while runner.may_run_ahead and (batch := _next_batch(slots, reader, runner.batch_size)):
+                    if not runner.run_ahead(batch):
+                        break
+                for slot in (batch := runner.finish()):
+                    slot.value = slot.value if keep_pixels or not slot.finished else None
+                batch = slot = None  # the consumer may take its time
             if isinstance(head.error, ImageError):
                 head.fail(head.error)
             elif isinstance(head.error, Exception):  # not the image's fault
@@ -252,14 +265,15 @@ def _read(slot: _Slot, reader: ReadAhead) -> None:
         raise slot.error
 
 
-def _batch_of_head(slots: Iterable[_Slot], reader: ReadAhead, batch_size: int) -> list[_Slot]:
-    """The first image, and those behind it of its size that have no labels yet, up to batch_size."""
+def _next_batch(slots: Iterable[_Slot], reader: ReadAhead, batch_size: int) -> list[_Slot]:
+    """The first image that nobody has run yet, and those behind it of its size, up to batch_size."""
     batch: list[_Slot] = []
     nbytes = 0
     for slot in slots:
         reader.wait(slot)
         nbytes += slot.nbytes
-        if slot.labels is None and slot.error is None and (not batch or slot.value.shape == batch[0].value.shape):
+        waits = not (slot.finished or slot.under_way)
+        if waits and (not batch or slot.value.shape == batch[0].value.shape):
             batch.append(slot)
         if len(batch) == batch_size or nbytes > reader.max_bytes:  # beyond it, reading may have paused
             break
@@ -267,41 +281,82 @@ def _batch_of_head(slots: Iterable[_Slot], reader: ReadAhead, batch_size: int) -
 
 
 class _Runner:
-    """Runs batches, smaller ones after running out of memory."""
+    """Runs batches, smaller ones after running out of memory. On a GPU the next is enqueued while one is computed.
+
+    Attributes:
+        under_way: images, and their labels on the way.
+    """
 
     def __init__(self, model: torch.nn.Module, batch_size: int, window_batch_size: int, options: dict[str, Any]):
         self.model = model
         self.batch_size = batch_size
         self.window_batch_size = window_batch_size
         self.options = options
+        self.under_way: deque[tuple[Sequence[_Slot], Download]] = deque()
         self._cause = ""  # the last message about memory
 
+    @property
+    def may_run_ahead(self) -> bool:
+        return len(self.under_way) == 1 and next(self.model.parameters()).is_cuda
+
     def run(self, batch: Sequence[_Slot]) -> None:
-        """Sets labels or error of each slot; their images are of one size."""
+        """Begins with images of one size; `finish` sets the labels or the error of each."""
         while batch:
             part = batch[: self.batch_size]
             try:
                 labels = self._try(part)
-            except ValueError as error:  # too long and thin to be enlarged, or scores that are not finite
-                if len(part) == 1:
-                    part[0].fail(error)
-                else:  # perhaps the fault of one of them
-                    for slot in part:
-                        self.run([slot])
+            except ValueError as error:  # too long and thin to be enlarged
+                self._fail(part, error)
             else:
                 if labels is None:
                     self._halve(part)
                     continue
-                for slot, rows in zip(part, labels, strict=True):
-                    slot.labels = rows if len(part) == 1 else rows.clone()  # a view would keep the whole batch alive
+                self._add(part, labels)
             batch = batch[len(part) :]
 
-    def _try(self, part: Sequence[_Slot]) -> torch.Tensor | None:
-        """Labels (B, H, W), or None: not enough memory."""
+    def run_ahead(self, batch: Sequence[_Slot]) -> bool:
+        """`run` beside a batch that is under way. False: something is in the way; it is met again in its turn."""
+        try:
+            labels = self._try(batch)
+        except Exception:
+            return False
+        if labels is not None:
+            self._add(batch, labels)
+        return labels is not None
+
+    def finish(self) -> Sequence[_Slot]:
+        """Waits for the batch that is under way for longest; its images, some of which may be under way again."""
+        if not self.under_way:  # each has an error
+            return ()
+        part, labels = self.under_way.popleft()
+        try:
+            labels = labels.fetch()
+        except ValueError as error:  # scores that are not finite
+            self._fail(part, error)
+        else:
+            for slot, rows in zip(part, labels, strict=True):
+                slot.under_way = False
+                slot.labels = rows if len(part) == 1 else rows.clone()  # a view would keep the whole batch alive
+        return part
+
+    def _add(self, part: Sequence[_Slot], labels: Download) -> None:
+        self.under_way.append((part, labels))
+        for slot in part:
+            slot.under_way = True
+
+    def _fail(self, part: Sequence[_Slot], error: ValueError) -> None:
+        if len(part) == 1:
+            part[0].fail(error)
+        else:  # perhaps the fault of one of them
+            for slot in part:
+                self.run([slot])
+
+    def _try(self, part: Sequence[_Slot]) -> Download | None:
+        """Labels (B, H, W) on their way, or None: not enough memory."""
         try:
             pixels = part[0].value[None] if len(part) == 1 else np.stack([slot.value for slot in part])
             pixels = torch.from_numpy(pixels)
-            return segment_pixels(self.model, pixels, batch_size=self.window_batch_size, **self.options)
+            return enqueue(self.model, pixels, batch_size=self.window_batch_size, **self.options)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

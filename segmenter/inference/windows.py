@@ -84,14 +84,19 @@ def windows_of(shape: tuple[int, int], window_size: int, window_stride: int, pat
     return Windows(tops, lefts, (padded, padded), (window_size, window_size), tuple(shape))
 
 
+def masks_of(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Masks (B, n_cls, gh, gw) of windows, which are bytes (B, h, w, 3) or normalised (B, 3, h, w)."""
+    return model.masks_of_pixels(windows) if windows.dtype == torch.uint8 else model.masks(windows)
+
+
 def predict_masks(
     network: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, windows: Windows, batch_size: int
 ) -> torch.Tensor:
     """Runs a network over all windows of a batch of images of one size.
 
     Args:
-        network: `model.masks` or `model.masks_of_pixels`. images: (B, 3, H, W) normalised for the one, (B, H, W, 3)
-            bytes for the other. batch_size: windows a call.
+        network: as `masks_of` a model. images: (B, 3, H, W) normalised, or (B, H, W, 3) bytes. batch_size: windows a
+            call.
     Returns:
         (B, windows, gh, gw, n_cls), class last.
     """
@@ -121,19 +126,24 @@ def check_finite(masks: torch.Tensor) -> None:
 
 
 def masks_of_images(
-    model: torch.nn.Module, images: torch.Tensor, window_size: int, window_stride: int, batch_size: int
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    window_size: int,
+    window_stride: int,
+    batch_size: int,
+    network: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, Windows]:
     """Masks (B, windows, gh, gw, n_cls) of images (B, 3, h, w), enlarged to a window if they are smaller.
 
     Args:
         model: has `masks(im)`, `patch_size`. images: normalised, on the model's device. window_size, window_stride:
-            pixels. batch_size: windows a forward call.
+            pixels. batch_size: windows a forward call. network: what runs in place of `model.masks`.
     Raises:
         ValueError: a stride that makes no sense, or images that would grow too large.
     """
     images = resize(images, window_size).to(next(model.parameters()).dtype)
     windows = windows_of(tuple(images.shape[-2:]), window_size, window_stride, model.patch_size)
-    return predict_masks(model.masks, images, windows, batch_size), windows
+    return predict_masks(network or model.masks, images, windows, batch_size), windows
 
 
 def check_sizes(window_size: int, batch_size: int) -> None:

@@ -22,7 +22,7 @@ from segmenter.data.augment import Augmentation
 from segmenter.data.check import glance
 from segmenter.data.datasets import DataError, Dataset, open_dataset
 from segmenter.data.loader import Batch, Steps, TrainingSamples, load_batches
-from segmenter.inference.segment import DTYPES
+from segmenter.inference.precision import DTYPES
 from segmenter.model import Segmenter, create_segmenter
 from segmenter.training import checkpoint as files
 from segmenter.training.distributed import Group

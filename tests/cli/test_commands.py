@@ -112,7 +112,7 @@ def test_out_of_memory_ends_with_status_5(folder, photos, out, monkeypatch, caps
     def exhausted(model, pixels, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot\nand more text")
 
-    monkeypatch.setattr(stream, "segment_pixels", exhausted)
+    monkeypatch.setattr(stream, "enqueue", exhausted)
     assert main(["predict", str(photos), "-m", folder, "-o", str(out)]) == 5
     captured = capsys.readouterr()
     assert "a.png: not enough memory for one window at a time; use a smaller --window-size" in captured.err

@@ -61,8 +61,8 @@ def argv(folder, streets, out):
 def runs(monkeypatch):
     """How many images the model has run on."""
     calls = []
-    original = evaluate_module.predict_labels
-    monkeypatch.setattr(evaluate_module, "predict_labels", lambda *a: calls.append(a[1].shape) or original(*a))
+    original = evaluate_module.enqueue_labels
+    monkeypatch.setattr(evaluate_module, "enqueue_labels", lambda *a: calls.append(a[1].shape) or original(*a))
     return calls
 
 
@@ -315,7 +315,7 @@ def test_ctrl_c_is_told_as_such(argv, out, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate_module, "predict_labels", interrupted)
+    monkeypatch.setattr(evaluate_module, "enqueue_labels", interrupted)
     assert main(argv) == 130
     captured = capsys.readouterr()
     assert captured.err == "segmenter: error: interrupted\n"

@@ -338,13 +338,13 @@ def test_a_report_that_cannot_be_written_hides_no_interrupt(folder, photos, out,
 def runs(monkeypatch):
     """How many images were segmented."""
     calls = []
-    segment = stream_module.segment_pixels
+    segment = stream_module.enqueue
 
     def counted(model, pixels, **kwargs):
         calls.extend(x.shape for x in pixels)
         return segment(model, pixels, **kwargs)
 
-    monkeypatch.setattr(stream_module, "segment_pixels", counted)
+    monkeypatch.setattr(stream_module, "enqueue", counted)
     return calls
 
 

@@ -46,13 +46,13 @@ def done(out):
 
 def test_images_run_in_batches_and_each_gets_its_own_labels(trained, many, out, argv, monkeypatch):
     calls = []
-    segment_pixels = stream_module.segment_pixels
+    enqueue = stream_module.enqueue
 
     def spy(model, pixels, **options):
         calls.append((len(pixels), options["batch_size"]))
-        return segment_pixels(model, pixels, **options)
+        return enqueue(model, pixels, **options)
 
-    monkeypatch.setattr(stream_module, "segment_pixels", spy)
+    monkeypatch.setattr(stream_module, "enqueue", spy)
     assert main([*argv, "--pictures", "3", "--batch-size", "2", "--workers", "1"]) == 3
     assert calls == [(3, 2), (2, 2)], "0, 3, 6 and 1, 4"
     assert done(out) == [f"{i}_labels.png" for i in (0, 1, 3, 4, 6)]
@@ -62,14 +62,14 @@ def test_images_run_in_batches_and_each_gets_its_own_labels(trained, many, out, 
 
 
 def test_running_out_of_memory_is_said_and_gone_on_from(out, argv, monkeypatch, capsys):
-    segment_pixels = stream_module.segment_pixels
+    enqueue = stream_module.enqueue
 
     def limited(model, pixels, **options):
         if len(pixels) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return segment_pixels(model, pixels, **options)
+        return enqueue(model, pixels, **options)
 
-    monkeypatch.setattr(stream_module, "segment_pixels", limited)
+    monkeypatch.setattr(stream_module, "enqueue", limited)
     assert main([*argv, "--pictures", "3"]) == 3
     captured = capsys.readouterr()
     assert "5 done, 0 skipped, 2 failed of 7" in captured.out

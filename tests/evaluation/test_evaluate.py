@@ -138,7 +138,7 @@ def test_scores_of_a_published_data_set_are_of_its_windows(tmp_path):
     assert not np.array_equal(scores[0], scores[2], equal_nan=True)
 
 
-@pytest.mark.parametrize("place", ["read_image", "predict_labels", "Counts"])
+@pytest.mark.parametrize("place", ["read_image", "enqueue_labels", "Counts"])
 def test_an_interrupt_is_one_wherever_it_comes(monkeypatch, tmp_path, place):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from segmenter import create_segmenter, preset
-from segmenter.inference.cuda_graphs import CompiledInference
+from segmenter.inference.compiled_inference import CompiledInference
+from segmenter.inference.network_graphs import graphs_of
 from tests.gpu.conftest import size
 
 
@@ -30,7 +31,7 @@ def one_by_one(model, pixels, **options):
     """As `segment` batches them: the same kernels with the same tiles, so the same bits."""
     from segmenter.inference.segment import segment_pixels
 
-    return segment_pixels(model, pixels, batch_size=8, **options)
+    return segment_pixels(model, pixels, batch_size=8, cuda_graphs=False, **options)
 
 
 SHAPES = size([(2, 512, 512), (1, 700, 900), (3, 300, 500)], [(2, 32, 32), (1, 40, 50), (2, 20, 30)])
@@ -113,7 +114,40 @@ def test_old_shapes_go(device):
             assert torch.equal(compiled(x), labels)
             assert torch.equal(compiled(x), labels)
             assert len(compiled.shapes) <= 2
-    assert compiled.shapes == [tuple(x.shape[:3]) for x in inputs[1:]]
+    assert compiled.shapes == [tuple(inputs[i].shape[:3]) for i in (0, 2)]  # the first came back, for the second
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_segment_captures_by_itself_and_gives_the_same(dtype, device):
+    model = model_of(device)
+    inputs = [images(1, *shape[1:], seed=i)[0].numpy() for i, shape in enumerate(SHAPES * 3)]
+    want = [model.segment(x, dtype=dtype, cuda_graphs=False) for x in inputs]
+    assert all(map(torch.equal, [model.segment(x, dtype=dtype) for x in inputs], want))
+    assert all(map(torch.equal, model.segment_stream(inputs, batch_size=1, dtype=dtype), want))
+    calls = []
+    with torch.no_grad():
+        model.decoder.proj_patch.mul_(-1)
+    model.encoder.norm.register_forward_hook(lambda *a: calls.append(1))
+    assert torch.equal(model.segment(inputs[0], dtype=dtype), model.segment(inputs[0], dtype=dtype, cuda_graphs=False))
+    assert len(calls) == 2
+    assert device.type == "cpu" or any(of_type.used for of_type in graphs_of(model))
+
+
+@pytest.mark.card
+def test_graphs_that_come_by_themselves_hold_bounded_memory(device):
+    model = model_of(device)
+    side = 512
+
+    def round_of_calls():
+        for i in range(12):
+            model.segment(images(1, side, side + 8 * i)[0].numpy(), window_size=256 + 16 * i)
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    for _ in range(6):
+        round_of_calls()
+    before = max(round_of_calls() for _ in range(3))
+    assert max(round_of_calls() for _ in range(6)) <= before + (8 << 20)
 
 
 @pytest.mark.parametrize("own_streams", [False, True])

@@ -1,11 +1,11 @@
-"""Captures that fail: disturbed by other threads, impossible, out of memory. Rehearsed as in test_cuda_graphs."""
+"""Captures that fail: disturbed by other threads, impossible, out of memory. As in test_compiled_inference."""
 
 import pytest
 import torch
 
 from segmenter.inference import cuda_graphs
-from segmenter.inference.cuda_graphs import CompiledInference
-from tests.inference.test_cuda_graphs import by_copy, images, one_by_one
+from segmenter.inference.compiled_inference import CompiledInference
+from tests.inference.test_compiled_inference import by_copy, images, one_by_one
 from tests.support.fake_graphs import install
 
 
@@ -77,14 +77,14 @@ def test_captures_do_not_push_out_each_other_for_memory(model, graphs, monkeypat
 
 def test_graphs_give_way_to_a_call_that_does_not_fit_beside_them(model, graphs, monkeypatch):
     compiled, pixels = model.compile_inference(1, 64, 64), images(1, 64, 80)
-    labels, errors = compiled._labels, iter([OUT_OF_MEMORY])
+    labels, errors = compiled._function, iter([OUT_OF_MEMORY])
 
     def run(x):
         for error in errors:
             raise error
         return labels(x)
 
-    monkeypatch.setattr(compiled, "_labels", run)
+    monkeypatch.setattr(compiled, "_function", run)
     with pytest.warns(UserWarning, match=r"not enough memory for images \(1, 64, 80\) beside what was captured"):
         assert torch.equal(compiled(pixels), one_by_one(model, pixels))
     assert not compiled.shapes

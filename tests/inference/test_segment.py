@@ -17,7 +17,7 @@ from bench.published import published_inference
 from segmenter import segment_image
 from segmenter.inference.images import ImageError, normalize
 from segmenter.inference.merge import inference
-from segmenter.inference.segment import cpu_has_bfloat16, resolve_dtype
+from segmenter.inference.precision import cpu_has_bfloat16, resolve_dtype
 from tests.support.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]

@@ -56,15 +56,15 @@ def no_thread_is_left():
 
 @pytest.fixture
 def batches(monkeypatch):
-    """(images, height, width) of each call of segment_pixels, and windows a call."""
+    """(images, height, width) of each call of enqueue, and windows a call."""
     calls = []
-    segment_pixels = stream_module.segment_pixels
+    enqueue = stream_module.enqueue
 
     def spy(model, pixels, **options):
         calls.append((*pixels.shape[:3], options["batch_size"]))
-        return segment_pixels(model, pixels, **options)
+        return enqueue(model, pixels, **options)
 
-    monkeypatch.setattr(stream_module, "segment_pixels", spy)
+    monkeypatch.setattr(stream_module, "enqueue", spy)
     return calls
 
 
@@ -218,16 +218,16 @@ def test_unreadable_images_end_the_stream_if_asked_to(model, tmp_path):
 
 
 def test_an_image_that_cannot_be_run_fails_alone(model, monkeypatch):
-    segment_pixels = stream_module.segment_pixels
+    enqueue = stream_module.enqueue
     arrays = images("AAA")
     arrays[1] = np.full_like(arrays[1], 255)
 
     def overflow(model, pixels, **options):
         if any(bool((x == 255).all()) for x in pixels):
             raise ValueError("the network gave NaN")
-        return segment_pixels(model, pixels, **options)
+        return enqueue(model, pixels, **options)
 
-    monkeypatch.setattr(stream_module, "segment_pixels", overflow)
+    monkeypatch.setattr(stream_module, "enqueue", overflow)
     thin = np.zeros((1, 30_000, 3), np.uint8)
     got = list(results(model, [*arrays, thin], batch_size=4, window_size=512, window_stride=512))
     assert [str(r.error)[:40] for r in got if r.error] == [
@@ -293,7 +293,7 @@ def test_reading_in_threads_leaves_the_filters_of_warnings_alone(model, tmp_path
 
 def exhaust(monkeypatch, batches, fits, error):
     """Calls that do not fit in memory raise `error`; `fits(images, windows)`."""
-    spied = stream_module.segment_pixels
+    spied = stream_module.enqueue
 
     def limited(model, pixels, **options):
         if fits(len(pixels), options["batch_size"]):
@@ -301,7 +301,7 @@ def exhaust(monkeypatch, batches, fits, error):
         batches.append("no memory")
         raise error
 
-    monkeypatch.setattr(stream_module, "segment_pixels", limited)
+    monkeypatch.setattr(stream_module, "enqueue", limited)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_an_interrupt_ends_the_threads(model, tmp_path, monkeypatch, error):
     def interrupted(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(stream_module, "segment_pixels", interrupted)
+    monkeypatch.setattr(stream_module, "enqueue", interrupted)
     with pytest.raises(error):
         next(segment_stream(model, save(tmp_path, images("A" * 12))))
     assert reader_threads() == []

@@ -4,12 +4,12 @@ import contextlib
 
 import torch
 
-from segmenter.inference import cuda_graphs
-from segmenter.inference.cuda_graphs import CompiledInference
+from segmenter.inference import cuda_graphs, network_graphs
+from segmenter.inference.cuda_graphs import Graphs
 
 
 def install(monkeypatch):
-    """Has `CompiledInference` capture on the CPU; a list of the graphs made."""
+    """Has everything capture on the CPU that captures on a GPU; a list of the graphs made."""
     made = []
 
     class Stream:
@@ -42,11 +42,13 @@ def install(monkeypatch):
         "empty_cache": lambda: None,
         "memory_reserved": lambda device: 1000 * len(made) ** 2,
         "graph_pool_handle": lambda: next(pools),
+        "is_current_stream_capturing": lambda: False,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    monkeypatch.setattr(cuda_graphs, "capture_stream", lambda index: Stream())
+    monkeypatch.setattr(cuda_graphs, "dedicated_stream", lambda index, use: Stream())
     monkeypatch.setattr(cuda_graphs, "Graph", Graph)
-    monkeypatch.setattr(CompiledInference, "graphs", True)
-    monkeypatch.setattr(CompiledInference, "_on_device", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(network_graphs, "_may_have_graphs", lambda parameter: True)
+    monkeypatch.setattr(Graphs, "graphs", True)
+    monkeypatch.setattr(Graphs, "_on_device", lambda self: contextlib.nullcontext())
     return made

@@ -26,7 +26,7 @@ from segmenter.evaluation.charts import can_draw, comparison
 from segmenter.evaluation.evaluate import MULTISCALE, OVERLAP, Outcome, Protocol, outcomes
 from segmenter.evaluation.metrics import ConfusionMatrix
 from segmenter.files import remove_leftovers
-from segmenter.inference.segment import resolve_dtype
+from segmenter.inference.precision import resolve_dtype
 from segmenter.model import Segmenter
 from segmenter.visualize import save_png
 
@@ -191,7 +191,12 @@ def _do(shard: Shard, job: Evaluation, records: Records) -> None:
                 facts[sample.name] = sample_facts(sample)  # before reading: if it changes meanwhile, it is done again
                 yield sample
 
-    stream = outcomes(job.model, dataset, job.protocol, wanted(), boundary=args.boundary, workers=args.workers)
+    def draw(outcome: Outcome) -> None:
+        if outcome.sample.name in job.overlays:
+            _write_overlay(outcome, dataset, job.overlays[outcome.sample.name])
+
+    options = {"boundary": args.boundary, "workers": args.workers, "cuda_graphs": args.cuda_graphs}
+    stream = outcomes(job.model, dataset, job.protocol, wanted(), also=draw, **options)
     no_bar = shard.rank > 0 or None  # None: no bar unless on a terminal
     with tqdm(total=len(mine), unit="image", file=sys.stderr, disable=no_bar) as bar, contextlib.closing(stream):
         try:
@@ -202,8 +207,6 @@ def _do(shard: Shard, job: Evaluation, records: Records) -> None:
                         raise CommandError(f"{outcome.error} (--bad-samples skip goes on without it)", SOME_FAILED)
                     job.tally.failed[places[sample.name]] = {"image": str(sample.image), "error": str(outcome.error)}
                 else:
-                    if sample.name in job.overlays:
-                        _write_overlay(outcome, dataset, job.overlays[sample.name])
                     records.add(sample, facts.pop(sample.name), outcome.counts)
                     job.tally.done += 1
                     running.merge(outcome.counts.matrix)

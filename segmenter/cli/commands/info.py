@@ -13,7 +13,7 @@ import segmenter
 from segmenter.cli.errors import OK
 from segmenter.cli.loading import load
 from segmenter.cli.output import out
-from segmenter.inference.segment import cpu_has_bfloat16
+from segmenter.inference.precision import cpu_has_bfloat16
 from segmenter.ops import IMPLEMENTATIONS, explain, parts
 
 

@@ -28,8 +28,8 @@ from segmenter.cli.shards import Shard, run_part
 from segmenter.errors import cause
 from segmenter.files import remove_leftovers, same_form, walk, write_atomically
 from segmenter.inference.images import suffixes
+from segmenter.inference.precision import compute_dtype
 from segmenter.inference.read_ahead import Call, ReadAhead, usual_workers
-from segmenter.inference.segment import compute_dtype
 from segmenter.inference.stream import ImageMemoryError, Result, results
 from segmenter.model import Segmenter
 from segmenter.visualize import class_shares, overlay, save_label_png, save_png, with_legend
@@ -248,6 +248,7 @@ def _do(jobs: Iterable[tuple[int, Job]], batch: Batch, bar: tqdm) -> None:
         window_stride=args.window_stride,
         window_batch_size=args.batch_size,
         dtype=args.dtype,
+        cuda_graphs=args.cuda_graphs,
         workers=args.workers,
     )
     writer = _Writer(batch, bar)

@@ -1,0 +1,209 @@
+"""CUDA graphs where users are: the network on one batch of windows, captured by itself once a shape comes again.
+
+`segment`, `segment_stream`, `predict` and `eval` cut images of any size into windows of one size, so what they run the
+network on has few shapes. Nobody asks for these graphs, so nothing may go past them: a model that is not ours through
+and through, or that anybody listens in to, runs without, and so does every call that something observes.
+"""
+
+import functools
+import itertools
+import operator
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+
+from segmenter.guard import DECISION, OF_EVERY_MODULE, altered, hooks_of_all, qualified, replaced
+from segmenter.inference.cuda_graphs import PATIENCE, Graphs, Watched
+from segmenter.inference.windows import masks_of
+from segmenter.ops import unobserved_but_for_autocast
+
+MAX_SHAPES = 8  # of one model in one compute type: as many as there are batches of 1 to 8 windows
+_OURS = ("torch.nn.modules.", "segmenter.")
+
+
+def network_of(model: nn.Module, cuda_graphs: bool = True) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What gives the masks of a batch of windows: `masks_of(model, windows)`, by graphs where that is the same.
+
+    Args:
+        cuda_graphs: False: never by graphs.
+    Returns:
+        a function of windows (B, 3, h, w), normalised, or (B, h, w, 3) bytes; its results are the caller's.
+    """
+    direct = functools.partial(masks_of, model)
+    parameter = next(model.parameters(), None)
+    if not cuda_graphs or parameter is None or not _may_have_graphs(parameter):
+        return direct
+    half = torch.is_autocast_enabled(parameter.device.type)
+    if half and parameter.dtype != torch.float32:  # sums of half weights in float32: no type says that
+        return direct
+    dtype = torch.get_autocast_dtype(parameter.device.type) if half else parameter.dtype
+    with _making:
+        by_type = _graphs.setdefault(model, {})
+        if dtype not in by_type:
+            by_type[dtype] = NetworkGraphs(model, dtype)
+    return by_type[dtype]
+
+
+def graphs_of(model: nn.Module) -> "list[NetworkGraphs]":
+    """What has been captured for a model, by itself, one for each compute type that it was called in."""
+    return list(_graphs.get(model, {}).values())
+
+
+def release(model: nn.Module) -> bool:
+    """Gives back the memory of graphs that a model's calls captured by themselves. Whether there were any."""
+    return sum(graphs.release() for graphs in graphs_of(model)) > 0
+
+
+class Key(NamedTuple):
+    """What a graph is for: a batch of windows, and what else decides what the network launches for it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    normalization: str
+    settings: tuple
+
+
+class NetworkGraphs(Graphs):
+    """`masks_of(model, windows)`, each shape captured when it comes again; called like the network.
+
+    It does not keep the model alive. Any change of weights, layers, hooks, modes or attributes ends the graphs.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__(dtype, MAX_SHAPES)
+        self._model = weakref.ref(model)
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model()
+
+    def __call__(self, windows: torch.Tensor) -> torch.Tensor:
+        """Masks (B, n_cls, gh, gw) of windows."""
+        model = self.model
+        if not unobserved_but_for_autocast(windows) or torch.cuda.is_current_stream_capturing():
+            return masks_of(model, windows)
+        key = Key(tuple(windows.shape), windows.dtype, model.info.normalization, _settings())
+        with self._lock, self._on_device():
+            self._follow()
+            run = self._graph(key, windows)
+            if run is not None:
+                return run(windows)[0].clone()
+        return masks_of(model, windows)
+
+    def release(self) -> bool:
+        """Gives back the graphs' memory, and captures no more. Whether there were any."""
+        with self._lock:
+            return self._give_way("a call")
+
+    def _try(self, shape: Key, x: torch.Tensor) -> None:
+        if why_not(self.model):
+            met = self._met[shape]  # asked again later: hooks go
+            met.calls, met.wait = 0, min(2 * met.wait, PATIENCE)
+        else:
+            super()._try(shape, x)
+
+    def _function(self, windows: torch.Tensor) -> tuple[torch.Tensor]:
+        with self._surroundings():
+            return (masks_of(self._network, windows),)
+
+    def _watch(self) -> Any:
+        return _Everything(self.model)
+
+    @staticmethod
+    def _named(x: torch.Tensor) -> str:
+        return f"windows {tuple(x.shape)}"
+
+
+_SWITCHES = (
+    torch.get_float32_matmul_precision,
+    torch.are_deterministic_algorithms_enabled,
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    torch.backends.cuda.math_sdp_enabled,
+    torch.backends.cuda.cudnn_sdp_enabled,
+    lambda: torch.backends.cudnn.enabled,
+)
+_graphs: "weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype, NetworkGraphs]]" = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def _may_have_graphs(parameter: torch.Tensor) -> bool:
+    return parameter.is_cuda and not torch.compiler.is_compiling()
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why calls of a model are not captured by themselves, in words; None if they are."""
+    if reason := altered() or ("hooks on all modules" if hooks_of_all() else None):
+        return reason
+    tensors = [*model.parameters(), *model.buffers()]
+    if len({t.device for t in tensors}) > 1:
+        return "parts on several devices"
+    if kinds := {type(t) for t in tensors} - {nn.Parameter, torch.Tensor}:
+        return f"weights of type {qualified(kinds.pop())}"
+    for name, module in model.named_modules():
+        cls, name = type(module), name or "the model"
+        if not cls.__module__.startswith(_OURS):
+            return f"{name}, which is {qualified(cls)}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"hooks of {name}"
+        if not {"forward", "_call_impl", "masks", "masks_of_pixels"}.isdisjoint(module.__dict__):
+            return f"a replaced method of {name}"
+        if cls.forward is not nn.Module.forward and (reason := replaced(cls)):  # lists of layers have none
+            return reason
+        if module.training:
+            return f"training mode of {name}"
+    return None
+
+
+class _Everything(Watched):
+    """The tensors of a model, and all that decides what calling it does: layers, hooks, modes, other attributes.
+
+    It holds no module but the layers, and so does not keep the model alive.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.model = weakref.ref(model)
+        self.states = [module.__dict__ for module in model.modules()]
+        for module in model.modules():
+            if hasattr(type(module), "decide"):
+                module.__dict__.setdefault(DECISION, None)  # which its first call would add
+        pairs = list(self._attributes())
+        self.holders, self.names = zip(*pairs, strict=True)
+        self.attributes, self.sizes, self.layers = self._now(), list(map(len, self.states)), self._layers()
+        self.kinds = list(map(type, self.layers))
+        self.hooks = [state[name] for state in self.states for name in ("_forward_hooks", "_forward_pre_hooks")]
+
+    def unchanged(self) -> bool:
+        layers = self._layers()
+        return (
+            super().unchanged()
+            and not any(self.hooks)
+            and len(layers) == len(self.layers)
+            and all(map(operator.is_, layers, self.layers))
+            and list(map(type, layers)) == self.kinds
+            and list(map(len, self.states)) == self.sizes
+            and all(map(operator.is_, self._now(), self.attributes))
+            and not (hooks_of_all() or altered())
+        )
+
+    def _attributes(self) -> Iterator[tuple[dict, str]]:
+        for state in self.states:
+            for name in state:
+                if name == "training" or not (name in OF_EVERY_MODULE or name == DECISION):
+                    yield state, name
+
+    def _now(self) -> list[Any]:
+        return list(map(dict.get, self.holders, self.names))
+
+    def _layers(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(state["_modules"].values() for state in self.states))
+
+
+def _settings() -> tuple:
+    """Switches of PyTorch that decide what an operator launches."""
+    return tuple(switch() for switch in _SWITCHES)

@@ -21,7 +21,7 @@ import torch.nn as nn
 
 from segmenter.cache import Cache, holding_results, optimiser_steps
 from segmenter.inference.precision import resolve_dtype
-from segmenter.inference.transfers import dedicated_stream
+from segmenter.inference.transfers import dedicated_stream, stream_handle
 
 # Whose parameters autocast converts, as it does `proj_patch` and `proj_classes`. Not the patch embedding: the kernels
 # fold the normalisation into its float32 weights, which rounds once, and remember that.
@@ -94,10 +94,10 @@ class Graph:
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The outputs for x, which the next call overwrites."""
-        stream = torch.cuda.current_stream()
-        if stream.cuda_stream not in self._streams:  # which may still read the input when it is freed
-            self.input.record_stream(stream)
-            self._streams.add(stream.cuda_stream)
+        handle = stream_handle(self.input.get_device())
+        if handle not in self._streams:  # which may still read the input when it is freed
+            self.input.record_stream(torch.cuda.current_stream(self.input.device))
+            self._streams.add(handle)
         with torch.inference_mode():  # outside, a tensor that was made inside could not be written to
             self.input.copy_(x, non_blocking=True)
         self.graph.replay()
@@ -156,7 +156,7 @@ _VERSION = operator.attrgetter("_version")
 ATTEMPTS = 3  # to capture a shape
 PAYS = 8  # replays that make up for a capture, which runs the model three times and waits for the device
 PATIENCE = 64  # the most calls without a graph before a capture
-_KEPT = 64  # shapes without a graph that are known
+_KEPT = 64  # shapes without a graph, and streams, that are known
 
 
 @dataclasses.dataclass
@@ -195,7 +195,8 @@ class Graphs:
         self._watched: Any = None  # of the model, since there are graphs
         self._converted: nn.Module | None = None  # a copy with weights in dtype
         self._place: Place | None = None
-        self._last: torch.cuda.Event | None = None
+        self._last: torch.cuda.Event | None = None  # the end of the call before
+        self._ends: dict[int, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of the last call on each stream
 
     @property
     def device(self) -> torch.device:
@@ -222,6 +223,7 @@ class Graphs:
         """Forgets what was captured, and what was computed from weights: for changes that nobody counts."""
         with self._lock:
             self._forget()
+            self._met.clear()
             for module in self.model.modules():
                 if isinstance(getattr(module, "cache", None), Cache):
                     module.cache.clear()
@@ -242,16 +244,23 @@ class Graphs:
     def _on_device(self) -> Iterator[None]:
         """On the model's device, after what an earlier call started there: graphs share memory, and the callers'
         streams may differ."""
-        if not self.graphs:
+        device = self.device
+        if device.type != "cuda":
             yield
             return
-        with torch.cuda.device(self.device):
-            if self._last is not None:
-                self._last.wait()
+        with torch.cuda.device(device):
+            handle = stream_handle(device.index)
+            stream, done = self._ends.get(handle) or (torch.cuda.current_stream(), torch.cuda.Event())
+            if self._last not in (None, done):
+                self._last.wait(stream)
             try:
                 yield
             finally:
-                self._last = torch.cuda.current_stream().record_event()
+                done.record(stream)
+                self._last = done
+                self._ends[handle] = stream, done
+                if len(self._ends) > _KEPT:
+                    self._ends.clear()
 
     @contextlib.contextmanager
     def _surroundings(self) -> Iterator[None]:
@@ -263,26 +272,34 @@ class Graphs:
         with torch.autocast(kind, dtype if half else None, enabled=half, cache_enabled=False), torch.inference_mode():
             yield
 
-    def _graph(self, shape: Hashable, x: torch.Tensor) -> Graph | Direct | None:
-        """What runs a call, captured now if it is time; None: it runs without a graph."""
-        if shape not in self._shapes:
-            met = self._met.setdefault(shape, _Met())
-            self._met.move_to_end(shape)
-            if len(self._met) > _KEPT:
-                self._met.popitem(last=False)
-            if met.calls < met.wait:
-                met.calls += 1
-                return None
-            self._try(shape, x)
-        if shape in self._shapes:
-            self._shapes.move_to_end(shape)
-            self.used += 1
-        return self._shapes.get(shape)
+    def _replay(self, shape: Hashable, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """What the graph of a shape gives for x; None if it has none, or one of a model that has changed.
 
-    def _follow(self) -> None:
-        """Drops graphs of a model that is no longer what it was."""
+        That is looked at while the device computes already, for what has changed in vain: the graph only reads weights,
+        as they were, and its outputs are overwritten.
+        """
+        run = self._shapes.get(shape)
+        outputs = None if run is None or isinstance(run, Direct) else run(x)
         if self._watched is not None and not self._watched.unchanged():
             self._forget()
+            return None
+        if run is None:
+            return None
+        self._shapes.move_to_end(shape)
+        self.used += 1
+        return run(x) if outputs is None else outputs
+
+    def _capture_in_time(self, shape: Hashable, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """What the graph of a shape gives that has none so far, if it is time to capture it and that can be."""
+        met = self._met.setdefault(shape, _Met())
+        self._met.move_to_end(shape)
+        if len(self._met) > _KEPT:
+            self._met.popitem(last=False)
+        if met.calls < met.wait:
+            met.calls += 1
+        else:
+            self._try(shape, x)
+        return self._replay(shape, x) if shape in self._shapes else None
 
     def _prepare(self) -> None:
         """Makes what captures need, unless it is there."""

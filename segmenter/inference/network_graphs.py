@@ -10,7 +10,7 @@ import itertools
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -88,10 +88,9 @@ class NetworkGraphs(Graphs):
             return masks_of(model, windows)
         key = Key(tuple(windows.shape), windows.dtype, model.info.normalization, _settings())
         with self._lock, self._on_device():
-            self._follow()
-            run = self._graph(key, windows)
-            if run is not None:
-                return run(windows)[0].clone()
+            masks = self._replay(key, windows) or self._capture_in_time(key, windows)
+            if masks is not None:
+                return masks[0].clone()
         return masks_of(model, windows)
 
     def release(self) -> bool:
@@ -159,6 +158,16 @@ def why_not(model: nn.Module) -> str | None:
     return None
 
 
+# What these do is in their weights, and in none of these attributes while they are evaluated.
+_WITHOUT_EFFECT: dict[type, tuple[str, ...]] = {
+    nn.Linear: ("in_features", "out_features", "training"),
+    nn.LayerNorm: ("elementwise_affine", "training"),
+    nn.Dropout: ("p", "inplace"),
+    nn.Identity: ("training",),
+    nn.GELU: ("training",),
+}
+
+
 class _Everything(Watched):
     """The tensors of a model, and all that decides what calling it does: layers, hooks, modes, other attributes.
 
@@ -167,16 +176,17 @@ class _Everything(Watched):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        self.model = weakref.ref(model)
-        self.states = [module.__dict__ for module in model.modules()]
-        for module in model.modules():
+        modules = list(model.modules())
+        for module in modules:
             if hasattr(type(module), "decide"):
                 module.__dict__.setdefault(DECISION, None)  # which its first call would add
-        pairs = list(self._attributes())
-        self.holders, self.names = zip(*pairs, strict=True)
-        self.attributes, self.sizes, self.layers = self._now(), list(map(len, self.states)), self._layers()
-        self.kinds = list(map(type, self.layers))
-        self.hooks = [state[name] for state in self.states for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self.states = [module.__dict__ for module in modules]
+        self.children = [module._modules for module in modules if module._modules]
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.holders, self.names = zip(*map(self._watched_attributes, modules), strict=True)
+        self.holders, self.names = map(list, map(itertools.chain.from_iterable, (self.holders, self.names)))
+        self.layers, self.attributes = self._layers(), self._attributes()
+        self.kinds, self.sizes = list(map(type, self.layers)), list(map(len, self.states))
 
     def unchanged(self) -> bool:
         layers = self._layers()
@@ -187,21 +197,21 @@ class _Everything(Watched):
             and all(map(operator.is_, layers, self.layers))
             and list(map(type, layers)) == self.kinds
             and list(map(len, self.states)) == self.sizes
-            and all(map(operator.is_, self._now(), self.attributes))
+            and all(map(operator.is_, self._attributes(), self.attributes))
             and not (hooks_of_all() or altered())
         )
 
-    def _attributes(self) -> Iterator[tuple[dict, str]]:
-        for state in self.states:
-            for name in state:
-                if name == "training" or not (name in OF_EVERY_MODULE or name == DECISION):
-                    yield state, name
+    @staticmethod
+    def _watched_attributes(module: nn.Module) -> tuple[list[dict], list[str]]:
+        left_out = {*OF_EVERY_MODULE - {"training"}, DECISION, *_WITHOUT_EFFECT.get(type(module), ())}
+        names = [name for name in module.__dict__ if name not in left_out]
+        return [module.__dict__] * len(names), names
 
-    def _now(self) -> list[Any]:
+    def _attributes(self) -> list[Any]:
         return list(map(dict.get, self.holders, self.names))
 
     def _layers(self) -> list[Any]:
-        return list(itertools.chain.from_iterable(state["_modules"].values() for state in self.states))
+        return list(itertools.chain.from_iterable(map(dict.values, self.children)))
 
 
 def _settings() -> tuple:

@@ -23,6 +23,11 @@ def dedicated_stream(index: int, use: str) -> Any:
         return torch.cuda.Stream(index) if failed else torch.cuda.ExternalStream(handle.value, device=index)
 
 
+def stream_handle(index: int) -> int:
+    """The address of the current stream of a CUDA device: in a tenth of a microsecond, `current_stream` takes ten."""
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
 def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`x.to(device)`; from the host to a GPU without waiting for what is computed there. `x` may change afterwards."""
     if device.type != "cuda" or x.is_cuda:

@@ -290,7 +290,7 @@ def test_changed_weights_end_the_graphs(model, graphs):
     by_copy(model)
     assert torch.equal(compiled(pixels), one_by_one(model, pixels))  # direct, as if no call had met the shape
     assert torch.equal(compiled(pixels), one_by_one(model, pixels))
-    assert [g.replays for g in graphs] == [PAYS, 1] and len({g.place for g in graphs}) == 2
+    assert [g.used for g in graphs] == [PAYS + 1, 1] and len({g.place for g in graphs}) == 2
     compiled.refresh()
     assert not compiled.shapes
 

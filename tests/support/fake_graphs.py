@@ -22,14 +22,18 @@ def install(monkeypatch):
         def __init__(self, function, example, place):
             self.calls, self.place = [], place  # shapes of the calls that capturing makes
             super().__init__(lambda x: self.calls.append(tuple(x.shape)) or function(x), example, place)
-            self.replays = 0
+            self.replays, self.known = 0, {}
             self.graph.replay = lambda: self.replay(function)
             made.append(self)
 
         @torch.inference_mode()
         def replay(self, function):
+            """What it gave for the same input before, whatever has changed since; else anew, which no graph could."""
             self.replays += 1
-            for static, new in zip(self.outputs, function(self.input), strict=True):
+            key = self.input.numpy().tobytes()
+            if key not in self.known:
+                self.known[key] = [output.clone() for output in function(self.input)]
+            for static, new in zip(self.outputs, self.known[key], strict=True):
                 static.copy_(new)
 
     pools = iter(range(100))
@@ -48,6 +52,7 @@ def install(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(cuda_graphs, "dedicated_stream", lambda index, use: Stream())
     monkeypatch.setattr(cuda_graphs, "Graph", Graph)
+    monkeypatch.setattr(cuda_graphs, "stream_handle", lambda index: 0)
     monkeypatch.setattr(network_graphs, "_may_have_graphs", lambda parameter: True)
     monkeypatch.setattr(Graphs, "graphs", True)
     monkeypatch.setattr(Graphs, "_on_device", lambda self: contextlib.nullcontext())

@@ -280,6 +280,10 @@ def _next_batch(slots: Iterable[_Slot], reader: ReadAhead, batch_size: int) -> l
     return batch
 
 
+def _computes_beside_the_host(model: torch.nn.Module) -> bool:
+    return next(model.parameters()).is_cuda
+
+
 class _Runner:
     """Runs batches, smaller ones after running out of memory. On a GPU the next is enqueued while one is computed.
 
@@ -297,7 +301,7 @@ class _Runner:
 
     @property
     def may_run_ahead(self) -> bool:
-        return len(self.under_way) == 1 and next(self.model.parameters()).is_cuda
+        return len(self.under_way) == 1 and _computes_beside_the_host(self.model)
 
     def run(self, batch: Sequence[_Slot]) -> None:
         """Begins with images of one size; `finish` sets the labels or the error of each."""

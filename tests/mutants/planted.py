@@ -2,7 +2,17 @@
 
 from tests.mutants.mutant import Mutant, planted_in
 from tests.mutants.planted_guard import GUARD
-from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, READ_AHEAD, STRIDES, UPSAMPLE_TILES
+from tests.mutants.planted_labels import (
+    BY_THEMSELVES,
+    CAPTURED,
+    COMPILED,
+    LABELS,
+    LABELS_KERNEL,
+    READ_AHEAD,
+    STREAM,
+    STRIDES,
+    UPSAMPLE_TILES,
+)
 from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
 
@@ -463,6 +473,9 @@ MUTANTS = [
     *STRIDES,
     *READ_AHEAD,
     *CAPTURED,
+    *COMPILED,
+    *BY_THEMSELVES,
+    *STREAM,
     *DURABILITY,
     *SCHEDULE,
 ]

@@ -266,37 +266,35 @@ READ_AHEAD = planted_in(
     },
 )
 
+_GRAPH_TESTS = tuple(f"tests/inference/test_{name}.py" for name in ("compiled_inference", "captures", "network_graphs"))
+
 CAPTURED = planted_in(
     "segmenter/inference/cuda_graphs.py",
-    ("tests/inference/test_cuda_graphs.py", "tests/inference/test_captures.py"),
+    _GRAPH_TESTS,
     {
-        "weights_not_followed": (
-            "if self._weights is not None and self._weights.unchanged():",
-            "if self._weights is not None:",
+        "changes_of_the_model_not_followed": (
+            "if self._watched is not None and not self._watched.unchanged():",
+            "if False:",
         ),
         "every_first_call_captured": (
-            "        if shape not in self._shapes and shape in self._met:\n",
-            "        if shape not in self._shapes:\n",
+            "        if met.calls < met.wait:\n",
+            "        if False:\n",
+        ),
+        "graphs_come_back_at_once": (
+            "1 if graph.used >= PAYS else min(2 * met.wait, PATIENCE)",
+            "1",
+        ),
+        "graphs_that_paid_come_back_late": (
+            "1 if graph.used >= PAYS else min(2 * met.wait, PATIENCE)",
+            "min(2 * met.wait, PATIENCE)",
         ),
         "the_shape_used_last_evicted": (
-            "            self._shapes.popitem(last=False)\n",
-            "            self._shapes.popitem()\n",
+            "shape, graph = self._shapes.popitem(last=False)",
+            "shape, graph = self._shapes.popitem()",
         ),
         "use_does_not_count": (
             "        self._shapes.move_to_end(shape)\n",
             "",
-        ),
-        "results_of_earlier_calls_overwritten": (
-            "            if labels.device == pixels.device:\n                labels = labels.clone()\n",
-            "            if labels.device == pixels.device:\n                pass\n",
-        ),
-        "filled_up_images_returned": (
-            "return labels[: shape.batch], finite",
-            "return labels, finite",
-        ),
-        "scores_not_checked": (
-            "            check_finite(finite)\n        return labels\n",
-            "        return labels\n",
         ),
         "biases_of_norms_converted": (
             'if isinstance(module, MATRICES) or name in ("proj_patch", "proj_classes"):',
@@ -331,7 +329,7 @@ CAPTURED = planted_in(
             "ATTEMPTS = 1 ",
         ),
         "tried_for_ever": (
-            "self._met.get(shape, 0) < ATTEMPTS:",
+            "self._met.setdefault(shape, _Met()).failed < ATTEMPTS:",
             "True:",
         ),
         "pool_of_a_failed_capture_kept": (
@@ -343,16 +341,121 @@ CAPTURED = planted_in(
             "",
         ),
         "graphs_never_give_way": (
-            "            if not self._shapes:\n                raise\n",
-            "            raise\n",
+            "        if not self._shapes:\n            return False\n",
+            "        return False\n",
         ),
         "ambient_autocast_captured": (
-            "dtype if half else None, enabled=half, cache_enabled=False)",
-            "dtype if half else None, cache_enabled=False) if half else contextlib.nullcontext()",
+            "        with torch.autocast(kind, dtype if half else None, enabled=half, cache_enabled=False), ",
+            "        with contextlib.nullcontext() if not half else torch.autocast(kind, dtype, cache_enabled=False), ",
         ),
         "refresh_leaves_what_is_cached": (
             "                    module.cache.clear()\n",
             "                    pass\n",
+        ),
+    },
+)
+
+COMPILED = planted_in(
+    "segmenter/inference/compiled_inference.py",
+    _GRAPH_TESTS[:2],
+    {
+        "results_of_earlier_calls_overwritten": (
+            "return labels.clone(), largest.clone()",
+            "return labels, largest",
+        ),
+        "filled_up_images_returned": (
+            "return labels[: shape.batch], largest",
+            "return labels, largest",
+        ),
+        "scores_not_checked": (
+            "            check_finite(largest)\n",
+            "",
+        ),
+        "training_mode_not_seen": (
+            "        if self.model.training:\n            raise",
+            "        if False:\n            raise",
+        ),
+    },
+)
+
+BY_THEMSELVES = planted_in(
+    "segmenter/inference/network_graphs.py",
+    _GRAPH_TESTS[2:],
+    {
+        "hooks_of_layers_not_seen": (
+            "            and not any(self.hooks)\n",
+            "",
+        ),
+        "hooks_of_all_modules_not_seen": (
+            "            and not (hooks_of_all() or altered())\n",
+            "",
+        ),
+        "other_layers_not_seen": (
+            "            and all(map(operator.is_, layers, self.layers))\n",
+            "",
+        ),
+        "other_classes_not_seen": (
+            "            and list(map(type, layers)) == self.kinds\n",
+            "",
+        ),
+        "added_attributes_not_seen": (
+            "            and list(map(len, self.states)) == self.sizes\n",
+            "",
+        ),
+        "changed_attributes_not_seen": (
+            "            and all(map(operator.is_, self._attributes(), self.attributes))\n",
+            "",
+        ),
+        "models_of_any_kind_captured": (
+            "        if why_not(self.model):\n",
+            "        if False:\n",
+        ),
+        "observers_passed_by": (
+            "        if not unobserved_but_for_autocast(windows) or torch.cuda.is_current_stream_capturing():\n",
+            "        if torch.cuda.is_current_stream_capturing():\n",
+        ),
+        "masks_of_earlier_windows_overwritten": (
+            "return masks[0].clone()",
+            "return masks[0]",
+        ),
+        "switches_share_a_graph": (
+            "return tuple(switch() for switch in _SWITCHES)",
+            "return ()",
+        ),
+        "statistics_share_a_graph": (
+            "windows.dtype, model.info.normalization, _settings())",
+            'windows.dtype, "vit", _settings())',
+        ),
+        "graphs_keep_the_model": (
+            "self._model = weakref.ref(model)",
+            "self._model = lambda: model",
+        ),
+        "types_share_weights": (
+            "        if dtype not in by_type:\n",
+            "        if not by_type:\n",
+        ),
+    },
+)
+
+STREAM = planted_in(
+    "segmenter/inference/stream.py",
+    ("tests/inference/test_stream.py", "tests/inference/test_run_ahead.py"),
+    {
+        "images_under_way_run_twice": (
+            "        waits = not (slot.finished or slot.under_way)\n",
+            "        waits = not slot.finished\n",
+        ),
+        "never_runs_ahead": (
+            "return len(self.under_way) == 1 and",
+            "return False and",
+        ),
+        "errors_ahead_of_their_turn": (
+            "        except Exception:\n            return False\n        if labels is not None:\n",
+            "        except ZeroDivisionError:\n            return False\n        if labels is not None:\n",
+        ),
+        "one_bad_image_fails_its_batch": (
+            "            for slot in part:\n                self.run([slot])\n",
+            "            for slot in part:\n                slot.fail(error)\n",
         ),
     },
 )

@@ -37,7 +37,8 @@ from segmenter.kernels import configs, launch, reference, upsample_tiles
 from segmenter.kernels.operators import define, forbid_forward_mode
 from segmenter.kernels.upsample_tiles import MAX_CLASSES, MAX_SLOTS, Axis
 
-MAX_TABLES = 1024  # shapes whose tables are kept on the device: 20 bytes a pixel of height and width, and per window
+# Shapes whose tables are kept on the device, and as many again: 40 bytes a pixel of height and width, more per window.
+MAX_TABLES = 256
 
 _ROUNDING = tl.constexpr(upsample_tiles.ROUNDING)
 _SUBNORMAL = tl.constexpr(upsample_tiles.SUBNORMAL)

@@ -5,6 +5,7 @@ Nothing here needs what reads weights or makes labels. The methods that are shor
 `from_pretrained` from `segmenter.weights`.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -45,6 +46,19 @@ class Segmenter(OperatorModule):
         patch_embed = getattr(encoder, "patch_embed", None)
         window = max(getattr(patch_embed, "image_size", (512, 512)))
         self.info = ModelInfo(window_size=window, window_stride=window)
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        self._end_graphs()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Segmenter":  # what `to`, `half` and the like do
+        self._end_graphs()
+        return super()._apply(*args, **kwargs)
+
+    def _end_graphs(self) -> None:
+        """Of `segment` and the like, if there can be any: they hold memory of the device."""
+        if (graphs := sys.modules.get("segmenter.inference.network_graphs")) is not None:
+            graphs.forget(self)
 
     @property
     def impl(self) -> str:

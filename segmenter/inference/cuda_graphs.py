@@ -196,7 +196,7 @@ class Graphs:
         self._converted: nn.Module | None = None  # a copy with weights in dtype
         self._place: Place | None = None
         self._last: torch.cuda.Event | None = None  # the end of the call before
-        self._ends: dict[int, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of the last call on each stream
+        self._ends: dict[tuple, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of the last call on each stream
 
     @property
     def device(self) -> torch.device:
@@ -249,8 +249,8 @@ class Graphs:
             yield
             return
         with torch.cuda.device(device):
-            handle = stream_handle(device.index)
-            stream, done = self._ends.get(handle) or (torch.cuda.current_stream(), torch.cuda.Event())
+            place = device.index, stream_handle(device.index)
+            stream, done = self._ends.get(place) or (torch.cuda.current_stream(), torch.cuda.Event())
             if self._last not in (None, done):
                 self._last.wait(stream)
             try:
@@ -258,7 +258,7 @@ class Graphs:
             finally:
                 done.record(stream)
                 self._last = done
-                self._ends[handle] = stream, done
+                self._ends[place] = stream, done
                 if len(self._ends) > _KEPT:
                     self._ends.clear()
 
@@ -305,11 +305,11 @@ class Graphs:
         """Makes what captures need, unless it is there."""
         if self._watched is not None:
             return
-        self._watched = self._watch()
-        self._place = Place.on(self.device) if self.graphs else None
-        parameter = next(self.model.parameters())
+        watched, parameter = self._watch(), next(self.model.parameters())
         dtype = resolve_dtype(self.dtype, parameter.device, parameter.dtype)
         self._converted = None if dtype == parameter.dtype else half_weights(self.model, dtype)
+        self._place = Place.on(self.device) if self.graphs else None
+        self._watched = watched
 
     def _forget(self) -> None:
         """Back to the beginning, but for how long each shape has to wait."""
@@ -327,8 +327,8 @@ class Graphs:
 
     def _try(self, shape: Hashable, x: torch.Tensor) -> None:
         """Captures a shape, if that can be."""
-        self._prepare()
         if not self.graphs:
+            self._prepare()
             self._shapes[shape] = Direct(self._function, x.to(self.device), None)
         elif not self._full and self._met.setdefault(shape, _Met()).failed < ATTEMPTS:
             self._capture(shape, x.to(self.device))
@@ -338,6 +338,7 @@ class Graphs:
     def _capture(self, shape: Hashable, x: torch.Tensor) -> None:
         met = self._met[shape]
         try:
+            self._prepare()
             self._shapes[shape] = Graph(self._function, x, self._place)
             met.failed = 0
         except torch.OutOfMemoryError:

@@ -53,6 +53,12 @@ def graphs_of(model: nn.Module) -> "list[NetworkGraphs]":
     return list(_graphs.get(model, {}).values())
 
 
+def forget(model: nn.Module) -> None:
+    """Ends the graphs of a model, with the memory that they and its old weights take: it is moved, or trained."""
+    with _making:
+        _graphs.pop(model, None)
+
+
 def release(model: nn.Module) -> bool:
     """Gives back the memory of graphs that a model's calls captured by themselves. Whether there were any."""
     return sum(graphs.release() for graphs in graphs_of(model)) > 0

@@ -300,6 +300,30 @@ def test_released_and_freed(graphs):
     assert len(network_graphs._graphs) == 0 or gone not in network_graphs._graphs.keyrefs()
 
 
+@pytest.mark.parametrize("change", [lambda m: m.train(), lambda m: m.to(torch.float64), lambda m: m.eval()])
+def test_moving_and_training_give_memory_back_at_once(model, graphs, change):
+    captured(model, graphs)
+    (of_type,) = graphs_of(model)
+    memory = weakref.ref(of_type._watched.memory[0])
+    del of_type
+    graphs.clear()  # the stand-ins are kept there
+    change(model)
+    gc.collect()
+    assert not graphs_of(model) and memory() is None
+
+
+def test_no_memory_for_converted_weights(model, graphs, monkeypatch):
+    def exhausted(*_):
+        raise OUT_OF_MEMORY
+
+    monkeypatch.setattr(cuda_graphs, "half_weights", exhausted)
+    want = model.segment(image(64, 64), dtype="bfloat16", cuda_graphs=False)
+    with pytest.warns(UserWarning, match=r"not enough memory to capture windows \(1, 64, 64, 3\)"):
+        for _ in range(4):
+            assert torch.equal(model.segment(image(64, 64), dtype="bfloat16"), want)
+    assert not graphs
+
+
 def test_release(model, graphs):
     captured(model, graphs)
     with pytest.warns(UserWarning):

@@ -36,8 +36,9 @@ def half_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     shared |= {id(b): b for b in model.buffers()}
     for module in model.modules():
-        names = dict(module.named_parameters(recurse=False))
-        for name, parameter in names.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_inference():  # nobody counts writes to it, so that a copy could be outdated
+                continue
             if isinstance(module, MATRICES) or name in ("proj_patch", "proj_classes"):
                 shared[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
     return copy.deepcopy(model, shared)
@@ -196,7 +197,7 @@ class Graphs:
         self._converted: nn.Module | None = None  # a copy with weights in dtype
         self._place: Place | None = None
         self._last: torch.cuda.Event | None = None  # the end of the call before
-        self._ends: dict[int, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of the last call on each stream
+        self._ends: dict[tuple, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of the last call on each stream
 
     @property
     def device(self) -> torch.device:
@@ -249,8 +250,8 @@ class Graphs:
             yield
             return
         with torch.cuda.device(device):
-            handle = stream_handle(device.index)
-            stream, done = self._ends.get(handle) or (torch.cuda.current_stream(), torch.cuda.Event())
+            key = device.index, stream_handle(device.index)
+            stream, done = self._ends.get(key) or (torch.cuda.current_stream(), torch.cuda.Event())
             if self._last not in (None, done):
                 self._last.wait(stream)
             try:
@@ -258,7 +259,7 @@ class Graphs:
             finally:
                 done.record(stream)
                 self._last = done
-                self._ends[handle] = stream, done
+                self._ends[key] = stream, done
                 if len(self._ends) > _KEPT:
                     self._ends.clear()
 

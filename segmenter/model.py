@@ -6,7 +6,7 @@ Nothing here needs what reads weights or makes labels. The methods that are shor
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -148,6 +148,12 @@ class Segmenter(OperatorModule):
         compiled = CompiledInference(self, **kwargs)
         compiled.capture(batch, height, width)
         return compiled
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Segmenter":
+        from segmenter.inference.network_graphs import forget
+
+        forget(self)
+        return super()._apply(fn, recurse)
 
     def get_attention_map_enc(self, im: torch.Tensor, layer_id: int) -> torch.Tensor:
         """Encoder attention (B, heads, T, T), T = extra tokens + patches; `im` is not padded."""

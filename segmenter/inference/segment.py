@@ -99,9 +99,13 @@ def segment_pixels(
     options = (scales, flip, window_size, window_stride, batch_size, dtype)
     if not return_probabilities:
         return enqueue(model, pixels, *options, cuda_graphs).fetch()
-    views = beside_graphs(model, lambda: _views(model, pixels, *options, cuda_graphs))
-    check_finite(largest_score(views))
-    return _with_probabilities(views, tuple(pixels.shape[1:3]))
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        views = _views(model, pixels, *options, cuda_graphs)
+        check_finite(largest_score(views))
+        return _with_probabilities(views, tuple(pixels.shape[1:3]))
+
+    return beside_graphs(model, run)
 
 
 def enqueue(

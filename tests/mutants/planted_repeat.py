@@ -108,8 +108,8 @@ REPEAT = [
                 "",
             ),
             "ambient_autocast_not_asked_about": (
-                '    return not torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu") and unobserved_but_for_autocast(x)\n',
-                "    return unobserved_but_for_autocast(x)\n",
+                'not torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu") and unobserved_but_for_autocast(x)',
+                "unobserved_but_for_autocast(x)",
             ),
             "modes_not_asked_about": (
                 "        and not torch._C._len_torch_dispatch_stack()\n",

@@ -76,7 +76,8 @@ class Key(NamedTuple):
 class NetworkGraphs(Graphs):
     """`masks_of(model, windows)`, each shape captured when it comes again; called like the network.
 
-    It does not keep the model alive. Any change of weights, layers, hooks, modes or attributes ends the graphs.
+    It does not keep the model alive. Any change of weights, layers, hooks, methods, modes or attributes ends the
+    graphs.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):

@@ -61,10 +61,10 @@ REPEAT = [
         "kernels/direct.py",
         ("tests/kernels/test_repeat.py",),
         {
-        "tensors_of_the_first_launch_kept": (
-            "            self.arguments[position] = None\n",
-            "            pass\n",
-        ),
+            "tensors_of_the_first_launch_kept": (
+                "            self.arguments[position] = None\n",
+                "            pass\n",
+            ),
             "first_address_for_ever": (
                 "            arguments[position] = slots[slot].data_ptr() + offset\n",
                 "            pass\n",

@@ -59,6 +59,8 @@ class Launcher:
         if len(maps) != len(mapped) or found != set(index_of):
             raise Unknown("a tensor is handed over in a form of its own")
         self.pointers = [(position, *self.places[i]) for position, i in pointers]
+        for position, _ in pointers:  # where each launch puts an address; the tensor itself would be kept alive
+            self.arguments[position] = None
         self.maps = [(position, *self.places[i], {}) for position, i in zip(maps, mapped, strict=True)]
 
     def __call__(self, slots: Sequence[Any], stream: int) -> None:

@@ -85,6 +85,15 @@ def check_floats(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...
         raise KernelError(f'{name} must be one of {names}, got {tensor.dtype}; cast it or use impl="eager"')
 
 
+def float32_precision() -> str:
+    """What `torch.set_float32_matmul_precision` set, or "high" and "highest" by what PyTorch's newer interface did:
+    where that was used the older one raises."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of every tl.dot: for float32 what `torch.set_float32_matmul_precision` says.
 
@@ -93,7 +102,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "ieee" if float32_precision() == "highest" else "tf32"
 
 
 def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:

@@ -221,7 +221,7 @@ class _Recent:
     """Arguments of one kind, to tell quickly whether others are of this kind."""
 
     def __init__(self, arguments: tuple, program: Program):
-        self.program, self.count, self.precision = program, len(arguments), torch.get_float32_matmul_precision()
+        self.program, self.count, self.precision = program, len(arguments), launch.float32_precision()
         self.tensors = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
         self.others = [i for i in range(self.count) if i not in self.tensors]
         self.values = [arguments[i] for i in self.others]
@@ -238,7 +238,7 @@ class _Recent:
             self.guards.check(*tensors)
             and [x.data_ptr() % 16 for x in tensors] == self.alignments
             and [arguments[i] for i in self.others] == self.values
-            and torch.get_float32_matmul_precision() == self.precision
+            and launch.float32_precision() == self.precision
         )
         return tensors if same else None
 
@@ -271,7 +271,7 @@ class Repeated:
         # Of tensors, all that host functions and Triton's specialisation look at.
         layouts = [(x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.get_device()) for x in tensors]
         others = [_TENSOR if isinstance(x, torch.Tensor) else tuple(x) if isinstance(x, list) else x for x in arguments]
-        key = (*layouts, *others, torch.get_float32_matmul_precision())
+        key = (*layouts, *others, launch.float32_precision())
         program = self.programs.get(key, _UNKNOWN)
         if program is _UNKNOWN:
             return self._first(key, tensors, arguments)

@@ -49,10 +49,12 @@ class Cache:
 
     Args:
         limit: results kept; the one not used for longest goes first.
+    Attributes:
+        cleared: how often `clear` was called.
     """
 
     def __init__(self, limit: int = 16):
-        self.limit = limit
+        self.limit, self.cleared = limit, 0
         self._lock = threading.Lock()
         self._results: OrderedDict[Hashable, tuple[tuple[_Seen, ...], Any]] = OrderedDict()
 
@@ -93,6 +95,7 @@ class Cache:
         """Empties it."""
         with self._lock:
             self._results.clear()
+            self.cleared += 1
 
     def __len__(self) -> int:
         return len(self._results)

@@ -7,7 +7,7 @@ Nothing here needs what reads weights or makes labels. The methods that are shor
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,9 +51,9 @@ class Segmenter(OperatorModule):
         self._end_graphs()
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "Segmenter":  # what `to`, `half` and the like do
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Segmenter":  # what `to`, `half` and the like do
         self._end_graphs()
-        return super()._apply(*args, **kwargs)
+        return super()._apply(fn, recurse)
 
     def _end_graphs(self) -> None:
         """Of `segment` and the like, if there can be any: they hold memory of the device."""

@@ -1,6 +1,5 @@
 """The whole way from bytes to labels as one CUDA graph a shape: `model.compile_inference(batch, height, width)`."""
 
-import collections
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import torch
 from segmenter.inference import segment
 from segmenter.inference.cuda_graphs import ATTEMPTS, Graphs
 from segmenter.inference.precision import compute_dtype
+from segmenter.inference.read_ahead import behind
 from segmenter.inference.transfers import Download, upload
 from segmenter.inference.windows import check_finite, check_sizes
 
@@ -89,24 +89,13 @@ class CompiledInference(Graphs):
         Two batches are under way at a time, through pinned memory: one is taken from `batches` before the labels of the
         one before are given. If taking or running one raises, those before it are given first.
         """
-        waiting: collections.deque[Download] = collections.deque()
-        iterator, failure = iter(batches), None
-        while True:
-            try:
-                pixels = next(iterator)
-                _check_pixels(pixels)
-                waiting.append(Download(*self._enqueue(pixels)))
-            except StopIteration:
-                break
-            except Exception as error:
-                failure = error
-                break
-            if len(waiting) == 2 or not self.graphs:
-                yield waiting.popleft().fetch()
-        while waiting:
-            yield waiting.popleft().fetch()
-        if failure is not None:
-            raise failure
+
+        def begin(pixels: torch.Tensor) -> Download:
+            _check_pixels(pixels)
+            return Download(*self._enqueue(pixels))
+
+        for begun in behind(map(begin, batches), 1 if self.graphs else 0):
+            yield begun.fetch()
 
     def _enqueue(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(labels, largest score) on the model's device, new memory."""

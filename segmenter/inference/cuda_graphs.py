@@ -9,6 +9,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import operator
 import threading
@@ -36,8 +37,9 @@ def half_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     shared |= {id(b): b for b in model.buffers()}
     for module in model.modules():
-        names = dict(module.named_parameters(recurse=False))
-        for name, parameter in names.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_inference():  # nobody counts writes to it, so that a copy could be outdated
+                continue
             if isinstance(module, MATRICES) or name in ("proj_patch", "proj_classes"):
                 shared[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
     return copy.deepcopy(model, shared)
@@ -58,6 +60,44 @@ class Place(NamedTuple):
         """After a failed capture: PyTorch up to 2.11 sends allocations of the stream to the pool until it is told."""
         with contextlib.suppress(RuntimeError):  # newer ones have been
             torch._C._cuda_endAllocateToPool(self.stream.device_index, self.pool)
+
+
+class _Turns:
+    """Calls with graphs on one device, whose streams may differ: each begins there when the one before has ended.
+
+    Graphs of a model share memory, and all of a device the workspace of cuBLAS, which goes with the capture stream.
+    """
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.last: torch.cuda.Event | None = None  # the end of the call before
+        self.ends: dict[int, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of the last call on each stream
+
+    @staticmethod
+    @functools.cache
+    def on(index: int) -> "_Turns":
+        return _Turns()
+
+    @contextlib.contextmanager
+    def next(self) -> Iterator[None]:
+        with self.lock:
+            handle = stream_handle(torch.cuda.current_device())
+            stream, end = self.ends.get(handle) or (torch.cuda.current_stream(), torch.cuda.Event())
+            if self.last not in (None, end):
+                self.last.wait(stream)
+            try:
+                yield
+            finally:
+                end.record(stream)
+                if len(self.ends) > _KEPT:
+                    self.ends.clear()
+                self.last, self.ends[handle] = end, (stream, end)
+
+    def wait(self) -> None:
+        """Returns once the device has ended what was begun."""
+        with self.lock:
+            if self.last is not None:
+                self.last.synchronize()
 
 
 _capturing = threading.Lock()  # PyTorch allows one capture at a time in a process
@@ -195,8 +235,6 @@ class Graphs:
         self._watched: Any = None  # of the model, since there are graphs
         self._converted: nn.Module | None = None  # a copy with weights in dtype
         self._place: Place | None = None
-        self._last: torch.cuda.Event | None = None  # the end of the call before
-        self._ends: dict[tuple, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}  # of the last call on each stream
 
     @property
     def device(self) -> torch.device:
@@ -242,25 +280,13 @@ class Graphs:
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
-        """On the model's device, after what an earlier call started there: graphs share memory, and the callers'
-        streams may differ."""
+        """On the model's device, in its turn there."""
         device = self.device
         if device.type != "cuda":
             yield
             return
-        with torch.cuda.device(device):
-            place = device.index, stream_handle(device.index)
-            stream, done = self._ends.get(place) or (torch.cuda.current_stream(), torch.cuda.Event())
-            if self._last not in (None, done):
-                self._last.wait(stream)
-            try:
-                yield
-            finally:
-                done.record(stream)
-                self._last = done
-                self._ends[place] = stream, done
-                if len(self._ends) > _KEPT:
-                    self._ends.clear()
+        with torch.cuda.device(device), _Turns.on(device.index).next():
+            yield
 
     @contextlib.contextmanager
     def _surroundings(self) -> Iterator[None]:
@@ -313,6 +339,8 @@ class Graphs:
 
     def _forget(self) -> None:
         """Back to the beginning, but for how long each shape has to wait."""
+        if self._place is not None:  # what goes may still be read on another stream than it came from
+            _Turns.on(self._place.stream.device_index).wait()
         while self._shapes:
             self._drop()
         for met in self._met.values():

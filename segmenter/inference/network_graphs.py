@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
+from segmenter.cache import Cache
 from segmenter.guard import DECISION, OF_EVERY_MODULE, altered, hooks_of_all, qualified, replaced
 from segmenter.inference.cuda_graphs import PATIENCE, Graphs, Watched
 from segmenter.inference.windows import masks_of
@@ -56,7 +57,9 @@ def graphs_of(model: nn.Module) -> "list[NetworkGraphs]":
 def forget(model: nn.Module) -> None:
     """Ends the graphs of a model, with the memory that they and its old weights take: it is moved, or trained."""
     with _making:
-        _graphs.pop(model, None)
+        by_type = _graphs.pop(model, {})
+    for graphs in by_type.values():
+        graphs.end()
 
 
 def release(model: nn.Module) -> bool:
@@ -76,7 +79,8 @@ class Key(NamedTuple):
 class NetworkGraphs(Graphs):
     """`masks_of(model, windows)`, each shape captured when it comes again; called like the network.
 
-    It does not keep the model alive. Any change of weights, layers, hooks, modes or attributes ends the graphs.
+    It does not keep the model alive. Any change of weights, layers, hooks, methods, modes or attributes ends the
+    graphs.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
@@ -98,6 +102,11 @@ class NetworkGraphs(Graphs):
             if masks is not None:
                 return masks[0].clone()
         return masks_of(model, windows)
+
+    def end(self) -> None:
+        """Drops everything."""
+        with self._lock:
+            self._forget()
 
     def release(self) -> bool:
         """Gives back the graphs' memory, and captures no more. Whether there were any."""
@@ -123,8 +132,21 @@ class NetworkGraphs(Graphs):
         return f"windows {tuple(x.shape)}"
 
 
+def _precision(older: Callable[[], Any], newer: str) -> Any:
+    """Of float32 products: one of PyTorch's two interfaces raises where only the other was used."""
+    try:
+        return older()
+    except RuntimeError:
+        return operator.attrgetter(f"{newer}.fp32_precision")(torch.backends)
+
+
 _SWITCHES = (
-    torch.get_float32_matmul_precision,
+    functools.partial(_precision, torch.get_float32_matmul_precision, "cuda.matmul"),
+    functools.partial(_precision, torch._C._get_cudnn_allow_tf32, "cudnn.conv"),
+    torch._C._get_cublas_allow_fp16_reduced_precision_reduction,
+    torch._C._get_cublas_allow_bf16_reduced_precision_reduction,
+    torch._C._get_cudnn_deterministic,
+    torch._C._get_cudnn_benchmark,
     torch.are_deterministic_algorithms_enabled,
     torch.backends.cuda.flash_sdp_enabled,
     torch.backends.cuda.mem_efficient_sdp_enabled,
@@ -155,7 +177,7 @@ def why_not(model: nn.Module) -> str | None:
             return f"{name}, which is {qualified(cls)}"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"hooks of {name}"
-        if not {"forward", "_call_impl", "masks", "masks_of_pixels"}.isdisjoint(module.__dict__):
+        if "_compiled_call_impl" in module.__dict__ or any(callable(getattr(cls, n, None)) for n in module.__dict__):
             return f"a replaced method of {name}"
         if cls.forward is not nn.Module.forward and (reason := replaced(cls)):  # lists of layers have none
             return reason
@@ -175,9 +197,10 @@ _WITHOUT_EFFECT: dict[type, tuple[str, ...]] = {
 
 
 class _Everything(Watched):
-    """The tensors of a model, and all that decides what calling it does: layers, hooks, modes, other attributes.
+    """The tensors of a model, and all that decides what calling it does: layers, hooks, modes, attributes, methods.
 
-    It holds no module but the layers, and so does not keep the model alive.
+    Who writes to weights past PyTorch's counting clears caches, or calls `eval()`, which does: that counts as well. It
+    holds no module but the layers, and so does not keep the model alive.
     """
 
     def __init__(self, model: nn.Module):
@@ -193,6 +216,12 @@ class _Everything(Watched):
         self.holders, self.names = map(list, map(itertools.chain.from_iterable, (self.holders, self.names)))
         self.layers, self.attributes = self._layers(), self._attributes()
         self.kinds, self.sizes = list(map(type, self.layers)), list(map(len, self.states))
+        # of nn.Module itself, `altered` tells
+        bases = {base for module in modules for base in type(module).__mro__} - {nn.Module, object}
+        self.classes = list(map(vars, bases))
+        self.members = list(map(dict, self.classes))
+        self.caches = [cache for state in self.states if isinstance(cache := state.get("cache"), Cache)]
+        self.cleared = self._cleared()
 
     def unchanged(self) -> bool:
         layers = self._layers()
@@ -204,6 +233,8 @@ class _Everything(Watched):
             and list(map(type, layers)) == self.kinds
             and list(map(len, self.states)) == self.sizes
             and all(map(operator.is_, self._attributes(), self.attributes))
+            and self._cleared() == self.cleared
+            and all(map(operator.eq, self.classes, self.members))
             and not (hooks_of_all() or altered())
         )
 
@@ -215,6 +246,9 @@ class _Everything(Watched):
 
     def _attributes(self) -> list[Any]:
         return list(map(dict.get, self.holders, self.names))
+
+    def _cleared(self) -> list[int]:
+        return [cache.cleared for cache in self.caches]
 
     def _layers(self) -> list[Any]:
         return list(itertools.chain.from_iterable(map(dict.values, self.children)))

@@ -130,14 +130,21 @@ def usual_workers() -> int:
 
 
 def behind(items: Iterable[T], n: int) -> Iterator[T]:
-    """The items in their order, each given out once `n` after it have been taken."""
+    """The items in their order, each given out once `n` after it have been taken. What taking one raises comes after
+    the items before it."""
     waiting: deque[T] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > n:
-            yield waiting.popleft()
+    failure = None
+    try:
+        for item in items:
+            waiting.append(item)
+            if len(waiting) > n:
+                yield waiting.popleft()
+    except Exception as error:
+        failure = error
     while waiting:
         yield waiting.popleft()
+    if failure is not None:
+        raise failure
 
 
 def _nbytes(value: Any) -> int:

@@ -99,9 +99,13 @@ def segment_pixels(
     options = (scales, flip, window_size, window_stride, batch_size, dtype)
     if not return_probabilities:
         return enqueue(model, pixels, *options, cuda_graphs).fetch()
-    views = beside_graphs(model, lambda: _views(model, pixels, *options, cuda_graphs))
-    check_finite(largest_score(views))
-    return _with_probabilities(views, tuple(pixels.shape[1:3]))
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        views = _views(model, pixels, *options, cuda_graphs)
+        check_finite(largest_score(views))
+        return _with_probabilities(views, tuple(pixels.shape[1:3]))
+
+    return beside_graphs(model, run)
 
 
 def enqueue(
@@ -114,15 +118,20 @@ def enqueue(
     batch_size: int | None = None,
     dtype: str | torch.dtype | None = None,
     cuda_graphs: bool = True,
+    give_way: bool = True,
 ) -> Download:
-    """`segment_pixels` that does not wait for the device: what it returns has the labels (B, H, W) to `fetch`."""
+    """`segment_pixels` that does not wait for the device: what it returns has the labels (B, H, W) to `fetch`.
+
+    Args:
+        give_way: whether graphs give way if memory does not suffice; False: it raises.
+    """
 
     def run() -> Download:
         views = _views(model, pixels, scales, flip, window_size, window_stride, batch_size, dtype, cuda_graphs)
         with torch.inference_mode():
             return Download(labels_of_views(model, views, tuple(pixels.shape[1:3])), largest_score(views))
 
-    return beside_graphs(model, run)
+    return beside_graphs(model, run) if give_way else run()
 
 
 def beside_graphs(model: torch.nn.Module, run: Callable[[], T]) -> T:

@@ -232,9 +232,8 @@ def _results(
             while not head.finished:
                 if not runner.under_way:
                     runner.run(_next_batch(slots, reader, runner.batch_size))
-                while runner.may_run_ahead and (batch := _next_batch(slots, reader, runner.batch_size)):
-                    if not runner.run_ahead(batch):
-                        break
+                if runner.may_run_ahead and (batch := _next_batch(slots, reader, runner.batch_size)):
+                    runner.run_ahead(batch)
                 for slot in (batch := runner.finish()):
                     slot.value = slot.value if keep_pixels or not slot.finished else None
                 batch = slot = None  # the consumer may take its time
@@ -298,10 +297,11 @@ class _Runner:
         self.options = options
         self.under_way: deque[tuple[Sequence[_Slot], Download]] = deque()
         self._cause = ""  # the last message about memory
+        self._fits_two = True  # batches at a time
 
     @property
     def may_run_ahead(self) -> bool:
-        return len(self.under_way) == 1 and _computes_beside_the_host(self.model)
+        return len(self.under_way) == 1 and self._fits_two and _computes_beside_the_host(self.model)
 
     def run(self, batch: Sequence[_Slot]) -> None:
         """Begins with images of one size; `finish` sets the labels or the error of each."""
@@ -318,15 +318,14 @@ class _Runner:
                 self._add(part, labels)
             batch = batch[len(part) :]
 
-    def run_ahead(self, batch: Sequence[_Slot]) -> bool:
-        """`run` beside a batch that is under way. False: something is in the way; it is met again in its turn."""
-        try:
-            labels = self._try(batch)
-        except Exception:
-            return False
-        if labels is not None:
-            self._add(batch, labels)
-        return labels is not None
+    def run_ahead(self, batch: Sequence[_Slot]) -> None:
+        """`run` beside a batch that is under way. What goes wrong is met again in its turn; once memory did not suffice
+        for two, the rest of the stream runs one at a time."""
+        with contextlib.suppress(Exception):
+            labels = self._try(batch, give_way=False)
+            self._fits_two = labels is not None
+            if labels is not None:
+                self._add(batch, labels)
 
     def finish(self) -> Sequence[_Slot]:
         """Waits for the batch that is under way for longest; its images, some of which may be under way again."""
@@ -355,12 +354,13 @@ class _Runner:
             for slot in part:
                 self.run([slot])
 
-    def _try(self, part: Sequence[_Slot]) -> Download | None:
+    def _try(self, part: Sequence[_Slot], give_way: bool = True) -> Download | None:
         """Labels (B, H, W) on their way, or None: not enough memory."""
         try:
             pixels = part[0].value[None] if len(part) == 1 else np.stack([slot.value for slot in part])
             pixels = torch.from_numpy(pixels)
-            return enqueue(self.model, pixels, batch_size=self.window_batch_size, **self.options)
+            options = {**self.options, "batch_size": self.window_batch_size, "give_way": give_way}
+            return enqueue(self.model, pixels, **options)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

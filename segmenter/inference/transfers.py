@@ -31,7 +31,7 @@ def stream_handle(index: int) -> int:
 def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`x.to(device)`; from the host to a GPU without waiting for what is computed there. `x` may change afterwards."""
     if device.type != "cuda" or x.is_cuda:
-        return x.to(device, non_blocking=True)
+        return x.to(device)  # to the host it has to wait: else what comes from a GPU may not be there yet
     compute = torch.cuda.current_stream(device)
     copies = dedicated_stream(compute.device_index, "upload")
     pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)

@@ -1,5 +1,7 @@
 """Captures that fail: disturbed by other threads, impossible, out of memory. As in test_compiled_inference."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -91,3 +93,26 @@ def test_graphs_give_way_to_a_call_that_does_not_fit_beside_them(model, graphs, 
     errors = iter([OUT_OF_MEMORY])
     with pytest.raises(torch.OutOfMemoryError):  # nothing is left to give way
         compiled(pixels)
+
+
+def test_calls_follow_each_other_on_any_stream_of_any_device(model, monkeypatch):
+    """Also after the model has moved: default streams of two devices have the same handle."""
+    waits, current = [], ["0 default"]
+
+    class Event:
+        def record(self, stream):
+            self.stream = stream
+
+        def wait(self, stream):
+            waits.append((self.stream, stream))
+
+    compiled = CompiledInference(model)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(cuda_graphs, "stream_handle", lambda index: len(current[0]))
+    monkeypatch.setattr(cuda_graphs.Graphs, "device", property(lambda self: torch.device(f"cuda:{current[0][0]}")))
+    for current[0] in ("0 default", "0 default", "1 default", "1 other"):
+        with compiled._on_device():
+            pass
+    assert waits == [("0 default", "1 default"), ("1 default", "1 other")]

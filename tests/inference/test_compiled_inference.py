@@ -103,6 +103,14 @@ def test_half_weights_shares_the_rest(model):
         assert p.dtype == torch.float32 and torch.equal(p, before[name])
 
 
+def test_half_weights_converts_none_whose_writes_are_not_counted():
+    """Nothing would tell that they changed."""
+    with torch.inference_mode():
+        model = tiny_model()
+        half = half_weights(model, torch.bfloat16)
+    assert all(p is own for p, own in zip(half.parameters(), model.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("decoder", ["mask_transformer", "linear"])
 def test_half_weights_give_the_bits_of_autocast(impl, decoder):

@@ -5,6 +5,8 @@ import copy
 import gc
 import itertools
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -16,6 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import segmenter
+from segmenter.encoder import VisionTransformer
 from segmenter.inference import cuda_graphs, network_graphs, segment
 from segmenter.inference.cuda_graphs import PATIENCE, half_weights
 from segmenter.inference.network_graphs import MAX_SHAPES, graphs_of, release, why_not
@@ -143,6 +146,29 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Block, "forward"), (VisionTransformer, "forward_tokens"), (segmenter.Segmenter, "masks_of_pixels")],
+)
+def test_methods_replaced_on_a_class_end_graphs(model, graphs, monkeypatch, owner, name):
+    pixels, _ = captured(model, graphs)
+    calls, written = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(1) or written(*a, **k))
+    model.segment(pixels)
+    assert calls and used(model) == 2
+
+
+def test_writes_that_nobody_counts_are_seen_after_eval(model, graphs):
+    """As an average of weights that is copied through `p.data`: then the rule of `segmenter.cache` holds."""
+    pixels, before = captured(model, graphs, dtype="bfloat16")
+    for parameter in model.parameters():
+        parameter.data.mul_(-1.5)
+    model.eval()
+    want = model.segment(pixels, dtype="bfloat16", cuda_graphs=False)
+    assert not torch.equal(want, before)
+    assert torch.equal(model.segment(pixels, dtype="bfloat16"), want) and used(model) == 2
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_a_model_that_changes_ends_its_graphs(model, graphs, change, dtype):
@@ -212,6 +238,9 @@ def test_switches_of_torch_have_graphs_of_their_own(model, graphs):
     [
         (another_class, "which is tests.inference.test_network_graphs.Adapter"),
         (replaced_method, "a replaced method of encoder.blocks.1"),
+        (lambda model: setattr(model.decoder, "forward", model.decoder.forward), "a replaced method of decoder"),
+        (lambda m: setattr(m.encoder, "embed_pixels", m.encoder.embed_pixels), "a replaced method of encoder"),
+        (lambda model: model.encoder.compile(backend="eager"), "a replaced method of encoder"),
         (lambda model: model.decoder.register_forward_hook(print), "hooks of decoder"),
         (lambda model: model.encoder.norm.train(), "training mode of encoder.norm"),
         (lambda model: setattr(model, "__class__", type("Mine", (type(model),), {})), "the model, which is"),
@@ -225,6 +254,42 @@ def test_why_not(model, graphs, change, reason):
     for _ in range(4):
         model.segment(image(64, 64))
     assert not graphs
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+        (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
+        (torch.backends.cudnn, "allow_tf32", False),
+        (torch.backends.cudnn, "deterministic", True),
+        (torch.backends.cudnn, "benchmark", True),
+    ],
+)
+def test_switches_of_libraries(owner, name, value):
+    before, was = network_graphs._settings(), getattr(owner, name)
+    try:
+        setattr(owner, name, value)
+        assert network_graphs._settings() != before
+    finally:
+        setattr(owner, name, was)
+    assert network_graphs._settings() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="an interface of PyTorch 2.9")
+@pytest.mark.parametrize("where", ["cuda.matmul", "cudnn.conv"])
+def test_precision_that_the_newer_interface_alone_was_told(where):
+    """The older one raises then. In a process of its own: what was told cannot be taken back."""
+    code = f"""
+import torch
+from segmenter.inference.network_graphs import _settings
+found = set()
+for precision in ("ieee", "tf32"):
+    torch.backends.{where}.fp32_precision = precision
+    found.add(_settings())
+assert len(found) == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,6 +341,26 @@ def test_graphs_give_way_to_a_call_that_does_not_fit(model, graphs, monkeypatch)
         model.segment(pixels)
 
 
+def test_graphs_give_way_to_probabilities(model, graphs, monkeypatch):
+    pixels, want = captured(model, graphs)
+    probabilities, errors = segment._with_probabilities, [OUT_OF_MEMORY]
+    monkeypatch.setattr(
+        segment, "_with_probabilities", lambda *a: probabilities(*a) if not errors else raise_(errors.pop())
+    )
+    with pytest.warns(UserWarning, match="not enough memory for a call beside what was captured"):
+        assert torch.equal(model.segment(pixels, return_probabilities=True)[0], want)
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.half, lambda model: model.to("cpu")])
+def test_a_model_that_is_moved_or_converted_leaves_no_memory_behind(model, graphs, convert):
+    captured(model, graphs)
+    kept = weakref.ref(graphs_of(model)[0])
+    graphs.clear()  # the stand-ins know whose they are
+    convert(model)
+    gc.collect()
+    assert kept() is None and not graphs_of(model)
+
+
 def raise_(error):
     raise error
 
@@ -289,6 +374,8 @@ def test_released_and_freed(graphs):
     assert "1x64x64x3" in repr(graphs_of(model)[0]) and all(graphs_of(model)[0].memory().values())
     again = pickle.loads(pickle.dumps(model)), copy.deepcopy(model)
     assert not graphs_of(again[0]) and not graphs_of(again[1])
+    kept = weakref.ref(graphs_of(model)[0])
+    graphs.clear()  # the stand-ins know whose they are
     gc.collect()
     gc.disable()
     try:
@@ -297,7 +384,8 @@ def test_released_and_freed(graphs):
         assert gone() is None, "graphs keep no model alive"
     finally:
         gc.enable()
-    assert len(network_graphs._graphs) == 0 or gone not in network_graphs._graphs.keyrefs()
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("change", [lambda m: m.train(), lambda m: m.to(torch.float64), lambda m: m.eval()])

@@ -67,6 +67,19 @@ def test_items_are_given_out_behind_those_that_are_taken(n):
     assert ahead == [(i, min(i + n + 1, 5)) for i in range(5)]
 
 
+@pytest.mark.parametrize("n", [0, 1, 3, 9])
+def test_what_taking_an_item_raises_comes_after_the_items_before_it(n):
+    def items():
+        yield from range(3)
+        raise ValueError("the fourth")
+
+    given = []
+    with pytest.raises(ValueError, match="the fourth"):
+        for item in behind(items(), n):
+            given.append(item)
+    assert given == [0, 1, 2]
+
+
 def test_at_most_that_many_threads_are_started_and_closing_ends_them():
     reader = ReadAhead(3)
     for n in range(9):

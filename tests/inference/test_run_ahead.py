@@ -99,11 +99,12 @@ def test_what_goes_wrong_ahead_is_met_in_its_turn(model, events, monkeypatch, er
 
 def test_memory_for_one_batch_at_a_time(model, events, monkeypatch):
     """One under way leaves no room for another: nothing is halved for that."""
-    spied, under_way = stream_module.enqueue, []
+    spied, under_way, refused = stream_module.enqueue, [], []
     fetch = Download.fetch
 
     def limited(model, pixels, **options):
         if under_way:
+            refused.append(int(pixels[0, 0, 0, 0]))
             raise torch.OutOfMemoryError("out of memory")
         under_way.append(1)
         return spied(model, pixels, **options)
@@ -113,6 +114,7 @@ def test_memory_for_one_batch_at_a_time(model, events, monkeypatch):
     images = numbered(6)
     got = list(model.segment_stream(images, batch_size=2))
     assert len(got) == 6 and [e for e in events if e[0] == "run"] == [("run", 0), ("run", 2), ("run", 4)]
+    assert refused == [2], "tried once"
 
 
 def test_one_image_whose_scores_are_not_finite_fails_alone(model, events):

@@ -11,6 +11,14 @@ def test_upload_to_where_it_is():
     assert upload(x, torch.device("cpu")) is x
 
 
+def test_an_upload_to_the_host_waits(monkeypatch):
+    """Pixels on a GPU for a model on the CPU: what is not waited for has not arrived."""
+    device, asked = OnTheDevice([]), []
+    device.to = lambda *to, **options: asked.append((*to, options.get("non_blocking", False)))
+    upload(device, torch.device("cpu"))
+    assert asked == [(torch.device("cpu"), False)]
+
+
 def test_labels_are_fetched_and_scores_checked_then():
     labels = torch.zeros(1, 2, 3, dtype=torch.uint8)
     assert Download(labels, torch.tensor(3.0)).fetch() is labels

@@ -1,5 +1,6 @@
 """Host functions repeated from notes do what they do as written: kernels/repeat.py and kernels/direct.py."""
 
+import gc
 import threading
 import types
 import weakref
@@ -287,6 +288,21 @@ def test_direct_launches_hand_over_what_triton_does(nested, mapped):
             ours, tritons = launched[-2:]
             assert as_integers(ours) == as_integers(tritons)
             assert not any(isinstance(x, torch.Tensor) for x in (ours[-1] if nested else ours))
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_direct_launches_keep_no_tensor_alive(nested, mapped):
+    places = [(0, 0), (1, 0), None]
+    slots = [torch.zeros(4, 8), torch.zeros(6)]
+    launched = []
+    launcher = direct.Launcher(a_plan(launched, nested, mapped), slots + [None], places)
+    launcher(slots, 17)
+    launched.clear()
+    gone = [weakref.ref(x) for x in slots]
+    del slots
+    gc.collect()
+    assert launcher.pointers and all(x() is None for x in gone)
 
 
 def test_tensor_maps_are_made_once_an_address(monkeypatch):

@@ -259,6 +259,10 @@ READ_AHEAD = planted_in(
             "return self._held > self.max_bytes",
             "return False",
         ),
+        "failures_before_their_turn": (
+            "    except Exception as error:\n        failure = error\n",
+            "    finally:\n        pass\n",
+        ),
         "errors_of_reading_lost": (
             "        if call.error is not None:\n            raise call.error\n",
             "",
@@ -323,6 +327,14 @@ CAPTURED = planted_in(
         "other_parameters_not_seen": (
             "            and all(map(operator.is_, values, self.values))\n",
             "",
+        ),
+        "weights_without_counted_writes_converted": (
+            "if parameter.is_inference():",
+            "if False:",
+        ),
+        "default_streams_of_two_devices_are_one": (
+            "key = device.index, stream_handle(device.index)",
+            "key = stream_handle(device.index)",
         ),
         "tried_once_only": (
             "ATTEMPTS = 3 ",
@@ -406,6 +418,18 @@ BY_THEMSELVES = planted_in(
             "            and all(map(operator.is_, self._attributes(), self.attributes))\n",
             "",
         ),
+        "methods_replaced_on_classes_not_seen": (
+            "            and all(map(operator.eq, self.classes, self.members))\n",
+            "",
+        ),
+        "cleared_caches_not_seen": (
+            "            and self._cleared() == self.cleared\n",
+            "",
+        ),
+        "compiled_layers_captured": (
+            'if "_compiled_call_impl" in module.__dict__ or any(',
+            "if any(",
+        ),
         "models_of_any_kind_captured": (
             "        if why_not(self.model):\n",
             "        if False:\n",
@@ -450,8 +474,12 @@ STREAM = planted_in(
             "return False and",
         ),
         "errors_ahead_of_their_turn": (
-            "        except Exception:\n            return False\n        if labels is not None:\n",
-            "        except ZeroDivisionError:\n            return False\n        if labels is not None:\n",
+            "        with contextlib.suppress(Exception):\n            labels",
+            "        with contextlib.suppress(ZeroDivisionError):\n            labels",
+        ),
+        "memory_for_two_batches_tried_for_ever": (
+            "            self._fits_two = labels is not None\n",
+            "",
         ),
         "one_bad_image_fails_its_batch": (
             "            for slot in part:\n                self.run([slot])\n",

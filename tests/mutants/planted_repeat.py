@@ -61,6 +61,10 @@ REPEAT = [
         "kernels/direct.py",
         ("tests/kernels/test_repeat.py",),
         {
+            "tensors_of_the_first_launch_kept": (
+                "            self.arguments[position] = None\n",
+                "            pass\n",
+            ),
             "first_address_for_ever": (
                 "            arguments[position] = slots[slot].data_ptr() + offset\n",
                 "            pass\n",
@@ -108,8 +112,8 @@ REPEAT = [
                 "",
             ),
             "ambient_autocast_not_asked_about": (
-                '"cpu") and unobserved_but_for_autocast(x)',
-                '"cpu") is None or unobserved_but_for_autocast(x)',
+                'not torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu") and unobserved_but_for_autocast(x)',
+                "unobserved_but_for_autocast(x)",
             ),
             "modes_not_asked_about": (
                 "        and not torch._C._len_torch_dispatch_stack()\n",

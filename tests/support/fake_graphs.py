@@ -13,7 +13,7 @@ def install(monkeypatch):
     made = []
 
     class Stream:
-        cuda_stream = 0
+        cuda_stream = device_index = 0
 
         def wait_stream(self, other):
             pass

@@ -5,6 +5,7 @@ from tests.mutants.planted_guard import GUARD
 from tests.mutants.planted_labels import CAPTURED, LABELS, LABELS_KERNEL, READ_AHEAD, STRIDES, UPSAMPLE_TILES
 from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
+from tests.mutants.planted_tune import TUNE
 
 ATTENTION = planted_in(
     "kernels/attention.py",
@@ -465,6 +466,7 @@ MUTANTS = [
     *CAPTURED,
     *DURABILITY,
     *SCHEDULE,
+    *TUNE,
 ]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -59,13 +59,8 @@ class Tuning:
         deadline: float,
         rehearsal: bool = False,
     ):
-        self.file, self.compile, self.measure, self.deadline, self.rehearsal = (
-            file,
-            compile,
-            measure,
-            deadline,
-            rehearsal,
-        )
+        self.file, self.compile, self.measure = file, compile, measure
+        self.deadline, self.rehearsal = deadline, rehearsal
         self.candidates = {bucket: candidates(bucket)[: REHEARSED if rehearsal else None] for bucket in chosen}
 
     def tasks(self) -> list[tuple[Bucket, Any]]:
@@ -115,8 +110,8 @@ class Tuning:
             if distance <= steps and _name(bucket, config) not in self._known():
                 self._try(bucket, config, distance)
                 progress.update()
-            if distance == 0 and not self.rows(bucket):
-                return  # with nothing to compare with
+            if judge(self.rows(bucket)) is None:
+                return  # the shipped one is wrong or fails, so there is nothing to compare with
         if len(runs(judge(self.rows(bucket)).shipped)) <= steps:
             for _ in range(CONFIRMED):
                 found = judge(self.rows(bucket))

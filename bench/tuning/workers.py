@@ -53,10 +53,12 @@ class Compilers:
         self._start()
 
     def _start(self) -> None:
+        others = multiprocessing.active_children()
         with _interpreting(False):
             self.pool = _pool(self.jobs)
             left = [task for task in self.tasks if task not in self.done]
             self.futures = {task: self.pool.submit(measure.compiled, *task) for task in left}
+        self.processes = [child for child in multiprocessing.active_children() if child not in others]
 
     def __call__(self, bucket: Bucket, config: Any) -> report.Kernel:
         """As `measure.compiled`; a crash of the compiler is an error too. Raises OutOfTime."""
@@ -75,8 +77,10 @@ class Compilers:
         return self.done[task]
 
     def close(self) -> None:
-        """Does not wait for what is being compiled, nor for what nobody asked for."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        """Ends the processes, whatever they are at."""
+        for process in self.processes:
+            process.kill()
+        self.pool.shutdown(cancel_futures=True)
 
 
 class Device:

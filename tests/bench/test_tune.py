@@ -329,9 +329,10 @@ def test_a_shipped_configuration_that_is_wrong_is_no_success(tmp_path, monkeypat
     assert not load(tmp_path / "tune_x.json")["complete"]
 
 
-def test_one_that_is_wrong_the_second_time_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_that_is_wrong_the_second_time_is_refused(tmp_path, monkeypatch, index):
     machine = Machine(monkeypatch)
-    other = candidates(bucket_of("layernorm", match="n=192"))[1][1]
+    other = candidates(bucket_of("layernorm", match="n=192"))[index][1]
     machine.special["layernorm", other] = 50e-6
     measure_once = machine.measure
 
@@ -345,6 +346,7 @@ def test_one_that_is_wrong_the_second_time_is_refused(tmp_path, monkeypatch):
     tuning = tuning_of(tmp_path, machine)
     tuning.run()
     assert "Row((" not in tune.report_text(tuning) and len(tuning.refused("wrong")) == 1
+    assert tuning.broken() is (index == 0)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -417,3 +419,4 @@ def test_compilers_give_what_is_asked_for_and_survive_a_crash(monkeypatch):
             compilers(*tasks[0])
     finally:
         compilers.close()
+    assert len(compilers.processes) == 1 and not compilers.processes[0].is_alive()

@@ -321,7 +321,7 @@ def flags() -> set[str]:
 
     parsers = [build_parser(), get_args_parser(), pytest_parser()]
     needed = {"bench.run_all": ["--out", "x"], "bench.report": ["x.json", "--out", "x.html"]}
-    needed["bench.profile_long"] = ["--out", "x"]
+    needed["bench.profile_long"] = needed["bench.tune"] = ["--out", "x"]
     parsers += [program(module, needed.get(module, [])) for module in MODULES]
     found = {"--index-url"}
     while parsers:

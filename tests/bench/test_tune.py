@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="configurations of kernels are tuned")
 
-from bench import tune
+from bench import machine, timing, tune
 from bench.compile.report import Kernel
 from bench.results import ResultsFile, load
 from bench.tuning import measure, workers
@@ -27,6 +27,7 @@ GOOD = Kernel("attention", "sm_90", "bf16", "highest", "n=257", registers=168, s
               shared_limit=SHARED_MEMORY["sm_90"], tensor_core="wgmma.mma_async", has_dot=True)  # fmt: skip
 ROOFS = {"dtype": "bfloat16", "flops_per_second": 1e14, "bytes_per_second": 1e12, "flops_spread": 0.0,
          "bytes_spread": 0.0}  # fmt: skip
+CPU = torch.device("cpu")
 RIGHT = {"gate": "right", "error_ratio": 1.0, "rounds": 9, "timing": "graph"}
 
 
@@ -172,9 +173,30 @@ def test_a_result_that_changes_is_wrong(layernorm, monkeypatch):
     assert "differ from run to run" in measure.measured(layernorm, layernorm.row.config, "cpu")["wrong"]
 
 
+def test_on_a_gpu_graphs_over_sets_beyond_the_cache_are_timed_by_events(layernorm, monkeypatch):
+    """The graph goes through every set once; an event's time is shared among its calls."""
+    called, device, bytes_of = [], torch.device("cuda"), timing.tensor_bytes(measure.inputs(layernorm, 0, CPU))
+    sets = [(torch.full((), float(i)),) for i in range(4)]
+    monkeypatch.setattr(measure, "_first_set", lambda bucket, device: (measure.inputs(layernorm, 0, CPU), None, None))
+    monkeypatch.setattr(measure, "_sets", lambda bucket, device, count: sets[:count])
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 2 * bytes_of)
+    monkeypatch.setattr(timing, "wall_seconds", lambda run, device: 0.01)
+    monkeypatch.setattr(timing, "graphed", lambda run: run)
+    clocks = []
+
+    def clock(mode, calls):
+        clocks.append((mode, calls))
+        return iter([0.0, 3.0] * 100).__next__
+
+    monkeypatch.setattr(timing, "Clock", clock)
+    times, mode = measure._times(layernorm, lambda x: called.append(x.item()), device)
+    assert (set(times), mode, clocks) == ({3.0}, "graph", [("events", 4)])
+    assert len(times) == 5 and called == [0.0, 1.0, 2.0, 3.0] * 6  # one round to warm up
+
+
 def test_labels_are_checked_by_their_scores():
     bucket = dataclasses.replace(bucket_of("upsample_argmax", match="n_cls=150"), tiny=True)
-    arguments = measure.inputs(bucket, 0, torch.device("cpu"))
+    arguments = measure.inputs(bucket, 0, CPU)
     scores, labels = measure.references(bucket, arguments)
     assert scores.shape[1] == 150 and measure.check(bucket, labels, scores, labels)[1] in (0.0, 1.0)
     with pytest.raises(AssertionError, match="less than the best"):
@@ -184,7 +206,7 @@ def test_labels_are_checked_by_their_scores():
 @pytest.mark.parametrize("table", ["attention", "linear", "pixels_to_tokens", "mask_head", "layernorm_linear", "fold"])
 def test_inputs_are_as_the_examples_and_have_references(table):
     bucket = dataclasses.replace(bucket_of(table), tiny=True)
-    arguments, (_, like) = measure.inputs(bucket, 0, torch.device("cpu")), bucket.arguments()
+    arguments, (_, like) = measure.inputs(bucket, 0, CPU), bucket.arguments()
     for tensor, value in zip(arguments, like.values(), strict=True):
         if isinstance(value, torch.Tensor):
             assert (tensor.shape, tensor.stride(), tensor.dtype) == (value.shape, value.stride(), value.dtype)

@@ -27,9 +27,13 @@ def check(provider: str, actual: torch.Tensor, exact: torch.Tensor, eager: torch
         assert_parity(actual, exact, eager, max_ratio=max_ratio, frobenius=2.0)
     except AssertionError as error:
         raise GateError(f"{provider} is wrong and is not timed: {error}") from None
-    exact = exact.double()
-    ours, theirs = ((x.detach().double() - exact).abs().max().item() for x in (actual, eager))
+    ours, theirs = (largest_error(x, exact) for x in (actual, eager))
     return f"largest error {ours:.2e}, eager's {theirs:.2e}"
+
+
+def largest_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest distance of an element from the exact one."""
+    return (actual.detach().double() - exact.double()).abs().max().item()
 
 
 def shortfall(labels: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

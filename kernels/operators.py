@@ -25,6 +25,7 @@ from segmenter.kernels.repeat import Repeated
 
 LIBRARY = torch.library.Library("segmenter", "DEF")
 HOST_FUNCTIONS: dict[str, Callable] = {}  # of operators by name: what the dispatcher calls in the end, as written
+REFERENCES: dict[str, Callable] = {}  # of operators by name: the same in eager PyTorch
 
 
 def define(
@@ -47,7 +48,7 @@ def define(
         autocast_result: applied to the result under autocast, for what eager returns in float32 there.
     """
     name = schema.split("(")[0]
-    HOST_FUNCTIONS[name], kernel = kernel, Repeated(kernel)
+    HOST_FUNCTIONS[name], REFERENCES[name], kernel = kernel, reference, Repeated(kernel)
     LIBRARY.define(schema)
     LIBRARY.impl(name, kernel, "CUDA")
     LIBRARY.impl(name, kernel if INTERPRETED else reference, "CPU")

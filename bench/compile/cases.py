@@ -7,6 +7,7 @@ open: other types, numbers of keys, widths, epilogues. Launches that compile to 
 import dataclasses
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -45,10 +46,14 @@ class Case:
         """The sizes for people: "n=1025 d=64 lse"."""
         return " ".join(name if value is True else f"{name}={value}" for name, value in self.sizes if value)
 
+    def call(self) -> partial:
+        """The call of a public function, ready to be made, with uninitialised CPU tensors."""
+        return CALLS[self.op](DTYPES[self.dtype], **dict(self.sizes))
+
     def launches(self, architecture: str) -> list[Launch]:
-        """What the call, made with uninitialised CPU tensors, launches on an architecture."""
+        """What the call launches on an architecture."""
         with providers.float32_products(self.precision), aot.recording(architecture) as launches:
-            CALLS[self.op](DTYPES[self.dtype], **dict(self.sizes))
+            self.call()()
         return launches
 
 
@@ -170,54 +175,60 @@ def _empty(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.empty(*shape, dtype=dtype) for shape in shapes]
 
 
-def _linear(dtype: torch.dtype, m: int, k: int = 768, n: int = 0, gelu=False, residual=False, stream: str = "") -> None:
+def _linear(dtype: torch.dtype, m: int, k: int = 768, n: int = 0, gelu=False, residual=False, stream="") -> partial:
     n = n or (4 * k if gelu else 768)
     added = torch.empty(m, n, dtype=DTYPES.get(stream, dtype)) if residual else None
-    linear(*_empty(dtype, (m, k), (n, k), (n,)), residual=added, gelu=gelu)
+    return partial(linear, *_empty(dtype, (m, k), (n, k), (n,)), residual=added, gelu=gelu)
 
 
-def _layernorm_linear(dtype: torch.dtype, m: int, d: int, gelu: bool = False, stream: str = "") -> None:
+def _layernorm(dtype: torch.dtype, n: int, m: int = 8200, weights: str = "") -> partial:
+    return partial(layernorm, *_empty(dtype, (m, n)), *_empty(DTYPES.get(weights, dtype), (n,), (n,)))
+
+
+def _layernorm_linear(dtype: torch.dtype, m: int, d: int, gelu: bool = False, stream: str = "") -> partial:
     n = 4 * d if gelu else 3 * d
     normed = _empty(DTYPES.get(stream, dtype), (m, d), (d,), (d,))
-    layernorm_linear(*normed, *_empty(dtype, (n, d), (n,)), gelu=gelu)
+    return partial(layernorm_linear, *normed, *_empty(dtype, (n, d), (n,)), gelu=gelu)
 
 
-def _layernorm_mlp(dtype: torch.dtype, m: int, d: int, stream: str = "") -> None:
+def _layernorm_mlp(dtype: torch.dtype, m: int, d: int, stream: str = "") -> partial:
     normed = _empty(DTYPES.get(stream, dtype), (m, d), (d,), (d,))
-    layernorm_mlp(*normed, *_empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d), (d,)))
+    return partial(layernorm_mlp, *normed, *_empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d), (d,)))
 
 
-def _mask_head(dtype: torch.dtype, n_cls: int, d: int = 768, batch: int = 2) -> None:
-    tokens, proj, norm = _empty(dtype, (batch, 1024 + n_cls, d), (d, d), (n_cls,))
-    mask_head(tokens[:, :1024], tokens[:, 1024:], proj, proj, norm, norm)
+def _mask_head(dtype: torch.dtype, n_cls: int, d: int = 768, batch: int = 2, patches: int = 1024) -> partial:
+    tokens, proj, norm = _empty(dtype, (batch, patches + n_cls, d), (d, d), (n_cls,))
+    return partial(mask_head, tokens[:, :patches], tokens[:, patches:], proj, proj, norm, norm)
 
 
-def _labels(dtype: torch.dtype, n_cls: int, patch: int = 16) -> None:
-    upsample_argmax(torch.empty(2, -(-640 // patch), -(-640 // patch), n_cls, dtype=dtype), (640, 640))
+def _labels(dtype: torch.dtype, n_cls: int, patch: int = 16, side: int = 640) -> partial:
+    masks = torch.empty(2, -(-side // patch), -(-side // patch), n_cls, dtype=dtype)
+    return partial(upsample_argmax, masks, (side, side))
 
 
-def _pixels(dtype: torch.dtype, batch: int = 32, side: int = 512, patch: int = 16, d: int = 768, stream="") -> None:
+def _pixels(dtype: torch.dtype, batch: int = 32, side: int = 512, patch: int = 16, d: int = 768, stream="") -> partial:
     tokens = _empty(DTYPES.get(stream, dtype), (2, d), (2 + (-(-side // patch)) ** 2, d))
     pixels, weight = torch.empty(batch, side, side, 3, dtype=torch.uint8), torch.empty(d, 3 * patch**2, dtype=dtype)
-    pixels_to_tokens(pixels, weight, torch.empty(4, d), *tokens, patch)
+    return partial(pixels_to_tokens, pixels, weight, torch.empty(4, d), *tokens, patch)
 
 
-CALLS: dict[str, Callable[..., Any]] = {
-    "attention": lambda dtype, n, heads=12, d=64, lse=False: attention(
-        *_empty(dtype, (2, n, 3 * heads * d)), heads, lse
+CALLS: dict[str, Callable[..., partial]] = {
+    "attention": lambda dtype, n, heads=12, d=64, lse=False: partial(
+        attention, *_empty(dtype, (2, n, 3 * heads * d)), heads, lse
     ),
-    "cross_attention": lambda dtype, n, m: cross_attention(*_empty(dtype, (2, n, 6, 64), (2, m, 6, 64), (2, m, 6, 64))),
+    "cross_attention": lambda dtype, n, m: partial(
+        cross_attention, *_empty(dtype, (2, n, 6, 64), (2, m, 6, 64), (2, m, 6, 64))
+    ),
     "linear": _linear,
     "layernorm_linear": _layernorm_linear,
     "layernorm_mlp": _layernorm_mlp,
-    "layernorm": lambda dtype, n, weights="": layernorm(
-        *_empty(dtype, (8200, n)), *_empty(DTYPES.get(weights, dtype), (n,), (n,))
-    ),
+    "layernorm": _layernorm,
     "fold": lambda dtype, m, d: _layernorm_linear(dtype, m, d, gelu=True),
     "mask_head": _mask_head,
     "upsample_argmax": _labels,
-    "windows_argmax": lambda dtype, n_cls: windows_argmax(
-        *_empty(dtype, (1, 6, 32, 32, n_cls)), (0, 88), (0, 300, 512), (512, 512), (512, 512), (600, 1024)
+    "windows_argmax": lambda dtype, n_cls: partial(
+        windows_argmax,
+        *_empty(dtype, (1, 6, 32, 32, n_cls)), (0, 88), (0, 300, 512), (512, 512), (512, 512), (600, 1024),
     ),
     "pixels_to_tokens": _pixels,
-}
+}  # fmt: skip

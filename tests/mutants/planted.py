@@ -15,6 +15,7 @@ from tests.mutants.planted_labels import (
 )
 from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
+from tests.mutants.planted_tune import TUNE
 
 ATTENTION = planted_in(
     "kernels/attention.py",
@@ -478,6 +479,7 @@ MUTANTS = [
     *STREAM,
     *DURABILITY,
     *SCHEDULE,
+    *TUNE,
 ]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -333,8 +333,12 @@ CAPTURED = planted_in(
             "if False:",
         ),
         "default_streams_of_two_devices_are_one": (
-            "key = device.index, stream_handle(device.index)",
-            "key = stream_handle(device.index)",
+            "_Turns.on(device.index).next():",
+            "_Turns.on(0).next():",
+        ),
+        "models_do_not_take_turns": (
+            "_Turns.on(device.index).next():",
+            "_Turns().next():",
         ),
         "tried_once_only": (
             "ATTEMPTS = 3 ",

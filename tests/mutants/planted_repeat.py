@@ -20,7 +20,7 @@ REPEAT = [
                 "",
             ),
             "precision_not_in_the_key": (
-                "key = (*layouts, *others, torch.get_float32_matmul_precision())",
+                "key = (*layouts, *others, launch.float32_precision())",
                 "key = (*layouts, *others)",
             ),
             "places_of_tensors_not_in_the_key": (

@@ -23,6 +23,9 @@ multiples of 16 are copied too: loads of single bytes would make the loop three 
 The product is computed transposed, weight times patches: the converted bytes then reach Hopper's tensor cores through
 shared memory. As the first operand they would stay in registers, which ptxas 12.8 overwrites while they are being read.
 
+Where tensor cores take operands from registers (sm_80), more than half of the loop's instructions still only move
+bytes and fragments: two permutations part the bytes of a word, which lie as the copies wrote them, one joins each pair.
+
 Limits: three channels; any sizes, P and d (P = 8, 16 and 32, d = 192, 384, 768 and 1024 are what it is tuned for).
 Reference: `reference.pixels_to_tokens`. Test: tests/kernels/test_pixels_to_tokens.py.
 """

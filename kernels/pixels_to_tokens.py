@@ -8,11 +8,12 @@ image and pass, against 0.8 MB of bytes that are read here; then it writes and r
 extra tokens and for the positions. Nothing but the result is written here.
 
 Normalisation is no work at all: `reference.fold_normalization` makes it part of weight and bias, once for all calls.
-What is multiplied is the byte less 128, an integer from -128 to 127, which bfloat16 (integers up to 256) and float16
-(up to 2,048) hold exactly; eager rounds the normalised pixel instead, so this has less error. Centred, because the
-error of a sum grows with its terms. The weights are in (row, column, channel) order, so that the 3P bytes of one row of
-a patch, which lie side by side in the image, are side by side in K as well: 16-byte asynchronous copies for P = 16
-and 32, 8-byte ones for P = 8. P = 14 has 42 bytes a row: loads of 2 bytes.
+What is multiplied is the byte less 128 (in units of 64, for one multiply-add to convert it), an integer from -128 to
+127, which bfloat16 (integers up to 256) and float16 (up to 2,048) hold exactly; eager rounds the normalised pixel
+instead, so this has less error. Centred, because the error of a sum grows with its terms. The weights are in (row,
+column, channel) order, so that the 3P bytes of one row of a patch, which lie side by side in the image, are side by
+side in K as well: 16-byte asynchronous copies for P = 16 and 32, 8-byte ones for P = 8. P = 14 has 42 bytes a row:
+loads of 2 bytes.
 
 Zeros that pad a normalised image are no byte, but a byte of 128 adds nothing to the product. So an image of another
 size than multiples of P is copied (as bytes) into one of 128s, and patches on the right, the bottom and in the corner
@@ -21,6 +22,9 @@ multiples of 16 are copied too: loads of single bytes would make the loop three 
 
 The product is computed transposed, weight times patches: the converted bytes then reach Hopper's tensor cores through
 shared memory. As the first operand they would stay in registers, which ptxas 12.8 overwrites while they are being read.
+
+Where tensor cores take operands from registers (sm_80), more than half of the loop's instructions still only move
+bytes and fragments: two permutations part the bytes of a word, which lie as the copies wrote them, one joins each pair.
 
 Limits: three channels; any sizes, P and d (P = 8, 16 and 32, d = 192, 384, 768 and 1024 are what it is tuned for).
 Reference: `reference.pixels_to_tokens`. Test: tests/kernels/test_pixels_to_tokens.py.
@@ -41,13 +45,16 @@ from segmenter.kernels.reference import CENTRE
 
 @triton.jit
 def _centred(x, dtype: tl.constexpr):
-    """Bytes less 128, exactly. Not by the instructions that convert integers, which run at a quarter of the rate."""
+    """Bytes less 128, in units of 64, exactly; in half types one multiply-add for two of them.
+
+    Not by the instructions that convert integers, which run at a quarter of the rate.
+    """
     if dtype == tl.float32:  # the byte becomes the last bits of 2**23
-        y = (x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
+        y = (x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) * (1.0 / 64.0) - (131072.0 + 2.0)
     elif dtype == tl.float16:  # the last bits of 1024
-        y = (x.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + 128.0)
-    else:  # signed bytes to bfloat16: Triton has a sequence of its own
-        y = (x ^ 0x80).to(tl.int8, bitcast=True).to(dtype)
+        y = (x.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) * (1.0 / 64.0) - (16.0 + 2.0)
+    else:  # all bits: b * 2**-133, half of them subnormal, which PTX's multiply-add of bfloat16 takes as what they are
+        y = x.to(tl.int16).to(tl.bfloat16, bitcast=True) * 2.0**127 - 2.0
     return y
 
 
@@ -86,7 +93,7 @@ def _pixels_to_tokens_fwd_kernel(
         x = tl.load(pointers) if K % BLOCK_K == 0 else tl.load(pointers, mask=offs_k[None, :] < K, other=128)
         w = load_tile(W, (n_0, k_0), w_rows, stride_w, None, K, BLOCK_K, DESCRIPTORS)
         acc = tl.dot(w, _centred(x, dtype).T, acc, input_precision=PRECISION)
-    acc = acc.T * (1.0 / 128.0)
+    acc = acc.T * 0.5
 
     mask_n = offs_n < D
     mask = (offs_m < n_rows)[:, None] & mask_n[None, :]

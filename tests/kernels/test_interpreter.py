@@ -32,6 +32,12 @@ def cast_and_add_kernel(X, Y, SIZE: tl.constexpr):
     tl.store(Y + i, x.to(tl.float32) + 1.0)
 
 
+@triton.jit
+def arithmetic_kernel(X, Y, Z, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(Z + i, tl.load(X + i) * 3.0 + tl.load(Y + i) - 0.375)
+
+
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -90,6 +96,14 @@ def test_there_and_back():
     x, y = randn(64), torch.empty(64)
     cast_and_add_kernel[(1,)](x, y, 64)
     assert_bitwise_equal(y, x.bfloat16().float() + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_arithmetic(dtype):
+    x, y, z = randn(64).to(dtype), randn(64, seed=1).to(dtype), torch.empty(64, dtype=dtype)
+    x[0] = 1e-40  # subnormal, or 0 in float16
+    arithmetic_kernel[(1,)](x, y, z, 64)
+    assert_bitwise_equal(z, x * 3 + y - 0.375)
 
 
 def test_patching_again_changes_nothing():

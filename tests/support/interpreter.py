@@ -1,8 +1,8 @@
 """Makes bfloat16 and fma right in Triton's interpreter, for tests on a machine without a GPU.
 
 The stock interpreter keeps bfloat16 as raw uint16: tl.dot multiplies the bit patterns (errors of 1e10), float32 ->
-bfloat16 truncates instead of rounding to the nearest even, and subnormal values widen to zero. tl.fma
-rounds the product.
+bfloat16 truncates instead of rounding to the nearest even, and subnormal values widen to zero. Sums and products are
+of the bit patterns too, and there are no constants. tl.fma rounds the product.
 tests/kernels/test_interpreter.py compares all of it with torch. Tried with Triton 3.6 and 3.8.
 """
 
@@ -60,7 +60,19 @@ def patch():
         wide = x.data.astype(np.float64) * y.data + z.data  # holds the product of two float32 numbers exactly
         return interp.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
 
+    def get_bf16(self, value):
+        return _round_to_bf16(interp.TensorHandle(np.array([value], np.float32), tl.float32))
+
+    def rounded(stock):
+        def operation(self, lhs, rhs):
+            y = stock(self, _to_fp32(lhs), _to_fp32(rhs))
+            return _round_to_bf16(y) if lhs.dtype.scalar == tl.bfloat16 else y
+
+        return operation
+
+    for name in ("create_fadd", "create_fsub", "create_fmul"):
+        setattr(builder, name, rounded(getattr(builder, name)))
+    builder.create_fma, builder.get_bf16 = create_fma, get_bf16
     builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
-    builder.create_fma = create_fma
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, lambda self, src, dst: self.cast_impl(src, dst))

@@ -353,7 +353,8 @@ PIXELS_TO_TOKENS = (  # blocks: as for `linear`, and 0 too if rows of a patch ar
         "which does one after the other."),
     Row(("sm_103", "sm_120"), "half", "", LinearConfig(128, 64, 64, 8, 4, 3, True), {}, "As for sm_80."),
     Row(AMD, "half", "", LinearConfig(128, 64, 64, 8, 4, 2), {}, "As for sm_80."),
-    Row(ANY, "half", "", LinearConfig(128, 64, 64, 8, 4, 3), {}, "32 KB: three on sm_80."),
+    Row(ANY, "half", "", LinearConfig(128, 64, 64, 8, 4, 3), {},
+        "32 KB; on sm_80 the registers leave room for two."),
 )  # fmt: skip
 
 

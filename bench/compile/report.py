@@ -120,6 +120,8 @@ def compile_row(case: Case, architecture: str, index: int) -> Kernel:
         row.exact = case.dtype == "fp32" and known.get("PRECISION") == "ieee"
         compiled = aot.compile_launch(recorded, architecture)
         vars(row).update(aot.figures(compiled, architecture))
+        if architecture == "sm_80":
+            row.loops = _loops(Program(aot.disassemble(compiled.kernel)))
         if architecture == "sm_90":
             _look_into(row, compiled)
             if case.op == "linear" and case.dtype != "fp32" and known.get("GELU"):
@@ -146,9 +148,13 @@ def _look_into(row: Kernel, compiled: CompiledKernel) -> None:
             "hazards": [f"{hazard.text} {hazard.reason}" for hazard in programs[-1].hazards()],
             "warnings": sorted(set(re.findall(r"\((C\d{4})\)", log))),
         }
-    row.loops = [dict(programs[0].mix(loop).most_common()) for loop in programs[0].innermost_loops]
+    row.loops = _loops(programs[0])
     row.serialised = next(iter(row.assemblers.values()))["serialised"]
     row.hazards = [hazard for found in row.assemblers.values() for hazard in found["hazards"]]
+
+
+def _loops(program: Program) -> list[dict[str, int]]:
+    return [dict(program.mix(loop).most_common()) for loop in program.innermost_loops]
 
 
 def scalars(recorded: launch.Launch) -> dict[str, Any]:

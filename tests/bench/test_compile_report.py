@@ -5,6 +5,7 @@ The compiler runs in a process of its own: in this one Triton may be interpretin
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -186,3 +187,17 @@ def test_bad_tiles_and_missing_waits_are_found():
 def test_check(change, words):
     failures = check(replace(GOOD, **change))
     assert (len(failures) == 1 and words in failures[0]) if words else failures == []
+
+
+def test_the_loops_in_the_documentation_are_those_of_the_report():
+    content = json.loads((ROOT / "bench/results/compile_report_triton3.8.json").read_text())
+    rows = {(row["op"], row["what"], row["architecture"]): row for row in content["rows"] if row["dtype"] == "bf16"}
+    lines = re.findall(r"^\| (\w+) \| (\S*=.*?) \| (.*) \|$", (ROOT / "docs/benchmark.md").read_text(), re.MULTILINE)
+    assert len(lines) == 7
+    for op, what, figures in lines:
+        found = []
+        for architecture, product in (("sm_90", "HGMMA"), ("sm_80", "HMMA")):
+            row = rows.get((op, what, architecture)) or rows[op, f"batch=32 {what}", architecture]  # by default
+            loop = max(row["loops"], key=lambda mix: sum(mix.values()))
+            found += [sum(loop.values()), sum(n for name, n in loop.items() if name.startswith(product))]
+        assert [int(x) for x in figures.split(" | ")] == found, (op, what)

@@ -126,6 +126,7 @@ def settings_of_inference(draw):
     }
 
 
+@settings(max_examples=40)
 @given(settings_of_inference())
 def test_row_blocks_equal_the_published_way(s):
     model = Echo(s["patch"])

@@ -48,7 +48,8 @@ class Segmenter(OperatorModule):
         self.info = ModelInfo(window_size=window, window_stride=window)
 
     def train(self, mode: bool = True) -> "Segmenter":
-        self._end_graphs()
+        if mode:
+            self._end_graphs()
         return super().train(mode)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Segmenter":  # what `to`, `half` and the like do

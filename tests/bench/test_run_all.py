@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import harness, machine, operations, providers, run_all, timing
+from bench import steps as steps_module
 from bench.results import ResultsFile, load
 from tests.bench.test_harness import CPU, MACHINE, row
 
@@ -27,7 +28,7 @@ class Steps:
 
 
 def run_with(monkeypatch, tmp_path, steps, minutes="9", device="cpu"):
-    monkeypatch.setattr(run_all.subprocess, "run", steps)
+    monkeypatch.setattr(steps_module.subprocess, "run", steps)
     monkeypatch.setattr(machine, "facts", lambda device: MACHINE)
     monkeypatch.setattr(machine, "results_name", lambda device, dtype: "r.json")
     return run_all.main(["--out", str(tmp_path), "--minutes", minutes, "--device", device])

@@ -15,7 +15,7 @@ from tests.mutants.planted_labels import (
 )
 from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
-from tests.mutants.planted_tune import TUNE
+from tests.mutants.planted_tune import FIRST_HOUR, TUNE
 
 ATTENTION = planted_in(
     "kernels/attention.py",
@@ -480,6 +480,7 @@ MUTANTS = [
     *DURABILITY,
     *SCHEDULE,
     *TUNE,
+    *FIRST_HOUR,
 ]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -48,6 +48,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=60, help="mutated files of each format, in tests/test_fuzz.py")
+    parser.addoption("--compile-first", type=int, metavar="N", help="processes that compile before tests on a GPU")
     parser.addoption("--cases", type=int, default=200, help="random cases of tests/kernels/test_random_cases.py")
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.gpu.compile_first import pytest_runtestloop, pytest_terminal_summary  # noqa: F401
+
 REHEARSAL = os.environ.get("REHEARSE_GPU_TESTS") == "1"
 HERE = Path(__file__).parent
 

@@ -58,7 +58,8 @@ def run(name: str, command: list[str], seconds: float, log: Path) -> dict[str, A
     """Runs one step, its output in `log`. Returns its entry for the results file."""
     start = time.monotonic()
     # A step ends by itself: it finishes the row it is at and says what is missing.
-    limit = {"long": ["--minutes", f"{seconds / 60:.2f}"], "gate": []}
+    gate = ["--compile-first", f"{seconds / 2:.0f}"] if "tests/gpu" in command else []
+    limit = {"long": ["--minutes", f"{seconds / 60:.2f}"], "gate": gate}
     full = [sys.executable, "-m", *command, *limit.get(name, ["--deadline", f"{time.time() + seconds:.0f}"])]
     print(f"{name}: up to {seconds:.0f} s, output in {log}", flush=True)
     with log.open("w") as file:

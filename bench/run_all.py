@@ -53,7 +53,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
     model = ("--model", LONG_MODEL[args.device], "--patch", str(LONG_PATCH))
     long = ("-m", "bench.profile_long", *at, *model, "--out", str(args.out / "long"))
     steps = [
-        Step("gate", gate, 0.4, limit="", once=True),
+        Step("gate", gate, 0.4, limit="--compile-first" if on_gpu else "", once=True),
         Step("core", (*timed, "--sweep", "core"), 0.7 if on_gpu else 0.85),
         Step("long", long, 0.5 if on_gpu else 1.0, limit="--minutes", once=True),
     ]
@@ -133,8 +133,9 @@ def measure(args: argparse.Namespace, steps_of: Callable[[argparse.Namespace], l
     end = time.monotonic() + 60 * args.minutes - GRACE
     device = torch.device(args.device)
     path = args.out / machine.results_name(device, machine.DTYPES[args.dtype])
+    facts = machine.facts(device)  # of the beginning, whatever is committed meanwhile
     try:
-        known = ResultsFile(path, machine.facts(device)).content.get("steps", [])
+        known = ResultsFile(path, facts).content.get("steps", [])
     except ResultsError as error:
         print(error, file=sys.stderr)
         return 1
@@ -151,7 +152,7 @@ def measure(args: argparse.Namespace, steps_of: Callable[[argparse.Namespace], l
         if step.name == "gate":
             _judge(entries[-1], log, args.device)
             untimed = entries[-1].get("untimed", [])
-        content = _note(path, args, entries, steps)
+        content = _note(ResultsFile(path, facts), args, entries, steps)
         state = entries[-1]["state"]
         if step.name == "gate" and not state.startswith((DONE, FAILED, OUT_OF_TIME, NOT_STARTED)):
             print(log.read_text()[-3000:])
@@ -176,16 +177,17 @@ def _judge(entry: dict[str, Any], log: Path, device: str) -> None:
         print(f"{entry['state']} (see {log})", file=sys.stderr)
 
 
-def _note(path: Path, args: argparse.Namespace, entries: list[dict[str, Any]], steps: list[Step]) -> dict[str, Any]:
+def _note(
+    file: ResultsFile, args: argparse.Namespace, entries: list[dict[str, Any]], steps: list[Step]
+) -> dict[str, Any]:
     """Saves what the steps came to, with what the last one measured, and makes the page."""
-    file = ResultsFile(path, machine.facts(torch.device(args.device)))
     scaling = args.out / "long" / "scaling.csv"
     if entries[-1]["name"] == "long" and scaling.exists():
         add_long_rows(file, scaling, args.device, args.dtype)
     done = [entry["name"] for entry in entries if entry["state"] == DONE]
     file.content |= {"steps": entries, "complete": done == [step.name for step in steps]}
     file.save()
-    report.main([str(path), "--out", str(args.out / PAGE)])
+    report.main([str(file.path), "--out", str(args.out / PAGE)])
     return file.content
 
 

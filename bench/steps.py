@@ -26,9 +26,10 @@ class Step:
     """One command.
 
     Attributes:
-        command: arguments of this Python; a program of its own if it begins with a path. share: of what is left of the
-            time. limit: the option by which it is told its time, "--deadline" (Unix time) or "--minutes"; "": it is
-            ended. once: it is not begun again by a later call once it was done. missing: why it cannot run here.
+        command: arguments of this Python; a program of its own if it begins with a path.
+        share: of what is left of the time. missing: why it cannot run here.
+        limit: the option by which it is told its time: "--deadline" (Unix time), "--minutes" or "--compile-first"
+            (seconds, half of it); "": it is ended. once: no later call begins it again once it was done.
         variables: of its environment.
     """
 
@@ -49,6 +50,7 @@ def run(step: Step, seconds: float, log: Path) -> dict[str, Any]:
         return {"name": step.name, "state": NOT_STARTED, "seconds": 0.0}
     start = time.monotonic()
     told = {"--deadline": f"{time.time() + seconds:.0f}", "--minutes": f"{seconds / 60:.2f}"}
+    told["--compile-first"] = f"{seconds / 2:.0f}"
     full = [*step.command, *([step.limit, told[step.limit]] if step.limit else [])]
     full = full if step.command[0].startswith("/") else [sys.executable, *full]
     print(f"{step.name}: up to {seconds:.0f} s, output in {log}", flush=True)

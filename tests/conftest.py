@@ -23,6 +23,7 @@ elif not torch.cuda.is_available():
     interpreter.patch()
 
 from segmenter.model import Segmenter
+from tests.gpu import compile_first
 from tests.support.parity import check_guards, guarded
 from tests.support.tiny import tiny_model
 
@@ -48,8 +49,8 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=60, help="mutated files of each format, in tests/test_fuzz.py")
-    parser.addoption("--compile-first", type=int, metavar="N", help="processes that compile before tests on a GPU")
     parser.addoption("--cases", type=int, default=200, help="random cases of tests/kernels/test_random_cases.py")
+    compile_first.pytest_addoption(parser)
 
 
 @pytest.fixture

@@ -38,7 +38,8 @@ def test_run_all_goes_through_its_steps(monkeypatch, tmp_path, capsys):
     steps = Steps()
     assert run_with(monkeypatch, tmp_path, steps) == 0
     words = [" ".join(command) for command in steps.commands]
-    assert "--benchmark-disable" in words[0] and "--sweep core" in words[1] and "profile_long" in words[2]
+    assert "--benchmark-disable" in words[0] and "--compile-first" not in words[0]  # nothing compiles on a CPU
+    assert "--sweep core" in words[1] and "profile_long" in words[2]
     deadline = float(steps.commands[1][steps.commands[1].index("--deadline") + 1])
     assert time.time() + 300 < deadline < time.time() + 540
     content = load(tmp_path / "r.json")
@@ -67,6 +68,7 @@ def test_operations_that_fail_their_tests_are_not_timed_and_all_else_is(monkeypa
     assert run_with(monkeypatch, tmp_path, steps, device="cuda") == 0
     gate, core, long, full = steps.commands
     assert "-x" not in gate and "--failed" not in long
+    assert 60 < float(gate[gate.index("--compile-first") + 1]) < 0.2 * 9 * 60  # half of its share of 9 minutes
     for command in (core, full):
         at = command.index("--failed")
         assert command[at + 1 : at + 3] == ["masks-to-labels", "noise-to-labels"] and command[at + 3].startswith("--")

@@ -398,8 +398,8 @@ PIXELS_TO_TOKENS = planted_in(
             ".fill_(0)",
         ),
         "half_pixels_not_centred": (
-            "- (1024.0 + 128.0)",
-            "- 1024.0",
+            "- (16.0 + 2.0)",
+            "- 16.0",
         ),
         "image_offset_in_32_bits": (
             "image = (rows // n_patches).to(tl.int64)",

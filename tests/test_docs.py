@@ -323,7 +323,7 @@ def flags() -> set[str]:
     needed = {"bench.run_all": ["--out", "x"], "bench.report": ["x.json", "--out", "x.html"]}
     needed |= dict.fromkeys(("bench.profile_long", "bench.tune", "bench.first_hour"), ["--out", "x"])
     parsers += [program(module, needed.get(module, [])) for module in MODULES]
-    found = {"--index-url"}
+    found = {"--index-url", "--collect-only", "--compile-first"}  # of pip, of pytest, of tests/conftest.py
     while parsers:
         for action in parsers.pop()._actions:
             found.update(action.option_strings)

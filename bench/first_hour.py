@@ -1,148 +1,244 @@
-"""The first hour on a GPU as one command, in calls of a few minutes: python -m bench.first_hour --out DIR --minutes 9
+"""The first hour on a card as one command: python -m bench.first_hour --out DIR --minutes 9
 
-In this order: are the kernels right (their tests; the golden cases; each default 1,000 times, bit for bit; small
-launches under compute-sanitizer), then how fast (ceilings and the core sweep with every backend of attention, blocks,
-whole models, the waterfall and peers; long sequences), then what could be faster (bench.tune, with what is left). The
-same command goes on where it ended. --rehearse goes through all of it on a CPU, on tiny inputs, and measures nothing.
+In this order: ceilings, tests of the kernels, golden cases, 1,000 bitwise repeats of every shipped configuration,
+compute-sanitizer on small launches, attention by every backend, blocks, whole models, waterfall, peers, long sequences,
+and tuning with what is left. A step that fails or runs out of time does not keep the others from running. All files are
+whole after each step, and the report is made anew. The same command goes on: what is done is skipped, what was cut
+short continues. --rehearse goes through all steps on a CPU with tiny inputs, in DIR/rehearsal; its times mean nothing.
 """
 
 import argparse
-import dataclasses
+import glob
+import os
+import re
+import shlex
 import shutil
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
-from bench import providers, run_all
-from bench.steps import Step
-from bench.tuning import measure
-from bench.tuning.buckets import Bucket, buckets
-from segmenter.kernels import launch
+from bench import machine, report, steps, timing
+from bench.harness import OUT_OF_TIME as ROW_OUT_OF_TIME
+from bench.repeats import OUT_OF_TIME as REPEATS_OUT_OF_TIME
+from bench.results import ResultsError, ResultsFile
+from bench.run_all import TESTS_FAILED, add_long_rows, commands, red_gate
+from bench.steps import DEADLINE, GRACE, MINUTES, module
+from segmenter.files import write_text
 
-HERE = ("-m", "bench.first_hour")
-NOT_REHEARSED = (
-    "speed; races and memory errors of compiled code (compute-sanitizer); CUDA graphs and streams; memory on a GPU; "
-    "kernels as compiled (here they are interpreted); backends of attention other than the CPU's"
+CUT_SHORT = "cut short: the same command goes on"
+ABSENT = "not run: compute-sanitizer is not installed (it comes with the CUDA toolkit); put it on PATH"
+CUT = re.compile(rf"{re.escape(ROW_OUT_OF_TIME)}|^not reached: |^the time was used up", re.MULTILINE)  # in a log
+_IN_WHEELS = f"{sys.prefix}/lib/python*/site-packages/nvidia/**/compute-sanitizer"
+SANITIZER = ("/usr/local/cuda*/bin/compute-sanitizer", _IN_WHEELS)
+FOUND = 9  # exit status of compute-sanitizer where it found something
+CANNOT_SHOW = (
+    "A rehearsal cannot show: whether kernels compile and are right on a card; any time or memory of one; races and "
+    "bad accesses; what differs from run to run between multiprocessors; SDPA's CUDA backends; CUDA graphs."
 )
-REPEATS = 1000
-_SANITIZERS = ("/usr/local/cuda/bin/compute-sanitizer", "/opt/cuda/bin/compute-sanitizer")
-KINDS = ("half", "tf32", "fp32")
+NO_CARD = "not run: a rehearsal launches nothing on a card"
+BEGUN = "begun, and not ended"
+FAILED = re.compile("failed|tests failed|found errors")  # states
+
+
+class Step(NamedTuple):
+    """A step: its command (None: there is none), the share of the time left that it may use, what to look at."""
+
+    name: str
+    command: list[str] | None
+    share: float
+    look: str
+    environment: dict[str, str] = {}
+    reason: str = ""  # why there is no command
 
 
 def sanitizer() -> str | None:
-    """The program, if this machine has it."""
-    places = (shutil.which("compute-sanitizer"), *_SANITIZERS)
-    return next((place for place in places if place and Path(place).exists()), None)
+    """The path of compute-sanitizer, where it is installed."""
+    found = [path for pattern in SANITIZER for path in sorted(glob.glob(pattern, recursive=True))]
+    return shutil.which("compute-sanitizer") or next((path for path in found if os.access(path, os.X_OK)), None)
 
 
-def steps_of(args: argparse.Namespace) -> list[Step]:
-    """The steps on a GPU."""
-    gate, core, long = run_all.steps_of(args)[:3]
-    where = ("--out", str(args.out), "--device", args.device)
-    golden = ("tests/golden/check.py", "tests/golden", "--adapter", "tests/golden_adapter.py", "--quiet")
-    program = sanitizer()
-    missing = "" if program else "not here: compute-sanitizer (it comes with the CUDA toolkit)"
-    launches = (sys.executable, *HERE, "--step", "launches", *where)
+def plan(out: Path, rehearse: bool) -> list[Step]:
+    """The steps, in order. `out` is absolute."""
+    device, dtype = ("cpu", "fp32") if rehearse else ("cuda", "bf16")
+    of_run_all = commands(out, device, dtype, None)
+    interpreted = {"TRITON_INTERPRET": "1"} if rehearse else {}
+    at = ["--device", device, "--dtype", dtype]
+    timed = module("pytest", "bench", "--no-header", "-q", "-rs", "-p", "no:cacheprovider", *at, "--missing")
+    timed += ["--results", str(out), "--deadline", DEADLINE, "--row-seconds", "0.02" if rehearse else "0.3"]
+    timed += ["--sweep", "smoke" if rehearse else "core", "-k"]
+    small = ["--op", "layernorm"] if rehearse else []
+    repeats = module("bench.repeats", *small, *(["--interpret", "--tiny"] if rehearse else []))
+    repeats += ["--times", "1" if rehearse else "1000", "--deadline", DEADLINE, "--out", str(out)]
+    launches = module("bench.repeats", "--tiny", "--times", "0", "--deadline", DEADLINE, "--out", str(out / "launches"))
+    golden = [sys.executable, "tests/golden/check.py", "tests/golden", "--adapter", "tests/golden_adapter.py"]
+    golden += ["--quiet", *(["--case", "02"] if rehearse else [])]
+    on_kernels = {"GOLDEN_IMPL": "triton", "PYTHONPATH": str(machine.ROOT)} | interpreted
+    tool = sanitizer()
+    absent = NO_CARD if rehearse else "" if tool else ABSENT
+    checked = {
+        kind: [tool, "--tool", kind, "--error-exitcode", str(FOUND), *launches] if not absent else None
+        for kind in ("memcheck", "racecheck")
+    }
+    long = [*of_run_all["long"], *(["--tokens", "26", "--size", "40", "--providers", "eager"] if rehearse else [])]
+    tune = module("bench.tune", "--out", str(out), "--minutes", MINUTES)
+    tune += ["--rehearse", "--op", "layernorm"] if rehearse else []
+    # torch.compile takes a minute a model, also of a tiny one
+    few = " and not compile" if rehearse else ""
     return [
-        gate,
-        Step("golden", golden, 0.2, limit="", once=True, variables=(("GOLDEN_IMPL", "triton"),)),
-        Step("repeats", (*HERE, "--step", "repeats", *where), 0.2, limit="", once=True),
-        *(
-            Step(tool, (program or "", "--tool", tool, "--error-exitcode", "9", *launches), 0.15, "", True, missing)
-            for tool in ("memcheck", "racecheck")
-        ),
-        dataclasses.replace(core, share=0.6),
-        dataclasses.replace(long, share=0.4),
-        Step("tune", ("-m", "bench.tune", "--out", str(args.out)), 1.0, limit="--minutes"),
-    ]
+        Step("ceilings", None, 0.0, "the percentages of all rows are of these"),
+        Step("parity", of_run_all["gate"], 0.4, "FAILED lines name kernels that are wrong"),
+        Step("golden", golden, 0.3, "all cases PASS", on_kernels),
+        Step("repeats", repeats, 0.3, "repeats.json names what differs", interpreted),
+        Step("memcheck", checked["memcheck"], 0.2, "ERROR SUMMARY: 0 errors", {}, absent),
+        Step("racecheck", checked["racecheck"], 0.2, "RACECHECK SUMMARY: 0 hazards", {}, absent),
+        Step("attention", [*timed, "bench_attention" + few], 0.4, "triton against each sdpa-*"),
+        Step("block", [*timed, "bench_operations and not bench_attention" + few], 0.4, "triton against compile"),
+        Step("models", [*timed, "(bench_model or bench_train_step)" + few], 0.5, "images/s"),
+        Step("waterfall", [*timed, "bench_waterfall" + few], 0.5, "which step gains nothing"),
+        Step("peers", [*timed, "bench_peers and not bench_whole" + few], 0.5, "ours beside theirs"),
+        Step("long", long, 0.5, "long/report.html"),
+        Step("tuning", tune, 0.3 if rehearse else 1.0, "rows for kernels/configs.py, in tuning.log"),
+    ]  # fmt: skip
 
 
-def rehearsal_of(args: argparse.Namespace) -> list[Step]:
-    """The same on a CPU: kernels in Triton's interpreter, tiny inputs, nothing timed."""
-    at = ("--device", "cpu")
-    interpreted = (("TRITON_INTERPRET", "1"),)
-    steps = {step.name: step for step in steps_of(args)}
-    golden = (*steps["golden"].command, "--case", "05")
-    launches = ("--out", str(args.out), *at, "--rehearse")
-    smoke = ("-m", "pytest", "bench", "-q", "--benchmark-disable", "-k", "(not compile and not noise) or mlp", *at)
-    long = ("-m", "bench.profile_long", *at, "--model", "X", "--size", "64", "--tokens", "17", "65")
-    both = (*interpreted, ("GOLDEN_IMPL", "triton"))
-    return [
-        dataclasses.replace(steps["gate"], share=0.5),
-        dataclasses.replace(steps["golden"], command=golden, share=0.4, variables=both),
-        Step("repeats", (*HERE, "--step", "repeats", *launches), 0.4, limit="", variables=interpreted),
-        Step("memcheck", (*HERE, "--step", "launches", *launches), 0.4, limit="", variables=interpreted),
-        Step("core", smoke, 0.5, limit=""),
-        Step("long", (*long, "--out", str(args.out / "rehearsed-long")), 0.5, limit="--minutes"),
-        Step("tune", (*steps["tune"].command, "--rehearse", "--op", "attention"), 0.7, limit="--minutes"),
-    ]
+def ceilings(file: ResultsFile, device: torch.device, dtype: str) -> dict[str, Any]:
+    """The step that is done in this process: measures the ceilings into the file. Returns its entry."""
+    start, state = time.monotonic(), "done"
+    try:
+        found = timing.measure_ceilings(device, machine.DTYPES[dtype], small=device.type == "cpu")
+        file.content["ceilings"] = found._asdict()
+    except RuntimeError as error:
+        state = f"failed: {error}"
+    timing.release(device)
+    return {"name": "ceilings", "state": state, "seconds": round(time.monotonic() - start, 1)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What two of the steps do: the example of every row that this architecture takes
+def ended(step: Step, entry: dict[str, Any], log: Path) -> dict[str, Any]:
+    """The entry with what the log says of it: cut short, or found something."""
+    sanitized = step.name in ("memcheck", "racecheck")
+    codes = {REPEATS_OUT_OF_TIME: CUT_SHORT} if sanitized or step.name == "repeats" else {}
+    codes |= {FOUND: f"found errors: see {log.name}"} if sanitized else {}
+    codes |= {TESTS_FAILED: red_gate(log)[0]} if step.name == "parity" else {}
+    for code, state in codes.items():
+        if entry["state"] == f"failed with exit status {code}":
+            entry["state"] = state
+    if entry["state"] == "done" and CUT.search(log.read_text(errors="replace")):
+        entry["state"] = CUT_SHORT
+    return entry
 
 
-def shipped(architecture: str, tiny: bool) -> list[Bucket]:
-    """Every row of every table in force here; `tiny`: with its example made small."""
-    found = [bucket for kind in KINDS for bucket in buckets(architecture, kind)]
-    return [dataclasses.replace(bucket, tiny=tiny) for bucket in found]
+def table(entries: list[dict[str, Any]], todo: list[Step]) -> str:
+    """A line for each step: its state, seconds of all calls, what to look at."""
+    known = {entry["name"]: entry for entry in entries}
+    lines = []
+    for step in todo:
+        entry = known.get(step.name, {"state": steps.NOT_STARTED, "seconds": 0.0})
+        lines.append(f"{step.name:10} {entry['seconds']:7.1f} s  {entry['state']}  [{step.look}]")
+    return "\n".join(lines)
 
 
-def launched(bucket: Bucket, device: torch.device) -> Callable[[], torch.Tensor]:
-    """The row's example on random inputs."""
-    arguments, function = measure.inputs(bucket, 0, device), bucket.arguments()[0]
-    return lambda: function(*arguments)
+class Hour:
+    """The steps of one DIR, whose states are kept in its results file."""
 
+    def __init__(self, out: Path, rehearse: bool, end: float):
+        self.out, self.rehearse, self.end = out, rehearse, end
+        self.device, self.dtype = torch.device("cpu" if rehearse else "cuda"), "fp32" if rehearse else "bf16"
+        self.todo = plan(out, rehearse)
+        self.path = out / machine.results_name(self.device, machine.DTYPES[self.dtype])
+        self.facts = machine.facts(self.device)
+        out.mkdir(parents=True, exist_ok=True)
+        self.entries: list[dict[str, Any]] = self._file().content.get("steps", [])
 
-def differing(run: Callable[[], torch.Tensor], repeats: int) -> int:
-    """How many of so many further results are not the first one, bit for bit. Waits for the device once."""
-    first = run().contiguous().view(torch.uint8).clone()
-    differ = torch.zeros((), dtype=torch.int64, device=first.device)
-    for _ in range(repeats):
-        differ += (run().contiguous().view(torch.uint8) != first).any()
-    return int(differ)
+    def _file(self) -> ResultsFile:
+        return ResultsFile(self.path, self.facts)  # read anew: steps write into it
 
+    def done(self, name: str) -> bool:
+        return any(entry["name"] == name and entry["state"] in ("done", "nothing to do") for entry in self.entries)
 
-def each_shipped(device: torch.device, tiny: bool, repeats: int) -> int:
-    """Runs the example of every row, and again `repeats` times to compare. The exit status."""
-    architecture = launch.architecture(torch.empty(0, device=device))
-    wrong, rows = [], shipped(architecture, tiny)
-    for bucket in tqdm(rows, unit="row", file=sys.stderr):
-        with torch.no_grad(), providers.float32_products(bucket.case.precision), bucket.in_force(bucket.row.config):
-            try:
-                run = launched(bucket, device)
-                found = differing(run, repeats) if repeats else run() is None
-            except Exception as error:  # a finding, not the end
-                wrong.append(f"{bucket.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-                continue
-        if found:
-            wrong.append(f"{bucket.name}: {found} of {repeats} results differ from the first")
-    print("\n".join(wrong) or f"{len(rows)} rows, each {1 + repeats} times: all the same")
-    return int(bool(wrong))
+    def _state(self, name: str) -> str:
+        return next((entry["state"] for entry in self.entries if entry["name"] == name), steps.NOT_STARTED)
+
+    def left(self) -> list[Step]:
+        """What is to be run: what was not tried or was cut short, and then what failed before."""
+        found = [step for step in self.todo if not self.done(step.name)]
+        return sorted(found, key=lambda step: bool(FAILED.match(self._state(step.name))))
+
+    def run(self) -> None:
+        """All that is not done, as far as there is time."""
+        for step in self.left():
+            if step.reason or self.end - time.monotonic() > steps.LEAST:
+                self._note(self._one(step))
+            else:
+                self._note({"name": step.name, "state": self._state(step.name), "seconds": 0.0})
+
+    def _one(self, step: Step) -> dict[str, Any]:
+        left, log = self.end - time.monotonic(), self.out / f"{step.name}.log"
+        if step.reason:
+            return {"name": step.name, "state": step.reason, "seconds": 0.0}
+        options = []
+        if FAILED.match(self._state("parity")) and not self.rehearse:
+            options = red_gate(self.out / "parity.log")[1]
+        self._note({"name": step.name, "state": BEGUN, "seconds": 0.0})
+        if step.command is None:
+            file = self._file()
+            entry = ceilings(file, self.device, self.dtype)
+            file.save()
+            return entry
+        command = step.command + (options if "--missing" in step.command else [])
+        entry = steps.run(step.name, command, max(step.share * left, steps.LEAST), log, step.environment)
+        return ended(step, entry, log)
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        """Keeps the entry, with the seconds of earlier calls, and makes the report anew."""
+        before = next((old["seconds"] for old in self.entries if old["name"] == entry["name"]), 0.0)
+        entry["seconds"] = round(entry["seconds"] + before, 1)
+        self.entries = [*(old for old in self.entries if old["name"] != entry["name"]), entry]
+        file, scaling = self._file(), self.out / "long" / "scaling.csv"
+        if entry["name"] == "long" and scaling.exists() and not self.rehearse:
+            add_long_rows(file, scaling, self.device.type, self.dtype)
+        complete = all(self.done(other.name) for other in self.todo)
+        file.content |= {"steps": self.entries, "complete": complete, "rehearsal": self.rehearse}
+        file.save()
+        if entry["state"] != BEGUN:
+            self._report()
+
+    def _report(self) -> None:
+        tables = self.out / "tables.md"
+        names = "".join(f"<!-- bench:{name}:start -->\n<!-- bench:{name}:end -->\n\n" for name in report.BLOCKS)
+        head = "# Rehearsal on a CPU: no figure means anything\n\n" if self.rehearse else "# Tables\n\n"
+        write_text(tables, head + names)
+        if report.main([str(self.path), "--out", str(self.out / "report.html"), "--readme", str(tables)]):
+            print("the report could not be made; the results file is whole", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = run_all.parser_of(__doc__)
-    parser.add_argument("--rehearse", action="store_true", help="all of it on a CPU, on tiny inputs; measures nothing")
-    parser.add_argument("--step", choices=("repeats", "launches"), help="only this, in this process")
-    args = run_all.parse(parser, arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything; keep it between calls")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for this call; default 9")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny inputs: no figure means anything")
+    args = parser.parse_args(arguments)
+    end = time.monotonic() + 60 * args.minutes - GRACE
+    if not args.rehearse and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --rehearse goes through all steps without one")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in bench.run_all
+    out = args.out.resolve() / "rehearsal" if args.rehearse else args.out.resolve()
+    try:
+        hour = Hour(out, args.rehearse, end)
+    except ResultsError as error:
+        print(error, file=sys.stderr)
+        return 1
     if args.rehearse:
-        args.device, args.dtype = "cpu", "fp32"
-    elif args.device == "cpu":
-        parser.error("there is no GPU here; --rehearse goes through all of it without one")
-    if args.step:
-        repeats = (3 if args.rehearse else REPEATS) if args.step == "repeats" else 0
-        return each_shipped(torch.device(args.device), args.rehearse or args.step == "launches", repeats)
-    if args.rehearse:
-        args.out = args.out / "rehearsal"
-        args.out.mkdir(exist_ok=True)
-        print(f"a rehearsal, not a measurement. What it cannot show: {NOT_REHEARSED}")
-    steps = (rehearsal_of if args.rehearse else steps_of)(args)
-    print("\n".join(f"{step.name:10} {step.missing or ' '.join(step.command)[:110]}" for step in steps))
-    return run_all.measure(args, lambda args: steps)
+        print(f"REHEARSAL, no measurement. {CANNOT_SHOW}")
+    print("to run:", ", ".join(step.name for step in hour.left()) or "nothing, all is done")
+    hour.run()
+    print(table(hour.entries, hour.todo))
+    print(f"results in {hour.path}; tables.md, report.html and logs beside it")
+    again = ["--out", str(args.out), "--minutes", f"{args.minutes:g}", *(["--rehearse"] if args.rehearse else [])]
+    print(f"to go on: python -m bench.first_hour {shlex.join(again)}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ row that is being measured and nothing else:
 
     machine_info  `facts`                              ceilings     what the machine reached, bench/timing.py
     benchmarks    one row each; `extra_info` as bench/harness.py fills it
-    unavailable   what could not be measured and why   steps        of bench/run_all.py
+    unavailable   what could not be measured and why   steps        of bench/run_all.py, bench/first_hour.py
 """
 
 import json

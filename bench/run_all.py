@@ -8,12 +8,10 @@ same DIR goes on where it ended.
 
 import argparse
 import csv
-import dataclasses
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,9 @@ import torch
 from bench import machine, report, shapes
 from bench.harness import rates, row_facts
 from bench.results import ResultsError, ResultsFile
-from bench.steps import DONE, GRACE, NOT_STARTED, OUT_OF_TIME, Step, run
+from bench.steps import DEADLINE, GRACE, HALF, LEAST, MINUTES, OUT_OF_TIME, module, run
 from bench.timing import Ceilings
 
-PAGE = "report.html"
 LONG_MODEL, LONG_PATCH = {"cuda": "S", "cpu": "T"}, 8
 # Tests -> the operations that they are of. Others are of no single one, and whole models have a check of their own.
 OPERATIONS = {
@@ -34,36 +31,41 @@ OPERATIONS = {
     "test_labels_on_gpu": ("masks-to-labels", "noise-to-labels"),
 }
 TESTS_FAILED = 1  # pytest's exit status; any other but 0 says that they did not run
-FAILED = "tests failed: "  # how the state of a gate begins that is not repeated, as done ones are not
-TIMED = ("core", "full")  # steps that leave out operations whose tests failed
+# Steps after the gate: name, and the share of what is left of the time that it may use.
+SHARES = {"cuda": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, "long": 1.0}}
 
 
-def steps_of(args: argparse.Namespace) -> list[Step]:
-    """The steps of a run, in their order."""
-    on_gpu = args.device == "cuda"
-    at = ("--device", args.device, "--dtype", args.dtype)
-    uncached = ("-q", "-p", "no:cacheprovider")
-    bench = ("-m", "pytest", "bench", "--no-header", *uncached, *at)
-    timed = (*bench, "--missing", "--row-seconds", "0.3" if on_gpu else "0.5", "--results", str(args.out))
-    timed += ("--camvid", str(args.camvid)) if args.camvid else ()
-    if on_gpu:  # without what takes minutes by itself; every row has a gate of its own besides
-        gate = ("-m", "pytest", "tests/gpu", "-m", "gpu", "-k", "not random and not golden", "-rfE", *uncached)
+def commands(out: Path, device: str, dtype: str, camvid: Path | None) -> dict[str, list[str]]:
+    """The command of each step."""
+    at = ["--device", device, "--dtype", dtype]
+    uncached = ["-q", "-p", "no:cacheprovider"]
+    bench = ["pytest", "bench", "--no-header", *uncached, *at]
+    timed = [*bench, "--missing", "--row-seconds", {"cuda": "0.3", "cpu": "0.5"}[device], "--results", str(out)]
+    timed += ["--deadline", DEADLINE]
+    timed += ["--camvid", str(camvid)] if camvid else []
+    if device == "cuda":  # without what takes minutes by itself; every row has a gate of its own besides
+        gate = ["pytest", "tests/gpu", "-m", "gpu", "-k", "not random and not golden", "-rfE", *uncached]
+        gate += ["--compile-first", HALF]
     else:  # through Triton's interpreter, on tiny inputs
-        gate = (*bench, "--benchmark-disable", "-k", "triton")
-    model = ("--model", LONG_MODEL[args.device], "--patch", str(LONG_PATCH))
-    long = ("-m", "bench.profile_long", *at, *model, "--out", str(args.out / "long"))
-    steps = [
-        Step("gate", gate, 0.4, limit="--compile-first" if on_gpu else "", once=True),
-        Step("core", (*timed, "--sweep", "core"), 0.7 if on_gpu else 0.85),
-        Step("long", long, 0.5 if on_gpu else 1.0, limit="--minutes", once=True),
-    ]
-    return [*steps, Step("full", (*timed, "--sweep", "full"), 1.0)] if on_gpu else steps
+        gate = [*bench, "--benchmark-disable", "-k", "triton"]
+    model = ["--model", LONG_MODEL[device], "--patch", str(LONG_PATCH)]
+    long = ["bench.profile_long", *at, *model, "--out", str(out / "long"), "--minutes", MINUTES]
+    found = {"gate": gate, "core": [*timed, "--sweep", "core"], "long": long, "full": [*timed, "--sweep", "full"]}
+    return {name: module(*command) for name, command in found.items()}
 
 
 def failed_operations(log: str) -> dict[str, tuple[str, ...]]:
     """Test files with failures, by pytest's summary -> the operations that are not to be timed."""
     files = dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) \S*?(\w+)\.py", log, flags=re.MULTILINE))
     return {file: OPERATIONS.get(file, ()) for file in files}
+
+
+def red_gate(log: Path) -> tuple[str, list[str]]:
+    """The gate's state where tests failed, and the options of `pytest bench` that keep their operations untimed."""
+    failed = failed_operations(log.read_text())
+    untimed = sorted({operation for operations in failed.values() for operation in operations})
+    state = f"tests failed: {', '.join(failed)}; not timed: {', '.join(untimed) or 'nothing less'}"
+    return state, ["--failed", *untimed] if untimed else []
 
 
 def add_long_rows(file: ResultsFile, scaling: Path, device: str, dtype: str) -> None:
@@ -107,92 +109,65 @@ def summary(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
-    """The arguments that `measure` takes."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results file, logs and report")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it; default 9")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=machine.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--camvid", type=Path, help="CamVid (images/test, annotations/test), for mIoU")
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
-    args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
-    args.out, args.camvid = args.out.resolve(), args.camvid and args.camvid.resolve()
-    args.out.mkdir(parents=True, exist_ok=True)
-    return args
-
-
-def measure(args: argparse.Namespace, steps_of: Callable[[argparse.Namespace], list[Step]]) -> int:
-    """Runs the steps, and makes the page of what they gave after each. The exit status."""
     # Of the steps: threads that wait actively take the core from each other on small or shared CPUs.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     end = time.monotonic() + 60 * args.minutes - GRACE
+    dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     device = torch.device(args.device)
-    path = args.out / machine.results_name(device, machine.DTYPES[args.dtype])
-    facts = machine.facts(device)  # of the beginning, whatever is committed meanwhile
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / machine.results_name(device, machine.DTYPES[dtype])
+    steps: list[dict[str, Any]] = []
+    shares = SHARES[args.device]
+    todo = commands(out, args.device, dtype, args.camvid and args.camvid.resolve())
+
+    def note() -> dict[str, Any]:
+        file = ResultsFile(path, machine.facts(device))
+        done = [step["name"] for step in steps if step["state"] == "done"]
+        scaling = out / "long" / "scaling.csv"
+        if steps[-1]["name"] == "long" and scaling.exists():
+            add_long_rows(file, scaling, args.device, dtype)
+        file.content |= {"steps": steps, "complete": done == ["gate", *shares]}
+        file.save()
+        return file.content
+
     try:
-        known = ResultsFile(path, facts).content.get("steps", [])
+        before = ResultsFile(path, machine.facts(device)).content.get("steps", [])
     except ResultsError as error:
         print(error, file=sys.stderr)
         return 1
-    before, steps, entries = {entry["name"]: entry for entry in known}, steps_of(args), []
-    untimed: list[str] = []  # operations whose tests failed
-    for step in steps:
-        earlier, log = before.get(step.name, {"state": ""}), args.out / f"{step.name}.log"
-        if step.once and earlier["state"].startswith((DONE, FAILED)):
-            entries.append(earlier)
-        else:
-            if step.name in TIMED and untimed:
-                step = dataclasses.replace(step, command=(*step.command, "--failed", *untimed))
-            entries.append(run(step, step.share * (end - time.monotonic()), log))
-        if step.name == "gate":
-            _judge(entries[-1], log, args.device)
-            untimed = entries[-1].get("untimed", [])
-        content = _note(ResultsFile(path, facts), args, entries, steps)
-        state = entries[-1]["state"]
-        if step.name == "gate" and not state.startswith((DONE, FAILED, OUT_OF_TIME, NOT_STARTED)):
-            print(log.read_text()[-3000:])
-            print(f"the kernels did not pass their tests ({state}), so nothing is timed", file=sys.stderr)
-            return 1
-    print(summary(content))
-    for entry in entries:
-        print(f"{entry['name']:10} {entry['seconds']:7.1f} s  {entry['state']}")
-    print(f"results in {path}, page in {args.out / PAGE}; the same command goes on")
-    return 0
-
-
-def _judge(entry: dict[str, Any], log: Path, device: str) -> None:
-    """Notes what tests that failed, or did not end, mean."""
-    if entry["state"] == OUT_OF_TIME:
+    passed = [step for step in before if (step["name"], step["state"]) == ("gate", "done")]
+    steps += passed or [run("gate", todo["gate"], max(LEAST, 0.4 * (end - time.monotonic())), out / "gate.log")]
+    content = note()
+    if steps[-1]["state"] == OUT_OF_TIME:
         print("the kernels' tests did not end in time; each row is checked by itself all the same", file=sys.stderr)
-    elif entry["state"] == f"failed with exit status {TESTS_FAILED}" and device == "cuda":
-        failed = failed_operations(log.read_text())
-        entry["untimed"] = sorted({operation for operations in failed.values() for operation in operations})
-        less = ", ".join(entry["untimed"]) or "nothing less"
-        entry["state"] = f"{FAILED}{', '.join(failed)}; not timed: {less}"
-        print(f"{entry['state']} (see {log})", file=sys.stderr)
-
-
-def _note(
-    file: ResultsFile, args: argparse.Namespace, entries: list[dict[str, Any]], steps: list[Step]
-) -> dict[str, Any]:
-    """Saves what the steps came to, with what the last one measured, and makes the page."""
-    scaling = args.out / "long" / "scaling.csv"
-    if entries[-1]["name"] == "long" and scaling.exists():
-        add_long_rows(file, scaling, args.device, args.dtype)
-    done = [entry["name"] for entry in entries if entry["state"] == DONE]
-    file.content |= {"steps": entries, "complete": done == [step.name for step in steps]}
-    file.save()
-    report.main([str(file.path), "--out", str(args.out / PAGE)])
-    return file.content
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return measure(parse(parser_of(__doc__), arguments), steps_of)
+    elif steps[-1]["state"] == f"failed with exit status {TESTS_FAILED}" and args.device == "cuda":
+        steps[-1]["state"], options = red_gate(out / "gate.log")
+        print(f"{steps[-1]['state']} (see {out / 'gate.log'})", file=sys.stderr)
+        for name in ("core", "full"):
+            todo[name] += options
+    elif steps[-1]["state"] != "done":
+        print((out / "gate.log").read_text()[-3000:])
+        print(f"the kernels did not pass their tests ({steps[-1]['state']}), so nothing is timed", file=sys.stderr)
+        return 1
+    for name, share in shares.items():
+        steps.append(run(name, todo[name], share * (end - time.monotonic()), out / f"{name}.log"))
+        content = note()
+    print(summary(content))
+    for step in steps:
+        print(f"{step['name']:6} {step['seconds']:7.1f} s  {step['state']}")
+    page = out / "report.html"
+    report.main([str(path), "--out", str(page)])
+    print(f"results in {path}, page in {page}")
+    return 0
 
 
 if __name__ == "__main__":

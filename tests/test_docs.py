@@ -321,7 +321,7 @@ def flags() -> set[str]:
 
     parsers = [build_parser(), get_args_parser(), pytest_parser()]
     needed = {"bench.run_all": ["--out", "x"], "bench.report": ["x.json", "--out", "x.html"]}
-    needed |= dict.fromkeys(("bench.profile_long", "bench.tune", "bench.first_hour"), ["--out", "x"])
+    needed["bench.profile_long"] = needed["bench.tune"] = needed["bench.first_hour"] = ["--out", "x"]
     parsers += [program(module, needed.get(module, [])) for module in MODULES]
     found = {"--index-url", "--collect-only", "--compile-first"}  # of pip, of pytest, of tests/conftest.py
     while parsers:

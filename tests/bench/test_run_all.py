@@ -71,7 +71,7 @@ def test_operations_that_fail_their_tests_are_not_timed_and_all_else_is(monkeypa
     assert 60 < float(gate[gate.index("--compile-first") + 1]) < 0.2 * 9 * 60  # half of its share of 9 minutes
     for command in (core, full):
         at = command.index("--failed")
-        assert command[at + 1 : at + 3] == ["masks-to-labels", "noise-to-labels"] and command[at + 3].startswith("--")
+        assert command[at + 1 :] == ["masks-to-labels", "noise-to-labels"]
     said = "tests failed: test_labels_on_gpu, test_captured_on_gpu; not timed: masks-to-labels, noise-to-labels"
     content = load(tmp_path / "r.json")
     assert said in capsys.readouterr().err and content["steps"][0]["state"] == said and not content["complete"]

@@ -1,6 +1,7 @@
 """The planted bugs: one text edit each, in a file of the kernels, and the tests that should find it."""
 
 from tests.mutants.mutant import Mutant, planted_in
+from tests.mutants.planted_first_hour import FIRST_HOUR
 from tests.mutants.planted_guard import GUARD
 from tests.mutants.planted_labels import (
     BY_THEMSELVES,
@@ -15,7 +16,7 @@ from tests.mutants.planted_labels import (
 )
 from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
-from tests.mutants.planted_tune import FIRST_HOUR, TUNE
+from tests.mutants.planted_tune import TUNE
 
 ATTENTION = planted_in(
     "kernels/attention.py",

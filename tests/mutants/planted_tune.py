@@ -77,39 +77,3 @@ TUNE = [
         },
     ),
 ]
-
-FIRST_HOUR = planted_in(
-    "bench/first_hour.py",
-    ("tests/bench/test_first_hour.py",),
-    {
-        "repeats_compared_with_the_last": (
-            "        differ += (run().contiguous().view(torch.uint8) != first).any()\n",
-            "        differ += (first != (first := run().contiguous().view(torch.uint8))).any()\n",
-        ),
-        "repeats_compared_as_numbers": (
-            "        differ += (run().contiguous().view(torch.uint8) != first).any()\n",
-            "        differ += (run() != first.view(torch.float32)).any()\n",
-        ),
-        "rows_that_fail_pass": (
-            '                wrong.append(f"{bucket.name}: {type(error)',
-            '                print(f"{bucket.name}: {type(error)',
-        ),
-    },
-) + planted_in(
-    "bench/run_all.py",
-    ("tests/bench/test_first_hour.py", "tests/bench/test_run_all.py"),
-    {
-        "steps_that_were_done_run_again": (
-            '        if step.once and earlier["state"].startswith((DONE, FAILED)):\n',
-            "        if False:\n",
-        ),
-        "steps_that_go_on_do_not": (
-            '        if step.once and earlier["state"].startswith((DONE, FAILED)):\n',
-            '        if earlier["state"].startswith((DONE, FAILED)):\n',
-        ),
-        "failed_operations_forgotten_by_the_next_call": (
-            '            untimed = entries[-1].get("untimed", [])\n',
-            '            untimed = [] if entries[-1] is earlier else entries[-1].get("untimed", [])\n',
-        ),
-    },
-)

@@ -87,6 +87,7 @@ def plan(out: Path, rehearse: bool) -> list[Step]:
     tune += ["--rehearse", "--op", "layernorm"] if rehearse else []
     # torch.compile takes a minute a model, also of a tiny one
     few = " and not compile" if rehearse else ""
+    whole = [*timed[:-1], "--benchmark-disable", "-k"] if rehearse else timed  # else a CPU takes minutes
     return [
         Step("ceilings", None, 0.0, "the percentages of all rows are of these"),
         Step("parity", of_run_all["gate"], 0.4, "FAILED lines name kernels that are wrong"),
@@ -97,8 +98,8 @@ def plan(out: Path, rehearse: bool) -> list[Step]:
         Step("attention", [*timed, "bench_attention" + few], 0.4, "triton against each sdpa-*"),
         Step("block", [*timed, "bench_operations and not bench_attention" + few], 0.4, "triton against compile"),
         Step("models", [*timed, "(bench_model or bench_train_step)" + few], 0.5, "images/s"),
-        Step("waterfall", [*timed, "bench_waterfall" + few], 0.5, "which step gains nothing"),
-        Step("peers", [*timed, "bench_peers and not bench_whole" + few], 0.5, "ours beside theirs"),
+        Step("waterfall", [*whole, "bench_waterfall" + few], 0.5, "which step gains nothing"),
+        Step("peers", [*whole, "bench_peers and not bench_whole" + few], 0.5, "ours beside theirs"),
         Step("long", long, 0.5, "long/report.html"),
         Step("tuning", tune, 0.3 if rehearse else 1.0, "rows for kernels/configs.py, in tuning.log"),
     ]  # fmt: skip

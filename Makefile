@@ -1,5 +1,5 @@
-.PHONY: help install test test-more test-all test-gpu golden golden-kernels compile-report mutants fuzz lint format \
-	bench bench-smoke api
+.PHONY: help install test test-more test-all coverage test-gpu golden golden-kernels compile-report mutants fuzz \
+	lint format bench bench-smoke api
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -7,18 +7,19 @@ help:            ## this list
 install:         ## editable install with everything that tests need
 	pip install -e ".[test]"
 
-# These run in Triton's interpreter, which is Python and slow to trace, and kernels/ is not measured anyway.
-INTERPRETED = tests/kernels tests/test_golden.py tests/bench/test_compile_report.py
-PYTEST = python -m pytest -n auto --dist loadscope
+# One thread for each of the processes that run tests, and for those that tests start.
+PYTEST = OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadscope
 
-test:            ## the tests that need no GPU, but for further cases, with the coverage gate
-	$(PYTEST) -m "not gpu and not more" $(INTERPRETED)
-	$(PYTEST) -m "not gpu and not more" $(INTERPRETED:%=--ignore=%) --cov --cov-report=term --cov-fail-under=90
+test:            ## the tests that need no GPU, but for further cases
+	$(PYTEST) -m "not gpu and not more"
 
 test-more:       ## the further cases: random and interpreted ones, export by compilers
 	$(PYTEST) -m "more and not gpu"
 
 test-all: test test-more  ## all tests that need no GPU
+
+coverage:        ## how much of segmenter/ the tests run, at least 90 %; tracing makes them much slower
+	$(PYTEST) -m "not gpu" --ignore=tests/kernels --cov --cov-report=term --cov-fail-under=90
 
 test-gpu:        ## the tests that need a GPU
 	python -m pytest -m gpu

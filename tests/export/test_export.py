@@ -1,6 +1,7 @@
 """Exported files compute what the model computes, at sizes they were not traced at, and a wrong one is never left."""
 
 import errno
+import functools
 import importlib.util
 import json
 import os
@@ -191,17 +192,22 @@ def test_position_embeddings_bit_by_bit(check, mode):
             assert torch.equal(positions(model.encoder, other), wanted), (dtype, other)
 
 
-def perturbed(model, dtype=None):
-    twin = eager_twin(model, torch.float64).to(torch.float32)  # a copy: the model shares nothing with it
-    with torch.no_grad():
-        twin.encoder.blocks[0].mlp.fc2.weight[0] *= 1.5
-    return twin
+@functools.cache
+def linear_program(output, dtype):
+    return trace(tiny_model(**LINEAR), output, dtype)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """What is tested comes after tracing, which takes seconds: one program of the model LINEAR stands for all."""
+    monkeypatch.setattr(export, "trace", lambda model, output, dtype: linear_program(output, dtype))
 
 
 @pytest.mark.parametrize("output", ["labels", "masks"])
-def test_a_wrong_file_is_not_left(output, tmp_path, monkeypatch):
-    model = tiny_model(**MASK)
-    monkeypatch.setattr(export_program, "eager_twin", perturbed)
+def test_a_wrong_file_is_not_left(output, tmp_path, traced):
+    model = tiny_model(**LINEAR)
+    with torch.no_grad():
+        model.encoder.blocks[0].mlp.fc2.weight[0] *= 1.5
     with pytest.raises(ExportError, match="disagrees with the model at 1 x 64x64"):
         export_model(model, tmp_path / "model.pt2", "torch", output=output)
     assert list(tmp_path.iterdir()) == []
@@ -218,9 +224,10 @@ def test_a_wrong_normalisation_is_found_and_an_older_file_kept(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("size", [1_000, 200_000])
-def test_no_room_is_an_error_that_names_the_file(size, tmp_path):
+def test_no_room_is_an_error_that_names_the_file(size, tmp_path, traced):
     """In a process of its own: what torch writes to by itself ends the process when it fails."""
     resource = pytest.importorskip("resource")
+    linear_program("labels", torch.float32)
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -236,7 +243,7 @@ def test_no_room_is_an_error_that_names_the_file(size, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_of_a_killed_export_are_removed(tmp_path):
+def test_leftovers_of_a_killed_export_are_removed(tmp_path, traced):
     (tmp_path / ".segmenter-1.tmp").mkdir()
     (tmp_path / ".segmenter-1.tmp" / "model.pt2").write_text("half")
     with directory_beside(tmp_path / "other.pt2") as running:
@@ -343,12 +350,12 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         export_model(tiny_model(**MASK), tmp_path / "model.onnx", "onnx")
 
 
-def test_errors_of_the_exporters_are_export_errors(tmp_path, monkeypatch):
+def test_errors_of_the_exporters_are_export_errors(tmp_path, monkeypatch, traced):
     def fail(*arguments):
         (tmp_path / next(tmp_path.iterdir()).name / "half").write_text("x")
         raise KeyError("no such thing")
 
     monkeypatch.setitem(export.WRITERS, "torch", fail)
     with pytest.raises(ExportError, match="could not be written as torch: KeyError: 'no such thing'"):
-        export_model(tiny_model(**MASK), tmp_path / "model.pt2", "torch")
+        export_model(tiny_model(**LINEAR), tmp_path / "model.pt2", "torch")
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """Shared fixtures. Nothing here needs a GPU: without one, the kernels run in Triton's interpreter."""
 
 import contextlib
+import gc
 import math
 import os
 import sys
@@ -45,6 +46,12 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     if NO_KERNELS and module_path.parent.name in ("kernels", "gpu"):
         return WithoutKernels.from_parent(parent, path=module_path)
     return None
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: a garbage collection, which some tests ask for, need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):

@@ -32,6 +32,7 @@ def test_edits_that_do_not_fit_are_refused(tmp_path):
             plant(Mutant("bad", "file.py", old, "z", ()), tmp_path)
 
 
+@pytest.mark.more
 def test_a_bug_is_found_and_its_absence_passes():
     """The machinery itself, on the definition of a GELU and the quickest test of it."""
     pytest.importorskip("triton")

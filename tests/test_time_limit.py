@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 TESTS = """
 def test_waits():
@@ -18,6 +20,7 @@ def test_after():
 """
 
 
+@pytest.mark.more
 def test_tests_that_hang_fail_and_the_others_run(tmp_path):
     (tmp_path / "test_it.py").write_text(TESTS)
     options = ["-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "-n", "1", "-p", "no:cacheprovider"]

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import itertools
 import operator
 import threading
 import warnings
@@ -167,19 +166,20 @@ class Watched:
     def __init__(self, model: nn.Module):
         self.steps = optimiser_steps()
         self.owners = [owner for m in model.modules() for owner in (m._parameters, m._buffers) if owner]
-        self.values = list(itertools.chain.from_iterable(map(dict.values, self.owners)))
-        self.tensors = [tensor for tensor in self.values if tensor is not None]
+        self.contents = list(map(dict, self.owners))
+        named = [(owner, name, t) for owner in self.owners for name, t in owner.items() if t is not None]
+        self.tensors = [tensor for _, _, tensor in named]
+        self.single = [(owner, name, tensor) for owner, name, tensor in named if tensor.numel() == 1]
         self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]  # those count no writes
         self.addresses, self.versions = self._addresses(), self._versions()
         self.memory = [tensor.detach() for tensor in self.tensors]  # so that no later tensor comes to the same address
 
     def unchanged(self) -> bool:
-        """Written for speed: it runs before every replay."""
-        values = list(itertools.chain.from_iterable(map(dict.values, self.owners)))
+        """Written for speed: it runs at every replay."""
         return (
             self.steps == optimiser_steps()
-            and len(values) == len(self.values)
-            and all(map(operator.is_, values, self.values))
+            and same(self.owners, self.contents)
+            and all(owner[name] is tensor for owner, name, tensor in self.single)  # equals are `same`
             and self._addresses() == self.addresses
             and self._versions() == self.versions
         )
@@ -192,6 +192,19 @@ class Watched:
 
 
 _VERSION = operator.attrgetter("_version")
+
+
+def same(these: list, those: list) -> bool:
+    """Whether two lists, or lists of dictionaries, hold the same objects, or equal ones.
+
+    Python looks for identity before it asks for equality, so this takes a few nanoseconds an object. Tensors of several
+    elements that are not the same have no equality: they raise.
+    """
+    try:
+        return these == those
+    except RuntimeError:
+        return False
+
 
 ATTEMPTS = 3  # to capture a shape
 PAYS = 8  # replays that make up for a capture, which runs the model three times and waits for the device

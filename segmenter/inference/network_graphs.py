@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from segmenter.cache import Cache
 from segmenter.guard import DECISION, OF_EVERY_MODULE, altered, hooks_of_all, qualified, replaced
-from segmenter.inference.cuda_graphs import PATIENCE, Graphs, Watched
+from segmenter.inference.cuda_graphs import PATIENCE, Graphs, Watched, same
 from segmenter.inference.windows import masks_of
 from segmenter.ops import unobserved_but_for_autocast
 
@@ -210,12 +210,14 @@ class _Everything(Watched):
             if hasattr(type(module), "decide"):
                 module.__dict__.setdefault(DECISION, None)  # which its first call would add
         self.states = [module.__dict__ for module in modules]
-        self.children = [module._modules for module in modules if module._modules]
+        self.parents = [module._modules for module in modules if module._modules]
+        self.children = list(map(dict, self.parents))
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.holders, self.names = zip(*map(self._watched_attributes, modules), strict=True)
         self.holders, self.names = map(list, map(itertools.chain.from_iterable, (self.holders, self.names)))
-        self.layers, self.attributes = self._layers(), self._attributes()
+        self.layers = [layer for layers in self.children for layer in layers.values()]
         self.kinds, self.sizes = list(map(type, self.layers)), list(map(len, self.states))
+        self.attributes = self._attributes()
         # of nn.Module itself, `altered` tells
         bases = {base for module in modules for base in type(module).__mro__} - {nn.Module, object}
         self.classes = list(map(vars, bases))
@@ -224,17 +226,15 @@ class _Everything(Watched):
         self.cleared = self._cleared()
 
     def unchanged(self) -> bool:
-        layers = self._layers()
         return (
             super().unchanged()
             and not any(self.hooks)
-            and len(layers) == len(self.layers)
-            and all(map(operator.is_, layers, self.layers))
-            and list(map(type, layers)) == self.kinds
+            and same(self.parents, self.children)
+            and list(map(type, self.layers)) == self.kinds
             and list(map(len, self.states)) == self.sizes
-            and all(map(operator.is_, self._attributes(), self.attributes))
+            and same(self._attributes(), self.attributes)
             and self._cleared() == self.cleared
-            and all(map(operator.eq, self.classes, self.members))
+            and self.classes == self.members
             and not (hooks_of_all() or altered())
         )
 
@@ -249,9 +249,6 @@ class _Everything(Watched):
 
     def _cleared(self) -> list[int]:
         return [cache.cleared for cache in self.caches]
-
-    def _layers(self) -> list[Any]:
-        return list(itertools.chain.from_iterable(map(dict.values, self.children)))
 
 
 def _settings() -> tuple:

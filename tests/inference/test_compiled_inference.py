@@ -14,7 +14,7 @@ import torch.nn as nn
 from segmenter import create_segmenter
 from segmenter.inference import cuda_graphs
 from segmenter.inference.compiled_inference import CompiledInference, Shape
-from segmenter.inference.cuda_graphs import PAYS, half_weights
+from segmenter.inference.cuda_graphs import PAYS, Watched, half_weights
 from tests.inference.test_segment import image
 from tests.support.fake_graphs import install
 from tests.support.tiny import tiny_model
@@ -190,6 +190,18 @@ def test_new_weights_where_old_ones_were(model):
             layer.weight = nn.Parameter(torch.randn(layer.weight.shape, generator=generator))
         compiled(pixels)
         assert torch.equal(compiled._network.decoder.proj_dec.weight, layer.weight.bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (3,), (2, 2)])
+@pytest.mark.parametrize("other", [torch.float32, torch.float64])
+def test_a_tensor_replaced_by_an_equal_one_is_seen(shape, other):
+    """Python finds one element equal, and has no answer for several."""
+    module = torch.nn.Linear(3, 2)
+    module.scale = torch.nn.Parameter(torch.ones(shape))
+    watched = Watched(module)
+    assert watched.unchanged()
+    module.scale = torch.nn.Parameter(torch.ones(shape, dtype=other))
+    assert not watched.unchanged()
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

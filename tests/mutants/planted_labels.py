@@ -313,8 +313,8 @@ CAPTURED = planted_in(
             "MATRICES = (nn.Linear, nn.Conv2d)",
         ),
         "fused_optimisers_not_seen": (
-            "            self.steps == optimiser_steps()\n            and len(values)",
-            "            len(values)",
+            "            self.steps == optimiser_steps()\n            and same(self.owners",
+            "            same(self.owners",
         ),
         "written_in_place_not_seen": (
             "            and self._versions() == self.versions\n",
@@ -325,9 +325,14 @@ CAPTURED = planted_in(
             "",
         ),
         "other_parameters_not_seen": (
-            "            and all(map(operator.is_, values, self.values))\n",
+            "            and same(self.owners, self.contents)\n",
             "",
         ),
+        "equal_parameters_of_one_element_not_seen": (
+            "            and all(owner[name] is tensor for owner, name, tensor in self.single)",
+            "            and True",
+        ),
+        "tensors_compared_by_value": ("return False\n\n\nATTEMPTS", "return True\n\n\nATTEMPTS"),
         "weights_without_counted_writes_converted": (
             "if parameter.is_inference():",
             "if False:",
@@ -407,11 +412,11 @@ BY_THEMSELVES = planted_in(
             "",
         ),
         "other_layers_not_seen": (
-            "            and all(map(operator.is_, layers, self.layers))\n",
+            "            and same(self.parents, self.children)\n",
             "",
         ),
         "other_classes_not_seen": (
-            "            and list(map(type, layers)) == self.kinds\n",
+            "            and list(map(type, self.layers)) == self.kinds\n",
             "",
         ),
         "added_attributes_not_seen": (
@@ -419,11 +424,11 @@ BY_THEMSELVES = planted_in(
             "",
         ),
         "changed_attributes_not_seen": (
-            "            and all(map(operator.is_, self._attributes(), self.attributes))\n",
+            "            and same(self._attributes(), self.attributes)\n",
             "",
         ),
         "methods_replaced_on_classes_not_seen": (
-            "            and all(map(operator.eq, self.classes, self.members))\n",
+            "            and self.classes == self.members\n",
             "",
         ),
         "cleared_caches_not_seen": (

@@ -76,7 +76,8 @@ def test_one_that_hangs_is_ended_at_the_limit(run, tmp_path):
         os.kill(int(first[0][1]), 0)
 
 
-@pytest.mark.parametrize("options", [pytest.param(("--compile-first", "0"), marks=pytest.mark.more), ()])
+@pytest.mark.more
+@pytest.mark.parametrize("options", [("--compile-first", "0"), ()])
 def test_it_can_be_turned_off_and_is_off_without_a_card(options, run):
     first, output = run(*options)
     assert not first and "compiled" not in output

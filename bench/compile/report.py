@@ -36,7 +36,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import CompiledKernel
 
 from bench.compile import aot
-from bench.compile.cases import Case, cases
+from bench.compile.cases import CALLS, Case, cases
 from bench.compile.sass import Program
 from bench.machine import DTYPES
 from segmenter.files import write_text
@@ -270,7 +270,7 @@ def versions(architectures: Iterable[str]) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=[*SHARED_MEMORY], default=[*SHARED_MEMORY], help="default: all")
-    parser.add_argument("--op", nargs="+", choices=sorted({case.op for case in cases()}), default=(), help="all")
+    parser.add_argument("--op", nargs="+", choices=sorted(CALLS), default=(), help="all")
     parser.add_argument("--match", default="", help='expression to be found in "op type what", for a few cases only')
     parser.add_argument("--full", action="store_true", help="every case on every architecture")
     parser.add_argument("--json", type=Path, help="file to write the rows to")

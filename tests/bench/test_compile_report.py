@@ -29,6 +29,11 @@ GOOD = Kernel("attention", "sm_90", "bf16", "highest", "n=1025", shared=50_000, 
            tensor_core="wgmma.mma_async", has_dot=True)  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """In place of the one of all tests: calls are recorded, not run, and their outputs are large."""
+
+
 def python(*arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, *arguments]

@@ -29,7 +29,7 @@ from bench.steps import DEADLINE, GRACE, MINUTES, module
 from segmenter.files import write_text
 
 CUT_SHORT = "cut short: the same command goes on"
-ABSENT = "not run: compute-sanitizer is not installed (it comes with the CUDA toolkit); put it on PATH"
+ABSENT = "not run: no compute-sanitizer; it comes with the CUDA toolkit, or: pip install nvidia-cuda-sanitizer-api"
 CUT = re.compile(rf"{re.escape(ROW_OUT_OF_TIME)}|^not reached: |^the time was used up", re.MULTILINE)  # in a log
 _IN_WHEELS = f"{sys.prefix}/lib/python*/site-packages/nvidia/**/compute-sanitizer"
 SANITIZER = ("/usr/local/cuda*/bin/compute-sanitizer", _IN_WHEELS)
@@ -57,7 +57,7 @@ class Step(NamedTuple):
 def sanitizer() -> str | None:
     """The path of compute-sanitizer, where it is installed."""
     found = [path for pattern in SANITIZER for path in sorted(glob.glob(pattern, recursive=True))]
-    return shutil.which("compute-sanitizer") or next((path for path in found if os.access(path, os.X_OK)), None)
+    return shutil.which("compute-sanitizer") or next(filter(shutil.which, found), None)
 
 
 def plan(out: Path, rehearse: bool) -> list[Step]:

@@ -94,6 +94,17 @@ def test_without_time_nothing_is_started(hour):
     assert set(hour(answers, minutes="0.8").values()) == {steps.NOT_STARTED} and not answers.commands
 
 
+def test_the_sanitizer_of_the_wheel_is_found_beside_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(first_hour, "SANITIZER", (f"{tmp_path}/**/compute-sanitizer",))
+    monkeypatch.setenv("PATH", "")
+    (tmp_path / "a" / "compute-sanitizer").mkdir(parents=True)
+    assert first_hour.sanitizer() is None
+    program = tmp_path / "b" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.touch(0o755)
+    assert first_hour.sanitizer() == str(program)
+
+
 def test_a_missing_sanitizer_is_named_and_costs_nothing(hour, monkeypatch):
     monkeypatch.setattr(first_hour, "sanitizer", lambda: None)
     answers = Steps()

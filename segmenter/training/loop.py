@@ -122,8 +122,8 @@ class Run:
         if group.sums([self.step])[0] != self.step * group.world:
             raise CheckpointError(f"{checkpoint}: the processes find different ones; let them share the output folder")
         weight = None if self.class_weights is None else self.class_weights.to(group.device)
-        self.loss = SegmentationLoss(dataset.ignore_index, weight, recipe.lovasz)
-        self.parallel = group.parallel(self.model)
+        self.loss = SegmentationLoss(dataset.ignore_index, weight, recipe.lovasz, self.model.patch_size)
+        self.parallel = group.parallel(_Masks(self.model))
 
     def run(self, stop: threading.Event) -> Outcome:
         """All steps that are left, with evaluations and saves between them."""
@@ -189,8 +189,8 @@ class Run:
         report_bad(batch.errors, self.reported)
         dtype = DTYPES.get(recipe.amp, torch.float32)
         with torch.autocast(group.device.type, dtype=dtype, enabled=recipe.amp != "none"):
-            logits = self.parallel(images)
-        loss = self.loss(logits, labels, counted / group.world)
+            masks = self.parallel(images)
+        loss = self.loss(masks, labels, counted / group.world)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -324,6 +324,17 @@ class Run:
         }
         content["inference_kwargs"]["im_size"] = im_size
         return content
+
+
+class _Masks(torch.nn.Module):
+    """The model, for its masks: DistributedDataParallel calls `forward`, and the model's makes the pixels' logits."""
+
+    def __init__(self, model: Segmenter):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.masks(images)
 
 
 class _Meter:

@@ -1,4 +1,8 @@
-"""The training loss: cross-entropy of the upsampled masks, averaged over the labelled pixels of all processes."""
+"""The training loss: cross-entropy of the upsampled masks, averaged over the labelled pixels of all processes.
+
+On a CPU no logits of pixels are made (upsample_loss.py). The Lovász-softmax loss is made of all pixels' probabilities,
+so with it they are; and on a GPU, where a loop over rows of pixels would be hundreds of small kernels.
+"""
 
 from collections.abc import Callable
 
@@ -9,6 +13,7 @@ from tqdm import tqdm
 
 from segmenter.data.datasets import DataError, Dataset
 from segmenter.training.recipe import RecipeError
+from segmenter.training.upsample_loss import upsample_cross_entropy
 
 
 class SegmentationLoss:
@@ -17,10 +22,11 @@ class SegmentationLoss:
     Args:
         weight: (n_cls,) float32, what a pixel of each class counts; None: all the same, as published.
         lovasz: how much of the Lovász-softmax loss is added, of each process's own batch (it has no such mean).
+        patch_size: what masks are upsampled by; 1: they are the pixels' logits.
     """
 
-    def __init__(self, ignore_index: int, weight: torch.Tensor | None = None, lovasz: float = 0.0):
-        self.ignore_index, self.weight, self.lovasz = ignore_index, weight, lovasz
+    def __init__(self, ignore_index: int, weight: torch.Tensor | None = None, lovasz: float = 0.0, patch_size: int = 1):
+        self.ignore_index, self.weight, self.lovasz, self.patch_size = ignore_index, weight, lovasz, patch_size
         self._lovasz = _lovasz(ignore_index) if lovasz else None
 
     def denominator(self, labels: torch.Tensor) -> torch.Tensor:
@@ -28,16 +34,25 @@ class SegmentationLoss:
         valid = labels != self.ignore_index
         return valid.sum() if self.weight is None else self.weight[labels[valid]].sum()
 
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, denominator: torch.Tensor | float) -> torch.Tensor:
+    def __call__(self, masks: torch.Tensor, labels: torch.Tensor, denominator: torch.Tensor | float) -> torch.Tensor:
         """Loss in float32.
 
         Args:
-            logits: (b, n_cls, H, W). labels: (b, H, W) int64.
+            masks: (b, n_cls, h, w). labels: (b, H, W) int64, of h * patch_size rows at most, the padding cut off.
             denominator: of all processes together, over their number.
         """
-        logits = logits.float()
-        total = F.cross_entropy(logits, labels, self.weight, ignore_index=self.ignore_index, reduction="sum")
-        loss = total / max(float(denominator), 1e-12)
+        denominator = max(float(denominator), 1e-12)
+        if self._lovasz is None and masks.device.type == "cpu":
+            return (
+                upsample_cross_entropy(masks, labels, self.patch_size, self.weight, self.ignore_index).loss
+                / denominator
+            )
+        size = [n * self.patch_size for n in masks.shape[2:]]
+        logits = masks if self.patch_size == 1 else F.interpolate(masks, size, mode="bilinear", align_corners=False)
+        logits = logits[..., : labels.shape[1], : labels.shape[2]].float()
+        loss = (
+            F.cross_entropy(logits, labels, self.weight, ignore_index=self.ignore_index, reduction="sum") / denominator
+        )
         if self._lovasz is not None and bool((labels != self.ignore_index).any()):
             loss = loss + self.lovasz * self._lovasz(logits, labels)
         return loss

@@ -26,6 +26,7 @@ from segmenter.kernels.linear import layernorm_linear, linear
 from segmenter.kernels.mask_head import mask_head
 from segmenter.kernels.pixels_to_tokens import pixels_to_tokens
 from segmenter.kernels.upsample_argmax import upsample_argmax, windows_argmax
+from segmenter.kernels.upsample_cross_entropy import upsample_cross_entropy
 
 WIDTHS = (192, 384, 768, 1024)  # of the model
 CLASSES = (19, 150, 256, 300)
@@ -150,6 +151,11 @@ def _mask_cases(add: Callable[..., None]) -> None:
         for n_cls in CLASSES:
             add(patch == 16 or (n_cls == 150 and patch != 14), "upsample_argmax", "bf16", patch=patch, n_cls=n_cls)
     add(ARCHITECTURES, "windows_argmax", "bf16", n_cls=150)
+    add(ARCHITECTURES, "upsample_cross_entropy", "bf16", n_cls=150)
+    for patch in (8, 16, 32, 14):
+        for n_cls in CLASSES:
+            add(True, "upsample_cross_entropy", "bf16", patch=patch, n_cls=n_cls)
+    add(True, "upsample_cross_entropy", "fp32", n_cls=150, weighted=True)
 
 
 def _pixel_cases(add: Callable[..., None]) -> None:
@@ -206,6 +212,14 @@ def _labels(dtype: torch.dtype, n_cls: int, patch: int = 16, side: int = 640) ->
     return partial(upsample_argmax, masks, (side, side))
 
 
+def _loss(dtype: torch.dtype, n_cls: int, patch: int = 16, side: int = 512, weighted: bool = False) -> partial:
+    masks = torch.empty(2, -(-side // patch), -(-side // patch), n_cls, dtype=dtype)
+    weight = torch.empty(n_cls) if weighted else None
+    smoothing = 0.1 if weighted else 0.0
+    labels = torch.empty(2, side, side, dtype=torch.int64)
+    return partial(upsample_cross_entropy, masks, labels, weight, patch, label_smoothing=smoothing)
+
+
 def _pixels(dtype: torch.dtype, batch: int = 32, side: int = 512, patch: int = 16, d: int = 768, stream="") -> partial:
     tokens = _empty(DTYPES.get(stream, dtype), (2, d), (2 + (-(-side // patch)) ** 2, d))
     pixels, weight = torch.empty(batch, side, side, 3, dtype=torch.uint8), torch.empty(d, 3 * patch**2, dtype=dtype)
@@ -226,6 +240,7 @@ CALLS: dict[str, Callable[..., partial]] = {
     "fold": lambda dtype, m, d: _layernorm_linear(dtype, m, d, gelu=True),
     "mask_head": _mask_head,
     "upsample_argmax": _labels,
+    "upsample_cross_entropy": _loss,
     "windows_argmax": lambda dtype, n_cls: partial(
         windows_argmax,
         *_empty(dtype, (1, 6, 32, 32, n_cls)), (0, 88), (0, 300, 512), (512, 512), (512, 512), (600, 1024),

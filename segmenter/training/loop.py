@@ -122,7 +122,7 @@ class Run:
         if group.sums([self.step])[0] != self.step * group.world:
             raise CheckpointError(f"{checkpoint}: the processes find different ones; let them share the output folder")
         weight = None if self.class_weights is None else self.class_weights.to(group.device)
-        self.loss = SegmentationLoss(dataset.ignore_index, weight, recipe.lovasz, self.model.patch_size)
+        self.loss = SegmentationLoss(dataset.ignore_index, weight, recipe.lovasz, self.model.patch_size, recipe.impl)
         self.parallel = group.parallel(_Masks(self.model))
 
     def run(self, stop: threading.Event) -> Outcome:

@@ -1,7 +1,6 @@
 """The training loss: cross-entropy of the upsampled masks, averaged over the labelled pixels of all processes.
 
-On a CPU no logits of pixels are made (upsample_loss.py). The Lovász-softmax loss is made of all pixels' probabilities,
-so with it they are; and on a GPU, where a loop over rows of pixels would be hundreds of small kernels.
+It makes no logits of pixels (upsample_loss.py), unless Lovász-softmax is added, which is made of all probabilities.
 """
 
 from collections.abc import Callable
@@ -22,11 +21,19 @@ class SegmentationLoss:
     Args:
         weight: (n_cls,) float32, what a pixel of each class counts; None: all the same, as published.
         lovasz: how much of the Lovász-softmax loss is added, of each process's own batch (it has no such mean).
-        patch_size: what masks are upsampled by; 1: they are the pixels' logits.
+        patch_size: what masks are upsampled by; 1: they are the pixels' logits. impl: as of the model.
     """
 
-    def __init__(self, ignore_index: int, weight: torch.Tensor | None = None, lovasz: float = 0.0, patch_size: int = 1):
-        self.ignore_index, self.weight, self.lovasz, self.patch_size = ignore_index, weight, lovasz, patch_size
+    def __init__(
+        self,
+        ignore_index: int,
+        weight: torch.Tensor | None = None,
+        lovasz: float = 0.0,
+        patch_size: int = 1,
+        impl: str = "auto",
+    ):
+        self.ignore_index, self.weight, self.lovasz = ignore_index, weight, lovasz
+        self.patch_size, self.impl = patch_size, impl
         self._lovasz = _lovasz(ignore_index) if lovasz else None
 
     def denominator(self, labels: torch.Tensor) -> torch.Tensor:
@@ -42,18 +49,15 @@ class SegmentationLoss:
             denominator: of all processes together, over their number.
         """
         denominator = max(float(denominator), 1e-12)
-        if self._lovasz is None and masks.device.type == "cpu":
-            return (
-                upsample_cross_entropy(masks, labels, self.patch_size, self.weight, self.ignore_index).loss
-                / denominator
-            )
+        if self._lovasz is None:
+            options = (self.patch_size, self.weight, self.ignore_index)
+            return upsample_cross_entropy(masks, labels, *options, impl=self.impl).loss / denominator
         size = [n * self.patch_size for n in masks.shape[2:]]
         logits = masks if self.patch_size == 1 else F.interpolate(masks, size, mode="bilinear", align_corners=False)
         logits = logits[..., : labels.shape[1], : labels.shape[2]].float()
-        loss = (
-            F.cross_entropy(logits, labels, self.weight, ignore_index=self.ignore_index, reduction="sum") / denominator
-        )
-        if self._lovasz is not None and bool((labels != self.ignore_index).any()):
+        total = F.cross_entropy(logits, labels, self.weight, ignore_index=self.ignore_index, reduction="sum")
+        loss = total / denominator
+        if bool((labels != self.ignore_index).any()):
             loss = loss + self.lovasz * self._lovasz(logits, labels)
         return loss
 

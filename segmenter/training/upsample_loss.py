@@ -1,13 +1,14 @@
 """Cross-entropy of masks that are upsampled to pixels, without the logits of the pixels.
 
 What training would do in PyTorch, `F.cross_entropy(F.interpolate(masks))`, holds several tensors of B x n_cls x H x W:
-at Seg-L/16, 640 x 640, batch 8 and 150 classes 1.9 GB each. Here a few rows of pixels are computed at a time; their
+at Seg-L/16, 640 x 640, batch 8 and 150 classes 2 GB each. Here a few rows of pixels are computed at a time; their
 part of the loss is added up and their gradient goes straight back into that of the masks, by hand:
 
     z = bilinear(masks),  p = softmax(z),  dz = ((1 - e) w_y + e/n S) p - (1 - e) w_y onehot(y) - e/n w
 
 with the class weights w, their sum S, the label y and e of label smoothing over n classes. Upsampling is linear, so its
-backward pass is its transpose, taken in the same two steps: along columns a matrix, along rows two neighbours.
+backward pass is its transpose, taken in the same two steps: along columns a matrix, along rows two neighbours. On a GPU
+one kernel does all of it (kernels/upsample_cross_entropy.py).
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 1 << 20  # of the pixels' logits that exist at a time: about what a core's cache holds
+from segmenter.ops import select
+
+CHUNK_BYTES = 1 << 20  # logits of pixels that exist at a time on a CPU: about what a core's cache holds
 
 
 class PixelLoss(NamedTuple):
@@ -41,6 +44,7 @@ def upsample_cross_entropy(
     class_weight: torch.Tensor | None = None,
     ignore_index: int = 255,
     label_smoothing: float = 0.0,
+    impl: str = "auto",
 ) -> PixelLoss:
     """Cross-entropy of masks, upsampled bilinearly (align_corners=False) by the patch size and cut to the labels' size.
 
@@ -49,28 +53,34 @@ def upsample_cross_entropy(
         labels: (B, H, W) integers, h = ceil(H / patch_size), w = ceil(W / patch_size).
         class_weight: (n_cls,), what a pixel of each class counts; None: all the same.
         ignore_index: label of pixels that do not count. label_smoothing: as of F.cross_entropy.
+        impl: as of a model; the kernel takes no float64.
     Returns:
         sums, see `PixelLoss`; 0 and no gradient where no pixel counts. It cannot be differentiated twice.
     Raises:
-        ValueError: shapes that do not fit, or a label that is neither a class nor `ignore_index`. TypeError: labels are
-            no integers.
+        ValueError: shapes that do not fit; on a CPU also a label that is neither a class nor `ignore_index`, which on a
+            GPU makes the loss NaN or ends the program as in F.cross_entropy. TypeError: labels are no integers.
+        ImplementationError: as of `ops.select`.
     """
     _check(masks, labels, patch_size, class_weight, ignore_index, label_smoothing)
-    dtype = torch.float64 if masks.dtype == torch.float64 else torch.float32
+    compute = in_chunks
+    if select(impl).on(masks).name == "triton":
+        from segmenter.kernels.upsample_cross_entropy import upsample_cross_entropy as compute
     if class_weight is not None:
-        class_weight = class_weight.detach().to(masks.device, dtype)
-    arguments = (masks, labels, patch_size, class_weight, ignore_index, label_smoothing)
-    return PixelLoss(*_UpsampleCrossEntropy.apply(*arguments))
+        class_weight = class_weight.detach().to(masks.device)
+    arguments = (labels, class_weight, patch_size, ignore_index, label_smoothing)
+    return PixelLoss(*_UpsampleCrossEntropy.apply(masks, compute, arguments))
 
 
 class _UpsampleCrossEntropy(torch.autograd.Function):
     """Computes the gradient along with the loss: everything that it takes is at hand then, and nowhere later."""
 
     @staticmethod
-    def forward(ctx: Any, masks: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        loss, weight, valid, correct, gradient = in_chunks(masks, *arguments, masks.requires_grad)
+    def forward(ctx: Any, masks: torch.Tensor, compute: Any, arguments: tuple) -> tuple[torch.Tensor, ...]:
+        sums, gradient = compute(masks.permute(0, 2, 3, 1), *arguments, masks.requires_grad)
         ctx.save_for_backward(gradient)
         ctx.dtype = masks.dtype
+        loss, weight = sums[:2].to(torch.promote_types(masks.dtype, torch.float32))
+        valid, correct = sums[2:].long()
         ctx.mark_non_differentiable(weight, valid, correct)
         return loss, weight, valid, correct
 
@@ -78,98 +88,86 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors  # float32: in float16 that of a mean over millions of pixels would be zero
-        return (gradient * upstream).to(ctx.dtype), None, None, None, None, None
+        return (gradient * upstream).to(ctx.dtype).permute(0, 3, 1, 2), None, None
 
 
 def in_chunks(
     masks: torch.Tensor,
     labels: torch.Tensor,
-    patch_size: int,
     class_weight: torch.Tensor | None,
+    patch_size: int,
     ignore_index: int,
     label_smoothing: float,
     with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`upsample_cross_entropy` in PyTorch, on any device: its four sums, and the gradient of the loss (B, n_cls, h, w).
-
-    The gradient is in the layout of the masks' classes last, as they are read.
-    """
-    B, n_cls, h, w = masks.shape
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kernels.reference.upsample_cross_entropy` with a few rows of pixels at a time, in PyTorch, on any device."""
+    B, h, w, K = masks.shape
     H, W = labels.shape[1:]
-    dtype = torch.float64 if masks.dtype == torch.float64 else torch.float32
-    x = masks.detach().permute(0, 2, 3, 1).to(dtype).contiguous()  # (B, h, w, n_cls)
-    columns = _upsampling(w, patch_size, x)[:W]
-    rows = _upsampling(h, patch_size, x)[:H]
-    pixels = _Pixels(labels, n_cls, class_weight, ignore_index, label_smoothing, x)
-    gradient = torch.empty_like(x) if with_gradient else None
-    sums = x.new_zeros(2, dtype=torch.float64)
-    counts = labels.new_zeros(2, dtype=torch.int64)
-    height = max(1, CHUNK_BYTES // (W * n_cls * x.element_size()))
-    buffer = x.new_empty(min(height, patch_size), W, n_cls)
-    for b in range(B):
-        wide = columns @ x[b]  # (h, W, n_cls)
+    x = masks.to(torch.promote_types(masks.dtype, torch.float32)).contiguous()
+    columns, rows = _upsampling(w, patch_size, x)[:W], _upsampling(h, patch_size, x)[:H]
+    weight = None if class_weight is None else class_weight.to(x.dtype)
+    pixels = _Pixels(labels, weight, ignore_index, label_smoothing, x)
+    gradient = torch.empty_like(x) if with_gradient else x.new_empty(0)
+    n_images, height = at_once(x, W * K)
+    buffer = x.new_empty(n_images * min(height, patch_size) * W * K)
+    for b in range(0, B, n_images):
+        images = slice(b, b + n_images)
+        wide = (columns @ x[images]).flatten(2)  # (images, h, W * K)
         back = torch.zeros_like(wide) if with_gradient else None
         for first, last, above, below in _chunks(h, H, patch_size, height):
-            z = buffer[: last - first]
-            near = slice(above, below + 1)
-            taps = rows[first:last, near]  # (rows, 1 or 2)
-            torch.mm(taps, wide[near].flatten(1), out=z.flatten(1))
-            pixels.backward_(z, b, first, last, sums, counts)  # z is its own gradient now
+            near, taps = slice(above, below + 1), rows[first:last, above : below + 1].expand(len(wide), -1, -1)
+            z = buffer[: len(wide) * (last - first) * W * K].view(len(wide), last - first, W * K)
+            torch.bmm(taps, wide[:, near], out=z)
+            pixels.backward_(z.view(-1, K), images, slice(first, last))
             if with_gradient:
-                back[near].flatten(1).addmm_(taps.T, z.flatten(1))
+                back[:, near].baddbmm_(taps.mT, z)  # z is its own gradient now
         if with_gradient:
-            torch.matmul(columns.T, back, out=gradient[b])
-    loss, weight = sums.to(dtype)
-    gradient = gradient.permute(0, 3, 1, 2) if with_gradient else None
-    return loss, weight, counts[0], counts[1], gradient
+            torch.matmul(columns.T, back.view(*x[images].shape[:2], W, K), out=gradient[images])
+    return pixels.sums, gradient
+
+
+def at_once(x: torch.Tensor, row: int) -> tuple[int, int]:
+    """Images, and rows of pixels of so many logits, of a step: few on a CPU; on a GPU a step is twenty launches."""
+    if x.is_cuda:
+        return max(1, len(x)), 1 << 30  # all rows between two of the masks
+    return 1, max(1, CHUNK_BYTES * torch.get_num_threads() // (row * x.element_size()))
 
 
 class _Pixels:
-    """Labels, and what the logits of some rows of pixels give: sums, counts and gradient."""
+    """Labels, and what logits of some rows of pixels give: sums (4,) of all so far, and their gradient."""
 
     def __init__(
-        self,
-        labels: torch.Tensor,
-        n_cls: int,
-        class_weight: torch.Tensor | None,
-        ignore_index: int,
-        smoothing: float,
-        like: torch.Tensor,
+        self, labels: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, smoothing: float, like: torch.Tensor
     ):
-        self.labels, self.n_cls, self.ignore_index, self.smoothing = labels, n_cls, ignore_index, smoothing
-        self.class_weight, self.like = class_weight, like
-        self.total = float(n_cls) if class_weight is None else class_weight.sum().item()
+        self.labels, self.class_weight, self.ignore_index, self.smoothing = labels, weight, ignore_index, smoothing
+        self.ones = like.new_ones(like.shape[-1]) if weight is None else weight
+        self.sums = like.new_zeros(4, dtype=torch.float64)
 
-    def backward_(
-        self, z: torch.Tensor, b: int, first: int, last: int, sums: torch.Tensor, counts: torch.Tensor
-    ) -> None:
-        """Turns logits (rows, W, n_cls) into the gradient of the loss by them, and adds to sums and counts."""
-        z = z.view(-1, self.n_cls)
-        y = self.labels[b, first:last].reshape(-1).long()
+    def backward_(self, z: torch.Tensor, images: slice, rows: slice) -> None:
+        """Turns logits (pixels, K) into the gradient of the loss by them, and adds to the sums."""
+        y = self.labels[images, rows].reshape(-1).long()
         counted = y != self.ignore_index
         y = torch.where(counted, y, 0)
-        weight = torch.ones_like(y, dtype=z.dtype) if self.class_weight is None else self.class_weight[y]
-        weight = weight * counted
+        weight = counted.to(z.dtype) if self.class_weight is None else self.class_weight[y] * counted
         highest, best = z.max(1)
-        counts += torch.stack([counted.sum(), ((best == y) & counted).sum()])
+        correct = (best == y) & counted
         z -= highest[:, None]
         at_label = z.gather(1, y[:, None])[:, 0]
-        each = self.smoothing / self.n_cls
-        of_all = (z.sum(1) if self.class_weight is None else z @ self.class_weight) if self.smoothing else None
+        each = self.smoothing / z.shape[1]
+        of_all = z @ self.ones if self.smoothing else None
         total = z.exp_().sum(1)
         log_total = total.log()
         own = (1 - self.smoothing) * weight
-        losses = own * (log_total - at_label)
-        share = own
+        losses, share = own * (log_total - at_label), own
         if self.smoothing:
-            share = own + each * self.total * counted.to(z.dtype)  # a bool alone would make it float32
-            losses += torch.where(counted, each * (self.total * log_total - of_all), 0.0)
-        sums += torch.stack([losses.sum(dtype=torch.float64), weight.sum(dtype=torch.float64)])
+            all_weights = self.ones.sum()
+            share = own + each * all_weights * counted
+            losses += torch.where(counted, each * (all_weights * log_total - of_all), 0.0)
+        self.sums += torch.stack([t.sum(dtype=torch.float64) for t in (losses, weight, counted, correct)])
         z *= (share / total)[:, None]
         z.scatter_add_(1, y[:, None], -own[:, None])
         if self.smoothing:
-            ones = z.new_ones(self.n_cls) if self.class_weight is None else self.class_weight
-            z.addr_(counted.to(z.dtype), ones, alpha=-each)
+            z.addr_(counted.to(z.dtype), self.ones, alpha=-each)
 
 
 def _upsampling(n: int, factor: int, like: torch.Tensor) -> torch.Tensor:

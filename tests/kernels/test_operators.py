@@ -95,6 +95,12 @@ def windows_argmax_args(dtype, B=2, N=5):
     return randn(B, 1, 1, 2, 3, dtype=dtype), [0], [0], [8, 8], [7, 8], [7, 8]
 
 
+def upsample_cross_entropy_args(dtype, B=2, N=5):
+    """One patch of 4 x 4 pixels. N says nothing: labels vary with the batch alone."""
+    labels = torch.randint(0, 3, (B, 4, 3), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return randn(B, 1, 1, 3, dtype=dtype), labels, near_one(3, 2, FP32), 4, 2, 0.1, True
+
+
 BF16, FP32 = torch.bfloat16, torch.float32
 SAMPLES = {
     "attention": Sample(attention_args, lambda B, N: 4 * B * 2 * N * N * 8, BF16),
@@ -110,6 +116,9 @@ SAMPLES = {
     "pixels_to_tokens": Sample(pixels_to_tokens_args, lambda B, N: 2 * B * N * 48 * 32, FP32, classes_like=(4,)),
     "windows_argmax": Sample(
         windows_argmax_args, lambda B, N: 0, torch.uint8, batch_like=(), classes_like=(0,), differentiable=False
+    ),
+    "upsample_cross_entropy": Sample(
+        upsample_cross_entropy_args, lambda B, N: 11 * B * 12 * 3, torch.float64, (), (0, 1), differentiable=False
     ),
 }
 every_operator = pytest.mark.parametrize("name", SAMPLES)

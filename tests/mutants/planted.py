@@ -14,6 +14,7 @@ from tests.mutants.planted_labels import (
     STRIDES,
     UPSAMPLE_TILES,
 )
+from tests.mutants.planted_loss import LOSS
 from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
 from tests.mutants.planted_tune import TUNE
@@ -482,6 +483,7 @@ MUTANTS = [
     *SCHEDULE,
     *TUNE,
     *FIRST_HOUR,
+    *LOSS,
 ]
 
 __all__ = ["MUTANTS", "Mutant"]

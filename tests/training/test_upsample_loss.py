@@ -180,6 +180,32 @@ def test_the_logits_of_all_pixels_are_never_held():
     assert ours.nbytes < logits / 30
 
 
+@pytest.mark.parametrize(("weighted", "smoothing"), [(False, 0.0), (True, 0.1)])
+def test_the_kernel_gives_the_same(weighted, smoothing, monkeypatch):
+    pytest.importorskip("triton")
+    masks, labels = example(dtype=torch.float32, patch_size=4)
+    weight = torch.rand(7) + 0.5 if weighted else None
+    want = upsample_cross_entropy(masks, labels, 4, weight, IGNORE, smoothing)
+    monkeypatch.setattr(upsample_loss, "in_chunks", None)
+    got = upsample_cross_entropy(masks, labels, 4, weight, IGNORE, smoothing, impl="triton")
+    torch.testing.assert_close(got, want)
+    (ours,), (theirs,) = (torch.autograd.grad(x.loss, masks) for x in (got, want))
+    torch.testing.assert_close(ours, theirs)
+    assert got.loss.dtype == torch.float32 and got.valid.dtype == torch.int64
+
+
+def test_all_images_at_once_as_on_a_gpu(monkeypatch):
+    """Where each step costs launches, it is taken for the whole batch."""
+    masks, labels = example(B=3, dtype=torch.float64)
+    weight = torch.rand(7, dtype=torch.float64) + 0.5
+    want = upsample_cross_entropy(masks, labels, 8, weight, IGNORE, 0.1)
+    (gradient,) = torch.autograd.grad(want.loss, masks)
+    monkeypatch.setattr(upsample_loss, "at_once", lambda x, row: (len(x), 1 << 30))
+    got = upsample_cross_entropy(masks, labels, 8, weight, IGNORE, 0.1)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(got.loss, masks)[0], gradient, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -13,6 +13,7 @@ from segmenter.inference.merge import View, fill_labels
 from segmenter.inference.windows import Windows
 from segmenter.kernels import reference
 from segmenter.ops import load_kernels
+from segmenter.training.upsample_loss import upsample_cross_entropy
 
 IGNORE = 255
 Tensors = tuple[torch.Tensor, ...]
@@ -210,7 +211,14 @@ def segmentation_loss(masks: torch.Tensor, target: torch.Tensor, patch: int) -> 
 
 
 def _loss_call(provider: str, shape: Shape) -> Callable:
-    loss = _compiled(provider, lambda masks, target: segmentation_loss(masks, target, shape.patch))
+    impl = {"bands": "eager", "triton": "triton"}.get(provider)
+
+    def fused(masks: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        found = upsample_cross_entropy(masks, target, shape.patch, ignore_index=IGNORE, impl=impl)
+        return found.loss / found.weight
+
+    whole = _compiled(provider, lambda masks, target: segmentation_loss(masks, target, shape.patch))
+    loss = fused if impl else whole
     return lambda masks, target: torch.autograd.grad(loss(masks, target), masks)[0]
 
 
@@ -225,4 +233,5 @@ _LABELS = ("eager", "compile", "bands", "pruned", "triton")
 # where nearly all of them could win everywhere; and the tail of training with the gradient of the masks.
 MASKS_TO_LABELS = Operation("masks-to-labels", _LABELS, _regions, _labels_call, _check_labels, shapes.masks_to_labels)
 NOISE_TO_LABELS = MASKS_TO_LABELS._replace(kind="noise-to-labels", inputs=_masks)
-LOSS = Operation("loss", ("eager", "compile"), _masks_and_target, _loss_call, _check_loss, shapes.loss)
+_LOSSES = ("eager", "compile", "bands", "triton")
+LOSS = Operation("loss", _LOSSES, _masks_and_target, _loss_call, _check_loss, shapes.loss)

@@ -370,15 +370,15 @@ def upsample_cross_entropy(
     ignore_index: int = 255,
     label_smoothing: float = 0.0,
     with_gradient: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """F.cross_entropy(F.interpolate(masks), labels), summed, and its gradient, by way of full-resolution logits.
 
     Args:
         masks: (B, h, w, K), class last; upsampled bilinearly by patch_size and cut to the labels' size.
         labels: (B, H, W) integers, a class or ignore_index. weight: (K,), what a pixel of each class counts.
     Returns:
-        sums: (4,) float64: the loss, the weights of the pixels that count, their number, and how many of them have
-            their largest score at their label (the lowest index among equals).
+        sums: (2,) float32 or wider, the loss and the weights of the pixels that count. counts: (2,) int64, their
+            number, and how many have their largest score at their label (the lowest index among equals).
         gradient: (B, h, w, K) of the loss by the masks, float32 or wider; no elements unless with_gradient.
     """
     x = masks.permute(0, 3, 1, 2).to(torch.promote_types(masks.dtype, torch.float32)).contiguous()
@@ -392,12 +392,12 @@ def upsample_cross_entropy(
     here = torch.where(counted, labels, 0)
     of_pixels = weight[here] * counted
     correct = (logits.argmax(1) == labels) & counted
-    sums = torch.stack([s.double() for s in (loss, of_pixels.double().sum(), counted.sum(), correct.sum())])
+    sums, counts = torch.stack([loss, of_pixels.sum()]), torch.stack([counted.sum(), correct.sum()])
     if not with_gradient:
-        return sums, x.new_empty(0)
+        return sums, counts, x.new_empty(0)
     own, each = (1 - label_smoothing) * of_pixels[:, None], label_smoothing / K * counted.to(x.dtype)[:, None]
     back = logits.detach().softmax(1) * (own + each * weight.sum()) - each * weight[:, None, None]
     back = back.scatter_add(1, here[:, None], -own)
     back = F.pad(back, (0, size[1] - W, 0, size[0] - H)).contiguous()
     gradient = torch.ops.aten.upsample_bilinear2d_backward(back, size, x.shape, False, None, None)
-    return sums, gradient.permute(0, 2, 3, 1).contiguous()
+    return sums, counts, gradient.permute(0, 2, 3, 1).contiguous()

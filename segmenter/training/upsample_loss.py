@@ -76,11 +76,9 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, masks: torch.Tensor, compute: Any, arguments: tuple) -> tuple[torch.Tensor, ...]:
-        sums, gradient = compute(masks.permute(0, 2, 3, 1), *arguments, masks.requires_grad)
+        (loss, weight), (valid, correct), gradient = compute(masks.permute(0, 2, 3, 1), *arguments, masks.requires_grad)
         ctx.save_for_backward(gradient)
         ctx.dtype = masks.dtype
-        loss, weight = sums[:2].to(torch.promote_types(masks.dtype, torch.float32))
-        valid, correct = sums[2:].long()
         ctx.mark_non_differentiable(weight, valid, correct)
         return loss, weight, valid, correct
 
@@ -99,7 +97,7 @@ def in_chunks(
     ignore_index: int,
     label_smoothing: float,
     with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`kernels.reference.upsample_cross_entropy` with a few rows of pixels at a time, in PyTorch, on any device."""
     B, h, w, K = masks.shape
     H, W = labels.shape[1:]
@@ -123,7 +121,7 @@ def in_chunks(
                 back[:, near].baddbmm_(taps.mT, z)  # z is its own gradient now
         if with_gradient:
             torch.matmul(columns.T, back.view(*x[images].shape[:2], W, K), out=gradient[images])
-    return pixels.sums, gradient
+    return pixels.sums.to(x.dtype), pixels.counts, gradient
 
 
 def at_once(x: torch.Tensor, row: int) -> tuple[int, int]:
@@ -134,14 +132,14 @@ def at_once(x: torch.Tensor, row: int) -> tuple[int, int]:
 
 
 class _Pixels:
-    """Labels, and what logits of some rows of pixels give: sums (4,) of all so far, and their gradient."""
+    """Labels, and what logits of some rows of pixels give: sums of all so far, and their gradient."""
 
     def __init__(
         self, labels: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, smoothing: float, like: torch.Tensor
     ):
         self.labels, self.class_weight, self.ignore_index, self.smoothing = labels, weight, ignore_index, smoothing
         self.ones = like.new_ones(like.shape[-1]) if weight is None else weight
-        self.sums = like.new_zeros(4, dtype=torch.float64)
+        self.sums, self.counts = like.new_zeros(2, dtype=torch.float64), like.new_zeros(2, dtype=torch.int64)
 
     def backward_(self, z: torch.Tensor, images: slice, rows: slice) -> None:
         """Turns logits (pixels, K) into the gradient of the loss by them, and adds to the sums."""
@@ -163,7 +161,8 @@ class _Pixels:
             all_weights = self.ones.sum()
             share = own + each * all_weights * counted
             losses += torch.where(counted, each * (all_weights * log_total - of_all), 0.0)
-        self.sums += torch.stack([t.sum(dtype=torch.float64) for t in (losses, weight, counted, correct)])
+        self.sums += torch.stack([losses.sum(dtype=torch.float64), weight.sum(dtype=torch.float64)])
+        self.counts += torch.stack([counted.sum(), correct.sum()])
         z *= (share / total)[:, None]
         z.scatter_add_(1, y[:, None], -own[:, None])
         if self.smoothing:

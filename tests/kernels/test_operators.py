@@ -118,7 +118,7 @@ SAMPLES = {
         windows_argmax_args, lambda B, N: 0, torch.uint8, batch_like=(), classes_like=(0,), differentiable=False
     ),
     "upsample_cross_entropy": Sample(
-        upsample_cross_entropy_args, lambda B, N: 11 * B * 12 * 3, torch.float64, (), (0, 1), differentiable=False
+        upsample_cross_entropy_args, lambda B, N: 11 * B * 12 * 3, FP32, (), (0, 1), differentiable=False
     ),
 }
 every_operator = pytest.mark.parametrize("name", SAMPLES)

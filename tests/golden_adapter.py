@@ -19,6 +19,10 @@ from segmenter.training.schedule import PolynomialLR
 
 IMPL = os.environ.get("GOLDEN_IMPL", "auto")
 DEVICE = "cuda" if IMPL == "triton" and torch.cuda.is_available() else "cpu"
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.support import interpreter
+
+    interpreter.patch()  # quicker, and right in bfloat16
 
 
 def load_model(checkpoint_path):

@@ -86,9 +86,15 @@ def rows_of(case: Case, architecture: str) -> list[Row]:
 
 
 @functools.cache
+def row_cases() -> tuple[Case, ...]:
+    """The example of each row."""
+    return tuple(case_of_row(table, row) for table, rows in TABLES.items() for row in rows)
+
+
+@functools.cache
 def cases() -> tuple[Case, ...]:
     """All of them, those of the rows first."""
-    found = [case_of_row(table, row) for table, rows in TABLES.items() for row in rows]
+    found = [*row_cases()]
 
     def add(default: bool | tuple[str, ...], op: str, kinds: str, **sizes: Any) -> None:
         """A call; compiled in these types on sm_90 or on the architectures named, with --full in all types on all."""

@@ -36,7 +36,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import CompiledKernel
 
 from bench.compile import aot
-from bench.compile.cases import CALLS, Case, cases
+from bench.compile.cases import CALLS, Case, cases, row_cases
 from bench.compile.sass import Program
 from bench.machine import DTYPES
 from segmenter.files import write_text
@@ -190,13 +190,13 @@ def gelu_cost(recorded: launch.Launch, architecture: str) -> float:
 
 
 def selected(
-    architectures: Iterable[str], ops: Iterable[str] = (), full: bool = False, match: str = ""
+    architectures: Iterable[str], ops: Iterable[str] = (), full: bool = False, match: str = "", rows: bool = False
 ) -> list[tuple[Case, str]]:
-    """The cases to compile, each with an architecture. `match` is searched for in "op dtype what"."""
+    """The cases to compile, each with an architecture. `match` is searched for in "op dtype what"; `rows`: of rows."""
     return [
         (case, architecture)
         for architecture in architectures
-        for case in cases()
+        for case in (row_cases() if rows else cases())
         if (full or architecture in case.architectures) and (not ops or case.op in ops)
         if re.search(match, f"{case.op} {case.dtype} {case.what}")
     ]
@@ -272,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=[*SHARED_MEMORY], default=[*SHARED_MEMORY], help="default: all")
     parser.add_argument("--op", nargs="+", choices=sorted(CALLS), default=(), help="all")
     parser.add_argument("--match", default="", help='expression to be found in "op type what", for a few cases only')
+    parser.add_argument("--rows", action="store_true", help="of each row of the tables its example, and no other case")
     parser.add_argument("--full", action="store_true", help="every case on every architecture")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: one a CPU")
@@ -280,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it for this command")
     start = time.perf_counter()
     torch.set_num_threads(1)
-    chosen = selected(args.arch, args.op, args.full, args.match)
+    chosen = selected(args.arch, args.op, args.full, args.match, args.rows)
     if not chosen:
         parser.error("no case is left to compile")
     rows = [dataclasses.replace(row, failures=check(row)) for row in compile_all(distinct_tasks(chosen), args.jobs)]

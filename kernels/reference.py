@@ -362,6 +362,12 @@ def upsample_argmax(masks: torch.Tensor, size: tuple[int, int], crop: tuple[int,
     return windows_argmax(masks.unsqueeze(1), (0,), (0,), tuple(size), crop, crop)
 
 
+def upsampling_matrix(n: int, factor: int, like: torch.Tensor) -> torch.Tensor:
+    """(n * factor, n), what F.interpolate (bilinear, align_corners=False) does along one side."""
+    eye = torch.eye(n, dtype=like.dtype, device=like.device)
+    return F.interpolate(eye[None], n * factor, mode="linear")[0].T.contiguous()
+
+
 def upsample_cross_entropy(
     masks: torch.Tensor,
     labels: torch.Tensor,
@@ -398,6 +404,5 @@ def upsample_cross_entropy(
     own, each = (1 - label_smoothing) * of_pixels[:, None], label_smoothing / K * counted.to(x.dtype)[:, None]
     back = logits.detach().softmax(1) * (own + each * weight.sum()) - each * weight[:, None, None]
     back = back.scatter_add(1, here[:, None], -own)
-    back = F.pad(back, (0, size[1] - W, 0, size[0] - H)).contiguous()
-    gradient = torch.ops.aten.upsample_bilinear2d_backward(back, size, x.shape, False, None, None)
-    return sums, counts, gradient.permute(0, 2, 3, 1).contiguous()
+    rows, columns = (upsampling_matrix(n, patch_size, x) for n in (h, w))
+    return sums, counts, torch.einsum("bkyx,yi,xj->bijk", back, rows[:H], columns[:W]).contiguous()

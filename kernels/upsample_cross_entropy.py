@@ -158,10 +158,11 @@ def _run(
     B, h, w, K = masks.shape
     n_cells, device = B * (h + 1) * (w + 1), masks.device
     gradient = launch.empty(masks.shape if with_gradient else (0,), torch.float32, device)
+    if B == 0:
+        nothing = (launch.call(torch.zeros, 2, dtype=t, device=device) for t in (torch.float32, torch.int64))
+        return *nothing, gradient
     parts = launch.empty((4, n_cells, K) if with_gradient else (0,), torch.float32, device)
     sums, counts = (launch.empty((2, n_cells), dtype, device) for dtype in (torch.float32, torch.int32))
-    if B == 0:
-        return launch.call(torch.sum, sums, 1), launch.call(torch.sum, counts, 1), gradient
     k_pad = max(16, triton.next_power_of_2(K))
     c = config or configs.upsample_cross_entropy(triton.next_power_of_2(patch_size), k_pad)
     flags = (weight is not None, smoothing > 0, with_gradient)

@@ -14,9 +14,9 @@ one kernel does all of it (kernels/upsample_cross_entropy.py).
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from segmenter.kernels.reference import upsampling_matrix
 from segmenter.ops import select
 
 CHUNK_BYTES = 1 << 20  # logits of pixels that exist at a time on a CPU: about what a core's cache holds
@@ -102,7 +102,7 @@ def in_chunks(
     B, h, w, K = masks.shape
     H, W = labels.shape[1:]
     x = masks.to(torch.promote_types(masks.dtype, torch.float32)).contiguous()
-    columns, rows = _upsampling(w, patch_size, x)[:W], _upsampling(h, patch_size, x)[:H]
+    columns, rows = upsampling_matrix(w, patch_size, x)[:W], upsampling_matrix(h, patch_size, x)[:H]
     weight = None if class_weight is None else class_weight.to(x.dtype)
     pixels = _Pixels(labels, weight, ignore_index, label_smoothing, x)
     gradient = torch.empty_like(x) if with_gradient else x.new_empty(0)
@@ -167,12 +167,6 @@ class _Pixels:
         z.scatter_add_(1, y[:, None], -own[:, None])
         if self.smoothing:
             z.addr_(counted.to(z.dtype), self.ones, alpha=-each)
-
-
-def _upsampling(n: int, factor: int, like: torch.Tensor) -> torch.Tensor:
-    """(n * factor, n), what F.interpolate (bilinear, align_corners=False) does along one side, as a matrix."""
-    eye = torch.eye(n, dtype=like.dtype, device=like.device)
-    return F.interpolate(eye[None], scale_factor=float(factor), mode="linear", align_corners=False)[0].T.contiguous()
 
 
 def _chunks(h: int, H: int, patch_size: int, height: int) -> list[tuple[int, int, int, int]]:

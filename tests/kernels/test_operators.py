@@ -282,7 +282,11 @@ def test_autocast(name):
     assert out[0].dtype == SAMPLES[name].autocast
     for o, want in zip(out, results(name, definition(name)(*args), 17), strict=True):
         torch.testing.assert_close(o.float(), want.float(), rtol=0.05, atol=0.05 * want.abs().max().item())
-        assert not torch.equal(o.float(), want.float()) or name in ("layernorm", "windows_argmax")
+        assert not torch.equal(o.float(), want.float()) or name in (
+            "layernorm",
+            "windows_argmax",
+            "upsample_cross_entropy",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -212,20 +212,21 @@ UPSAMPLE_CROSS_ENTROPY = (
     Row(ANY, "all", "k_pad <= 256", UpsampleCrossEntropyConfig(16, 8), {"n_cls": 150},
         "Scores, exponentials and gradients of 16 pixels and 256 classes are 16 values a thread each; with four warps "
         "nearly all registers, and 32 pixels spill."),
+    Row(ANY, "all", "k_pad <= 512", UpsampleCrossEntropyConfig(8, 8), {"n_cls": 300}, "As above."),
     Row(ANY, "all", "k_pad <= 1024", UpsampleCrossEntropyConfig(4, 8), {"n_cls": 847}, "As above."),
-    Row(ANY, "all", "", UpsampleCrossEntropyConfig(1, 8), {"n_cls": 4000}, "As above."),
+    Row(ANY, "all", "", UpsampleCrossEntropyConfig(1, 8), {"n_cls": 2000}, "As above; more classes spill on sm_100."),
 )  # fmt: skip
 
 
 def upsample_cross_entropy(block_x: int, k_pad: int) -> UpsampleCrossEntropyConfig:
     """The configuration for rows of a cell of `block_x` pixels and `k_pad` classes (both powers of two).
 
-    Never more warps than the elements fill: lanes that repeat each other's sums may round them differently, and then
+    Four elements a thread at least: where lanes repeat each other's sums they may round them differently, and then
     which of them is stored is chance.
     """
     config = look_up(UPSAMPLE_CROSS_ENTROPY, "", k_pad=k_pad).config
     block_x = min(config.block_x, block_x)
-    return UpsampleCrossEntropyConfig(block_x, max(1, min(config.num_warps, block_x * k_pad // 512)))
+    return UpsampleCrossEntropyConfig(block_x, max(1, min(config.num_warps, block_x * k_pad // 128)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from segmenter.kernels import configs, launch, reference
 from segmenter.kernels.blocks import LN2, LOG2E
 from segmenter.kernels.operators import define, forbid_forward_mode
 
-MAX_CLASSES = 4096
+MAX_CLASSES = 2048
 
 
 @triton.jit

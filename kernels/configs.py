@@ -120,6 +120,47 @@ def attention(architecture: str, element_size: int, head_pad: int, n_keys: int, 
     return look_up(ATTENTION, architecture, kind, head_pad=head_pad, n_keys=n_keys).config
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeltaConfig:
+    """Rows a program (a divisor of 128), warps."""
+
+    block_m: int
+    num_warps: int
+
+
+# Of attention's gradient, in the order of its launches. `AttentionConfig`: rows of queries and of keys as there.
+ATTENTION_DELTA = (Row(ANY, "all", "", DeltaConfig(64, 4), {"n": 1025}, "32 values a thread of both tensors."),)
+ATTENTION_DKDV = (
+    Row(ANY, "fp32", "", AttentionConfig(16, 16, 4, 2), {"n": 1025}, ""),
+    Row(NEW, "tf32", "", AttentionConfig(32, 64, 4, 2, True), {"n": 1025}, ""),
+    Row(ANY, "tf32", "", AttentionConfig(32, 32, 4, 2), {"n": 1025}, ""),
+    Row(NEW, "half", "", AttentionConfig(64, 64, 4, 2, True), {"n": 1025}, ""),
+    Row(ANY, "half", "", AttentionConfig(64, 64, 4, 2), {"n": 1025}, ""),
+)
+ATTENTION_DQ = (
+    Row(ANY, "fp32", "", AttentionConfig(16, 16, 4, 2), {"n": 1025}, ""),
+    Row(NEW, "tf32", "", AttentionConfig(64, 32, 4, 2, True), {"n": 1025}, ""),
+    Row(ANY, "tf32", "", AttentionConfig(32, 32, 4, 2), {"n": 1025}, ""),
+    Row(NEW, "half", "", AttentionConfig(64, 64, 4, 2, True), {"n": 1025}, ""),
+    Row(ANY, "half", "", AttentionConfig(64, 64, 4, 2), {"n": 1025}, ""),
+)
+
+
+def attention_delta(architecture: str) -> DeltaConfig:
+    """The configuration of the row sums."""
+    return look_up(ATTENTION_DELTA, architecture).config
+
+
+def attention_dkdv(architecture: str, element_size: int, head_pad: int, n: int, precision: str) -> AttentionConfig:
+    """The configuration of dK and dV, which walk over n queries."""
+    return look_up(ATTENTION_DKDV, architecture, _kind(element_size, precision), head_pad=head_pad, n=n).config
+
+
+def attention_dq(architecture: str, element_size: int, head_pad: int, n: int, precision: str) -> AttentionConfig:
+    """The configuration of dQ, which walks over n keys."""
+    return look_up(ATTENTION_DQ, architecture, _kind(element_size, precision), head_pad=head_pad, n=n).config
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks, from tokens and to labels
 

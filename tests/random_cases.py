@@ -127,7 +127,7 @@ def attention_case(draw: Draw) -> Case:
     def call(x):
         if config is None:
             return attention.attention(x, h)
-        x = attention._packed(x, h)
+        x = attention.packed(x, h)
         return attention._run(x, x, x, (h, 0, h, 2 * h), d**-0.5, with_lse, config)[0]
 
     what = f"B={B} N={N} h={h} d={d} {dtype} lse={with_lse} {config}"

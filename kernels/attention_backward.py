@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from segmenter.kernels import configs, launch, reference
+from segmenter.kernels import configs_backward, launch, reference
 from segmenter.kernels.blocks import LOG2E, load_tile
 from segmenter.kernels.heads import addressable, check_separate, lse_rows, packed
 from segmenter.kernels.operators import define, forbid_forward_mode
@@ -64,15 +64,13 @@ def _attention_delta_kernel(
 
 
 @triton.jit
-def _dkdv_step(k, v, q, do, lse, delta, dk, dv, scale_log2, PRECISION: tl.constexpr):
-    """Adds what one tile of queries gives to dK and dV of a tile of keys."""
-    s = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-    p = tl.exp2(s * scale_log2 - lse[None, :])
-    dp = tl.dot(v, do.T, input_precision=PRECISION)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+def _dq_step(q, do, k, v, lse, delta, dq, scale_log2, n_left, PRECISION: tl.constexpr):
+    """Adds what one tile of keys gives to dQ of a tile of queries; of n_left keys, or of all if that is None."""
+    p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])  # [BLOCK_M, BLOCK_N]
+    if n_left is not None:
+        p = tl.where(tl.arange(0, k.shape[0])[None, :] < n_left, p, 0.0)
+    ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit
@@ -96,7 +94,7 @@ def _attention_dkdv_kernel(
     q_head, k_head, v_head,  # where in the tensor's heads q, k and v begin, and so their gradients
     n_heads, n_queries, n_keys, n_lse, n_blocks, scale_log2, scale,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,  # whether a tile of which part is beyond the queries ends the loop
+    TAIL: tl.constexpr,  # whether part of the last tile of queries is beyond them
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -120,18 +118,17 @@ def _attention_dkdv_kernel(
     dk = tl.zeros([BLOCK_N, HEAD_PAD], tl.float32)
     dv = tl.zeros([BLOCK_N, HEAD_PAD], tl.float32)
 
-    # The copy engine fills with zeros what is beyond N, so with it the last tile is like any other.
-    end = n_queries if DESCRIPTORS else n_queries // BLOCK_M * BLOCK_M
-    for m_0 in tl.range(0, end, BLOCK_M):
-        q = load_tile(Q, (b, q_head + h, m_0, 0), offs_m, stride_qn, None, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
-        do = load_tile(DO, (b, h, m_0, 0), offs_m, stride_on, None, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
+    # The copy engine fills with zeros what is beyond N by itself.
+    rows = n_queries if TAIL and not DESCRIPTORS else None
+    for m_0 in tl.range(0, n_queries, BLOCK_M):
+        q = load_tile(Q, (b, q_head + h, m_0, 0), offs_m, stride_qn, rows, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
+        do = load_tile(DO, (b, h, m_0, 0), offs_m, stride_on, rows, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
         lse, delta = tl.load(Lse + m_0), tl.load(Delta + m_0)
-        dk, dv = _dkdv_step(k, v, q, do, lse, delta, dk, dv, scale_log2, PRECISION)
-    if TAIL:
-        q = load_tile(Q, (b, q_head + h, end, 0), offs_m, stride_qn, n_queries, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
-        do = load_tile(DO, (b, h, end, 0), offs_m, stride_on, n_queries, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
-        lse, delta = tl.load(Lse + end), tl.load(Delta + end)
-        dk, dv = _dkdv_step(k, v, q, do, lse, delta, dk, dv, scale_log2, PRECISION)
+        p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse[None, :])  # [BLOCK_N, BLOCK_M]
+        dp = tl.dot(v, do.T, input_precision=PRECISION)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     _store_tile(DK, [b, k_head + h, n_0, 0], dk * scale, stride_dkn, n_keys, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
     _store_tile(DV, [b, v_head + h, n_0, 0], dv, stride_dvn, n_keys, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
@@ -145,7 +142,7 @@ def _attention_dq_kernel(
     q_head, k_head, v_head,
     n_heads, n_queries, n_keys, n_lse, n_blocks, scale_log2, scale,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,  # whether a masked tile of keys ends the loop
+    TAIL: tl.constexpr,  # whether part of the last tile of keys is beyond them
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -167,21 +164,19 @@ def _attention_dq_kernel(
     do = load_tile(DO, (b, h, m_0, 0), offs_m, stride_on, n_queries, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
     dq = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
 
-    end = n_keys // BLOCK_N * BLOCK_N
+    # With descriptors the main loop carries no mask. With pointers a second body would spill, so all steps are masked.
+    MASKED: tl.constexpr = TAIL and not DESCRIPTORS
+    end = n_keys if MASKED else n_keys // BLOCK_N * BLOCK_N
+    rows = n_keys if MASKED else None
     for n_0 in tl.range(0, end, BLOCK_N):
-        k = load_tile(K, (b, k_head + h, n_0, 0), offs_n, stride_kn, None, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
-        v = load_tile(V, (b, v_head + h, n_0, 0), offs_n, stride_vn, None, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
-        p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])  # [BLOCK_M, BLOCK_N]
-        ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    if TAIL:  # noqa: SIM102
+        k = load_tile(K, (b, k_head + h, n_0, 0), offs_n, stride_kn, rows, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
+        v = load_tile(V, (b, v_head + h, n_0, 0), offs_n, stride_vn, rows, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
+        dq = _dq_step(q, do, k, v, lse, delta, dq, scale_log2, n_keys - n_0 if MASKED else None, PRECISION)
+    if TAIL and DESCRIPTORS:  # noqa: SIM102
         if end < n_keys:  # always true, but a branch at run time: see kernels/attention.py
             k = load_tile(K, (b, k_head + h, end, 0), offs_n, stride_kn, n_keys, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
             v = load_tile(V, (b, v_head + h, end, 0), offs_n, stride_vn, n_keys, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
-            p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])
-            p = tl.where((end + offs_n)[None, :] < n_keys, p, 0.0)
-            ds = p * (tl.dot(do, v.T, input_precision=PRECISION) - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = _dq_step(q, do, k, v, lse, delta, dq, scale_log2, n_keys - end, PRECISION)
 
     _store_tile(DQ, [b, q_head + h, m_0, 0], dq * scale, stride_dqn, n_queries, HEAD_DIM, HEAD_PAD, DESCRIPTORS)
 
@@ -224,13 +219,14 @@ def _run(
 
 def _plan_delta(do: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, grad_lse: torch.Tensor | None) -> launch.Plan:
     B, n_queries, h, d = do.shape
-    c = configs.attention_delta(launch.architecture(do))
+    c = configs_backward.attention_delta(launch.architecture(do))
     n_blocks = lse.shape[-1] // c.block_m  # blocks divide LSE_ROWS
     scalars = (
         *do.stride()[:3], *o.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
         h, n_queries, lse.shape[-1], n_blocks, d, _head_pad(d), c.block_m, grad_lse is not None,
     )  # fmt: skip
-    return launch.Plan(_attention_delta_kernel, B * h * n_blocks, (None,) * 5, scalars, {"num_warps": c.num_warps})
+    options = {"num_warps": c.num_warps, "num_stages": 1}
+    return launch.Plan(_attention_delta_kernel, B * h * n_blocks, (None,) * 5, scalars, options)
 
 
 def _plan(kernel: Any, tensors: tuple, heads: tuple[int, int, int, int], scale: float, config: Any) -> launch.Plan:
@@ -238,10 +234,10 @@ def _plan(kernel: Any, tensors: tuple, heads: tuple[int, int, int, int], scale: 
     q, k, _, do = tensors[:4]
     B, n_queries, h, d = do.shape
     n_keys, head_pad, precision, of_keys = k.shape[1], _head_pad(d), launch.dot_precision(q.dtype), len(tensors) > 5
-    table = configs.attention_dkdv if of_keys else configs.attention_dq
+    table = configs_backward.attention_dkdv if of_keys else configs_backward.attention_dq
     c = config or table(launch.architecture(q), q.element_size(), head_pad, n_queries if of_keys else n_keys, precision)
     descriptors = c.descriptors and n_queries > 0 and all(launch.fits_descriptor(t) for t in tensors[:4])
-    tail = n_queries % c.block_m > 0 and not descriptors if of_keys else n_keys % c.block_n > 0
+    tail = (n_queries % c.block_m if of_keys else n_keys % c.block_n) > 0
     n_blocks = triton.cdiv(n_keys, c.block_n) if of_keys else triton.cdiv(n_queries, c.block_m)
     tiles: list[launch.Tiles | None] = [None] * (len(tensors) + 1)
     if descriptors:

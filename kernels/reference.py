@@ -135,7 +135,8 @@ def cross_attention_backward(
     """
     cross_shape(q, k, v)
     dq, dk, dv = _attention_backward(grad, q, k, v, o, lse, grad_lse, scale)
-    return dq if need_q else dq.new_empty(0), *(t if need_kv else t.new_empty(0) for t in (dk, dv))
+    nothing = torch.empty(0, dtype=q.dtype, device=q.device)
+    return dq if need_q else nothing, *(t if need_kv else nothing.clone() for t in (dk, dv))
 
 
 def _attention_backward(grad, q, k, v, o, lse, grad_lse, scale) -> tuple[torch.Tensor, ...]:

@@ -19,13 +19,14 @@ tests/kernels/test_attention.py.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from segmenter.kernels import configs, launch, reference
+from segmenter.kernels import configs, configs_backward, launch, reference
 from segmenter.kernels.attention_backward import ATTENTION_BACKWARD, CROSS_ATTENTION_BACKWARD
 from segmenter.kernels.blocks import LN2, LOG2E, load_tile
 from segmenter.kernels.heads import LSE_ROWS, addressable, check_separate, lse_rows, packed
@@ -239,14 +240,33 @@ def _padded(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 # Gradients: (arguments, results, gradients of the results, which arguments need one) -> gradients of the arguments.
 
 
+def _by_sdpa(keys: torch.Tensor) -> bool:
+    """Whether the table of kernels/configs_backward.py has PyTorch compute the gradient for so many keys."""
+    chosen = configs_backward.attention_by(launch.architecture(keys), keys.element_size(), keys.shape[1])
+    return chosen == "sdpa"
+
+
+def _sdpa_backward(function: Callable, inputs: tuple, grad: torch.Tensor, needed: tuple[bool, ...]) -> tuple:
+    """Of `function`, evaluated again."""
+    with torch.enable_grad():
+        inputs = tuple(x.detach().requires_grad_() if need else x for x, need in zip(inputs, needed, strict=True))
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(function(*inputs), wanted, grad))
+    return tuple(next(found) if need else None for need in needed)
+
+
 def _attention_lse_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
     (qkv, n_heads), (o, lse), (grad, grad_lse) = inputs, outputs, grads
+    if grad_lse is None and _by_sdpa(qkv):
+        return _sdpa_backward(reference.attention, inputs, grad, needed)
     grad = torch.zeros_like(o) if grad is None else grad
     return ATTENTION_BACKWARD(grad, qkv, o, lse, grad_lse, n_heads), None
 
 
 def _cross_attention_lse_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
     (q, k, v, scale), (o, lse), (grad, grad_lse) = inputs, outputs, grads
+    if grad_lse is None and _by_sdpa(k):
+        return _sdpa_backward(reference.cross_attention, inputs, grad, needed)
     grad = torch.zeros_like(o) if grad is None else grad
     need_q, need_kv = needed[0], needed[1] or needed[2]
     found = CROSS_ATTENTION_BACKWARD(grad, q, k, v, o, lse, grad_lse, scale, need_q, need_kv)

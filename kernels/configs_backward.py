@@ -109,6 +109,19 @@ ATTENTION_DQ = (
 )  # fmt: skip
 
 
+ATTENTION_BY = (  # what computes it: "kernels", or "sdpa", PyTorch's scaled_dot_product_attention evaluated again
+    Row(ANY, "all", "", "kernels", {},
+        "An estimate, not measured: seven products, where PyTorch makes the two of the forward pass and five, and "
+        "copies dQ, dK and dV together. cuDNN may still be faster for long sequences on sm_90: then a row above this "
+        "one, with n >= a length."),
+)  # fmt: skip
+
+
+def attention_by(architecture: str, element_size: int, n: int) -> str:
+    """What computes the gradient of attention to n keys: "kernels" or "sdpa"."""
+    return configs.look_up(ATTENTION_BY, architecture, configs.kind_of(element_size, "tf32"), n=n).config
+
+
 def attention_delta(architecture: str) -> DeltaConfig:
     """The configuration of the row sums."""
     return configs.look_up(ATTENTION_DELTA, architecture).config

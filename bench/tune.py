@@ -33,7 +33,8 @@ from bench.tuning.buckets import MAX_STEPS, Bucket, buckets, candidates
 from bench.tuning.verdict import ResultRow, Verdict, judge, line, reason, row_text, runs, written
 from bench.tuning.workers import Compilers, Device, OutOfTime
 from segmenter.kernels import launch
-from segmenter.kernels.configs import SHARED_MEMORY, TABLES
+from segmenter.kernels.configs import SHARED_MEMORY
+from segmenter.kernels.configs_backward import TABLES
 
 GRACE = 10.0  # seconds of the time that are kept for the end
 REHEARSED = 2  # configurations of each bucket that a rehearsal tries

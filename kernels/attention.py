@@ -19,18 +19,18 @@ tests/kernels/test_attention.py.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from segmenter.kernels import configs, launch, reference
+from segmenter.kernels import configs, configs_backward, launch, reference
+from segmenter.kernels.attention_backward import ATTENTION_BACKWARD, CROSS_ATTENTION_BACKWARD
 from segmenter.kernels.blocks import LN2, LOG2E, load_tile
+from segmenter.kernels.heads import LSE_ROWS, addressable, check_separate, lse_rows, packed
 from segmenter.kernels.operators import define, forbid_forward_mode
-
-_MAX_ROW_STRIDE = 2**31 // 128  # offsets within a tile are 32 bits
-LSE_ROWS = 128  # log-sum-exp is stored in multiples of this many rows, +inf beyond N, for unmasked reading
 
 
 @triton.jit
@@ -150,8 +150,7 @@ def _run(
     """
     B, n_queries, _, d = q.shape
     o = launch.empty((B, n_queries, heads[0] * d), q.dtype, q.device)
-    n_lse = -(-n_queries // LSE_ROWS) * LSE_ROWS
-    lse = launch.empty((B, heads[0], n_lse), torch.float32, q.device) if store_lse else None
+    lse = launch.empty((B, heads[0], lse_rows(n_queries)), torch.float32, q.device) if store_lse else None
     if o.numel() == 0:
         return o, lse
     plan = _plan(q, k, v, o, lse, heads, scale, launch.dot_precision(q.dtype), config)
@@ -182,43 +181,29 @@ def _plan(q, k, v, o, lse, heads, scale, precision, config) -> launch.Plan:
     return launch.Plan(_attention_fwd_kernel, B * h * n_blocks, tuple(tiles), scalars, options)
 
 
-def _check_head(d: int) -> None:
-    if d % 8 or not 8 <= d <= configs.MAX_HEAD_DIM:
-        limit = f"a multiple of 8 up to {configs.MAX_HEAD_DIM}"
-        raise launch.KernelError(f'head_dim must be {limit}, got {d}; use impl="eager"')
-
-
-def _addressable(x: torch.Tensor) -> torch.Tensor:
-    """(B, N, ...) itself, or a copy if its last dimension is not dense or its rows are too far apart."""
-    return launch.rows_contiguous(x) if x.shape[1] < 2 or x.stride(1) <= _MAX_ROW_STRIDE else launch.contiguous(x)
-
-
-def _packed(qkv: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """(B, N, 3*h*d) as (B, N, 3*h, d), a view unless the last dimension is not dense."""
-    launch.check_device(qkv)
-    launch.check_floats("qkv", qkv)
-    B, N, C = reference.packed_shape(qkv, n_heads)
-    _check_head(C // (3 * n_heads))
-    return _addressable(qkv).view(B, N, 3 * n_heads, C // (3 * n_heads))
-
-
 def _attention_kernel(qkv: torch.Tensor, n_heads: int) -> torch.Tensor:
-    x = _packed(qkv, n_heads)
+    x = packed(qkv, n_heads)
     return _run(x, x, x, (n_heads, 0, n_heads, 2 * n_heads), x.shape[-1] ** -0.5, False)[0]
 
 
 def _attention_lse_kernel(qkv: torch.Tensor, n_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x = _packed(qkv, n_heads)
+    x = packed(qkv, n_heads)
     return _run(x, x, x, (n_heads, 0, n_heads, 2 * n_heads), x.shape[-1] ** -0.5, True)
 
 
+def _cross_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, store_lse: bool) -> Any:
+    check_separate(q, k, v)
+    return _run(addressable(q), addressable(k), addressable(v), (q.shape[2], 0, 0, 0), scale, store_lse)
+
+
 def _cross_attention_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    launch.check_device(q, k, v)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        launch.check_floats(name, tensor, (q.dtype,) if q.dtype in launch.FLOATS else launch.FLOATS)
-    reference.cross_shape(q, k, v)
-    _check_head(q.shape[-1])
-    return _run(_addressable(q), _addressable(k), _addressable(v), (q.shape[2], 0, 0, 0), scale, False)[0]
+    return _cross_kernel(q, k, v, scale, False)[0]
+
+
+def _cross_attention_lse_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _cross_kernel(q, k, v, scale, True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,8 +217,7 @@ def _attention_fake(qkv: torch.Tensor, n_heads: int) -> torch.Tensor:
 
 def _attention_lse_fake(qkv: torch.Tensor, n_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     B, N, C = reference.packed_shape(qkv, n_heads)
-    n_lse = (N + LSE_ROWS - 1) // LSE_ROWS * LSE_ROWS
-    return qkv.new_empty(B, N, C // 3), qkv.new_empty(B, n_heads, n_lse, dtype=torch.float32)
+    return qkv.new_empty(B, N, C // 3), qkv.new_empty(B, n_heads, lse_rows(N), dtype=torch.float32)
 
 
 def _cross_attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -241,10 +225,62 @@ def _cross_attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sca
     return q.new_empty(B, N, h * d)
 
 
-def _attention_lse_reference(qkv: torch.Tensor, n_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    o, lse = reference.attention_lse(qkv, n_heads)
+def _cross_attention_lse_fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, N, h, d = reference.cross_shape(q, k, v)
+    return q.new_empty(B, N, h * d), q.new_empty(B, h, lse_rows(N), dtype=torch.float32)
+
+
+def _padded(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     pad = -lse.shape[-1] % LSE_ROWS
     return o.contiguous(), torch.nn.functional.pad(lse, (0, pad), value=math.inf)
+
+
+# Gradients: (arguments, results, gradients of the results, which arguments need one) -> gradients of the arguments.
+
+
+def _by_sdpa(keys: torch.Tensor) -> bool:
+    """Whether the table of kernels/configs_backward.py has PyTorch compute the gradient for so many keys."""
+    chosen = configs_backward.attention_by(launch.architecture(keys), keys.element_size(), keys.shape[1])
+    return chosen == "sdpa"
+
+
+def _sdpa_backward(function: Callable, inputs: tuple, grad: torch.Tensor, needed: tuple[bool, ...]) -> tuple:
+    """Of `function`, evaluated again."""
+    with torch.enable_grad():
+        inputs = tuple(x.detach().requires_grad_() if need else x for x, need in zip(inputs, needed, strict=True))
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(function(*inputs), wanted, grad))
+    return tuple(next(found) if need else None for need in needed)
+
+
+def _attention_lse_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
+    (qkv, n_heads), (o, lse), (grad, grad_lse) = inputs, outputs, grads
+    if grad_lse is None and _by_sdpa(qkv):
+        return _sdpa_backward(reference.attention, inputs, grad, needed)
+    grad = torch.zeros_like(o) if grad is None else grad
+    return ATTENTION_BACKWARD(grad, qkv, o, lse, grad_lse, n_heads), None
+
+
+def _cross_attention_lse_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
+    (q, k, v, scale), (o, lse), (grad, grad_lse) = inputs, outputs, grads
+    if grad_lse is None and _by_sdpa(k):
+        return _sdpa_backward(reference.cross_attention, inputs, grad, needed)
+    grad = torch.zeros_like(o) if grad is None else grad
+    need_q, need_kv = needed[0], needed[1] or needed[2]
+    found = CROSS_ATTENTION_BACKWARD(grad, q, k, v, o, lse, grad_lse, scale, need_q, need_kv)
+    return *(gradient if need else None for gradient, need in zip(found, needed[:3], strict=True)), None
+
+
+def _attention_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
+    """Of calls of the operator itself, in traced programs: the public function keeps the log-sum-exp instead."""
+    return _attention_lse_backward(inputs, _attention_lse(*inputs), (*grads, None), needed)
+
+
+def _cross_attention_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
+    outputs = _cross_attention_lse(*inputs)
+    return _cross_attention_lse_backward(inputs, outputs, (*grads, None), needed)
 
 
 def _flops(B: int, h: int, n_queries: int, n_keys: int, d: int) -> int:
@@ -271,14 +307,16 @@ _attention = define(
     fake=_attention_fake,
     flops=_packed_flops,
     autocast=_cast_all,
+    backward=_attention_backward,
 )
 _attention_lse = define(
     "attention_lse(Tensor qkv, int n_heads) -> (Tensor, Tensor)",
     kernel=_attention_lse_kernel,
-    reference=_attention_lse_reference,
+    reference=lambda qkv, n_heads: _padded(*reference.attention_lse(qkv, n_heads)),
     fake=_attention_lse_fake,
     flops=_packed_flops,
     autocast=_cast_all,
+    backward=_attention_lse_backward,
 )
 _cross_attention = define(
     "cross_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
@@ -287,13 +325,27 @@ _cross_attention = define(
     fake=_cross_attention_fake,
     flops=_cross_flops,
     autocast=_cast_all,
+    backward=_cross_attention_backward,
 )
+_cross_attention_lse = define(
+    "cross_attention_lse(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    kernel=_cross_attention_lse_kernel,
+    reference=lambda q, k, v, scale: _padded(*reference.cross_attention_lse(q, k, v, scale)),
+    fake=_cross_attention_lse_fake,
+    flops=_cross_flops,
+    autocast=_cast_all,
+    backward=_cross_attention_lse_backward,
+)
+
+
+def _differentiated(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def attention(
     qkv: torch.Tensor, n_heads: int, return_lse: bool = False
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Non-causal multi-head attention, softmax(q k^T / sqrt(d)) v; differentiable through the eager reference.
+    """Non-causal multi-head attention, softmax(q k^T / sqrt(d)) v; its gradient is kernels/attention_backward.py's.
 
     Args:
         qkv: (B, N, 3*h*d), bfloat16, float16 or float32: q, k and v blocks, each split by head. Any strides; a copy is
@@ -306,25 +358,33 @@ def attention(
         KernelError: another type, head_dim or device. ValueError: the columns are no multiple of 3 * n_heads.
 
     float32 is multiplied as `torch.set_float32_matmul_precision` says. A NaN in a query row makes that row NaN, one in
-    a key or a value makes every row of its head NaN.
+    a key or a value makes every row of its head NaN. Where a gradient is needed, qkv, the result and the log-sum-exp
+    are kept for it: none of them may be written before the backward pass. Gradients of gradients are the reference's.
     """
     launch.check_device(qkv)
     forbid_forward_mode()
-    if not return_lse:
+    if not (return_lse or _differentiated(qkv)):
         return _attention(qkv, n_heads)
     o, lse = _attention_lse(qkv, n_heads)
-    return o, lse[..., : qkv.shape[1]]
+    return (o, lse[..., : qkv.shape[1]]) if return_lse else o
 
 
-def cross_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+def cross_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None, return_lse: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of separate tensors, with a number of keys of its own; otherwise as `attention`.
 
     Args:
         q: (B, N, h, d). k, v: (B, M, h, d), M >= 1. Any strides.
         scale: of the scores, by default d**-0.5.
+        return_lse: also return the log-sum-exp of each row of scaled scores.
     Returns:
-        (B, N, h*d).
+        (B, N, h*d); with `return_lse` a pair with (B, h, N) float32.
     """
     launch.check_device(q, k, v)
     forbid_forward_mode()
-    return _cross_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not (return_lse or _differentiated(q, k, v)):
+        return _cross_attention(q, k, v, scale)
+    o, lse = _cross_attention_lse(q, k, v, scale)
+    return (o, lse[..., : q.shape[1]]) if return_lse else o

@@ -72,7 +72,8 @@ def look_up(table: tuple[Row, ...], architecture: str, kind: str = "all", **size
     return next(row for row in table if row.fits(architecture, kind, sizes))
 
 
-def _kind(element_size: int, precision: str) -> str:
+def kind_of(element_size: int, precision: str) -> str:
+    """The kind of operands of this many bytes, multiplied in this precision."""
     return "half" if element_size == 2 else "tf32" if precision != "ieee" else "fp32"
 
 
@@ -116,7 +117,7 @@ ATTENTION = (
 
 def attention(architecture: str, element_size: int, head_pad: int, n_keys: int, precision: str) -> AttentionConfig:
     """The configuration for a head of `head_pad` columns (a power of two)."""
-    kind = _kind(element_size, precision)
+    kind = kind_of(element_size, precision)
     return look_up(ATTENTION, architecture, kind, head_pad=head_pad, n_keys=n_keys).config
 
 
@@ -169,7 +170,7 @@ def mask_head(architecture: str, element_size: int, k_pad: int, d: int, n_rows: 
     Args:
         d: width. n_rows: patches of the whole batch.
     """
-    config = look_up(MASK_HEAD, architecture, _kind(element_size, precision), k_pad=k_pad, n_rows=n_rows).config
+    config = look_up(MASK_HEAD, architecture, kind_of(element_size, precision), k_pad=k_pad, n_rows=n_rows).config
     chunk = next((size for size in (256, 128) if d % size == 0), 64)  # no part of a chunk beyond d at 192 to 1024
     return dataclasses.replace(config, block_d=min(config.block_d, chunk))
 
@@ -326,7 +327,7 @@ LINEAR = (
 
 def linear(architecture: str, element_size: int, m: int, n: int, gelu: bool, precision: str) -> LinearConfig:
     """The configuration of our kernel for (m, k) times (n, k)^T."""
-    kind = _kind(element_size, precision)
+    kind = kind_of(element_size, precision)
     return look_up(LINEAR, architecture, kind, blocks=_blocks(m, n), gelu=gelu).config
 
 
@@ -399,7 +400,7 @@ def pixels_to_tokens(
         padded: patches at the borders take biases of their own, a second table of which rows are gathered.
     """
     blocks = _blocks(rows, d) if patch_size % 8 == 0 else 0
-    kind = _kind(element_size, precision)
+    kind = kind_of(element_size, precision)
     return look_up(PIXELS_TO_TOKENS, architecture, kind, blocks=blocks, padded=padded).config
 
 
@@ -472,7 +473,7 @@ def mlp(architecture: str, m: int) -> MlpConfig:
     return look_up(MLP, architecture, "half", m=m).config
 
 
-TABLES = {  # what is compiled row by row: table -> the operator that its examples call
+TABLES = {  # of the forward pass: table -> the operator that its examples call. configs_backward.py has all of them
     "attention": ATTENTION,
     "mask_head": MASK_HEAD,
     "upsample_argmax": UPSAMPLE_ARGMAX,

@@ -8,7 +8,8 @@ Registered with torch.library's define/impl, which costs half of what `custom_op
   exported program can run on a CPU.)
 - Outputs are freshly allocated and contiguous, never views of inputs, and the fake implementation says the same.
 - Gradients are those of the eager reference: it is evaluated again in the backward pass, in the inputs' precision.
-  Differentiating twice works. Forward-mode AD does not exist and raises in the public functions.
+  Where kernels run, an operator may have a backward pass of its own instead. Differentiating twice works, always
+  through the reference. Forward-mode AD does not exist and raises in the public functions.
 - Under autocast, arguments are cast as the eager operations would cast them.
 """
 
@@ -37,6 +38,7 @@ def define(
     flops: Callable,
     autocast: Callable[[torch.dtype, tuple], tuple],
     autocast_result: Callable[[Any], Any] | None = None,
+    backward: Callable[[tuple, tuple, tuple, tuple], tuple] | None = None,
 ) -> Any:
     """Registers an operator and returns its overload, `torch.ops.segmenter.NAME.default`.
 
@@ -46,6 +48,8 @@ def define(
         flops: floating-point operations, two a multiply-add, from the shapes of the arguments and `out_shape`.
         autocast: (the autocast dtype, the arguments) -> the arguments to call with.
         autocast_result: applied to the result under autocast, for what eager returns in float32 there.
+        backward: (arguments, results, gradients of the results or None, which arguments need one) -> gradients of the
+            arguments, in place of the reference's where kernels run. The results are kept for it.
     """
     name = schema.split("(")[0]
     HOST_FUNCTIONS[name], REFERENCES[name], kernel = kernel, reference, Repeated(kernel)
@@ -54,7 +58,7 @@ def define(
     LIBRARY.impl(name, kernel if INTERPRETED else reference, "CPU")
     qualified = f"segmenter::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    _register_autograd(qualified, reference)
+    _register_autograd(qualified, reference, backward)
     operator = getattr(torch.ops.segmenter, name)
     register_flop_formula(operator)(flops)
     for device in ("cuda", "cpu"):
@@ -69,17 +73,24 @@ def forbid_forward_mode() -> None:
         raise KernelError('the kernels have no forward-mode derivative; use impl="eager" for it')
 
 
-def _register_autograd(qualified: str, reference: Callable) -> None:
+def _register_autograd(qualified: str, reference: Callable, by_kernels: Callable | None) -> None:
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
         ctx.others = [None if is_tensor else x for x, is_tensor in zip(inputs, ctx.is_tensor, strict=True)]
-        ctx.save_for_backward(*[x for x in inputs if isinstance(x, torch.Tensor)])
+        results = () if by_kernels is None else output if isinstance(output, tuple) else (output,)
+        ctx.save_for_backward(*[x for x in inputs if isinstance(x, torch.Tensor)], *results)
+        ctx.set_materialize_grads(by_kernels is None)
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if is_tensor else x for x, is_tensor in zip(ctx.others, ctx.is_tensor, strict=True)]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         create_graph = torch.is_grad_enabled()
+        upstream = [g for g in grads if g is not None]
+        if not upstream:
+            return (None,) * len(inputs)
+        if by_kernels is not None and not create_graph and (upstream[0].is_cuda or INTERPRETED):
+            return by_kernels(tuple(inputs), tuple(saved), grads, tuple(ctx.needs_input_grad))
         # The fused backends of scaled_dot_product_attention have no second derivative.
         backend = sdpa_kernel(SDPBackend.MATH) if create_graph else contextlib.nullcontext()
         with torch.enable_grad(), backend:

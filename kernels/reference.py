@@ -85,6 +85,74 @@ def cross_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
     return out.transpose(1, 2).flatten(2)
 
 
+def cross_attention_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`cross_attention` written out, and the natural log-sum-exp of each row of scaled scores, as `attention_lse`."""
+    cross_shape(q, k, v)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = q @ k.transpose(-2, -1) * scale
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2), wide.logsumexp(dim=-1)
+
+
+def attention_backward(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    n_heads: int,
+) -> torch.Tensor:
+    """The gradient of qkv (B, N, 3*h*d), from what `attention_lse` was given and returned.
+
+    Args:
+        grad: of o, (B, N, h*d). o: (B, N, h*d). lse: (B, h, N or more), float32 or wider; beyond N it is not looked at.
+        grad_lse: of lse, or None for zeros.
+    """
+    B, N, C = packed_shape(qkv, n_heads)
+    q, k, v = qkv.view(B, N, 3, n_heads, C // (3 * n_heads)).unbind(2)
+    grads = _attention_backward(grad, q, k, v, o, lse, grad_lse, q.shape[-1] ** -0.5)
+    return torch.stack(grads, 2).view(qkv.shape)
+
+
+def cross_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    scale: float,
+    need_q: bool = True,
+    need_kv: bool = True,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of q (B, N, h, d), k and v (B, M, h, d); what is not needed is empty. Otherwise as above.
+
+    With S = scale q k^T and P = exp(S - lse): dV = P^T dO; dS = P (dO V^T - delta), where delta is the sum over a row
+    of dO * O less the gradient of lse; dQ = scale dS K; dK = scale dS^T Q.
+    """
+    cross_shape(q, k, v)
+    dq, dk, dv = _attention_backward(grad, q, k, v, o, lse, grad_lse, scale)
+    nothing = torch.empty(0, dtype=q.dtype, device=q.device)
+    return dq if need_q else nothing, *(t if need_kv else nothing.clone() for t in (dk, dv))
+
+
+def _attention_backward(grad, q, k, v, o, lse, grad_lse, scale) -> tuple[torch.Tensor, ...]:
+    N = q.shape[1]
+    by_head = [t.unflatten(2, q.shape[2:]).transpose(1, 2) for t in (grad, o)]
+    (do, o), (q, k, v) = by_head, (t.transpose(1, 2) for t in (q, k, v))
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    p = torch.exp((q @ k.transpose(-2, -1) * scale).to(wide) - lse[..., :N, None])
+    delta = (do.to(wide) * o.to(wide)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse[..., :N]
+    dv = p.to(q.dtype).transpose(-2, -1) @ do
+    ds = (p * ((do @ v.transpose(-2, -1)).to(wide) - delta[..., None]) * scale).to(q.dtype)
+    return tuple(t.transpose(1, 2).contiguous() for t in (ds @ k, ds.transpose(-2, -1) @ q, dv))
+
+
 def layernorm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
     """LayerNorm over the last dimension: (..., d) -> (..., d), the dtype of x. weight, bias: (d,)."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)

@@ -30,7 +30,7 @@ Step = Callable[[Slots, int | None], None]  # also given the stream; None: launc
 
 
 class Ambiguous(Exception):
-    """Two arguments share memory, so that it cannot be told which of them is meant: not repeated."""
+    """Two arguments share memory, or two results are empty: it cannot be told which of them is meant. Not repeated."""
 
 
 class Notes:
@@ -94,6 +94,8 @@ class Notes:
     def program(self, result: Any) -> "Program":
         """The notes, to be done again."""
         results = result if isinstance(result, tuple) else (result,)
+        if len({(tensor.shape, tensor.dtype) for tensor in results if not tensor.numel()}) > 1:
+            raise Ambiguous  # whatever is empty is at address 0
         outputs = []
         for tensor in results:
             slot, offset = self.place(tensor)

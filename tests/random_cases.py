@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from segmenter.kernels import (
     attention,
+    attention_backward,
     configs,
     launch,
     layernorm,
@@ -127,7 +128,7 @@ def attention_case(draw: Draw) -> Case:
     def call(x):
         if config is None:
             return attention.attention(x, h)
-        x = attention._packed(x, h)
+        x = attention.packed(x, h)
         return attention._run(x, x, x, (h, 0, h, 2 * h), d**-0.5, with_lse, config)[0]
 
     what = f"B={B} N={N} h={h} d={d} {dtype} lse={with_lse} {config}"
@@ -145,6 +146,35 @@ def cross_attention_case(draw: Draw) -> Case:
         (q, k, v), lambda *t: attention.cross_attention(*t, scale=scale), lambda *t: explicit_cross(*t, scale),
         f"B={B} N={N} M={M} h={h} d={d} {dtype} scale={scale}", frobenius=frobenius, terms=d + M,
     )  # fmt: skip
+
+
+def attention_backward_case(draw: Draw) -> Case:
+    """Packed, or q, k and v with as many keys as queries, which share the definition."""
+    dtype, h, d = draw.dtype(), draw.choice((1, 1, 2)), draw.choice((8, 16, 24, 32, 48, 64, 80, 128))
+    N = draw.choice(LENGTHS)
+    B, h = (draw.choice((1, 2)), h) if N < 40 else (1, 1)
+    qkv = draw.tensor(B, N, 3 * h * d, dtype=dtype, scale=draw.choice((1.0, 1.0, 1e-3, 0.1, 2.0)))
+    grad = draw.tensor(B, N, h * d, dtype=dtype, scale=draw.magnitude())
+    chosen, with_lse = (attention_config(draw, dtype), attention_config(draw, dtype)), draw.maybe(0.3)
+    rows = -(-N // 128) * 128
+    grad_lse = draw.tensor(B, h, rows, dtype=torch.float32) if with_lse else None
+    o, lse = torch.ops.segmenter.attention_lse(qkv, h)
+
+    def call(grad, qkv, o, lse, grad_lse):
+        if chosen == (None, None):
+            return attention_backward.attention_backward(grad, qkv, o, lse, grad_lse, h)
+        x, out = attention.packed(qkv, h), launch.empty(qkv.shape, qkv.dtype, qkv.device)
+        grads, heads = (out.view(x.shape),) * 3, (h, 0, h, 2 * h)
+        attention_backward._run(grad, (x, x, x), (o, lse), grad_lse, grads, heads, d**-0.5, chosen)
+        return out
+
+    def definition(*t):
+        return reference.attention_backward(*t, h)
+
+    what = f"B={B} N={N} h={h} d={d} {dtype} lse={with_lse} {chosen}"
+    frobenius = 4.0 if dtype == torch.float32 else HALF
+    args = (grad, qkv, draw.placed(o), draw.placed(lse), grad_lse)
+    return Case(args, call, definition, what, max_ratio=4.0, frobenius=frobenius, terms=900)
 
 
 def layernorm_case(draw: Draw) -> Case:
@@ -310,6 +340,7 @@ def windows_argmax_case(draw: Draw) -> Case:
 FAMILIES: dict[str, Callable[[Draw], Case]] = {
     "attention": attention_case,
     "cross_attention": cross_attention_case,
+    "attention_backward": attention_backward_case,
     "layernorm": layernorm_case,
     "linear": linear_case,
     "layernorm_linear": layernorm_linear_case,

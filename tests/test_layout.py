@@ -215,6 +215,7 @@ def needs_triton(path):
 def test_definitions_and_tables_need_no_triton():
     assert {p.name for p in (ROOT / "kernels").glob("*.py") if not needs_triton(p)} == {
         "configs.py",
+        "configs_backward.py",
         "reference.py",
         "upsample_tiles.py",
     }

@@ -18,7 +18,10 @@ from bench.compile import aot
 from bench.machine import DTYPES
 from segmenter.kernels import configs
 from segmenter.kernels.attention import attention, cross_attention
-from segmenter.kernels.configs import ARCHITECTURES, SHARED_MEMORY, TABLES, Row
+from segmenter.kernels.attention_backward import attention_backward, cross_attention_backward
+from segmenter.kernels.configs import ARCHITECTURES, SHARED_MEMORY, Row
+from segmenter.kernels.configs_backward import TABLES
+from segmenter.kernels.heads import lse_rows
 from segmenter.kernels.launch import Launch
 from segmenter.kernels.layernorm import layernorm
 from segmenter.kernels.layernorm_mlp import layernorm_mlp
@@ -101,7 +104,7 @@ def cases() -> tuple[Case, ...]:
         here = default if isinstance(default, tuple) else ("sm_90",) if default else ()
         found.extend(_case(op, kind, sizes, here if kind in kinds.split() else ()) for kind in (*DTYPES, "tf32"))
 
-    for more in (_attention_cases, _product_cases, _mask_cases, _pixel_cases):
+    for more in (_attention_cases, _backward_cases, _product_cases, _mask_cases, _pixel_cases):
         more(add)
     return tuple(found)
 
@@ -122,6 +125,19 @@ def _attention_cases(add: Callable[..., None]) -> None:
     add(ARCHITECTURES, "attention", "bf16", n=1100, d=128)
     for n, m in ((1024, 150), (150, 1174)):
         add(True, "cross_attention", "bf16", n=n, m=m)
+
+
+def _backward_cases(add: Callable[..., None]) -> None:
+    # Queries and keys that fill tiles and that do not, every head_dim, the gradient of the log-sum-exp.
+    add(ARCHITECTURES, "attention_backward", "bf16", n=1100)
+    for n in (1024, 1025, 4097):
+        add(n == 1024, "attention_backward", "bf16 fp16", n=n)
+        add(n == 1025, "attention_backward", "fp16", n=n, lse=True)
+        for d in (32, 80, 128):
+            add(n == 1025, "attention_backward", "bf16", n=n, d=d)
+            add(n == 1025 and d == 128, "attention_backward", "fp16 fp32 tf32", n=n, d=d)
+    for n, m in ((1024, 150), (150, 1174)):
+        add(True, "cross_attention_backward", "bf16", n=n, m=m)
 
 
 def _product_cases(add: Callable[..., None]) -> None:
@@ -232,6 +248,17 @@ def _pixels(dtype: torch.dtype, batch: int = 32, side: int = 512, patch: int = 1
     return partial(pixels_to_tokens, pixels, weight, torch.empty(4, d), *tokens, patch)
 
 
+def _attention_backward(dtype: torch.dtype, n: int, heads: int = 12, d: int = 64, lse: bool = False) -> partial:
+    width, rows = heads * d, (2, heads, lse_rows(n))
+    grad, qkv, o = _empty(dtype, (2, n, width), (2, n, 3 * width), (2, n, width))
+    return partial(attention_backward, grad, qkv, o, torch.empty(rows), torch.empty(rows) if lse else None, heads)
+
+
+def _cross_attention_backward(dtype: torch.dtype, n: int, m: int) -> partial:
+    tensors = _empty(dtype, (2, n, 384), (2, n, 6, 64), (2, m, 6, 64), (2, m, 6, 64), (2, n, 384))
+    return partial(cross_attention_backward, *tensors, torch.empty(2, 6, lse_rows(n)), None, 64**-0.5)
+
+
 CALLS: dict[str, Callable[..., partial]] = {
     "attention": lambda dtype, n, heads=12, d=64, lse=False: partial(
         attention, *_empty(dtype, (2, n, 3 * heads * d)), heads, lse
@@ -239,6 +266,9 @@ CALLS: dict[str, Callable[..., partial]] = {
     "cross_attention": lambda dtype, n, m: partial(
         cross_attention, *_empty(dtype, (2, n, 6, 64), (2, m, 6, 64), (2, m, 6, 64))
     ),
+    "attention_backward": _attention_backward,
+    **dict.fromkeys(("attention_delta", "attention_dkdv", "attention_dq"), _attention_backward),
+    "cross_attention_backward": _cross_attention_backward,
     "linear": _linear,
     "layernorm_linear": _layernorm_linear,
     "layernorm_mlp": _layernorm_mlp,

@@ -22,20 +22,24 @@ from bench import shapes, timing
 from bench.compile import aot
 from bench.compile.cases import WIDTHS, Case, case_of_row
 from segmenter.kernels import configs, launch, repeat
-from segmenter.kernels.configs import TABLES, Row
+from segmenter.kernels.configs import Row
+from segmenter.kernels.configs_backward import TABLES
 
 MAX_STEPS = 2  # how far from the shipped row, in steps on the grid, all fields together
 DESCRIPTORS = ("sm_90", "sm_100", "sm_103", "sm_120")  # architectures that have them
 _WARPS, _STAGES, _BOTH = (1, 2, 4, 8), (1, 2, 3, 4, 5), (False, True)
 _PRODUCT = {"block_m": (32, 64, 128, 256), "block_n": (32, 64, 128, 256), "block_k": (16, 32, 64, 128),
             "group_m": (4, 8, 16), "num_warps": (4, 8), "num_stages": _STAGES, "descriptors": _BOTH}  # fmt: skip
+_ATTENTION = {"block_m": (16, 32, 64, 128), "block_n": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": _STAGES,
+              "descriptors": _BOTH}  # fmt: skip
 # Table -> field -> values to try. A field that is left out stays as it is: derived ones, which a table only bounds.
 GRIDS: dict[str, dict[str, tuple]] = {
-    "attention": {"block_m": (16, 32, 64, 128), "block_n": (16, 32, 64, 128), "num_warps": (4, 8),
-                  "num_stages": _STAGES, "descriptors": _BOTH},
+    **dict.fromkeys(("attention", "attention_dkdv", "attention_dq"), _ATTENTION),
+    "attention_delta": {"block_m": (16, 32, 64, 128), "num_warps": _WARPS},
     "mask_head": {"block_m": (32, 64, 128), "block_d": (16, 32, 64, 128, 256), "block_k": (16, 32, 64, 128),
                   "num_warps": (4, 8), "num_stages": _STAGES, "descriptors": _BOTH},
     "upsample_argmax": {"block_y": (64, 128, 256, 512, 1024), "num_warps": _WARPS},
+    "upsample_cross_entropy": {"block_x": (1, 2, 4, 8, 16, 32), "num_warps": _WARPS},
     "layernorm": {"block_m": (1, 2, 4, 8, 16, 32, 64, 128), "num_warps": _WARPS},
     "linear": _PRODUCT,
     "pixels_to_tokens": _PRODUCT,
@@ -53,9 +57,10 @@ _CALLS = {"linear": 2 * _LAYERS, "layernorm": 2 * _LAYERS} | dict.fromkeys(
 _OPERATIONS_A_BYTE = 300  # of a large GPU's tensor cores and memory, to compare one kind of work with the other
 # Sizes of the same calls that the interpreter can compute; widths that choose a kernel stay.
 TINY = {
-    "attention": {"n": 70, "heads": 2},
+    **dict.fromkeys(("attention", "attention_delta", "attention_dkdv", "attention_dq"), {"n": 70, "heads": 2}),
     "mask_head": {"batch": 1, "patches": 40, "d": 64},
     "upsample_argmax": {"side": 64},
+    "upsample_cross_entropy": {"side": 32},
     "layernorm": {"m": 70},
     "linear": {"m": 70, "k": 96, "n": 136},
     "pixels_to_tokens": {"batch": 1, "d": 64},

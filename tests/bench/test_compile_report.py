@@ -18,7 +18,8 @@ pytest.importorskip("triton", reason="kernels are compiled by Triton")
 from bench.compile.cases import case_of_row, rows_of
 from bench.compile.report import KNOWN_SPILLS, Kernel, check, main, selected
 from segmenter.kernels import launch
-from segmenter.kernels.configs import AMD, ANY, ARCHITECTURES, SHARED_MEMORY, TABLES
+from segmenter.kernels.configs import AMD, ANY, ARCHITECTURES, SHARED_MEMORY
+from segmenter.kernels.configs_backward import TABLES
 
 ROOT = Path(__file__).parents[2]
 CASES = (  # the first one is for every architecture, the others for sm_90 only

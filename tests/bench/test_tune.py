@@ -19,7 +19,8 @@ from bench.tuning import measure, workers
 from bench.tuning.buckets import GRIDS, buckets, candidates
 from bench.tuning.verdict import judge, reason, row_text, written
 from segmenter.kernels import configs, launch
-from segmenter.kernels.configs import SHARED_MEMORY, TABLES
+from segmenter.kernels.configs import SHARED_MEMORY
+from segmenter.kernels.configs_backward import TABLES
 from tests.bench.test_harness import MACHINE
 from tests.support import crashes
 

@@ -57,6 +57,18 @@ def cross_attention_args(dtype, B=2, N=5):
     return (*(randn(B, n, 2, 8, seed=i, dtype=dtype) for i, n in enumerate((N, N, N))), 0.3)
 
 
+def attention_backward_args(dtype, B=2, N=5):
+    qkv, n_heads = attention_args(dtype, B, N)
+    o, lse = (t.detach() for t in operator("attention_lse")(qkv, n_heads))
+    return randn(B, N, 16, seed=1, dtype=dtype), qkv, o, lse, randn(*lse.shape, seed=2), n_heads
+
+
+def cross_attention_backward_args(dtype, B=2, N=5):
+    q, k, v, scale = cross_attention_args(dtype, B, N)
+    o, lse = (t.detach() for t in operator("cross_attention_lse")(q, k, v, scale))
+    return randn(B, N, 16, seed=3, dtype=dtype), q, k, v, o, lse, randn(*lse.shape, seed=4), scale, True, True
+
+
 def layernorm_args(dtype, B=2, N=5):
     return randn(B, N, 24, dtype=dtype), near_one(24, 1, dtype), randn(24, seed=2, dtype=dtype), 1e-5
 
@@ -106,6 +118,13 @@ SAMPLES = {
     "attention": Sample(attention_args, lambda B, N: 4 * B * 2 * N * N * 8, BF16),
     "attention_lse": Sample(attention_args, lambda B, N: 4 * B * 2 * N * N * 8, BF16, trimmed=True),
     "cross_attention": Sample(cross_attention_args, lambda B, N: 4 * B * 2 * N * N * 8, BF16, (0, 1, 2)),
+    "cross_attention_lse": Sample(
+        cross_attention_args, lambda B, N: 4 * B * 2 * N * N * 8, BF16, (0, 1, 2), trimmed=True
+    ),
+    "attention_backward": Sample(attention_backward_args, lambda B, N: 10 * B * 2 * N * N * 8, FP32, (0, 1, 2), (3, 4)),
+    "cross_attention_backward": Sample(
+        cross_attention_backward_args, lambda B, N: 10 * B * 2 * N * N * 8, FP32, (0, 1, 2, 3, 4), (5, 6)
+    ),
     "layernorm": Sample(layernorm_args, lambda B, N: 8 * B * N * 24, FP32),
     "linear": Sample(linear_args, lambda B, N: 2 * B * N * 32 * 48, FP32, (0, 3)),  # as its residual
     "layernorm_linear": Sample(layernorm_linear_args, lambda B, N: 2 * B * N * 32 * 48, BF16),
@@ -143,10 +162,12 @@ def definition(name):
 
 def public(name):
     elsewhere = {"attention_lse": "attention", "cross_attention": "attention", "layernorm_linear": "linear"}
-    elsewhere["windows_argmax"] = "upsample_argmax"
+    elsewhere |= {"windows_argmax": "upsample_argmax", "cross_attention_lse": "attention"}
+    elsewhere |= {"cross_attention_backward": "attention_backward"}
     functions = importlib.import_module(f"segmenter.kernels.{elsewhere.get(name, name)}")
-    if name == "attention_lse":
-        return lambda qkv, h: functions.attention(qkv, h, return_lse=True)
+    if name.endswith("_lse"):
+        function = getattr(functions, name.removesuffix("_lse"))
+        return lambda *args: function(*args, return_lse=True)
     return getattr(functions, name)
 
 
@@ -249,7 +270,7 @@ def as_tuple(out):
 @pytest.mark.parametrize("B", [0, 1])
 def test_empty_and_single(name, B):
     for N in (0, 1):
-        if name in ("cross_attention", "pixels_to_tokens") and N == 0:
+        if (name.startswith("cross") or name == "pixels_to_tokens") and N == 0:
             continue  # no keys, no pixels
         args = SAMPLES[name].make(FP32, B=B, N=N)
         for o, want in zip(

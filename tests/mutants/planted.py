@@ -1,6 +1,7 @@
 """The planted bugs: one text edit each, in a file of the kernels, and the tests that should find it."""
 
 from tests.mutants.mutant import Mutant, planted_in
+from tests.mutants.planted_backward import ATTENTION_BACKWARD
 from tests.mutants.planted_first_hour import FIRST_HOUR
 from tests.mutants.planted_guard import GUARD
 from tests.mutants.planted_labels import (
@@ -459,6 +460,7 @@ CACHE = planted_in(
 
 MUTANTS = [
     *ATTENTION,
+    *ATTENTION_BACKWARD,
     *LAYERNORM,
     *LINEAR,
     *LOADS,

@@ -1,0 +1,146 @@
+"""Which tile shape each kernel of a backward pass runs with: tables as in kernels/configs.py, and all tables together.
+
+All of these rows are estimates, by registers, shared memory and reads from L2: none has been measured.
+"""
+
+import dataclasses
+
+from segmenter.kernels import configs
+from segmenter.kernels.configs import AMD, ANY, BLACKWELL, NEW, AttentionConfig, Row
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeltaConfig:
+    """Rows a program (a divisor of 128), warps."""
+
+    block_m: int
+    num_warps: int
+
+
+# Of attention's gradient, in the order of its launches; `AttentionConfig` is rows of queries and of keys as forward.
+# With pointers there is one loop, every step masked: a second body for the last tile keeps the addresses of both and
+# spills.
+ATTENTION_DELTA = (
+    Row(BLACKWELL, "all", "", DeltaConfig(32, 4), {"n": 1025}, "64 rows spill."),
+    Row(ANY, "all", "", DeltaConfig(64, 4), {"n": 1025}, "32 values a thread of o and of its gradient."),
+)
+ATTENTION_DKDV = (
+    Row(
+        ANY,
+        "fp32",
+        "head_pad >= 128",
+        AttentionConfig(16, 16, 8, 2),
+        {"n": 1025, "d": 128},
+        "As forward: operands of ordinary multiply-adds fill the registers.",
+    ),
+    Row(ANY, "fp32", "", AttentionConfig(32, 16, 8, 2), {"n": 1025}, "As above."),
+    Row(
+        NEW,
+        "tf32",
+        "head_pad >= 128",
+        AttentionConfig(16, 64, 4, 2, True),
+        {"n": 1025, "d": 128},
+        "dO and Q are transposed through registers, and a warpgroup's product has 64 rows. 98 KB: two programs.",
+    ),
+    Row(NEW, "tf32", "", AttentionConfig(32, 64, 4, 2, True), {"n": 1025}, "As above, with room for three."),
+    Row(AMD, "tf32", "", AttentionConfig(32, 32, 4, 1), {"n": 1025}, "64 KB of shared memory."),
+    Row(
+        ANY,
+        "tf32",
+        "head_pad >= 128",
+        AttentionConfig(32, 32, 8, 2),
+        {"n": 1025, "d": 128},
+        "82 KB of 101; with four warps all registers.",
+    ),
+    Row(ANY, "tf32", "", AttentionConfig(64, 32, 4, 2), {"n": 1025}, "As above, with room for 64 queries a step."),
+    Row(
+        NEW,
+        "half",
+        "head_pad >= 128",
+        AttentionConfig(64, 64, 8, 2, True),
+        {"n": 1025, "d": 128},
+        "Both accumulators are 128 columns wide: four warps take all registers.",
+    ),
+    Row(
+        NEW,
+        "half",
+        "head_pad == 32",
+        AttentionConfig(64, 64, 4, 1, True),
+        {"n": 1025, "d": 32},
+        "With a second stage ptxas serialises the products.",
+    ),
+    Row(
+        NEW,
+        "half",
+        "",
+        AttentionConfig(64, 64, 4, 2, True),
+        {"n": 1025},
+        "Four products for each 16 KB of Q and dO from L2, so larger tiles save nothing there. Two programs of one "
+        "warpgroup are out of step, one of two (64 x 128, as many registers) is not.",
+    ),
+    Row(AMD, "half", "", AttentionConfig(32, 64, 4, 1), {"n": 1025}, "64 KB of shared memory."),
+    Row(
+        ANY,
+        "half",
+        "head_pad >= 128",
+        AttentionConfig(64, 64, 8, 2),
+        {"n": 1025, "d": 128},
+        "74 KB of 101 on sm_86, 89 and 120, and mma.sync. Fewer rows with four warps spill.",
+    ),
+    Row(ANY, "half", "", AttentionConfig(32, 64, 4, 2), {"n": 1025}, "As above. 64 queries a step take all registers."),
+)
+ATTENTION_DQ = (
+    Row(ANY, "fp32", "head_pad >= 128", AttentionConfig(16, 16, 8, 2), {"n": 1025, "d": 128}, "As above."),
+    Row(ANY, "fp32", "", AttentionConfig(32, 16, 8, 2), {"n": 1025}, "As above."),
+    Row(NEW, "tf32", "head_pad >= 128", AttentionConfig(64, 32, 8, 2, True), {"n": 1025, "d": 128},
+        "K is transposed through registers."),
+    Row(NEW, "tf32", "", AttentionConfig(64, 32, 4, 2, True), {"n": 1025}, "As above."),
+    Row(AMD, "tf32", "", AttentionConfig(32, 32, 4, 1), {"n": 1025}, "64 KB of shared memory."),
+    Row(ANY, "tf32", "head_pad >= 128", AttentionConfig(32, 32, 4, 2), {"n": 1025, "d": 128}, "82 KB of 101."),
+    Row(ANY, "tf32", "", AttentionConfig(64, 32, 4, 2), {"n": 1025}, "As above, with room for 64 queries."),
+    Row(NEW, "half", "head_pad >= 128", AttentionConfig(64, 64, 4, 2, True), {"n": 1025, "d": 128},
+        "96 KB: two programs. With 128 queries it would be one."),
+    Row(NEW, "half", "n <= 512", AttentionConfig(64, 64, 4, 2, True), {"n": 257}, "As forward: many small programs."),
+    Row(NEW, "half", "", AttentionConfig(128, 64, 8, 2, True), {"n": 1025},
+        "Three products for each 16 KB of K and V from L2 at 64 queries; 128 halve that. Two programs, four "
+        "warpgroups."),
+    Row(AMD, "half", "", AttentionConfig(64, 32, 4, 1), {"n": 1025}, "64 KB of shared memory."),
+    Row(ANY, "half", "", AttentionConfig(64, 32, 4, 2), {"n": 1025}, "mma.sync: 64 keys a step take all registers."),
+)  # fmt: skip
+
+
+ATTENTION_BY = (  # what computes it: "kernels", or "sdpa", PyTorch's scaled_dot_product_attention evaluated again
+    Row(ANY, "all", "", "kernels", {},
+        "An estimate, not measured: seven products, where PyTorch makes the two of the forward pass and five, and "
+        "copies dQ, dK and dV together. cuDNN may still be faster for long sequences on sm_90: then a row above this "
+        "one, with n >= a length."),
+)  # fmt: skip
+
+
+def attention_by(architecture: str, element_size: int, n: int) -> str:
+    """What computes the gradient of attention to n keys: "kernels" or "sdpa"."""
+    return configs.look_up(ATTENTION_BY, architecture, configs.kind_of(element_size, "tf32"), n=n).config
+
+
+def attention_delta(architecture: str) -> DeltaConfig:
+    """The configuration of the row sums."""
+    return configs.look_up(ATTENTION_DELTA, architecture).config
+
+
+def attention_dkdv(architecture: str, element_size: int, head_pad: int, n: int, precision: str) -> AttentionConfig:
+    """The configuration of dK and dV, which walk over n queries."""
+    kind = configs.kind_of(element_size, precision)
+    return configs.look_up(ATTENTION_DKDV, architecture, kind, head_pad=head_pad, n=n).config
+
+
+def attention_dq(architecture: str, element_size: int, head_pad: int, n: int, precision: str) -> AttentionConfig:
+    """The configuration of dQ, which walks over n keys."""
+    kind = configs.kind_of(element_size, precision)
+    return configs.look_up(ATTENTION_DQ, architecture, kind, head_pad=head_pad, n=n).config
+
+
+TABLES = configs.TABLES | {  # what is compiled row by row
+    "attention_delta": ATTENTION_DELTA,
+    "attention_dkdv": ATTENTION_DKDV,
+    "attention_dq": ATTENTION_DQ,
+}

@@ -35,6 +35,38 @@ def _scores(Masks, index, offs_k, K: tl.constexpr):
 
 
 @triton.jit
+def _pixels(z, label, counts, weight, smoothing, offs_k, K: tl.constexpr, K_PAD: tl.constexpr, SMOOTHED: tl.constexpr):
+    """Loss, class weight and hit of some pixels, and the gradient of their loss by their scores.
+
+    Args:
+        z: (pixels, K_PAD) in log2 units, -inf beyond K. counts: whether a pixel does. weight: (K_PAD,), 0 beyond K.
+    """
+    mask_k = offs_k < K
+    hot = (label[:, None] == offs_k[None, :]) & mask_k[None, :]  # 255 may be a class of the padding
+    highest = tl.max(z, 1)
+    e = tl.exp2(z - highest[:, None])
+    total = tl.sum(e, 1)
+    log_total = highest + tl.log2(total)
+    known = (label >= 0) & (label < K)
+    at_label = tl.where(known, tl.sum(tl.where(hot, z, 0.0), 1), float("nan"))
+    of_label = tl.where(counts, tl.sum(tl.where(hot, weight[None, :], 0.0), 1), 0.0)
+    own = (1.0 - smoothing) * of_label
+    loss = tl.where(counts, LN2 * own * (log_total - at_label), 0.0)
+    share = own
+    if SMOOTHED:
+        each = tl.where(counts, smoothing / K, 0.0)
+        all_weights = tl.sum(weight, 0)
+        weighted = tl.sum(tl.where(mask_k[None, :], weight[None, :] * z, 0.0), 1)
+        loss += LN2 * each * (all_weights * log_total - weighted)
+        share += each * all_weights
+    back = e * (share / total)[:, None] - tl.where(hot, own[:, None], 0.0)
+    if SMOOTHED:
+        back -= each[:, None] * weight[None, :]
+    best = tl.min(tl.where(z == highest[:, None], offs_k[None, :], K_PAD), 1)
+    return loss, of_label, counts & (best == label), back
+
+
+@triton.jit
 def _cells_kernel(
     Masks, Labels, Weight,  # (B, h, w, K), (B, H, W), (K,) or None
     Parts, Sums, Counts,  # (4, cells, K), and (2, cells) twice
@@ -55,7 +87,6 @@ def _cells_kernel(
     v_00, v_01 = _scores(Masks, row_above + left, offs_k, K), _scores(Masks, row_above + right, offs_k, K)
     v_10, v_11 = _scores(Masks, row_below + left, offs_k, K), _scores(Masks, row_below + right, offs_k, K)
     weight = tl.load(Weight + offs_k, mask=mask_k, other=0.0) if WEIGHTED else tl.where(mask_k, 1.0, 0.0)
-    total_weight = tl.sum(weight, 0)
     g_00 = tl.zeros([K_PAD], tl.float32)
     g_01, g_10, g_11 = g_00, g_00, g_00
     loss = tl.zeros([BLOCK_X], tl.float32)
@@ -78,30 +109,12 @@ def _cells_kernel(
             label = tl.load(Labels + (b * height + y) * width + x, mask=inside, other=0).to(tl.int32)
             counts = inside & (label != ignore_index)
             z = at_left[None, :] + s[:, None] * step[None, :]
-            hot = (label[:, None] == offs_k[None, :]) & mask_k[None, :]  # 255 may be a class of the padding
-            highest = tl.max(z, 1)
-            e = tl.exp2(z - highest[:, None])
-            total = tl.sum(e, 1)
-            log_total = highest + tl.log2(total)
-            known = (label >= 0) & (label < K)
-            at_label = tl.where(known, tl.sum(tl.where(hot, z, 0.0), 1), float("nan"))
-            of_label = tl.sum(tl.where(hot, weight[None, :], 0.0), 1)
-            own = tl.where(counts, (1.0 - smoothing) * of_label, 0.0)
-            loss += tl.where(counts, LN2 * own * (log_total - at_label), 0.0)
-            share = own
-            if SMOOTHED:
-                each = tl.where(counts, smoothing / K, 0.0)
-                weighted = tl.sum(tl.where(mask_k[None, :], weight[None, :] * z, 0.0), 1)
-                loss += LN2 * each * (total_weight * log_total - weighted)
-                share += each * total_weight
-            weights += tl.where(counts, of_label, 0.0)
+            of_pixels, of_label, hit, back = _pixels(z, label, counts, weight, smoothing, offs_k, K, K_PAD, SMOOTHED)
+            loss += of_pixels
+            weights += of_label
             valid += counts.to(tl.int32)
-            best = tl.min(tl.where(z == highest[:, None], offs_k[None, :], K_PAD), 1)
-            correct += (counts & (best == label)).to(tl.int32)
+            correct += hit.to(tl.int32)
             if GRADIENT:
-                back = e * (share / total)[:, None] - tl.where(hot, own[:, None], 0.0)
-                if SMOOTHED:
-                    back -= each[:, None] * weight[None, :]
                 every, rightward = tl.sum(back, 0), tl.sum(back * s[:, None], 0)
                 g_00 += (1.0 - t) * (every - rightward)
                 g_01 += (1.0 - t) * rightward

@@ -219,121 +219,6 @@ def test_bad_calls(at, change, error, message):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory
-
-
-def test_offsets_are_64_bits_wide():
-    """Row 2**31 / 2 of batch 1: with 32 bits it would be read from before the tensor. Lazily committed memory."""
-    if DEVICE == "cuda":
-        pytest.skip("lazily committed memory is the CPU's")
-    d = 16
-    wide = torch.empty(2**31 + 2**12, dtype=torch.float16).as_strided((2, 3, 3 * d), (2**31, 3 * d, 1))
-    wide.copy_(randn(2, 3, 3 * d, dtype=torch.float16))
-    upstream = torch.empty(2**31 + 2**12, dtype=torch.float16).as_strided((2, 3, d), (2**31, 16, 1))
-    upstream.copy_(randn(2, 3, d, dtype=torch.float16, seed=1))
-    o, lse = torch.ops.segmenter.attention_lse(wide, 1)
-    for descriptors in (True, False):
-        c = configs.AttentionConfig(16, 16, 4, 2, descriptors)
-        out = torch.empty(2, 3, 3, d, dtype=torch.float16)
-        x, dense = wide.view(2, 3, 3, d), wide.contiguous().view(2, 3, 3, d)
-        kernel._run(upstream, (x, x, x), (o, lse), None, (out, out, out), (1, 0, 1, 2), 0.25, (c, c))
-        want = torch.empty_like(out)
-        args = (dense, dense, dense), (o, lse), None, (want, want, want), (1, 0, 1, 2), 0.25, (c, c)
-        kernel._run(upstream.contiguous(), *args)
-        assert_bitwise_equal(out, want)
-
-
-@pytest.mark.parametrize(("B", "N", "M"), [(0, 5, 7), (2, 0, 7), (0, 0, 3)])
-def test_empty(B, N, M):
-    qkv = randn(B, N, 3 * 2 * 8)
-    (grad,) = gradients(lambda x: attention(x, 2), [qkv], [randn(B, N, 16)])
-    assert grad.shape == qkv.shape
-    for _ in range(3):  # from notes, too
-        inputs = [randn(B, n, 2, 8) for n in (N, M, M)]
-        grads = gradients(cross_attention, inputs, [randn(B, N, 16)])
-        for grad, x in zip(grads, inputs, strict=True):
-            assert_bitwise_equal(grad, torch.zeros_like(x))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@by_dtype
-def test_layouts_of_upstream_gradients(dtype, layout, guarded_outputs):
-    N = 34 if dtype == torch.float32 else 67
-    qkv = randn(2, N, 3 * 2 * 16, dtype=dtype)
-    placed = LAYOUTS[layout](randn(2, N, 32, dtype=dtype, seed=1))
-    qkv = qkv[: len(placed)]
-    upstream = guarded(placed)
-    x = qkv.clone().requires_grad_()
-    (ours,) = torch.autograd.grad(attention(x, 2), x, upstream)
-    assert ours.is_contiguous()
-    assert_bitwise_equal(upstream, placed, "gradients are never written")
-    check_guards(upstream)
-    assert_bitwise_equal(ours, gradients(lambda x: attention(x, 2), [qkv], [placed.contiguous()])[0])
-
-
-@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
-def test_expanded_upstream_gradients(dims, guarded_outputs):
-    qkv, upstream = randn(2, 67, 3 * 2 * 16, dtype=torch.float16), randn(2, 67, 32, dtype=torch.float16, seed=1)
-    for dim in dims:
-        upstream = upstream.narrow(dim, 0, 1)
-    upstream = upstream.expand(2, 67, 32)
-    check_packed(qkv, 2, upstream)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_inputs(layout, guarded_outputs):
-    for dtype, N in ((torch.float32, 19), (torch.bfloat16, 67)):
-        qkv = LAYOUTS[layout](randn(2, N, 3 * 2 * 16, dtype=dtype))
-        upstream = randn(len(qkv), N, 32, dtype=dtype, seed=1)
-        x = guarded(qkv).requires_grad_()
-        (ours,) = torch.autograd.grad(attention(x, 2), x, upstream)
-        assert_bitwise_equal(x.detach(), qkv, "inputs are never written")
-        check_guards(x)
-        assert_bitwise_equal(ours, gradients(lambda x: attention(x, 2), [qkv.contiguous()], [upstream])[0])
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_gradients_of_log_sum_exp(layout):
-    qkv = randn(2, 9, 3 * 2 * 16)
-    o, lse = torch.ops.segmenter.attention_lse(qkv, 2)
-    placed = LAYOUTS[layout](randn(2, 2, 128, seed=1))
-    if placed.shape == lse.shape:
-        ours, dense = (kernel.attention_backward(o, qkv, o, lse, g, 2) for g in (placed, placed.contiguous()))
-        assert_bitwise_equal(ours, dense)
-
-
-def test_backward_twice_is_equal_and_touches_nothing():
-    for dtype in DTYPES:
-        qkv, upstream = randn(1, 67, 3 * 2 * 16, dtype=dtype).requires_grad_(), randn(1, 67, 32, dtype=dtype, seed=1)
-        kept = []
-
-        def pack(tensor, kept=kept):
-            kept.append((tensor, tensor.clone()))
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            o = attention(qkv, 2)
-        before = qkv.detach().clone(), o.detach().clone(), upstream.clone()
-        first, second = (torch.autograd.grad(o, qkv, upstream, retain_graph=True)[0] for _ in range(2))
-        assert_bitwise_equal(first, second)
-        for tensor, was in zip((qkv, o, upstream), before, strict=True):
-            assert_bitwise_equal(tensor.detach(), was)
-        for tensor, was in kept:
-            assert_bitwise_equal(tensor, was, "of what is kept")
-        assert_bitwise_equal(torch.autograd.grad(attention(qkv, 2), qkv, upstream)[0], first, "another run")
-
-
-def test_images_and_heads_are_independent():
-    qkv, upstream = randn(2, 67, 3 * 2 * 16, dtype=torch.float16), randn(2, 67, 32, dtype=torch.float16, seed=1)
-    attend = functools.partial(attention, n_heads=2)
-    (whole,) = gradients(attend, [qkv], [upstream])
-    assert_bitwise_equal(gradients(attend, [qkv[1:]], [upstream[1:]])[0], whole[1:])
-    q, k, v = qkv.view(2, 67, 3, 2, 16).unbind(2)
-    separate = gradients(cross_attention, [q, k, v], [upstream])
-    assert_bitwise_equal(torch.stack(separate, 2).view(whole.shape), whole, "the same, separately")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Numbers
 
 
@@ -480,3 +365,118 @@ def test_nan_stays_in_its_head(part):
         (ours,), (eager,) = (gradients(f, [qkv], [upstream]) for f in (lambda x: attention(x, 2), explicit))
         assert_bitwise_equal(ours.isnan(), eager.isnan(), f"N={N}")
         assert ours.isnan().any() and not ours.view(1, N, 3, 2, 16)[..., 1, :].isnan().any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_offsets_are_64_bits_wide():
+    """Row 2**31 / 2 of batch 1: with 32 bits it would be read from before the tensor. Lazily committed memory."""
+    if DEVICE == "cuda":
+        pytest.skip("lazily committed memory is the CPU's")
+    d = 16
+    wide = torch.empty(2**31 + 2**12, dtype=torch.float16).as_strided((2, 3, 3 * d), (2**31, 3 * d, 1))
+    wide.copy_(randn(2, 3, 3 * d, dtype=torch.float16))
+    upstream = torch.empty(2**31 + 2**12, dtype=torch.float16).as_strided((2, 3, d), (2**31, 16, 1))
+    upstream.copy_(randn(2, 3, d, dtype=torch.float16, seed=1))
+    o, lse = torch.ops.segmenter.attention_lse(wide, 1)
+    for descriptors in (True, False):
+        c = configs.AttentionConfig(16, 16, 4, 2, descriptors)
+        out = torch.empty(2, 3, 3, d, dtype=torch.float16)
+        x, dense = wide.view(2, 3, 3, d), wide.contiguous().view(2, 3, 3, d)
+        kernel._run(upstream, (x, x, x), (o, lse), None, (out, out, out), (1, 0, 1, 2), 0.25, (c, c))
+        want = torch.empty_like(out)
+        args = (dense, dense, dense), (o, lse), None, (want, want, want), (1, 0, 1, 2), 0.25, (c, c)
+        kernel._run(upstream.contiguous(), *args)
+        assert_bitwise_equal(out, want)
+
+
+@pytest.mark.parametrize(("B", "N", "M"), [(0, 5, 7), (2, 0, 7), (0, 0, 3)])
+def test_empty(B, N, M):
+    qkv = randn(B, N, 3 * 2 * 8)
+    (grad,) = gradients(lambda x: attention(x, 2), [qkv], [randn(B, N, 16)])
+    assert grad.shape == qkv.shape
+    for _ in range(3):  # from notes, too
+        inputs = [randn(B, n, 2, 8) for n in (N, M, M)]
+        grads = gradients(cross_attention, inputs, [randn(B, N, 16)])
+        for grad, x in zip(grads, inputs, strict=True):
+            assert_bitwise_equal(grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@by_dtype
+def test_layouts_of_upstream_gradients(dtype, layout, guarded_outputs):
+    N = 34 if dtype == torch.float32 else 67
+    qkv = randn(2, N, 3 * 2 * 16, dtype=dtype)
+    placed = LAYOUTS[layout](randn(2, N, 32, dtype=dtype, seed=1))
+    qkv = qkv[: len(placed)]
+    upstream = guarded(placed)
+    x = qkv.clone().requires_grad_()
+    (ours,) = torch.autograd.grad(attention(x, 2), x, upstream)
+    assert ours.is_contiguous()
+    assert_bitwise_equal(upstream, placed, "gradients are never written")
+    check_guards(upstream)
+    assert_bitwise_equal(ours, gradients(lambda x: attention(x, 2), [qkv], [placed.contiguous()])[0])
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
+def test_expanded_upstream_gradients(dims, guarded_outputs):
+    qkv, upstream = randn(2, 67, 3 * 2 * 16, dtype=torch.float16), randn(2, 67, 32, dtype=torch.float16, seed=1)
+    for dim in dims:
+        upstream = upstream.narrow(dim, 0, 1)
+    upstream = upstream.expand(2, 67, 32)
+    check_packed(qkv, 2, upstream)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_inputs(layout, guarded_outputs):
+    for dtype, N in ((torch.float32, 19), (torch.bfloat16, 67)):
+        qkv = LAYOUTS[layout](randn(2, N, 3 * 2 * 16, dtype=dtype))
+        upstream = randn(len(qkv), N, 32, dtype=dtype, seed=1)
+        x = guarded(qkv).requires_grad_()
+        (ours,) = torch.autograd.grad(attention(x, 2), x, upstream)
+        assert_bitwise_equal(x.detach(), qkv, "inputs are never written")
+        check_guards(x)
+        assert_bitwise_equal(ours, gradients(lambda x: attention(x, 2), [qkv.contiguous()], [upstream])[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_gradients_of_log_sum_exp(layout):
+    qkv = randn(2, 9, 3 * 2 * 16)
+    o, lse = torch.ops.segmenter.attention_lse(qkv, 2)
+    placed = LAYOUTS[layout](randn(2, 2, 128, seed=1))
+    if placed.shape == lse.shape:
+        ours, dense = (kernel.attention_backward(o, qkv, o, lse, g, 2) for g in (placed, placed.contiguous()))
+        assert_bitwise_equal(ours, dense)
+
+
+def test_backward_twice_is_equal_and_touches_nothing():
+    for dtype in DTYPES:
+        qkv, upstream = randn(1, 67, 3 * 2 * 16, dtype=dtype).requires_grad_(), randn(1, 67, 32, dtype=dtype, seed=1)
+        kept = []
+
+        def pack(tensor, kept=kept):
+            kept.append((tensor, tensor.clone()))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            o = attention(qkv, 2)
+        before = qkv.detach().clone(), o.detach().clone(), upstream.clone()
+        first, second = (torch.autograd.grad(o, qkv, upstream, retain_graph=True)[0] for _ in range(2))
+        assert_bitwise_equal(first, second)
+        for tensor, was in zip((qkv, o, upstream), before, strict=True):
+            assert_bitwise_equal(tensor.detach(), was)
+        for tensor, was in kept:
+            assert_bitwise_equal(tensor, was, "of what is kept")
+        assert_bitwise_equal(torch.autograd.grad(attention(qkv, 2), qkv, upstream)[0], first, "another run")
+
+
+def test_images_and_heads_are_independent():
+    qkv, upstream = randn(2, 67, 3 * 2 * 16, dtype=torch.float16), randn(2, 67, 32, dtype=torch.float16, seed=1)
+    attend = functools.partial(attention, n_heads=2)
+    (whole,) = gradients(attend, [qkv], [upstream])
+    assert_bitwise_equal(gradients(attend, [qkv[1:]], [upstream[1:]])[0], whole[1:])
+    q, k, v = qkv.view(2, 67, 3, 2, 16).unbind(2)
+    separate = gradients(cross_attention, [q, k, v], [upstream])
+    assert_bitwise_equal(torch.stack(separate, 2).view(whole.shape), whole, "the same, separately")

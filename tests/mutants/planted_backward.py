@@ -52,7 +52,7 @@ ATTENTION_BACKWARD = [
                 "        ds = p * (dp - delta[None, :])\n",
                 "        ds = p * dp\n",
             ),
-            "p_not_rounded_but_dp_in_dv": (
+            "dv_of_another_product": (
                 "        dv = tl.dot(p.to(do.dtype), do, dv,",
                 "        dv = tl.dot(dp.to(do.dtype), do, dv,",
             ),

@@ -339,7 +339,9 @@ _cross_attention_lse = define(
 
 
 def _differentiated(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    """Not in exported programs, which are for inference: there the operator is right, and its gradient slower."""
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return wanted and not torch.compiler.is_exporting()
 
 
 def attention(

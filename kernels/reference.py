@@ -468,7 +468,7 @@ def upsample_cross_entropy(
     correct = (logits.argmax(1) == labels) & counted
     sums, counts = torch.stack([loss, of_pixels.sum()]), torch.stack([counted.sum(), correct.sum()])
     if not with_gradient:
-        return sums, counts, x.new_empty(0)
+        return sums, counts, x.new_zeros(0)
     own, each = (1 - label_smoothing) * of_pixels[:, None], label_smoothing / K * counted.to(x.dtype)[:, None]
     back = logits.detach().softmax(1) * (own + each * weight.sum()) - each * weight[:, None, None]
     back = back.scatter_add(1, here[:, None], -own)

@@ -109,6 +109,12 @@ def test_ignore_index_may_be_any_number():
     assert same(upsample_cross_entropy(masks, torch.where(labels == IGNORE, -100, labels), None, 4, -100), want)
 
 
+def test_of_equal_scores_the_lowest_class_counts():
+    masks, labels = example()
+    counts = upsample_cross_entropy(torch.zeros_like(masks), labels, None, 4)[1]
+    assert counts.tolist() == [(labels != IGNORE).sum(), (labels == 0).sum()] and counts[1] > 0
+
+
 @pytest.mark.parametrize("score", [1e4, 89.0, -1e4])
 def test_large_scores(score):
     masks, labels = example()

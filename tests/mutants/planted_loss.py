@@ -22,6 +22,7 @@ LOSS = [
             "ignored_label_is_a_class_of_the_padding": (
                 "hot = (label[:, None] == offs_k[None, :]) & mask_k[None, :]",
                 "hot = label[:, None] == offs_k[None, :]",
+                "its weight is 0 and its pixel is left out everywhere: the mask keeps infinities out of the sums",
             ),
             "half_a_pixel_off": (
                 "SHIFT: tl.constexpr = 0.5 + 0.5 * (P % 2)",
@@ -85,9 +86,9 @@ LOSS = [
                 "bottom = min(bottom, H)",
                 "bottom = min(bottom, H + 1)",
             ),
-            "rows_of_two_mask_rows_mixed": (
+            "only_the_mask_row_above": (
                 "above, below = max(i - 1, 0), min(i, h - 1)",
-                "above, below = max(i - 1, 0), min(i, h - 1) if i else 1 % h",
+                "above, below = max(i - 1, 0), max(i - 1, 0)",
             ),
             "the_kernel_is_not_taken": (
                 'if select(impl).on(masks).name == "triton":',

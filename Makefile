@@ -1,4 +1,4 @@
-.PHONY: help install test coverage test-gpu golden golden-kernels compile-report mutants fuzz \
+.PHONY: help install test test-more test-all coverage test-gpu golden golden-kernels compile-report mutants fuzz \
 	lint format bench bench-smoke api
 
 help:            ## this list
@@ -10,9 +10,13 @@ install:         ## editable install with everything that tests need
 # One thread for each of the processes that run tests, and for those that tests start.
 PYTEST = OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadscope
 
-# Further cases are random and interpreted ones, export by compilers, and the tests' own machinery.
-test:            ## the tests that need no GPU, but for further cases; MORE=1: with them
-	$(PYTEST) -m "not gpu$(if $(MORE),, and not more)"
+test:            ## the tests that need no GPU, but for further cases
+	$(PYTEST) -m "not gpu and not more"
+
+test-more:       ## the further cases: random and interpreted ones, export by compilers, the tests' own machinery
+	$(PYTEST) -m "more and not gpu"
+
+test-all: test test-more  ## all tests that need no GPU
 
 coverage:        ## how much of segmenter/ the tests run, at least 90 %; tracing makes them much slower
 	$(PYTEST) -m "not gpu" --ignore=tests/kernels --cov --cov-report=term --cov-fail-under=90

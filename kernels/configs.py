@@ -198,38 +198,6 @@ def upsample_argmax(architecture: str, block_x: int, k_pad: int) -> UpsampleArgm
     return dataclasses.replace(config, block_y=max(1, config.block_y // block_x))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class UpsampleCrossEntropyConfig:
-    """Pixels of a row at a time, warps."""
-
-    block_x: int  # in the table the most: at most the patch, as a power of two
-    num_warps: int
-
-
-UPSAMPLE_CROSS_ENTROPY = (
-    Row(ANY, "all", "k_pad <= 32", UpsampleCrossEntropyConfig(16, 1), {"n_cls": 19},
-        "A warp a cell: 16 pixels of 32 classes are 16 values a thread, and no sum needs shared memory."),
-    Row(ANY, "all", "k_pad <= 128", UpsampleCrossEntropyConfig(16, 4), {"n_cls": 100}, "As below."),
-    Row(ANY, "all", "k_pad <= 256", UpsampleCrossEntropyConfig(16, 8), {"n_cls": 150},
-        "Scores, exponentials and gradients of 16 pixels and 256 classes are 16 values a thread each; with four warps "
-        "nearly all registers, and 32 pixels spill."),
-    Row(ANY, "all", "k_pad <= 512", UpsampleCrossEntropyConfig(8, 8), {"n_cls": 300}, "As above."),
-    Row(ANY, "all", "k_pad <= 1024", UpsampleCrossEntropyConfig(4, 8), {"n_cls": 847}, "As above."),
-    Row(ANY, "all", "", UpsampleCrossEntropyConfig(1, 8), {"n_cls": 2000}, "As above; more classes spill on sm_100."),
-)  # fmt: skip
-
-
-def upsample_cross_entropy(block_x: int, k_pad: int) -> UpsampleCrossEntropyConfig:
-    """The configuration for rows of a cell of `block_x` pixels and `k_pad` classes (both powers of two).
-
-    Four elements a thread at least: where lanes repeat each other's sums they may round them differently, and then
-    which of them is stored is chance.
-    """
-    config = look_up(UPSAMPLE_CROSS_ENTROPY, "", k_pad=k_pad).config
-    block_x = min(config.block_x, block_x)
-    return UpsampleCrossEntropyConfig(block_x, max(1, min(config.num_warps, block_x * k_pad // 128)))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # LayerNorm
 
@@ -477,7 +445,6 @@ TABLES = {  # of the forward pass: table -> the operator that its examples call.
     "attention": ATTENTION,
     "mask_head": MASK_HEAD,
     "upsample_argmax": UPSAMPLE_ARGMAX,
-    "upsample_cross_entropy": UPSAMPLE_CROSS_ENTROPY,
     "layernorm": LAYERNORM,
     "linear": LINEAR,
     "pixels_to_tokens": PIXELS_TO_TOKENS,

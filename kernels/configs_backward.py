@@ -1,4 +1,4 @@
-"""Which tile shape each kernel of a backward pass runs with: tables as in kernels/configs.py, and all tables together.
+"""Which tile shape each kernel of training runs with: tables as in kernels/configs.py, and all tables together.
 
 All of these rows are estimates, by registers, shared memory and reads from L2: none has been measured.
 """
@@ -97,8 +97,45 @@ def attention_dq(architecture: str, element_size: int, head_pad: int, n: int, pr
     return configs.look_up(ATTENTION_DQ, architecture, kind, head_pad=head_pad, n=n).config
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UpsampleCrossEntropyConfig:
+    """Pixels of a row at a time, warps."""
+
+    block_x: int  # in the table the most: at most the patch, as a power of two
+    num_warps: int
+
+
+UPSAMPLE_CROSS_ENTROPY = (
+    Row(ANY, "all", "k_pad <= 32", UpsampleCrossEntropyConfig(16, 1), {"n_cls": 19},
+        "A warp a cell: 16 pixels of 32 classes are 16 values a thread, and no sum needs shared memory."),
+    Row(ANY, "all", "k_pad <= 128", UpsampleCrossEntropyConfig(16, 4), {"n_cls": 100}, "As below."),
+    Row(ANY, "all", "k_pad <= 256", UpsampleCrossEntropyConfig(16, 8), {"n_cls": 150},
+        "Scores, exponentials and gradients of 16 pixels and 256 classes are 16 values a thread each; with four warps "
+        "nearly all registers, and 32 pixels spill."),
+    Row(ANY, "all", "k_pad <= 512", UpsampleCrossEntropyConfig(8, 8), {"n_cls": 300}, "As above."),
+    Row(ANY, "all", "k_pad <= 1024", UpsampleCrossEntropyConfig(4, 8), {"n_cls": 847}, "As above."),
+    Row(ANY, "all", "", UpsampleCrossEntropyConfig(1, 8), {"n_cls": 2000}, "As above; more classes spill on sm_100."),
+)  # fmt: skip
+
+
+def upsample_cross_entropy(block_x: int, k_pad: int) -> UpsampleCrossEntropyConfig:
+    """The configuration for rows of a cell of `block_x` pixels and `k_pad` classes (both powers of two).
+
+    Four elements a thread at least: where lanes repeat each other's sums they may round them differently, and then
+    which of them is stored is chance.
+    """
+    config = configs.look_up(UPSAMPLE_CROSS_ENTROPY, "", k_pad=k_pad).config
+    block_x = min(config.block_x, block_x)
+    return UpsampleCrossEntropyConfig(block_x, max(1, min(config.num_warps, block_x * k_pad // 128)))
+
+
 TABLES = configs.TABLES | {  # what is compiled row by row
     "attention_delta": ATTENTION_DELTA,
     "attention_dkdv": ATTENTION_DKDV,
     "attention_dq": ATTENTION_DQ,
+    "upsample_cross_entropy": UPSAMPLE_CROSS_ENTROPY,
 }

@@ -85,15 +85,20 @@ def cross_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
     return out.transpose(1, 2).flatten(2)
 
 
+def explicit_cross_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """`cross_attention` written out, as `explicit_attention` is `attention`."""
+    cross_shape(q, k, v)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return ((q @ k.transpose(-2, -1) * scale).softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
 def cross_attention_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`cross_attention` written out, and the natural log-sum-exp of each row of scaled scores, as `attention_lse`."""
-    cross_shape(q, k, v)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    scores = q @ k.transpose(-2, -1) * scale
+    """`cross_attention`, and the natural log-sum-exp of each row of scaled scores, as `attention_lse`."""
+    scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * scale
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2), wide.logsumexp(dim=-1)
+    return explicit_cross_attention(q, k, v, scale), wide.logsumexp(dim=-1)
 
 
 def attention_backward(
@@ -436,6 +441,24 @@ def upsampling_matrix(n: int, factor: int, like: torch.Tensor) -> torch.Tensor:
     return F.interpolate(eye[None], n * factor, mode="linear")[0].T.contiguous()
 
 
+def check_loss(masks: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None, patch_size: int) -> None:
+    """Raises ValueError unless masks (B, h, w, K), labels (B, H, W) and weight (K,) belong together, TypeError unless
+    labels are integers."""
+    if masks.ndim != 4 or labels.ndim != 3 or masks.shape[0] != labels.shape[0]:
+        shapes = f"{tuple(masks.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"expected masks (B, h, w, n_cls) and labels (B, H, W), got {shapes}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    (H, W), (h, w, K) = labels.shape[1:], masks.shape[1:]
+    grid = -(-H // patch_size), -(-W // patch_size)
+    if grid != (h, w):
+        raise ValueError(
+            f"labels of {H} x {W} pixels have {grid[0]} x {grid[1]} patches of {patch_size}, the masks {h} x {w}"
+        )
+    if weight is not None and weight.shape != (K,):
+        raise ValueError(f"class weights must be ({K},), one for each class, got {tuple(weight.shape)}")
+
+
 def upsample_cross_entropy(
     masks: torch.Tensor,
     labels: torch.Tensor,
@@ -455,6 +478,7 @@ def upsample_cross_entropy(
             number, and how many have their largest score at their label (the lowest index among equals).
         gradient: (B, h, w, K) of the loss by the masks, float32 or wider; no elements unless with_gradient.
     """
+    check_loss(masks, labels, weight, patch_size)
     x = masks.permute(0, 3, 1, 2).to(torch.promote_types(masks.dtype, torch.float32)).contiguous()
     B, K, h, w = x.shape
     size, (H, W) = (h * patch_size, w * patch_size), labels.shape[1:]

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from segmenter.kernels import configs, launch, reference
+from segmenter.kernels import configs_backward, launch, reference
 from segmenter.kernels.blocks import LN2, LOG2E
 from segmenter.kernels.operators import define, forbid_forward_mode
 
@@ -166,7 +166,7 @@ def _run(
     ignore_index: int,
     smoothing: float,
     with_gradient: bool,
-    config: configs.UpsampleCrossEntropyConfig | None = None,
+    config: configs_backward.UpsampleCrossEntropyConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, h, w, K = masks.shape
     n_cells, device = B * (h + 1) * (w + 1), masks.device
@@ -177,7 +177,7 @@ def _run(
     parts = launch.empty((4, n_cells, K) if with_gradient else (0,), torch.float32, device)
     sums, counts = (launch.empty((2, n_cells), dtype, device) for dtype in (torch.float32, torch.int32))
     k_pad = max(16, triton.next_power_of_2(K))
-    c = config or configs.upsample_cross_entropy(triton.next_power_of_2(patch_size), k_pad)
+    c = config or configs_backward.upsample_cross_entropy(triton.next_power_of_2(patch_size), k_pad)
     flags = (weight is not None, smoothing > 0, with_gradient)
     scalars = (
         h, w, *labels.shape[1:], n_cells, ignore_index, float(smoothing),
@@ -196,24 +196,10 @@ def _run(
 # Operator
 
 
-def _check(masks: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None, patch_size: int) -> None:
-    if masks.ndim != 4 or labels.ndim != 3 or masks.shape[0] != labels.shape[0]:
-        raise ValueError(
-            f"masks must be (B, h, w, K) and labels (B, H, W), got {tuple(masks.shape)} and {tuple(labels.shape)}"
-        )
-    h, w, K = masks.shape[1:]
-    if [-(-n // patch_size) for n in labels.shape[1:]] != [h, w]:
-        raise ValueError(f"{h} x {w} patches of {patch_size} pixels cannot have labels {tuple(labels.shape[1:])}")
-    if weight is not None and weight.shape != (K,):
-        raise ValueError(f"weight must be ({K},), one for each class, got {tuple(weight.shape)}")
-
-
 def _upsample_cross_entropy_kernel(masks, labels, weight, patch_size, ignore_index, label_smoothing, with_gradient):
     launch.check_device(masks, labels, weight)
     launch.check_floats("masks", masks)
-    _check(masks, labels, weight, patch_size)
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise launch.KernelError(f"labels must be integers, got {labels.dtype}")
+    reference.check_loss(masks, labels, weight, patch_size)
     if masks.shape[-1] > MAX_CLASSES:
         raise launch.KernelError(f'{masks.shape[-1]} classes are more than {MAX_CLASSES}; use impl="eager"')
     if weight is not None and weight.dtype != torch.float32:
@@ -227,15 +213,10 @@ def _upsample_cross_entropy_kernel(masks, labels, weight, patch_size, ignore_ind
 
 
 def _upsample_cross_entropy_fake(masks, labels, weight, patch_size, ignore_index, label_smoothing, with_gradient):
-    _check(masks, labels, weight, patch_size)
+    reference.check_loss(masks, labels, weight, patch_size)
     wide = torch.promote_types(masks.dtype, torch.float32)
     gradient = masks.new_empty(masks.shape if with_gradient else (0,), dtype=wide)
     return masks.new_empty(2, dtype=wide), masks.new_empty(2, dtype=torch.int64), gradient
-
-
-def _upsample_cross_entropy_reference(masks, labels, weight, *arguments):
-    _check(masks, labels, weight, arguments[0])
-    return reference.upsample_cross_entropy(masks, labels, weight, *arguments)
 
 
 def _upsample_cross_entropy_flops(masks, labels, *args, **kwargs):
@@ -247,7 +228,7 @@ _upsample_cross_entropy = define(
     "upsample_cross_entropy(Tensor masks, Tensor labels, Tensor? weight, int patch_size, int ignore_index, "
     "float label_smoothing, bool with_gradient) -> (Tensor, Tensor, Tensor)",
     kernel=_upsample_cross_entropy_kernel,
-    reference=_upsample_cross_entropy_reference,
+    reference=reference.upsample_cross_entropy,
     fake=_upsample_cross_entropy_fake,
     flops=_upsample_cross_entropy_flops,
     autocast=lambda dtype, args: args,
@@ -276,7 +257,8 @@ def upsample_cross_entropy(
         sums: (2,) float32, the loss and the weights of the pixels that count. counts: (2,) int64, their number, and how
             many have their largest score at their label. gradient: (B, h, w, K) float32, none unless with_gradient.
     Raises:
-        KernelError: another type or device, too many classes. ValueError: shapes do not fit.
+        KernelError: another type or device, too many classes. ValueError: shapes do not fit. TypeError: labels are no
+            integers.
     """
     launch.check_device(masks, labels, weight)
     forbid_forward_mode()

@@ -32,6 +32,7 @@ from segmenter.kernels import (
     upsample_argmax,
 )
 from segmenter.kernels.blocks import fits_rows
+from segmenter.kernels.reference import explicit_cross_attention as explicit_cross
 from tests.support.layouts import LAYOUTS
 from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
 from tests.support.upsampling import MASKS, expected_labels
@@ -103,11 +104,6 @@ class Draw:
         """Leading dimensions of a tensor of rows."""
         shape = self.choice([(self.choice(LENGTHS),), (2, self.choice(LENGTHS)), (2, 1, self.choice((1, 3, 7)))])
         return shape if self.maybe(0.9) else (self.choice(FAR_LENGTHS),)
-
-
-def explicit_cross(q, k, v, scale):
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return ((q @ k.transpose(-2, -1) * scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
 def attention_config(draw: Draw, dtype: torch.dtype) -> configs.AttentionConfig | None:

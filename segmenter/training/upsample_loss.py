@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from segmenter.kernels.reference import upsampling_matrix
+from segmenter.kernels.reference import check_loss, upsampling_matrix
 from segmenter.ops import select
 
 CHUNK_BYTES = 1 << 20  # logits of pixels that exist at a time on a CPU: about what a core's cache holds
@@ -61,7 +61,12 @@ def upsample_cross_entropy(
             GPU makes the loss NaN or ends the program as in F.cross_entropy. TypeError: labels are no integers.
         ImplementationError: as of `ops.select`.
     """
-    _check(masks, labels, patch_size, class_weight, ignore_index, label_smoothing)
+    if masks.ndim != 4:
+        raise ValueError(f"expected masks (B, n_cls, h, w), got {tuple(masks.shape)}")
+    check_loss(masks.permute(0, 2, 3, 1), labels, class_weight, patch_size)
+    _check_labels(labels, masks.shape[1], ignore_index)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
     compute = in_chunks
     if select(impl).on(masks).name == "triton":
         from segmenter.kernels.upsample_cross_entropy import upsample_cross_entropy as compute
@@ -116,7 +121,7 @@ def in_chunks(
             near, taps = slice(above, below + 1), rows[first:last, above : below + 1].expand(len(wide), -1, -1)
             z = buffer[: len(wide) * (last - first) * W * K].view(len(wide), last - first, W * K)
             torch.bmm(taps, wide[:, near], out=z)
-            pixels.backward_(z.view(-1, K), images, slice(first, last))
+            pixels.take(z.view(-1, K), images, slice(first, last), with_gradient)
             if with_gradient:
                 back[:, near].baddbmm_(taps.mT, z)  # z is its own gradient now
         if with_gradient:
@@ -141,8 +146,8 @@ class _Pixels:
         self.ones = like.new_ones(like.shape[-1]) if weight is None else weight
         self.sums, self.counts = like.new_zeros(2, dtype=torch.float64), like.new_zeros(2, dtype=torch.int64)
 
-    def backward_(self, z: torch.Tensor, images: slice, rows: slice) -> None:
-        """Turns logits (pixels, K) into the gradient of the loss by them, and adds to the sums."""
+    def take(self, z: torch.Tensor, images: slice, rows: slice, with_gradient: bool) -> None:
+        """Adds to the sums what logits (pixels, K) give, and turns them into the gradient of the loss by them."""
         y = self.labels[images, rows].reshape(-1).long()
         counted = y != self.ignore_index
         y = torch.where(counted, y, 0)
@@ -163,6 +168,8 @@ class _Pixels:
             losses += torch.where(counted, each * (all_weights * log_total - of_all), 0.0)
         self.sums += torch.stack([losses.sum(dtype=torch.float64), weight.sum(dtype=torch.float64)])
         self.counts += torch.stack([counted.sum(), correct.sum()])
+        if not with_gradient:
+            return
         z *= (share / total)[:, None]
         z.scatter_add_(1, y[:, None], -own[:, None])
         if self.smoothing:
@@ -183,32 +190,9 @@ def _chunks(h: int, H: int, patch_size: int, height: int) -> list[tuple[int, int
     return found
 
 
-def _check(
-    masks: torch.Tensor,
-    labels: torch.Tensor,
-    patch_size: int,
-    class_weight: torch.Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> None:
-    if masks.ndim != 4 or labels.ndim != 3 or len(masks) != len(labels):
-        raise ValueError(
-            f"expected masks (B, n_cls, h, w) and labels (B, H, W), got {tuple(masks.shape)} and {tuple(labels.shape)}"
-        )
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
-    n_cls, *grid = masks.shape[1:]
-    if [-(-n // patch_size) for n in labels.shape[1:]] != grid:
-        raise ValueError(
-            f"labels of {labels.shape[1]} x {labels.shape[2]} pixels have {-(-labels.shape[1] // patch_size)} x "
-            f"{-(-labels.shape[2] // patch_size)} patches of {patch_size}, the masks {grid[0]} x {grid[1]}"
-        )
-    if class_weight is not None and class_weight.shape != (n_cls,):
-        raise ValueError(f"class_weight must be ({n_cls},), one for each class, got {tuple(class_weight.shape)}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
-    if labels.numel() and labels.device.type == "cpu":
-        counted = labels[labels != ignore_index]
-        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < n_cls:
-            wrong = int(counted.min()) if counted.min() < 0 else int(counted.max())
-            raise ValueError(f"label {wrong} is neither one of the {n_cls} classes nor ignore_index, {ignore_index}")
+def _check_labels(labels: torch.Tensor, n_cls: int, ignore_index: int) -> None:
+    """Raises ValueError if a label is neither a class nor ignore_index. Of labels on a GPU nobody waits to be told."""
+    counted = labels[labels != ignore_index] if labels.device.type == "cpu" else labels[:0]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < n_cls:
+        wrong = int(counted.min()) if counted.min() < 0 else int(counted.max())
+        raise ValueError(f"label {wrong} is neither one of the {n_cls} classes nor ignore_index, {ignore_index}")

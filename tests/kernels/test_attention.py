@@ -14,8 +14,9 @@ from segmenter.kernels import attention as kernel
 from segmenter.kernels import configs, launch, reference
 from segmenter.kernels.attention import attention, cross_attention
 from segmenter.kernels.launch import KernelError
+from segmenter.kernels.reference import explicit_cross_attention as explicit_cross
 from tests.support.layouts import LAYOUTS
-from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
+from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded, randn
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FROBENIUS = {torch.float32: 1.5, torch.float16: 0.65, torch.bfloat16: 0.65}  # eager rounds scores and probabilities
@@ -24,22 +25,16 @@ LENGTHS = [1, 2, 3, 17, 63, 64, 65, 66, 127, 128, 129, 130, 197, 257]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
-
-
-def explicit_cross(q, k, v, scale):
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return ((q @ k.transpose(-2, -1) * scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
-
-
 def check(o, qkv, h, **kwargs):
     exact, eager = reference.explicit_attention(qkv.double(), h), reference.explicit_attention(qkv, h)
     assert_parity(o, exact, eager, frobenius=FROBENIUS[qkv.dtype], **kwargs)
 
 
 def check_cross(o, q, k, v, scale, **kwargs):
-    exact, eager = explicit_cross(q.double(), k.double(), v.double(), scale), explicit_cross(q, k, v, scale)
+    exact, eager = (
+        explicit_cross(q.double(), k.double(), v.double(), scale),
+        explicit_cross(q, k, v, scale),
+    )
     assert_parity(o, exact, eager, frobenius=FROBENIUS[q.dtype], **kwargs)
 
 

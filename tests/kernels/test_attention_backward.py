@@ -12,23 +12,15 @@ from segmenter.kernels import attention_backward as kernel
 from segmenter.kernels import configs, configs_backward, launch, reference
 from segmenter.kernels.attention import attention, cross_attention
 from segmenter.kernels.launch import KernelError
+from segmenter.kernels.reference import explicit_cross_attention as explicit_cross
 from tests.support.layouts import LAYOUTS
-from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
+from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded, randn
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = [1, 2, 3, 64, 65, 127, 130, 257]
 BACKWARD = {"_attention_delta_kernel": 0, "_attention_dkdv_kernel": 1, "_attention_dq_kernel": 2}
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def randn(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
-
-
-def explicit_cross(q, k, v, scale):
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return ((q @ k.transpose(-2, -1) * scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
 def gradients(function, inputs, upstream):

@@ -7,13 +7,9 @@ from segmenter.kernels import configs, launch, reference
 from segmenter.kernels import layernorm as kernel
 from segmenter.kernels.layernorm import layernorm
 from tests.support.huge_offsets import FAR, far_apart
-from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, guarded
+from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, guarded, randn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
 def inputs(*shape, dtype, seed=0, scale=1.0, offset=0.0):

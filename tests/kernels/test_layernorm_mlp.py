@@ -12,15 +12,11 @@ from segmenter.kernels import configs, launch, reference
 from segmenter.kernels import layernorm_mlp as kernel
 from segmenter.kernels.layernorm_mlp import layernorm_mlp
 from tests.support.huge_offsets import FAR, far_apart
-from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
+from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded, randn
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = configs.MlpConfig(32, 16, 4, 2, True)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
 def mlp_args(m, d, dtype, hidden=None, seed=0, stream=None):

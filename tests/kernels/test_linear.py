@@ -14,15 +14,11 @@ from segmenter.kernels import blocks, configs, launch, reference
 from segmenter.kernels import linear as kernel
 from segmenter.kernels.linear import layernorm_linear, linear
 from tests.support.huge_offsets import FAR, far_apart
-from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
+from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded, randn
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = (192, 384, 768, 1024)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
 def linear_args(m, k, n, dtype, residual=None, seed=0):

@@ -21,14 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from segmenter.kernels import launch, pixels_to_tokens, reference
 from segmenter.kernels.launch import KernelError
 from tests.support.layouts import LAYOUTS
-from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
+from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded, randn
 
 for path in (Path(__file__).parents[2] / "kernels").glob("*.py"):
     importlib.import_module(f"segmenter.kernels.{path.stem}")
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
 def near_one(n, seed, dtype):

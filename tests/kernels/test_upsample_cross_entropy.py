@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from segmenter.kernels import configs, reference
+from segmenter.kernels import configs_backward, reference
 from segmenter.kernels.launch import KernelError
 from segmenter.kernels.upsample_cross_entropy import MAX_CLASSES, upsample_cross_entropy
 from tests.support.parity import DEVICE, assert_parity
@@ -69,10 +69,10 @@ def test_grids(grid):
     check(*example(h=grid[0], w=grid[1]), None, 4)
 
 
-@pytest.mark.parametrize("table", configs.UPSAMPLE_CROSS_ENTROPY, ids=lambda row: row.when or "else")
+@pytest.mark.parametrize("table", configs_backward.UPSAMPLE_CROSS_ENTROPY, ids=lambda row: row.when or "else")
 def test_shipped_configurations(table, monkeypatch):
     """Each on a call that any can run."""
-    monkeypatch.setattr(configs, "upsample_cross_entropy", lambda block_x, k_pad: table.config)
+    monkeypatch.setattr(configs_backward, "upsample_cross_entropy", lambda block_x, k_pad: table.config)
     check(*example(P=16, h=1, w=2), None, 16)
 
 
@@ -139,10 +139,10 @@ def test_no_images():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"labels": torch.zeros(2, 7, 10)}, KernelError, "labels must be integers"),
-        ({"labels": torch.zeros(2, 9, 10, dtype=torch.long)}, ValueError, "2 x 3 patches of 4 pixels"),
-        ({"labels": torch.zeros(7, 10, dtype=torch.long)}, ValueError, "masks must be"),
-        ({"weight": torch.ones(6)}, ValueError, r"weight must be \(7,\)"),
+        ({"labels": torch.zeros(2, 7, 10)}, TypeError, "labels must be integers"),
+        ({"labels": torch.zeros(2, 9, 10, dtype=torch.long)}, ValueError, "3 x 3 patches of 4, the masks 2 x 3"),
+        ({"labels": torch.zeros(7, 10, dtype=torch.long)}, ValueError, "expected masks"),
+        ({"weight": torch.ones(6)}, ValueError, r"weights must be \(7,\)"),
         ({"masks": torch.zeros(2, 2, 3, 7, dtype=torch.float64)}, KernelError, "masks must be one of"),
         ({"masks": torch.zeros(2, 2, 3, MAX_CLASSES + 1)}, KernelError, "classes are more than"),
     ],

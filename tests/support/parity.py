@@ -15,6 +15,11 @@ IN_TURN = 2.0
 GUARD = 512  # elements before and after a guarded tensor
 
 
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normally distributed numbers, the same on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
 def assert_parity(
     actual: torch.Tensor,
     reference: torch.Tensor,

@@ -211,7 +211,7 @@ def test_all_images_at_once_as_on_a_gpu(monkeypatch):
     [
         ({"labels": torch.zeros(2, 21, 31)}, TypeError, "labels must be integers, got torch.float32"),
         ({"labels": torch.zeros(2, 21, 31, dtype=torch.bool)}, TypeError, "integers, got torch.bool"),
-        ({"labels": torch.zeros(1, 21, 31, dtype=torch.long)}, ValueError, r"got \(2, 7, 3, 4\) and \(1, 21, 31\)"),
+        ({"labels": torch.zeros(1, 21, 31, dtype=torch.long)}, ValueError, r"got \(2, 3, 4, 7\) and \(1, 21, 31\)"),
         ({"labels": torch.zeros(21, 31, dtype=torch.long)}, ValueError, "expected masks"),
         ({"labels": torch.zeros(2, 25, 31, dtype=torch.long)}, ValueError, "4 x 4 patches of 8, the masks 3 x 4"),
         (
@@ -220,7 +220,7 @@ def test_all_images_at_once_as_on_a_gpu(monkeypatch):
             "label 7 is neither one of the 7 classes nor ignore_index",
         ),
         ({"labels": torch.full((2, 21, 31), -1)}, ValueError, "label -1 is neither"),
-        ({"class_weight": torch.ones(6)}, ValueError, r"class_weight must be \(7,\).* got \(6,\)"),
+        ({"class_weight": torch.ones(6)}, ValueError, r"class weights must be \(7,\).* got \(6,\)"),
         ({"label_smoothing": 1.1}, ValueError, "from 0 to 1, got 1.1"),
     ],
 )

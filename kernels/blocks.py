@@ -78,6 +78,28 @@ def gelu(x, FORM: tl.constexpr):
     return y
 
 
+@triton.jit
+def gelu_and_derivative(x, FORM: tl.constexpr):
+    """GELU of float32 x and its derivative Phi(x) + x phi(x), with the FORM that `gelu` has of it.
+
+    In half types Phi is formula 7.1.26 of Abramowitz and Stegun, of the same exp2 as phi: errors of 7e-7 and 3e-7, a
+    fifth of that of `gelu` there.
+    """
+    e = tl.exp2(x * x * -0.7213475204444817)  # exp(-x^2 / 2)
+    if FORM == "erf":
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        d = 1.0 + 0.23164189 * tl.abs(x)  # 0.3275911 / sqrt(2)
+        if FORM == "rcp":
+            t = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], tl.float32, True, 1)
+        else:
+            t = 1.0 / d
+        p = 0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)  # the formula's coefficients, halved
+        tail = t * (0.127414796 + t * (-0.142248368 + t * p)) * e
+        cdf = tl.where(x < 0, tail, 1.0 - tail)
+    return x * cdf, cdf + x * e * 0.3989422804014327
+
+
 def gelu_form(dtype: torch.dtype, architecture: str) -> str:
     """Which FORM of `gelu` to compile. Inline assembly exists neither in the interpreter nor on AMD."""
     if dtype == torch.float32:

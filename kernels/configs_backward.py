@@ -6,7 +6,7 @@ All of these rows are estimates, by registers, shared memory and reads from L2: 
 import dataclasses
 
 from segmenter.kernels import configs
-from segmenter.kernels.configs import AMD, ANY, BLACKWELL, NEW, AttentionConfig, Row
+from segmenter.kernels.configs import AMD, ANY, BLACKWELL, MULTIPROCESSORS, NEW, AttentionConfig, Row
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,9 +133,79 @@ def upsample_cross_entropy(block_x: int, k_pad: int) -> UpsampleCrossEntropyConf
     return UpsampleCrossEntropyConfig(block_x, max(1, min(config.num_warps, block_x * k_pad // 128)))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# LayerNorm and linear layers
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SumsConfig:
+    """Rows and columns a step, warps, and how many programs keep sums of the same columns.
+
+    The order of additions follows from all of these: so no row is for an architecture of its own.
+    """
+
+    block_m: int
+    block_n: int  # in the table of LayerNorm the most: a power of two that holds a row, or a part of one
+    num_warps: int
+    programs: int  # in the tables the most, of all columns together: multiples of 132 multiprocessors
+
+
+_EACH = MULTIPROCESSORS
+LAYERNORM_BACKWARD = (
+    Row(ANY, "all", "n <= 64", SumsConfig(32, 64, 4, 8 * _EACH), {"n": 19},
+        "About 16 values a thread of x, of the gradient and of both sums. Parts are few numbers, so there may be as "
+        "many programs as fill the multiprocessors."),
+    Row(ANY, "all", "n <= 128", SumsConfig(16, 128, 4, 8 * _EACH), {"n": 100}, "As above."),
+    Row(ANY, "all", "n <= 256", SumsConfig(8, 256, 4, 8 * _EACH), {"n": 192}, "As above."),
+    Row(ANY, "all", "n <= 512", SumsConfig(8, 512, 8, 4 * _EACH), {"n": 384},
+        "As above, half as many of twice the warps."),
+    Row(ANY, "all", "n <= 1024", SumsConfig(4, 1024, 8, 2 * _EACH), {"n": 768},
+        "Two programs a multiprocessor, with 24 to 48 KB in flight: parts, float32 and twice, are a twentieth of what "
+        "is read at m = 8,200. More rows a step would leave room for one program."),
+    Row(ANY, "all", "n <= 2048", SumsConfig(2, 2048, 8, 2 * _EACH), {"n": 1280}, "As above."),
+    Row(ANY, "all", "n <= 4096", SumsConfig(1, 4096, 8, 2 * _EACH), {"n": 4096}, "As above."),
+    Row(ANY, "all", "n <= 8192", SumsConfig(1, 8192, 16, _EACH), {"n": 8192}, "As above, one program of all warps."),
+    Row(ANY, "all", "", SumsConfig(4, 1024, 8, 2 * _EACH), {"n": 10_000}, "Statistics first; then columns are cut."),
+)  # fmt: skip
+COLUMN_SUMS = (
+    Row(ANY, "all", "", SumsConfig(32, 128, 4, 4 * _EACH), {"m": 8200, "n": 768},
+        "32 values a thread in 16-byte loads. Four programs a multiprocessor; the wider the rows, the fewer parts."),
+)  # fmt: skip
+ADD_PARTS = (
+    Row(ANY, "all", "", SumsConfig(64, 32, 4, 1), {"m": 8200, "n": 768},
+        "A few hundred parts: 128 bytes of each, so that narrow rows are spread over some multiprocessors too."),
+)  # fmt: skip
+
+
+def layernorm_backward(m: int, n: int) -> SumsConfig:
+    """The configuration for m rows of n columns."""
+    config = configs.look_up(LAYERNORM_BACKWARD, "", n=n).config
+    block_n = min(config.block_n, max(2, 1 << (n - 1).bit_length()))
+    return _cut(dataclasses.replace(config, block_n=block_n), m, n)
+
+
+def column_sums(m: int, n: int) -> SumsConfig:
+    """The configuration for the sums over m rows of n columns."""
+    return _cut(configs.look_up(COLUMN_SUMS, "").config, m, n)
+
+
+def add_parts() -> SumsConfig:
+    """The configuration for adding parts."""
+    return configs.look_up(ADD_PARTS, "").config
+
+
+def _cut(config: SumsConfig, m: int, n: int) -> SumsConfig:
+    """With as many programs for the same columns as there is work for."""
+    programs = min(config.programs // -(-n // config.block_n), -(-m // config.block_m))
+    return dataclasses.replace(config, programs=max(1, programs))
+
+
 TABLES = configs.TABLES | {  # what is compiled row by row
     "attention_delta": ATTENTION_DELTA,
     "attention_dkdv": ATTENTION_DKDV,
     "attention_dq": ATTENTION_DQ,
     "upsample_cross_entropy": UPSAMPLE_CROSS_ENTROPY,
+    "layernorm_backward": LAYERNORM_BACKWARD,
+    "column_sums": COLUMN_SUMS,
+    "add_parts": ADD_PARTS,
 }

@@ -7,7 +7,8 @@ mean is much larger than the deviation. The output may have another type than x 
 matrix product), which saves the separate cast. Used by itself in front of matrix products (kernels/linear.py) and over
 class axes of 2 to 1,000 columns.
 
-Limits: none on shapes. Rows of up to 8,192 columns stay in registers; longer ones are read three times.
+Limits: none on shapes. Rows of up to 8,192 columns stay in registers; longer ones are read three times. The gradient
+is kernels/layernorm_backward.py's.
 Reference: `reference.layernorm`. Test: tests/kernels/test_layernorm.py.
 """
 
@@ -19,6 +20,8 @@ import triton
 import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference
+from segmenter.kernels.checks import as_rows, check_affine
+from segmenter.kernels.layernorm_backward import LAYERNORM_BACKWARD
 from segmenter.kernels.operators import define, forbid_forward_mode
 
 
@@ -100,22 +103,6 @@ def _layernorm_fwd_kernel(
 # Launching
 
 
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """(..., N) as (M, N) with a dense last dimension: a view if the rows lie at one distance, else a copy.
-
-    Raises:
-        KernelError: 2**31 rows or more, whose numbers do not fit.
-    """
-    n_rows = math.prod(x.shape[:-1])
-    if n_rows >= 2**31:
-        raise launch.KernelError(f"{n_rows} rows are more than 2**31 - 1; split the batch")
-    x = launch.rows_contiguous(x)
-    try:
-        return x.view(n_rows, x.shape[-1])
-    except RuntimeError:  # rows at several distances
-        return launch.contiguous(x).view(n_rows, x.shape[-1])
-
-
 def run(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -160,15 +147,6 @@ def _launch(
     plan.run(x, weight, bias, y, mean, rstd)
 
 
-def check_affine(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
-    """Raises ValueError unless x has a last dimension and weight and bias, where given, are of its size."""
-    if x.ndim == 0:
-        raise ValueError("x has no dimension to normalise over")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.shape != x.shape[-1:]:
-            raise ValueError(f"LayerNorm's {name} must be ({x.shape[-1]},), got {tuple(tensor.shape)}")
-
-
 def _layernorm_kernel(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
@@ -194,6 +172,11 @@ def _layernorm_flops(x: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
     return 8 * math.prod(x)  # mean 1, centre 1, variance 2, scale 2, affine 2
 
 
+def _layernorm_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
+    found = LAYERNORM_BACKWARD(*grads, *inputs, needed[:3])
+    return *(gradient if need else None for gradient, need in zip(found, needed[:3], strict=True)), None
+
+
 def _in_float32(dtype: torch.dtype, args: tuple) -> tuple:
     return tuple(t.float() if isinstance(t, torch.Tensor) else t for t in args)
 
@@ -205,13 +188,14 @@ _layernorm = define(
     fake=_layernorm_fake,
     flops=_layernorm_flops,
     autocast=_in_float32,
+    backward=_layernorm_backward,
 )
 
 
 def layernorm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float = 1e-5
 ) -> torch.Tensor:
-    """LayerNorm over the last dimension; differentiable through the eager reference.
+    """LayerNorm over the last dimension; its gradient is kernels/layernorm_backward.py's, for which x is kept.
 
     Args:
         x: (..., d), bfloat16, float16 or float32. Any strides; a copy is made if the last dimension is not dense or the

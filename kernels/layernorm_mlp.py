@@ -24,8 +24,8 @@ import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference
 from segmenter.kernels.blocks import fits_rows, gelu, gelu_form, load_tile, normalised_rows, power_of_two_columns
-from segmenter.kernels.layernorm import as_rows, check_affine
-from segmenter.kernels.linear import check_linear, check_types, linear_flops, normalised_product, product
+from segmenter.kernels.checks import as_rows, check_affine, check_linear, check_types
+from segmenter.kernels.linear import linear_flops, normalised_product, product
 from segmenter.kernels.operators import define, forbid_forward_mode
 
 

@@ -27,8 +27,9 @@ import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference
 from segmenter.kernels.blocks import gelu, gelu_form, load_tile, normalised_rows, power_of_two_columns, program_block
-from segmenter.kernels.layernorm import as_rows, check_affine, statistics
+from segmenter.kernels.checks import as_rows, check_affine, check_linear, check_types
 from segmenter.kernels.layernorm import run as run_layernorm
+from segmenter.kernels.layernorm import statistics
 from segmenter.kernels.operators import define, forbid_forward_mode
 
 
@@ -280,22 +281,6 @@ def normalised_product(
 
 def _result_type(weight: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
     return weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
-
-
-def check_linear(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raises ValueError unless x (..., d_in), weight (d_out, d_in) and bias (d_out,) or None fit together."""
-    if x.ndim == 0 or weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.shape[1] == 0:
-        raise ValueError(f"{name} must be (d_out, d_in), x (..., d_in), got {tuple(weight.shape)}, {tuple(x.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{name}'s bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-
-
-def check_types(weight: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Raises KernelError unless all are of supported types; those named x or bias must have weight's."""
-    launch.check_floats("weight", weight)
-    for name, tensor in others.items():
-        if tensor is not None:
-            launch.check_floats(name, tensor, (weight.dtype,) if name in ("x", "bias") else launch.FLOATS)
 
 
 def _linear_shape(

@@ -39,6 +39,7 @@ def define(
     autocast: Callable[[torch.dtype, tuple], tuple],
     autocast_result: Callable[[Any], Any] | None = None,
     backward: Callable[[tuple, tuple, tuple, tuple], tuple] | None = None,
+    keep_results: bool = False,
 ) -> Any:
     """Registers an operator and returns its overload, `torch.ops.segmenter.NAME.default`.
 
@@ -49,7 +50,8 @@ def define(
         autocast: (the autocast dtype, the arguments) -> the arguments to call with.
         autocast_result: applied to the result under autocast, for what eager returns in float32 there.
         backward: (arguments, results, gradients of the results or None, which arguments need one) -> gradients of the
-            arguments, in place of the reference's where kernels run. The results are kept for it.
+            arguments, in place of the reference's where kernels run.
+        keep_results: whether the results are kept for `backward`, which otherwise is given none of them.
     """
     name = schema.split("(")[0]
     HOST_FUNCTIONS[name], REFERENCES[name], kernel = kernel, reference, Repeated(kernel)
@@ -58,7 +60,7 @@ def define(
     LIBRARY.impl(name, kernel if INTERPRETED else reference, "CPU")
     qualified = f"segmenter::{name}"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    _register_autograd(qualified, reference, backward)
+    _register_autograd(qualified, reference, backward, keep_results)
     operator = getattr(torch.ops.segmenter, name)
     register_flop_formula(operator)(flops)
     for device in ("cuda", "cpu"):
@@ -73,11 +75,11 @@ def forbid_forward_mode() -> None:
         raise KernelError('the kernels have no forward-mode derivative; use impl="eager" for it')
 
 
-def _register_autograd(qualified: str, reference: Callable, by_kernels: Callable | None) -> None:
+def _register_autograd(qualified: str, reference: Callable, by_kernels: Callable | None, keep: bool) -> None:
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
         ctx.others = [None if is_tensor else x for x, is_tensor in zip(inputs, ctx.is_tensor, strict=True)]
-        results = () if by_kernels is None else output if isinstance(output, tuple) else (output,)
+        results = () if not keep else output if isinstance(output, tuple) else (output,)
         ctx.save_for_backward(*[x for x in inputs if isinstance(x, torch.Tensor)], *results)
         ctx.set_materialize_grads(by_kernels is None)
 

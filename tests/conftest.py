@@ -29,7 +29,7 @@ from tests.support.parity import check_guards, guarded
 from tests.support.tiny import tiny_model
 
 NO_KERNELS = ops.why_no_triton()
-NOT_POISONED = {f"segmenter.kernels.{name}" for name in ("configs", "operators", "reference")}
+NOT_POISONED = {f"segmenter.kernels.{name}" for name in ("configs", "operators", "reference", "reference_backward")}
 
 
 def pytest_report_header() -> str:

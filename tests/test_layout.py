@@ -217,6 +217,7 @@ def test_definitions_and_tables_need_no_triton():
         "configs.py",
         "configs_backward.py",
         "reference.py",
+        "reference_backward.py",
         "upsample_tiles.py",
     }
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from segmenter.kernels import launch, pixels_to_tokens, reference
+from segmenter.kernels import launch, pixels_to_tokens, reference, reference_backward
 from segmenter.kernels.launch import KernelError
 from tests.support.layouts import LAYOUTS
 from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded, randn
@@ -67,6 +67,10 @@ def cross_attention_backward_args(dtype, B=2, N=5):
 
 def layernorm_args(dtype, B=2, N=5):
     return randn(B, N, 24, dtype=dtype), near_one(24, 1, dtype), randn(24, seed=2, dtype=dtype), 1e-5
+
+
+def layernorm_backward_args(dtype, B=2, N=5):
+    return randn(B, N, 24, seed=3, dtype=dtype), *layernorm_args(dtype, B, N), [True, True, True]
 
 
 def linear_args(dtype, B=2, N=5):
@@ -122,6 +126,7 @@ SAMPLES = {
         cross_attention_backward_args, lambda B, N: 10 * B * 2 * N * N * 8, FP32, (0, 1, 2, 3, 4), (5, 6)
     ),
     "layernorm": Sample(layernorm_args, lambda B, N: 8 * B * N * 24, FP32),
+    "layernorm_backward": Sample(layernorm_backward_args, lambda B, N: 16 * B * N * 24, FP32, (0, 1)),
     "linear": Sample(linear_args, lambda B, N: 2 * B * N * 32 * 48, FP32, (0, 3)),  # as its residual
     "layernorm_linear": Sample(layernorm_linear_args, lambda B, N: 2 * B * N * 32 * 48, BF16),
     "layernorm_mlp": Sample(layernorm_mlp_args, lambda B, N: 4 * B * N * 32 * 64, FP32),  # as x, its residual
@@ -151,7 +156,7 @@ def definition(name):
 
     def call(*args):
         with sdpa_kernel(SDPBackend.MATH):
-            return getattr(reference, name)(*args)
+            return getattr(reference if hasattr(reference, name) else reference_backward, name)(*args)
 
     return call
 

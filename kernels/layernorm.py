@@ -173,7 +173,8 @@ def _layernorm_flops(x: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
 
 
 def _layernorm_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
-    found = LAYERNORM_BACKWARD(*grads, *inputs, needed[:3])
+    x, weight, bias, eps = inputs
+    found = LAYERNORM_BACKWARD(*grads, x, weight, None if bias is None else bias.dtype, eps, needed[:3])
     return *(gradient if need else None for gradient, need in zip(found, needed[:3], strict=True)), None
 
 

@@ -204,47 +204,45 @@ def check_grad(grad: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -
         raise ValueError(f"grad must be {tuple(shape)}, got {tuple(grad.shape)}")
 
 
-def types_of(tensors: tuple[torch.Tensor | None, ...], needed: list[bool]) -> tuple[torch.dtype | None, ...]:
-    """The types of the gradients that are needed, None in the place of the others."""
-    pairs = zip(tensors, needed, strict=True)
-    return tuple(t.dtype if t is not None and need else None for t, need in pairs)
-
-
 def or_empty(gradients: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Operators return tensors: one without elements, of the type of `like`, for each gradient that is not needed."""
     return tuple(launch.empty((0,), like.dtype, like.device) if t is None else t for t in gradients)
 
 
-def fake(tensors: tuple[torch.Tensor | None, ...], needed: list[bool]) -> tuple[torch.Tensor, ...]:
-    """What a host function returns for the gradients of `tensors`."""
-    like = tensors[0]
-    pairs = zip(tensors, needed, strict=True)
-    return tuple(like.new_empty(0) if t is None or not n else t.new_empty(t.shape) for t, n in pairs)
+def empty_like(shapes: tuple, dtypes: tuple[torch.dtype | None, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a host function returns, for fake tensors: gradients of these shapes and types, those of no type empty."""
+    pairs = zip(shapes, dtypes, strict=True)
+    return tuple(like.new_empty(0) if t is None else like.new_empty(shape, dtype=t) for shape, t in pairs)
+
+
+def _types(x: torch.Tensor, weight: torch.Tensor | None, bias_dtype: torch.dtype | None, needed: list[bool]) -> tuple:
+    dtypes = (x.dtype, None if weight is None else weight.dtype, bias_dtype)
+    return tuple(dtype if need else None for dtype, need in zip(dtypes, needed, strict=True))
 
 
 def _layernorm_backward_kernel(
     grad: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    bias_dtype: torch.dtype | None,
     eps: float,
     needed: list[bool],
 ) -> tuple[torch.Tensor, ...]:
-    launch.check_device(grad, x, weight, bias)
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            launch.check_floats(name, tensor)
-    check_affine(x, weight, bias)
+    launch.check_device(grad, x, weight)
+    launch.check_floats("x", x)
+    if weight is not None:
+        launch.check_floats("weight", weight)
+        weight = launch.rows_contiguous(weight)
+    check_affine(x, weight, None)
     check_grad(grad, x.shape, x.dtype)
-    dense = None if weight is None else launch.rows_contiguous(weight)
-    dx, *others = run(as_rows(grad), as_rows(x), dense, eps, types_of((x, weight, bias), needed))
+    dx, *others = run(as_rows(grad), as_rows(x), weight, eps, _types(x, weight, bias_dtype, needed))
     return or_empty((None if dx is None else dx.view(x.shape), *others), x)
 
 
 def _layernorm_backward_fake(
-    grad: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, needed: list[bool]
+    grad: Any, x: torch.Tensor, weight: torch.Tensor | None, bias_dtype: Any, eps: float, needed: list[bool]
 ) -> tuple[torch.Tensor, ...]:
-    return fake((x, weight, bias), needed)
+    return empty_like((x.shape, x.shape[-1:], x.shape[-1:]), _types(x, weight, bias_dtype, needed), x)
 
 
 def _layernorm_backward_flops(grad: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
@@ -252,7 +250,7 @@ def _layernorm_backward_flops(grad: tuple[int, ...], *args: Any, **kwargs: Any) 
 
 
 LAYERNORM_BACKWARD = define(
-    "layernorm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, float eps, bool[] needed) "
+    "layernorm_backward(Tensor grad, Tensor x, Tensor? weight, ScalarType? bias_dtype, float eps, bool[] needed) "
     "-> (Tensor, Tensor, Tensor)",
     kernel=_layernorm_backward_kernel,
     reference=reference_backward.layernorm_backward,
@@ -266,7 +264,7 @@ def layernorm_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    bias_dtype: torch.dtype | None,
     eps: float = 1e-5,
     needed: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -274,13 +272,14 @@ def layernorm_backward(
 
     Args:
         grad: of the result, (..., d), the type of x. Any strides, as for x.
-        x: (..., d), bfloat16, float16 or float32. weight, bias: (d,), of any of these types, or None.
+        x: (..., d), bfloat16, float16 or float32. weight: (d,), of any of these types, or None.
+        bias_dtype: the type of the bias, or None if there is none.
         needed: which of the gradients of x, weight and bias are.
     Returns:
         (..., d), (d,) and (d,), of the types of x, weight and bias; what is not needed or not there has no elements.
     Raises:
         KernelError: another type or device. ValueError: shapes do not fit.
     """
-    launch.check_device(grad, x, weight, bias)
+    launch.check_device(grad, x, weight)
     forbid_forward_mode()
-    return LAYERNORM_BACKWARD(grad, x, weight, bias, eps, needed)
+    return LAYERNORM_BACKWARD(grad, x, weight, bias_dtype, eps, needed)

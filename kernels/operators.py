@@ -103,8 +103,9 @@ def _register_autograd(qualified: str, reference: Callable, by_kernels: Callable
             outputs = reference(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            options = {"create_graph": create_graph, "allow_unused": True}
             results = torch.autograd.grad(
-                [o for o, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs], create_graph=create_graph
+                [o for o, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs], **options
             )
         gradients: list[torch.Tensor | None] = [None] * len(inputs)
         for i, gradient in zip(wanted, results, strict=True):

@@ -1,8 +1,8 @@
 """Eager PyTorch definition of the gradients of LayerNorm and linear layers, by their formulas: see `reference`.
 
-Each function takes the gradient of the result, the arguments of the operation, and which of the gradients of its
-tensors are needed; it returns one for each tensor, without elements where it is not needed. Rounding is where eager
-PyTorch rounds: after each operation. Differentiable.
+Each function takes the gradient of the result, the arguments of the operation that it needs, and which of the gradients
+are needed; what is not needed has no elements. Rounding is where eager PyTorch rounds: after each operation.
+Differentiable.
 """
 
 import math
@@ -11,11 +11,14 @@ from collections.abc import Sequence
 import torch
 
 Gradients = tuple[torch.Tensor, ...]
+Types = Sequence[torch.dtype | None]
 
 
-def _needed(gradients: Sequence[torch.Tensor | None], needed: Sequence[bool], like: torch.Tensor) -> Gradients:
-    pairs = zip(gradients, needed, strict=True)
-    return tuple(like.new_empty(0) if t is None or not need else t.contiguous() for t, need in pairs)
+def _needed(gradients: Sequence[torch.Tensor], types: Types, needed: Sequence[bool]) -> Gradients:
+    """Of these types; without elements where that is None, or the gradient not needed."""
+    triples = zip(gradients, types, needed, strict=True)
+    nothing = gradients[0].new_empty(0, dtype=types[0])
+    return tuple(nothing.clone() if t is None or not need else g.to(t).contiguous() for g, t, need in triples)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -26,11 +29,11 @@ def layernorm_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    bias_dtype: torch.dtype | None,
     eps: float = 1e-5,
     needed: Sequence[bool] = (True,) * 3,
 ) -> Gradients:
-    """Of x, weight and bias, for grad (..., d) of `reference.layernorm`, in float32 or wider and rounded once.
+    """Of x, weight and bias, for grad (..., d) of `reference.layernorm`; in float32 or wider, and rounded once.
 
     With xn = (x - mean) * rstd and g = grad * weight: dx = rstd * (g - mean of g - xn * mean of g * xn), dweight = sum
     of grad * xn, dbias = sum of grad.
@@ -42,8 +45,7 @@ def layernorm_backward(
     g = grad if weight is None else grad * weight.to(wide)
     dx = rstd * (g - g.mean(-1, keepdim=True) - normed * (g * normed).mean(-1, keepdim=True))
     sums = _rows(grad * normed).sum(0), _rows(grad).sum(0)
-    gradients = (
-        dx.to(x.dtype),
-        *(None if t is None else s.to(t.dtype) for s, t in zip(sums, (weight, bias), strict=True)),
-    )
-    return _needed(gradients, needed, x)
+    types = (x.dtype, None if weight is None else weight.dtype, bias_dtype)
+    if grad.dtype == torch.float64 and bias_dtype is not None:  # what others are compared with
+        types = (*types[:2], torch.float64)
+    return _needed((dx, *sums), types, needed)

@@ -24,6 +24,7 @@ from segmenter.kernels.configs_backward import TABLES
 from segmenter.kernels.heads import lse_rows
 from segmenter.kernels.launch import Launch
 from segmenter.kernels.layernorm import layernorm
+from segmenter.kernels.layernorm_backward import layernorm_backward
 from segmenter.kernels.layernorm_mlp import layernorm_mlp
 from segmenter.kernels.linear import layernorm_linear, linear
 from segmenter.kernels.mask_head import mask_head
@@ -104,7 +105,7 @@ def cases() -> tuple[Case, ...]:
         here = default if isinstance(default, tuple) else ("sm_90",) if default else ()
         found.extend(_case(op, kind, sizes, here if kind in kinds.split() else ()) for kind in (*DTYPES, "tf32"))
 
-    for more in (_attention_cases, _backward_cases, _product_cases, _mask_cases, _pixel_cases):
+    for more in (_attention_cases, _backward_cases, _layer_backward_cases, _product_cases, _mask_cases, _pixel_cases):
         more(add)
     return tuple(found)
 
@@ -138,6 +139,11 @@ def _backward_cases(add: Callable[..., None]) -> None:
             add(n == 1025 and d == 128, "attention_backward", "fp16 fp32 tf32", n=n, d=d)
     for n, m in ((1024, 150), (150, 1174)):
         add(True, "cross_attention_backward", "bf16", n=n, m=m)
+
+
+def _layer_backward_cases(add: Callable[..., None]) -> None:
+    for n in (*WIDTHS, 300, 10_000):
+        add(n in (300, 384), "layernorm_backward", "bf16 fp32", n=n)
 
 
 def _product_cases(add: Callable[..., None]) -> None:
@@ -213,6 +219,14 @@ def _layernorm(dtype: torch.dtype, n: int, m: int = 8200, weights: str = "") -> 
     return partial(layernorm, *_empty(dtype, (m, n)), *_empty(DTYPES.get(weights, dtype), (n,), (n,)))
 
 
+def _layernorm_backward(
+    dtype: torch.dtype, n: int, m: int = 8200, stream: str = "", bias_only: bool = False
+) -> partial:
+    wide = DTYPES.get(stream, dtype)
+    args = *_empty(wide, (m, n), (m, n)), *_empty(wide, (n,)), wide
+    return partial(layernorm_backward, *args, needed=(not bias_only, not bias_only, True))
+
+
 def _layernorm_linear(dtype: torch.dtype, m: int, d: int, gelu: bool = False, stream: str = "") -> partial:
     n = 4 * d if gelu else 3 * d
     normed = _empty(DTYPES.get(stream, dtype), (m, d), (d,), (d,))
@@ -273,6 +287,9 @@ CALLS: dict[str, Callable[..., partial]] = {
     "layernorm_linear": _layernorm_linear,
     "layernorm_mlp": _layernorm_mlp,
     "layernorm": _layernorm,
+    "layernorm_backward": _layernorm_backward,
+    "column_sums": partial(_layernorm_backward, bias_only=True),
+    "add_parts": _layernorm_backward,
     "fold": lambda dtype, m, d: _layernorm_linear(dtype, m, d, gelu=True),
     "mask_head": _mask_head,
     "upsample_argmax": _labels,

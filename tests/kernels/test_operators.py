@@ -70,7 +70,8 @@ def layernorm_args(dtype, B=2, N=5):
 
 
 def layernorm_backward_args(dtype, B=2, N=5):
-    return randn(B, N, 24, seed=3, dtype=dtype), *layernorm_args(dtype, B, N), [True, True, True]
+    x, weight, bias, eps = layernorm_args(dtype, B, N)
+    return randn(B, N, 24, seed=3, dtype=dtype), x, weight, bias.dtype, eps, [True, True, True]
 
 
 def linear_args(dtype, B=2, N=5):

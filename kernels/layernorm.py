@@ -174,8 +174,7 @@ def _layernorm_flops(x: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
 
 def _layernorm_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
     x, weight, bias, eps = inputs
-    found = LAYERNORM_BACKWARD(*grads, x, weight, None if bias is None else bias.dtype, eps, needed[:3])
-    return *(gradient if need else None for gradient, need in zip(found, needed[:3], strict=True)), None
+    return *LAYERNORM_BACKWARD(*grads, x, weight, None if bias is None else bias.dtype, eps, needed[:3]), None
 
 
 def _in_float32(dtype: torch.dtype, args: tuple) -> tuple:

@@ -13,8 +13,8 @@ eager PyTorch that saves a write and a read of (M, N) for the GELU and for the s
   are prepared anew on every call, so that weights can change in place under a CUDA graph.
 - "rows": whole rows of x are normalised in the product's own kernel (narrow layers, where a row is one tile).
 
-Limits: any sizes; tuned for widths of 192, 384, 768 and 1024. Training with "fold" is exact all the same: gradients are
-those of the eager reference.
+Limits: any sizes; tuned for widths of 192, 384, 768 and 1024. Gradients are kernels/linear_backward.py's, whichever way
+it was.
 Reference: `reference.linear`, `reference.layernorm_linear`. Test: tests/kernels/test_linear.py.
 """
 
@@ -30,6 +30,7 @@ from segmenter.kernels.blocks import gelu, gelu_form, load_tile, normalised_rows
 from segmenter.kernels.checks import as_rows, check_affine, check_linear, check_types
 from segmenter.kernels.layernorm import run as run_layernorm
 from segmenter.kernels.layernorm import statistics
+from segmenter.kernels.linear_backward import LAYERNORM_LINEAR_BACKWARD, LINEAR_BACKWARD
 from segmenter.kernels.operators import define, forbid_forward_mode
 
 
@@ -340,6 +341,16 @@ def linear_flops(x: tuple[int, ...], weight: tuple[int, ...]) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
+def _linear_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
+    (x, weight, bias, residual, gelu), (grad,) = inputs, grads
+    found = LINEAR_BACKWARD(grad, x, weight, bias, gelu, needed[:3]) if any(needed[:3]) else (None,) * 3
+    return *found, grad.to(residual.dtype) if needed[3] else None, None
+
+
+def _layernorm_linear_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
+    return *LAYERNORM_LINEAR_BACKWARD(*grads, *inputs, needed[:5]), None, None
+
+
 _linear = define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool gelu) -> Tensor",
     kernel=_linear_kernel,
@@ -347,6 +358,7 @@ _linear = define(
     fake=_linear_fake,
     flops=lambda x, weight, *args, **kwargs: linear_flops(x, weight),
     autocast=lambda dtype, args: (*(None if t is None else t.to(dtype) for t in args[:3]), *args[3:]),
+    backward=_linear_backward,
 )
 _layernorm_linear = define(
     "layernorm_linear(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, float eps,"
@@ -356,6 +368,7 @@ _layernorm_linear = define(
     fake=_layernorm_linear_fake,
     flops=lambda x, norm_weight, norm_bias, weight, *args, **kwargs: linear_flops(x, weight),
     autocast=lambda dtype, args: (*args[:3], *(None if t is None else t.to(dtype) for t in args[3:5]), *args[5:]),
+    backward=_layernorm_linear_backward,
 )
 
 
@@ -366,7 +379,7 @@ def linear(
     residual: torch.Tensor | None = None,
     gelu: bool = False,
 ) -> torch.Tensor:
-    """residual + act(x weight^T + bias), act the exact (erf) GELU or nothing; differentiable through the reference.
+    """residual + act(x weight^T + bias), act the exact (erf) GELU or nothing; x is kept for its gradient.
 
     Args:
         x: (..., d_in), bfloat16, float16 or float32. weight: (d_out, d_in), bias: (d_out,), the type of x.
@@ -393,7 +406,7 @@ def layernorm_linear(
     eps: float = 1e-5,
     gelu: bool = False,
 ) -> torch.Tensor:
-    """act(layer_norm(x) weight^T + bias), act the exact (erf) GELU or nothing; differentiable through the reference.
+    """act(layer_norm(x) weight^T + bias), act the exact (erf) GELU or nothing; x is kept for its gradient.
 
     Args:
         x: (..., d), bfloat16, float16 or float32. norm_weight, norm_bias: (d,), of any of these types.

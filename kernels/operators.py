@@ -50,7 +50,7 @@ def define(
         autocast: (the autocast dtype, the arguments) -> the arguments to call with.
         autocast_result: applied to the result under autocast, for what eager returns in float32 there.
         backward: (arguments, results, gradients of the results or None, which arguments need one) -> gradients of the
-            arguments, in place of the reference's where kernels run.
+            arguments, in place of the reference's where kernels run; anything for those that need none.
         keep_results: whether the results are kept for `backward`, which otherwise is given none of them.
     """
     name = schema.split("(")[0]
@@ -92,7 +92,8 @@ def _register_autograd(qualified: str, reference: Callable, by_kernels: Callable
         if not upstream:
             return (None,) * len(inputs)
         if by_kernels is not None and not create_graph and (upstream[0].is_cuda or INTERPRETED):
-            return by_kernels(tuple(inputs), tuple(saved), grads, tuple(ctx.needs_input_grad))
+            found = by_kernels(tuple(inputs), tuple(saved), grads, tuple(ctx.needs_input_grad))
+            return tuple(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=True))
         # The fused backends of scaled_dot_product_attention have no second derivative.
         backend = sdpa_kernel(SDPBackend.MATH) if create_graph else contextlib.nullcontext()
         with torch.enable_grad(), backend:

@@ -9,6 +9,9 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
+
+from segmenter.kernels import reference
 
 Gradients = tuple[torch.Tensor, ...]
 Types = Sequence[torch.dtype | None]
@@ -49,3 +52,46 @@ def layernorm_backward(
     if grad.dtype == torch.float64 and bias_dtype is not None:  # what others are compared with
         types = (*types[:2], torch.float64)
     return _needed((dx, *sums), types, needed)
+
+
+def linear_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gelu: bool = False,
+    needed: Sequence[bool] = (True,) * 3,
+) -> Gradients:
+    """Of x, weight and bias, for grad (..., d_out) of `reference.linear`; that of a residual is grad itself.
+
+    dx = grad weight, dweight = grad^T x, dbias = sum of grad; with a GELU grad is multiplied by its derivative first.
+    """
+    rows, grad = _rows(x), _rows(grad).to(weight.dtype)
+    if gelu:
+        grad = torch.ops.aten.gelu_backward(grad, F.linear(rows, weight, bias))
+    dx, d_weight = (grad @ weight).view(x.shape), grad.t() @ rows
+    types = (x.dtype, weight.dtype, None if bias is None else weight.dtype)
+    return _needed((dx, d_weight, grad.sum(0)), types, needed)
+
+
+def layernorm_linear_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float = 1e-5,
+    gelu: bool = False,
+    needed: Sequence[bool] = (True,) * 5,
+) -> Gradients:
+    """Of x, norm_weight, norm_bias, weight and bias, for grad (..., d_out) of `reference.layernorm_linear`."""
+    of_normed, *others = linear_backward(grad, _normed(x, norm_weight, norm_bias, eps, weight), weight, bias, gelu)
+    of_norm = layernorm_backward(of_normed.to(x.dtype), x, norm_weight, norm_bias.dtype, eps)
+    types = (x.dtype, norm_weight.dtype, norm_bias.dtype, weight.dtype, None if bias is None else bias.dtype)
+    return _needed((*of_norm, *others), types, needed)
+
+
+def _normed(x, norm_weight, norm_bias, eps, like) -> torch.Tensor:
+    wide = torch.promote_types(x.dtype, norm_weight.dtype)
+    return reference.layernorm(x.to(wide), norm_weight.to(wide), norm_bias.to(wide), eps).to(like.dtype)

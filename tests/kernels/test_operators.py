@@ -84,6 +84,15 @@ def layernorm_linear_args(dtype, B=2, N=5):
     return x, w, b, randn(48, 32, seed=3, dtype=dtype) / 6, randn(48, seed=4, dtype=dtype), 1e-5, True
 
 
+def linear_backward_args(dtype, B=2, N=5):
+    x, weight, bias, _, gelu = linear_args(dtype, B, N)
+    return randn(B, N, 48, seed=4, dtype=dtype), x, weight, bias, gelu, [True] * 3
+
+
+def layernorm_linear_backward_args(dtype, B=2, N=5):
+    return randn(B, N, 48, seed=5, dtype=dtype), *layernorm_linear_args(dtype, B, N), [True] * 5
+
+
 def layernorm_mlp_args(dtype, B=2, N=5):
     x, w, b = randn(B, N, 32, dtype=dtype), near_one(32, 1, dtype), randn(32, seed=2, dtype=dtype)
     fc1, fc2 = randn(64, 32, seed=3, dtype=dtype) / 6, randn(32, 64, seed=4, dtype=dtype) / 8
@@ -130,6 +139,10 @@ SAMPLES = {
     "layernorm_backward": Sample(layernorm_backward_args, lambda B, N: 16 * B * N * 24, FP32, (0, 1)),
     "linear": Sample(linear_args, lambda B, N: 2 * B * N * 32 * 48, FP32, (0, 3)),  # as its residual
     "layernorm_linear": Sample(layernorm_linear_args, lambda B, N: 2 * B * N * 32 * 48, BF16),
+    "linear_backward": Sample(linear_backward_args, lambda B, N: 4 * B * N * 32 * 48, FP32, (0, 1), bitwise=False),
+    "layernorm_linear_backward": Sample(
+        layernorm_linear_backward_args, lambda B, N: 4 * B * N * 32 * 48, FP32, (0, 1), bitwise=False
+    ),
     "layernorm_mlp": Sample(layernorm_mlp_args, lambda B, N: 4 * B * N * 32 * 64, FP32),  # as x, its residual
     "mask_head": Sample(
         mask_head_args, lambda B, N: 2 * B * 32 * (32 * N + 32 * 7 + 7 * N), FP32, classes_like=(1,), bitwise=False
@@ -165,7 +178,7 @@ def definition(name):
 def public(name):
     elsewhere = {"attention_lse": "attention", "cross_attention": "attention", "layernorm_linear": "linear"}
     elsewhere |= {"windows_argmax": "upsample_argmax", "cross_attention_lse": "attention"}
-    elsewhere |= {"cross_attention_backward": "attention_backward"}
+    elsewhere |= {"cross_attention_backward": "attention_backward", "layernorm_linear_backward": "linear_backward"}
     functions = importlib.import_module(f"segmenter.kernels.{elsewhere.get(name, name)}")
     if name.endswith("_lse"):
         function = getattr(functions, name.removesuffix("_lse"))

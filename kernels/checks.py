@@ -46,3 +46,21 @@ def check_types(weight: torch.Tensor, **others: torch.Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None:
             launch.check_floats(name, tensor, (weight.dtype,) if name in ("x", "bias") else launch.FLOATS)
+
+
+def check_mlp(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+) -> None:
+    """Raises KernelError or ValueError unless these are arguments of an MLP half of a block."""
+    launch.check_floats("x", x)
+    check_types(fc1_weight, bias=fc1_bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    launch.check_floats("fc2_weight", fc2_weight, (fc1_weight.dtype,))
+    check_affine(x, norm_weight, norm_bias)
+    check_linear("fc1_weight", x, fc1_weight, fc1_bias)
+    if fc2_weight.shape != fc1_weight.shape[::-1]:
+        raise ValueError(f"fc2_weight must be {tuple(fc1_weight.shape[::-1])}, got {tuple(fc2_weight.shape)}")

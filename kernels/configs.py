@@ -256,7 +256,7 @@ class LinearConfig:
     descriptors: bool = False
 
 
-def _blocks(m: int, n: int) -> int:
+def blocks(m: int, n: int) -> int:
     """Blocks of 128 x 128; 0 where 128 columns would waste half of the last one (192 is one and a half)."""
     return 0 if 0 < n % 128 <= 64 else -(-m // 128) * -(-n // 128)
 
@@ -296,7 +296,7 @@ LINEAR = (
 def linear(architecture: str, element_size: int, m: int, n: int, gelu: bool, precision: str) -> LinearConfig:
     """The configuration of our kernel for (m, k) times (n, k)^T."""
     kind = kind_of(element_size, precision)
-    return look_up(LINEAR, architecture, kind, blocks=_blocks(m, n), gelu=gelu).config
+    return look_up(LINEAR, architecture, kind, blocks=blocks(m, n), gelu=gelu).config
 
 
 def linear_by_library(gelu: bool, residual: bool) -> bool:
@@ -367,9 +367,9 @@ def pixels_to_tokens(
     Args:
         padded: patches at the borders take biases of their own, a second table of which rows are gathered.
     """
-    blocks = _blocks(rows, d) if patch_size % 8 == 0 else 0
+    n_blocks = blocks(rows, d) if patch_size % 8 == 0 else 0
     kind = kind_of(element_size, precision)
-    return look_up(PIXELS_TO_TOKENS, architecture, kind, blocks=blocks, padded=padded).config
+    return look_up(PIXELS_TO_TOKENS, architecture, kind, blocks=n_blocks, padded=padded).config
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ All of these rows are estimates, by registers, shared memory and reads from L2: 
 import dataclasses
 
 from segmenter.kernels import configs
-from segmenter.kernels.configs import AMD, ANY, BLACKWELL, MULTIPROCESSORS, NEW, AttentionConfig, Row
+from segmenter.kernels.configs import AMD, ANY, BLACKWELL, MULTIPROCESSORS, NEW, AttentionConfig, LinearConfig, Row
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -177,6 +177,32 @@ ADD_PARTS = (
 )  # fmt: skip
 
 
+_HIDDEN = {"m": 8200, "d": 768}
+GELU_BACKWARD = (  # blocks: as for `linear`. Descriptors of what is added over are the rows of both operands
+    Row(NEW, "tf32", "", LinearConfig(128, 128, 32, 8, 8, 3, True), _HIDDEN, "As forward."),
+    Row(AMD, "tf32", "", LinearConfig(64, 64, 32, 8, 4, 2), _HIDDEN, "64 KB of shared memory."),
+    Row(ANY, "tf32", "", LinearConfig(64, 64, 32, 8, 4, 3), _HIDDEN, "101 KB of shared memory."),
+    Row(AMD, "fp32", "", LinearConfig(64, 64, 32, 8, 4, 2), _HIDDEN, "As for TF32."),
+    Row(ANY, "fp32", "", LinearConfig(64, 64, 32, 8, 4, 3), _HIDDEN, "As for TF32."),
+    Row(NEW, "half", "blocks <= 131", LinearConfig(64, 64, 64, 8, 4, 4, True), {"m": 257, "d": 768},
+        "Small blocks where enough programs matter more than reuse."),
+    Row(NEW, "half", "", LinearConfig(128, 128, 64, 8, 8, 3, True), _HIDDEN,
+        "As forward: two programs on a multiprocessor, one multiplies while the other is in its epilogue, which reads "
+        "one block and writes two."),
+    Row(AMD, "half", "blocks <= 131", LinearConfig(64, 64, 64, 8, 4, 2), {"m": 257, "d": 768}, "As above."),
+    Row(ANY, "half", "blocks <= 131", LinearConfig(64, 64, 64, 8, 4, 3), {"m": 257, "d": 768}, "As above."),
+    Row(("sm_80",), "half", "", LinearConfig(128, 128, 64, 8, 8, 3), _HIDDEN, "96 KB of the 163."),
+    Row(AMD, "half", "", LinearConfig(128, 128, 64, 8, 8, 2), _HIDDEN, "32 KB of the 64; two stages are one buffer."),
+    Row(ANY, "half", "", LinearConfig(128, 128, 32, 8, 8, 4), _HIDDEN, "48 KB of the 99 on sm_86, 89 and 120."),
+)  # fmt: skip
+
+
+def gelu_backward(architecture: str, element_size: int, m: int, n: int, precision: str) -> LinearConfig:
+    """The configuration of the product that is dA (m, n)."""
+    kind = configs.kind_of(element_size, precision)
+    return configs.look_up(GELU_BACKWARD, architecture, kind, blocks=configs.blocks(m, n)).config
+
+
 def layernorm_backward(m: int, n: int) -> SumsConfig:
     """The configuration for m rows of n columns."""
     config = configs.look_up(LAYERNORM_BACKWARD, "", n=n).config
@@ -208,4 +234,5 @@ TABLES = configs.TABLES | {  # what is compiled row by row
     "layernorm_backward": LAYERNORM_BACKWARD,
     "column_sums": COLUMN_SUMS,
     "add_parts": ADD_PARTS,
+    "gelu_backward": GELU_BACKWARD,
 }

@@ -25,6 +25,7 @@ import triton.language as tl
 from segmenter.kernels import configs, launch, reference
 from segmenter.kernels.blocks import fits_rows, gelu, gelu_form, load_tile, normalised_rows, power_of_two_columns
 from segmenter.kernels.checks import as_rows, check_affine, check_linear, check_types
+from segmenter.kernels.layernorm_mlp_backward import LAYERNORM_MLP_BACKWARD
 from segmenter.kernels.linear import linear_flops, normalised_product, product
 from segmenter.kernels.operators import define, forbid_forward_mode
 
@@ -187,6 +188,11 @@ def _layernorm_mlp_flops(
     return 2 * linear_flops(x, fc1_weight)
 
 
+def _layernorm_mlp_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
+    *tensors, _, eps = inputs
+    return *LAYERNORM_MLP_BACKWARD(*grads, *tensors, eps, needed[:7]), None
+
+
 _layernorm_mlp = define(
     "layernorm_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias,"
     " Tensor fc2_weight, Tensor fc2_bias, float eps) -> Tensor",
@@ -195,6 +201,7 @@ _layernorm_mlp = define(
     fake=_layernorm_mlp_fake,
     flops=_layernorm_mlp_flops,
     autocast=lambda dtype, args: (*args[:3], *(t.to(dtype) for t in args[3:7]), args[7]),
+    backward=_layernorm_mlp_backward,
 )
 
 
@@ -208,7 +215,7 @@ def layernorm_mlp(
     fc2_bias: torch.Tensor,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """x + fc2(gelu(fc1(layer_norm(x)))), with the exact (erf) GELU; differentiable through the eager reference.
+    """x + fc2(gelu(fc1(layer_norm(x)))), with the exact (erf) GELU; x is kept for its gradient.
 
     Args:
         x: (..., d), bfloat16, float16 or float32. norm_weight, norm_bias: (d,), of any of these types.

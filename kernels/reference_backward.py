@@ -95,3 +95,25 @@ def layernorm_linear_backward(
 def _normed(x, norm_weight, norm_bias, eps, like) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, norm_weight.dtype)
     return reference.layernorm(x.to(wide), norm_weight.to(wide), norm_bias.to(wide), eps).to(like.dtype)
+
+
+def layernorm_mlp_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    eps: float = 1e-5,
+    needed: Sequence[bool] = (True,) * 7,
+) -> Gradients:
+    """Of x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight and fc2_bias, for grad (..., d) of
+    `reference.layernorm_mlp`. The bias of fc2 has the type of its weight."""
+    normed = _normed(x, norm_weight, norm_bias, eps, fc1_weight)
+    h = F.gelu(F.linear(normed, fc1_weight, fc1_bias))
+    dh, *of_fc2 = linear_backward(grad, h, fc2_weight, fc1_bias)  # without a GELU, any bias
+    of_normed, *of_fc1 = linear_backward(dh, normed, fc1_weight, fc1_bias, True)
+    dx, *of_norm = layernorm_backward(of_normed.to(x.dtype), x, norm_weight, norm_bias.dtype, eps)
+    tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_weight)
+    return _needed((dx + grad, *of_norm, *of_fc1, *of_fc2), [t.dtype for t in tensors], needed)

@@ -26,6 +26,7 @@ from segmenter.kernels.launch import Launch
 from segmenter.kernels.layernorm import layernorm
 from segmenter.kernels.layernorm_backward import layernorm_backward
 from segmenter.kernels.layernorm_mlp import layernorm_mlp
+from segmenter.kernels.layernorm_mlp_backward import layernorm_mlp_backward
 from segmenter.kernels.linear import layernorm_linear, linear
 from segmenter.kernels.mask_head import mask_head
 from segmenter.kernels.pixels_to_tokens import pixels_to_tokens
@@ -144,6 +145,11 @@ def _backward_cases(add: Callable[..., None]) -> None:
 def _layer_backward_cases(add: Callable[..., None]) -> None:
     for n in (*WIDTHS, 300, 10_000):
         add(n in (300, 384), "layernorm_backward", "bf16 fp32", n=n)
+    for d in WIDTHS:
+        for m in (257, 8200):
+            add(m == 8200, "layernorm_mlp_backward", "bf16", m=m, d=d)
+        add(d == 384, "layernorm_mlp_backward", "bf16", m=8200, d=d, stream="fp32")
+        add(d == 768, "layernorm_mlp_backward", "fp16", m=8200, d=d)
 
 
 def _product_cases(add: Callable[..., None]) -> None:
@@ -238,6 +244,12 @@ def _layernorm_mlp(dtype: torch.dtype, m: int, d: int, stream: str = "") -> part
     return partial(layernorm_mlp, *normed, *_empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d), (d,)))
 
 
+def _layernorm_mlp_backward(dtype: torch.dtype, m: int, d: int, stream: str = "") -> partial:
+    wide = DTYPES.get(stream, dtype)
+    normed = _empty(wide, (m, d), (m, d), (d,), (d,))
+    return partial(layernorm_mlp_backward, *normed, *_empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d)))
+
+
 def _mask_head(dtype: torch.dtype, n_cls: int, d: int = 768, batch: int = 2, patches: int = 1024) -> partial:
     tokens, proj, norm = _empty(dtype, (batch, patches + n_cls, d), (d, d), (n_cls,))
     return partial(mask_head, tokens[:, :patches], tokens[:, patches:], proj, proj, norm, norm)
@@ -290,6 +302,7 @@ CALLS: dict[str, Callable[..., partial]] = {
     "layernorm_backward": _layernorm_backward,
     "column_sums": partial(_layernorm_backward, bias_only=True),
     "add_parts": _layernorm_backward,
+    **dict.fromkeys(("layernorm_mlp_backward", "gelu_backward"), _layernorm_mlp_backward),
     "fold": lambda dtype, m, d: _layernorm_linear(dtype, m, d, gelu=True),
     "mask_head": _mask_head,
     "upsample_argmax": _labels,

@@ -44,7 +44,7 @@ GRIDS: dict[str, dict[str, tuple]] = {
     "layernorm_backward": {"block_m": (1, 2, 4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8, 16)},
     **dict.fromkeys(("column_sums", "add_parts"), {"block_m": (8, 16, 32, 64, 128), "block_n": (32, 64, 128, 256),
                                                    "num_warps": _WARPS}),
-    "linear": _PRODUCT,
+    **dict.fromkeys(("linear", "gelu_backward"), _PRODUCT),
     "pixels_to_tokens": _PRODUCT,
     "layernorm_linear": {"block_m": (32, 64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8),
                          "num_stages": _STAGES, "descriptors": _BOTH},
@@ -69,7 +69,7 @@ TINY = {
     "linear": {"m": 70, "k": 96, "n": 136},
     "pixels_to_tokens": {"batch": 1, "d": 64},
     "layernorm_linear": {"m": 70},
-    "layernorm_mlp": {"m": 70},
+    **dict.fromkeys(("layernorm_mlp", "gelu_backward"), {"m": 70}),
     "fold": {"m": 70, "d": 128},
 }
 

@@ -99,6 +99,11 @@ def layernorm_mlp_args(dtype, B=2, N=5):
     return x, w, b, fc1, randn(64, seed=5, dtype=dtype), fc2, randn(32, seed=6, dtype=dtype), 1e-5
 
 
+def layernorm_mlp_backward_args(dtype, B=2, N=5):
+    *tensors, _, eps = layernorm_mlp_args(dtype, B, N)
+    return randn(B, N, 32, seed=7, dtype=dtype), *tensors, eps, [True] * 7
+
+
 def mask_head_args(dtype, B=2, N=5):
     patches, classes = randn(B, N, 32, dtype=dtype), randn(B, 7, 32, seed=1, dtype=dtype)
     projections = (randn(32, 32, seed=i, dtype=dtype) / 6 for i in (2, 3))
@@ -144,6 +149,9 @@ SAMPLES = {
         layernorm_linear_backward_args, lambda B, N: 4 * B * N * 32 * 48, FP32, (0, 1), bitwise=False
     ),
     "layernorm_mlp": Sample(layernorm_mlp_args, lambda B, N: 4 * B * N * 32 * 64, FP32),  # as x, its residual
+    "layernorm_mlp_backward": Sample(
+        layernorm_mlp_backward_args, lambda B, N: 8 * B * N * 32 * 64, FP32, (0, 1), bitwise=False
+    ),
     "mask_head": Sample(
         mask_head_args, lambda B, N: 2 * B * 32 * (32 * N + 32 * 7 + 7 * N), FP32, classes_like=(1,), bitwise=False
     ),

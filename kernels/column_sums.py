@@ -7,7 +7,7 @@ What else a gradient needs on its way is done in the same pass of the first stag
 product (the float32 gradient of a residual stream in front of bfloat16 weights), and multiplied by the derivative of a
 GELU. Sums are of what is stored before it is rounded.
 
-Limits: none on shapes. Reference: `reference_backward.linear_backward`. Test: tests/kernels/test_column_sums.py.
+Limits: none on shapes. Reference: `reference_backward.linear_backward`. Test: tests/kernels/test_layernorm_backward.py.
 """
 
 import torch

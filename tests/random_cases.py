@@ -21,14 +21,19 @@ from tqdm import tqdm
 from segmenter.kernels import (
     attention,
     attention_backward,
+    checks,
     configs,
+    configs_backward,
     launch,
     layernorm,
+    layernorm_backward,
     layernorm_mlp,
+    layernorm_mlp_backward,
     linear,
     mask_head,
     pixels_to_tokens,
     reference,
+    reference_backward,
     upsample_argmax,
 )
 from segmenter.kernels.blocks import fits_rows
@@ -184,6 +189,34 @@ def layernorm_case(draw: Draw) -> Case:
     )  # fmt: skip
 
 
+def layernorm_backward_case(draw: Draw) -> Case:
+    """One of the three gradients, of a LayerNorm by itself or one that a residual stream goes past."""
+    dtype, shape, d = draw.dtype(), draw.batch(), draw.choice((2, 8, 17, 64, 100, 192, 255, 257, 384, 600))
+    x = draw.tensor(*shape, d, dtype=dtype, scale=draw.choice((1.0, 0.1, 20.0)), mean=draw.choice((0.0, 0.0, 3.0)))
+    grad, weight = draw.tensor(*shape, d, dtype=dtype, scale=draw.magnitude()), draw.tensor(d, dtype=dtype, mean=1.0)
+    added = draw.tensor(*shape, d, dtype=dtype) if draw.maybe(0.4) else None
+    which, eps = draw.choice((0, 0, 1, 2)), draw.choice((1e-5, 1e-6, 0.1))
+    needed = tuple(i == which or draw.maybe(0.5) for i in range(3))
+    config = configs_backward.SumsConfig(draw.choice((1, 2, 8)), draw.choice((32, 64, 256)), 4, draw.choice((1, 2, 5)))
+
+    def call(grad, x, weight, added):
+        if added is None:
+            return layernorm_backward.layernorm_backward(grad, x, weight, dtype, eps, needed)[which]
+        rows, types = (checks.as_rows(t) for t in (grad, x, added)), [dtype if need else None for need in needed]
+        grad_rows, x_rows, added_rows = rows
+        dense = launch.rows_contiguous(weight)
+        found = layernorm_backward.run(grad_rows, x_rows, dense, eps, tuple(types), added_rows, config)[which]
+        return found.view(x.shape) if which == 0 else found
+
+    def definition(grad, x, weight, added):
+        found = reference_backward.layernorm_backward(grad, x, weight, dtype, eps)[which]
+        return found if added is None or which else found + added
+
+    what = f"{shape} d={d} {dtype} eps={eps} added={added is not None} {needed} {which} {config}"
+    frobenius = 3.0 if dtype == torch.float32 else 1.2
+    return Case((grad, x, weight, added), call, definition, what, frobenius=frobenius, terms=200)
+
+
 def widths(draw: Draw) -> tuple[int, int]:
     return draw.choice((8, 16, 17, 32, 48, 64, 72, 96, 100, 192)), draw.choice((1, 8, 31, 32, 64, 65, 96, 130, 192))
 
@@ -269,6 +302,32 @@ def layernorm_mlp_case(draw: Draw) -> Case:
     return Case(args, call, reference.layernorm_mlp, what, frobenius=frobenius, terms=d + hidden)
 
 
+def layernorm_mlp_backward_case(draw: Draw) -> Case:
+    """One of the seven gradients."""
+    dtype, shape, d = draw.dtype(), draw.batch(), draw.choice((16, 31, 48, 64, 100))
+    hidden, wide, which = (
+        draw.choice((16, 40, 65, 128)),
+        draw.choice((dtype, dtype, torch.float32)),
+        draw.choice(range(7)),
+    )
+    x, grad = draw.tensor(*shape, d, dtype=wide), draw.tensor(*shape, d, dtype=wide, scale=draw.magnitude())
+    norm = [draw.tensor(d, dtype=wide, scale=0.3, mean=mean) for mean in (1.0, 0.0)]
+    fc1, fc1_bias = draw.tensor(hidden, d, dtype=dtype, scale=d**-0.5), draw.tensor(hidden, dtype=dtype)
+    fc2 = draw.tensor(d, hidden, dtype=dtype, scale=hidden**-0.5)
+    needed = tuple(i == which or draw.maybe(0.5) for i in range(7))
+
+    def call(*args):
+        return layernorm_mlp_backward.layernorm_mlp_backward(*args, needed=needed)[which]
+
+    def definition(*args):
+        return reference_backward.layernorm_mlp_backward(*args)[which]
+
+    what = f"{shape} d={d} hidden={hidden} {dtype} x={wide} {needed} {which}"
+    frobenius = 3.0 if dtype == torch.float32 else 1.4
+    args = (grad, x, *norm, fc1, fc1_bias, fc2)
+    return Case(args, call, definition, what, max_ratio=4.0, frobenius=frobenius, terms=900)
+
+
 def mask_head_case(draw: Draw) -> Case:
     dtype, d, K = draw.dtype(), draw.choice((16, 32, 48, 64, 96)), draw.choice((4, 5, 7, 15, 16, 17, 19, 33, 60))
     B, N = draw.choice((1, 2)), draw.choice(LENGTHS)
@@ -338,9 +397,11 @@ FAMILIES: dict[str, Callable[[Draw], Case]] = {
     "cross_attention": cross_attention_case,
     "attention_backward": attention_backward_case,
     "layernorm": layernorm_case,
+    "layernorm_backward": layernorm_backward_case,
     "linear": linear_case,
     "layernorm_linear": layernorm_linear_case,
     "layernorm_mlp": layernorm_mlp_case,
+    "layernorm_mlp_backward": layernorm_mlp_backward_case,
     "mask_head": mask_head_case,
     "pixels_to_tokens": pixels_to_tokens_case,
     "windows_argmax": windows_argmax_case,

@@ -15,6 +15,7 @@ from tests.mutants.planted_labels import (
     STRIDES,
     UPSAMPLE_TILES,
 )
+from tests.mutants.planted_layer_backward import LAYER_BACKWARD
 from tests.mutants.planted_loss import LOSS
 from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
@@ -486,6 +487,7 @@ MUTANTS = [
     *TUNE,
     *FIRST_HOUR,
     *LOSS,
+    *LAYER_BACKWARD,
 ]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -192,7 +192,7 @@ GELU_BACKWARD = (  # blocks: as for `linear`
         "and writes two. With 128 columns it holds twice the registers, and there is room for one."),
     Row(AMD, "half", "blocks <= 131", LinearConfig(64, 64, 64, 8, 4, 2), {"m": 257, "d": 768}, "As above."),
     Row(ANY, "half", "blocks <= 131", LinearConfig(64, 64, 64, 8, 4, 3), {"m": 257, "d": 768}, "As above."),
-    Row(("sm_80",), "half", "", LinearConfig(128, 64, 64, 8, 8, 3), _HIDDEN, "As for sm_90; 72 KB of the 163."),
+    Row(("sm_80",), "half", "", LinearConfig(128, 64, 64, 8, 8, 3), _HIDDEN, "128 columns spill."),
     Row(AMD, "half", "", LinearConfig(128, 64, 64, 8, 8, 2), _HIDDEN, "As above; two stages are one buffer."),
     Row(ANY, "half", "", LinearConfig(128, 64, 32, 8, 8, 4), _HIDDEN, "As above; 48 KB of the 99 on sm_86."),
 )  # fmt: skip

@@ -156,7 +156,7 @@ BAD_CALLS = [
     (0, lambda t: t.half(), KernelError, "grad must be one of float32, got torch.float16"),
     (0, lambda t: t[1:], ValueError, r"grad must be .5, 48., got .4, 48."),
     (1, lambda t: t.double(), KernelError, "x must be one of"),
-    (4, lambda t: t[1:], ValueError, "fc1_weight must be"),
+    (4, lambda t: t[:, 1:], ValueError, "fc1_weight must be"),
     (5, lambda t: t.half(), KernelError, "bias must be one of float32"),
     (6, lambda t: t[1:], ValueError, r"fc2_weight must be .48, 32., got .47, 32."),
     (6, lambda t: t.half(), KernelError, "fc2_weight must be one of float32"),

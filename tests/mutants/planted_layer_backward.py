@@ -122,7 +122,7 @@ LAYER_BACKWARD = [
                 "    normed = run_layernorm(x, *norm, eps, linear[0].dtype) if gelu or needed[3] else None\n",
                 "    normed = run_layernorm(x, *norm, eps, linear[0].dtype)\n",
             ),
-            "eps_of_the_gradient_forgotten": (
+            "bias_taken_for_the_weight_of_a_layernorm": (
                 "    return *layernorm_backward.run(d_normed, x, norm[0], eps, types), *others\n",
                 "    return *layernorm_backward.run(d_normed, x, norm[1], eps, types), *others\n",
             ),

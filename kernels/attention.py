@@ -30,7 +30,7 @@ from segmenter.kernels import configs, configs_backward, launch, reference
 from segmenter.kernels.attention_backward import ATTENTION_BACKWARD, CROSS_ATTENTION_BACKWARD
 from segmenter.kernels.blocks import LN2, LOG2E, load_tile
 from segmenter.kernels.heads import LSE_ROWS, addressable, check_separate, lse_rows, packed
-from segmenter.kernels.operators import define, forbid_forward_mode
+from segmenter.kernels.operators import define, differentiated, forbid_forward_mode
 
 
 @triton.jit
@@ -232,7 +232,7 @@ def _cross_attention_lse_fake(
     return q.new_empty(B, N, h * d), q.new_empty(B, h, lse_rows(N), dtype=torch.float32)
 
 
-def _padded(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     pad = -lse.shape[-1] % LSE_ROWS
     return o.contiguous(), torch.nn.functional.pad(lse, (0, pad), value=math.inf)
 
@@ -240,9 +240,10 @@ def _padded(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 # Gradients: (arguments, results, gradients of the results, which arguments need one) -> gradients of the arguments.
 
 
-def _by_sdpa(keys: torch.Tensor) -> bool:
-    """Whether the table of kernels/configs_backward.py has PyTorch compute the gradient for so many keys."""
-    chosen = configs_backward.attention_by(launch.architecture(keys), keys.element_size(), keys.shape[1])
+def uses_sdpa(keys: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether the table of kernels/configs_backward.py has PyTorch compute the gradient for so many keys (dimension 1)
+    of the type of `like`."""
+    chosen = configs_backward.attention_by(launch.architecture(keys), like.element_size(), keys.shape[1])
     return chosen == "sdpa"
 
 
@@ -257,7 +258,7 @@ def _sdpa_backward(function: Callable, inputs: tuple, grad: torch.Tensor, needed
 
 def _attention_lse_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
     (qkv, n_heads), (o, lse), (grad, grad_lse) = inputs, outputs, grads
-    if grad_lse is None and _by_sdpa(qkv):
+    if grad_lse is None and uses_sdpa(qkv, qkv):
         return _sdpa_backward(reference.attention, inputs, grad, needed)
     grad = torch.zeros_like(o) if grad is None else grad
     return ATTENTION_BACKWARD(grad, qkv, o, lse, grad_lse, n_heads), None
@@ -265,7 +266,7 @@ def _attention_lse_backward(inputs: tuple, outputs: tuple, grads: tuple, needed:
 
 def _cross_attention_lse_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
     (q, k, v, scale), (o, lse), (grad, grad_lse) = inputs, outputs, grads
-    if grad_lse is None and _by_sdpa(k):
+    if grad_lse is None and uses_sdpa(k, k):
         return _sdpa_backward(reference.cross_attention, inputs, grad, needed)
     grad = torch.zeros_like(o) if grad is None else grad
     need_q, need_kv = needed[0], needed[1] or needed[2]
@@ -312,7 +313,7 @@ _attention = define(
 _attention_lse = define(
     "attention_lse(Tensor qkv, int n_heads) -> (Tensor, Tensor)",
     kernel=_attention_lse_kernel,
-    reference=lambda qkv, n_heads: _padded(*reference.attention_lse(qkv, n_heads)),
+    reference=lambda qkv, n_heads: padded(*reference.attention_lse(qkv, n_heads)),
     fake=_attention_lse_fake,
     flops=_packed_flops,
     autocast=_cast_all,
@@ -331,19 +332,13 @@ _cross_attention = define(
 _cross_attention_lse = define(
     "cross_attention_lse(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
     kernel=_cross_attention_lse_kernel,
-    reference=lambda q, k, v, scale: _padded(*reference.cross_attention_lse(q, k, v, scale)),
+    reference=lambda q, k, v, scale: padded(*reference.cross_attention_lse(q, k, v, scale)),
     fake=_cross_attention_lse_fake,
     flops=_cross_flops,
     autocast=_cast_all,
     backward=_cross_attention_lse_backward,
     keep_results=True,
 )
-
-
-def _differentiated(*tensors: torch.Tensor) -> bool:
-    """Not in exported programs, which are for inference: there the operator is right, and its gradient slower."""
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return wanted and not torch.compiler.is_exporting()
 
 
 def attention(
@@ -367,7 +362,7 @@ def attention(
     """
     launch.check_device(qkv)
     forbid_forward_mode()
-    if not (return_lse or _differentiated(qkv)):
+    if not (return_lse or differentiated(qkv)):
         return _attention(qkv, n_heads)
     o, lse = _attention_lse(qkv, n_heads)
     return (o, lse[..., : qkv.shape[1]]) if return_lse else o
@@ -388,7 +383,7 @@ def cross_attention(
     launch.check_device(q, k, v)
     forbid_forward_mode()
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not (return_lse or _differentiated(q, k, v)):
+    if not (return_lse or differentiated(q, k, v)):
         return _cross_attention(q, k, v, scale)
     o, lse = _cross_attention_lse(q, k, v, scale)
     return (o, lse[..., : q.shape[1]]) if return_lse else o

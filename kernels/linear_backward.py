@@ -57,15 +57,19 @@ def after_layernorm(
     eps: float,
     gelu: bool,
     needed: Sequence[bool],
+    added: torch.Tensor | None = None,
 ) -> Gradients:
-    """The gradients of x (M, K), LayerNorm's weight and bias, weight (N, K) and bias; otherwise as `run`."""
+    """The gradients of x (M, K), LayerNorm's weight and bias, weight (N, K) and bias; otherwise as `run`.
+
+    added: (M, K), dense rows, added to the gradient of x.
+    """
     of_rows = any(needed[:3])
     normed = run_layernorm(x, *norm, eps, linear[0].dtype) if gelu or needed[3] else None
     d_normed, *others = run(grad, normed, *linear, gelu, (of_rows, *needed[3:]))
     if d_normed is None:
         return None, None, None, *others
     types = types_of((x, *norm), needed[:3])
-    return *layernorm_backward.run(d_normed, x, norm[0], eps, types), *others
+    return *layernorm_backward.run(d_normed, x, norm[0], eps, types, added), *others
 
 
 def types_of(tensors: Sequence[torch.Tensor | None], needed: Sequence[bool]) -> tuple[torch.dtype | None, ...]:

@@ -75,6 +75,15 @@ def forbid_forward_mode() -> None:
         raise KernelError('the kernels have no forward-mode derivative; use impl="eager" for it')
 
 
+def differentiated(*tensors: torch.Tensor) -> bool:
+    """Whether an operator is to keep something for its gradient beyond its arguments.
+
+    Not in exported programs, which are for inference: there the plain operator is right, and its gradient slower.
+    """
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return wanted and not torch.compiler.is_exporting()
+
+
 def _register_autograd(qualified: str, reference: Callable, by_kernels: Callable | None, keep: bool) -> None:
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]

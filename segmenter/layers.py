@@ -6,10 +6,13 @@ from collections.abc import Iterator
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from segmenter.guard import decision, why_not_bypass
 from segmenter.kernels import reference
 from segmenter.ops import Automatic, OperatorModule, Operators, select, what_computes
+
+RECOMPUTE = 1  # what blocks compute again in a backward pass, unless they are told otherwise
 
 
 def init_weights(m: nn.Module) -> None:
@@ -82,11 +85,20 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
+    @property
+    def drops(self) -> bool:
+        """Whether it does anything now."""
+        return self.training and self.drop_prob > 0
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.drop_prob or not self.training:
-            return x
-        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
-        return x * keep / (1 - self.drop_prob)
+        return x * self._keep(x) / (1 - self.drop_prob) if self.drops else x
+
+    def between(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x + self(y - x), of a branch that has been added to x already; the same samples are dropped."""
+        return torch.lerp(x.to(y.dtype), y, self._keep(x).to(y.dtype) / (1 - self.drop_prob)) if self.drops else y
+
+    def _keep(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
 
 
 class Attention(OperatorModule):
@@ -191,16 +203,23 @@ def fused_attention(
     heads: int,
     proj: nn.Linear,
     ops: Operators,
+    keep_qkv: bool = True,
 ) -> torch.Tensor:
     """The first half of every pre-norm block, ours or not: x + attention(norm(x)), (B, N, d), in three operators.
 
     Reads the parameters of the layers and calls none: whoever calls it has asked whether that is right.
+
+    keep_qkv: for the backward pass of kernels, which compute it again otherwise.
     """
     parameters = (*_weight_and_bias(norm), qkv_weight, qkv_bias, *_weight_and_bias(proj))
-    return ops.compose(_attention_half, x, *parameters, heads, norm.eps)
+    return ops.compose(_attention_half, x, *parameters, heads, norm.eps, keep_qkv)
 
 
-def _attention_half(ops, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps) -> torch.Tensor:
+def _attention_half(
+    ops, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps, keep_qkv
+) -> torch.Tensor:
+    if ops.attention_half is not None and torch.is_grad_enabled():
+        return ops.attention_half(x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps, keep_qkv)
     qkv = ops.layernorm_linear(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps)
     return ops.linear(ops.attention(qkv, heads), weight, bias, residual=x)
 
@@ -225,7 +244,11 @@ class Block(OperatorModule):
     """Pre-norm transformer block: x += attn(norm1(x)); x += mlp(norm2(x)).
 
     Each half runs as fused operators that read the parameters of its layers, or layer by layer where that would pass
-    something over: active dropout or stochastic depth, hooks, replaced or adapted layers (see `why_not_fused`).
+    something over: active dropout, hooks, replaced or adapted layers, without kernels stochastic depth (see
+    `why_not_fused`).
+
+    Attributes:
+        recompute: what a backward pass computes again, see `Segmenter.recompute`.
     """
 
     def __init__(
@@ -245,6 +268,7 @@ class Block(OperatorModule):
         self.attn = Attention(dim, heads, dropout, self.ops)
         self.mlp = Mlp(dim, mlp_dim, dropout)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.recompute = RECOMPUTE
 
     def forward(
         self, x: torch.Tensor, mask: torch.Tensor | None = None, return_attention: bool = False
@@ -252,17 +276,24 @@ class Block(OperatorModule):
         """(B, N, d) -> (B, N, d), or the attention map (B, heads, N, N) of this block. `mask` is for `attn`."""
         if return_attention:
             return self._attended(self.norm1(x), mask, True)
-        ops, attention, mlp = decision(self, x)
+        if self.recompute > 2 and torch.is_grad_enabled():
+            return checkpoint(self._run, x, mask, use_reentrant=False)
+        return self._run(x, mask)
+
+    def _run(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        ops, attention, mlp, drops = decision(self, x)
         layers = self._modules  # not self.attn and so on: attribute look-ups of modules are slow
         if attention is None and mask is None:
-            attn = layers["attn"]
-            proj = attn._modules["proj"]
-            x = fused_attention(x, layers["norm1"], *_weight_and_bias(attn._modules["qkv"]), attn.heads, proj, ops)
+            attn, before = layers["attn"], x
+            qkv, proj = _weight_and_bias(attn._modules["qkv"]), attn._modules["proj"]
+            x = fused_attention(x, layers["norm1"], *qkv, attn.heads, proj, ops, self.recompute < 2)
+            x = self.drop_path.between(before, x) if drops else x
         else:
             x = x + self.drop_path(self._attended(self.norm1(x), mask, False))
         if mlp is None:
             inner = layers["mlp"]._modules
-            return fused_mlp(x, layers["norm2"], inner["fc1"], inner["fc2"], ops)
+            y = fused_mlp(x, layers["norm2"], inner["fc1"], inner["fc2"], ops)
+            return self.drop_path.between(x, y) if drops else y
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def _attended(self, x: torch.Tensor, mask: torch.Tensor | None, weights: bool) -> torch.Tensor:
@@ -276,22 +307,28 @@ class Block(OperatorModule):
             return y[1]
         return y[0] if isinstance(y, tuple) else y
 
-    def decide(self, x: torch.Tensor) -> tuple[Operators, str | None, str | None]:
-        """(operators for x, why attention and why the MLP have to run layer by layer or None), for `guard.decision`."""
-        return self.ops.on(x), self.why_not_fused("attention"), self.why_not_fused("mlp")
+    def decide(self, x: torch.Tensor) -> tuple[Operators, str | None, str | None, bool]:
+        """For `guard.decision`: operators for x, why attention and why the MLP have to run layer by layer or None, and
+        whether there is stochastic depth."""
+        ops = self.ops.on(x)
+        reasons = (self.why_not_fused(half, ops.name) for half in ("attention", "mlp"))
+        return ops, *reasons, getattr(self.drop_path, "drops", False)
 
     def implementations(self, parameter: torch.Tensor) -> Iterator[tuple[str, str]]:
         name = self.ops.on(parameter).name
         yield "attention", name
-        yield "layernorm_linear", what_computes(name, self.why_not_fused("attention"))
-        yield "layernorm_mlp", what_computes(name, self.why_not_fused("mlp"))
+        yield "layernorm_linear", what_computes(name, self.why_not_fused("attention", name))
+        yield "layernorm_mlp", what_computes(name, self.why_not_fused("mlp", name))
 
     def obstacles(self) -> list[str]:
         return [reason for half in ("attention", "mlp") if (reason := self.why_not_fused(half))]
 
-    def why_not_fused(self, half: str) -> str | None:
-        """Why the "attention" or the "mlp" half has to run layer by layer at the moment, or None if it need not."""
-        if isinstance(self.drop_path, DropPath) and self.drop_path.training and self.drop_path.drop_prob > 0:
+    def why_not_fused(self, half: str, name: str = "triton") -> str | None:
+        """Why the "attention" or the "mlp" half has to run layer by layer at the moment, or None if it need not.
+
+        name: of the operators. Eager ones drop the branch itself, in the order of the published code.
+        """
+        if name != "triton" and getattr(self.drop_path, "drops", False):
             return "stochastic depth"
         layers = self._modules
         inner = layers["attn" if half == "attention" else "mlp"]

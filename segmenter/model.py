@@ -20,7 +20,7 @@ from segmenter.encoder import VisionTransformer
 from segmenter.guard import why_not_bypass
 from segmenter.kernels import reference
 from segmenter.kernels.upsample_tiles import MAX_CLASSES
-from segmenter.layers import pad_to_multiple
+from segmenter.layers import Block, pad_to_multiple
 from segmenter.ops import Automatic, OperatorModule, select
 
 ENCODER_HEAD_CLASSES = 1000  # the ImageNet head that every published checkpoint holds
@@ -76,6 +76,30 @@ class Segmenter(OperatorModule):
         name = self.ops.on(parameter).name
         too_many = name == "triton" and self.n_cls > MAX_CLASSES and isinstance(self.ops, Automatic)
         yield "windows_argmax", f"eager ({self.n_cls} classes)" if too_many else name
+
+    def recompute(self, level: int) -> "Segmenter":
+        """What backward passes compute again, so that forward passes need not keep it. Returns the model.
+
+        Per block, in bytes a token and column of activations, if all of them are 16 bits wide:
+
+        0: 20. Of 1 and 2 nothing.
+        1: 12. The MLP's hidden layer, a tenth more of a block's products. This is how a model is made.
+        2: 6. Queries, keys and values as well.
+        3: 2. Everything: whole blocks, by torch.utils.checkpoint.
+
+        0 to 2 are levels of the kernels; eager PyTorch keeps what it keeps, unless it is 3. Dropout of a layer makes
+        its half of a block run layer by layer, which keeps more. Parameters are not counted, nor what is kept of a
+        block of another class.
+
+        Raises:
+            ValueError: no such level.
+        """
+        if level not in range(4):
+            raise ValueError(f"level must be 0, 1, 2 or 3, got {level!r}")
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = level
+        return self
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone."""

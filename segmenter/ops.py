@@ -36,6 +36,7 @@ class Operators(NamedTuple):
     mask_head: Callable
     pixels_to_tokens: Callable
     windows_argmax: Callable
+    attention_half: Callable | None = None  # half a block as one operator, which kernels have for its gradient
 
     def on(self, x: torch.Tensor) -> "Operators":
         """The operators for this input: these, whatever it is."""
@@ -142,6 +143,7 @@ def load_kernels() -> Operators:
     """The kernels. Imports them, and Triton, the first time."""
     if not KERNELS:
         from segmenter.kernels.attention import attention
+        from segmenter.kernels.attention_half import attention_half
         from segmenter.kernels.layernorm_mlp import layernorm_mlp
         from segmenter.kernels.linear import layernorm_linear, linear
         from segmenter.kernels.mask_head import mask_head
@@ -158,6 +160,7 @@ def load_kernels() -> Operators:
                 mask_head,
                 normalized_pixels_to_tokens,
                 windows_argmax,
+                attention_half,
             )
         )
     return KERNELS[0]

@@ -22,32 +22,32 @@ def quicken():
     _call_builtins_directly()
     TritonSemantic.broadcast_impl_value = _broadcast(TritonSemantic.broadcast_impl_value)
     TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
-    interp.InterpreterBuilder.create_splat = _splat
     interp.np_erf_fp32 = interp.np_erf_fp64 = _erf
     if hasattr(interp, "_LangPatchScope"):
         _patch_language_once_a_launch()
 
 
 def _describe_each_shape_once():
-    stock_type, types = tl.block_type.__init__, {}
+    stock_type, types, same_shapes = tl.block_type.__init__, {}, {}
     stock_tensor, shapes = tl.tensor.__init__, {}
 
     def block_type(self, element_ty, shape):
-        sizes = [tl.core._unwrap_if_constexpr(size) for size in shape]
+        sizes = shape.values if isinstance(shape, tl.tuple) else shape
+        sizes = [size.value if type(size) is tl.constexpr else size for size in sizes]
         key = (element_ty.name, *sizes, *map(type, sizes))  # 16.0 is 16, and an error
         if key not in types:
             stock_type(self, element_ty, shape)
+            self.shape = same_shapes.setdefault(tuple(sizes), self.shape)
             types[key] = dict(vars(self))
         vars(self).update(types[key])
         self.element_ty = element_ty
 
     def tensor(self, handle, type):
-        shape = type.shape if type.is_block() else ()
-        if shape not in shapes:
+        if type.name not in shapes:
             stock_tensor(self, handle, type)
-            shapes[shape] = (self.shape, self.numel)
+            shapes[type.name] = (self.shape, self.numel)
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = shapes[shape]
+        self.shape, self.numel = shapes[type.name]
 
     tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
 
@@ -70,7 +70,7 @@ def _call_builtins_directly():
 def _broadcast(stock):
     def broadcast_impl_value(self, lhs, rhs):
         one, other = lhs.type, rhs.type
-        if one.is_block() and other.is_block() and one.shape == other.shape:
+        if one.is_block() and other.is_block() and one.shape is other.shape:
             return lhs, rhs
         return stock(self, lhs, rhs)
 
@@ -85,10 +85,6 @@ def _check_overflow(self, lhs, rhs, operation):
     result = wide(lhs.handle.data, rhs.handle.data, dtype=np.int64)
     low, high = lhs.type.scalar.get_int_min_value(), lhs.type.scalar.get_int_max_value()
     assert low <= result.min() and result.max() <= high, f"int{bits} overflow detected for {operation.__name__}"
-
-
-def _splat(self, ret_ty, arg):
-    return interp.TensorHandle(np.broadcast_to(arg.data, ret_ty.shape), arg.dtype.scalar)
 
 
 def _erf(x):

@@ -1,12 +1,12 @@
-"""Makes Triton's interpreter about three times as fast, with the same results and the same errors.
+"""Makes Triton's interpreter about three times as fast, with the same results.
 
 A small kernel spends its time in Python: in describing the same shapes again, in broadcasting what has the shape
-already, and in five operations on tensors for each integer sum that is checked for overflow.
+already, and in six operations on tensors to check an integer sum for overflow, of which the stock interpreter then says
+nothing. Here such a sum is an error. tests/kernels/test_interpreter.py holds it to torch. Tried with Triton 3.6 and 3.8.
 """
 
 import functools
 import inspect
-import math
 from types import ModuleType
 
 import numpy as np
@@ -17,7 +17,9 @@ from triton.language.semantic import TritonSemantic
 
 
 def quicken():
-    """Call once. What it replaces stays replaced in this process."""
+    """Call it when TRITON_INTERPRET is 1. What it replaces stays replaced in this process; again, it does nothing."""
+    if TritonSemantic.binary_op_sanitize_overflow_impl is _check_overflow:
+        return
     _describe_each_shape_once()
     _call_builtins_directly()
     TritonSemantic.broadcast_impl_value = _broadcast(TritonSemantic.broadcast_impl_value)

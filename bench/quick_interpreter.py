@@ -2,7 +2,7 @@
 
 A small kernel spends its time in Python: in describing the same shapes again, in broadcasting what has the shape
 already, and in six operations on tensors to check an integer sum for overflow, of which the stock interpreter then says
-nothing. Here such a sum is an error. tests/kernels/test_interpreter.py holds it to torch. Tried with Triton 3.6 and 3.8.
+nothing. Here such a sum is an error. Test: tests/kernels/test_interpreter.py. Tried with Triton 3.6 and 3.8.
 """
 
 import functools

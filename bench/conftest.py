@@ -47,7 +47,7 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: there kernels can only be interpreted
     from torch._inductor import config as inductor  # imports Triton
 
-    from bench.quick_interpreter import quicken
+    from tests.support.quick_interpreter import quicken
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         quicken()

@@ -40,6 +40,7 @@ _SETTINGS = {
     "optimisation": {
         "epochs": "passes over the split",
         "batch_size": "samples a step, of all processes together",
+        "accumulate": "parts of a batch, one after another: less memory, the same step (default: 1)",
         "optimizer": "sgd (Nesterov) or adamw (default: sgd)",
         "learning_rate": "of the decoder, and of all unless the next two are below 1",
         "backbone_rate": "rate of the encoder's last block over the decoder's (default: 1)",

@@ -40,7 +40,8 @@ class Recipe:
         im_size, max_ratio, scale, crop_size, cat_max_ratio, flip, photometric: see `segmenter.data.augment`. im_size
             holds for evaluation, too; None, of data sets that have no published one: the images' own size.
         normalization, pos_embed_mode, pos_embed_check: see `segmenter.config.ModelConfig`; None: the model's.
-        epochs, batch_size: passes, and samples a step of all processes together.
+        epochs, batch_size: passes, and samples a step of all processes together. accumulate: into how many parts each
+            process cuts its share: they go through the model one after another, which takes less memory.
         optimizer: "sgd" (Nesterov, `momentum`) or "adamw" (betas 0.9 and 0.999). learning_rate: of the decoder.
         backbone_rate: the rate of the encoder's last block over that of the decoder (1: the same, as published).
         layer_decay: the rate of each encoder block over that of the next (1: all the same).
@@ -84,6 +85,7 @@ class Recipe:
     pos_embed_check: str | None = None
     epochs: int | None = None
     batch_size: int | None = None
+    accumulate: int = 1
     optimizer: str = "sgd"
     learning_rate: float | None = None
     momentum: float = 0.9
@@ -175,7 +177,7 @@ _RANGES = {
     **dict.fromkeys(("dropout", "drop_path", "decoder_dropout", "momentum", "ema"), (0.0, 0.99999)),
     **dict.fromkeys(("flip", "cat_max_ratio", "layer_decay", "backbone_rate"), (0.0, 1.0)),
     **dict.fromkeys(("epochs", "batch_size", "im_size", "crop_size", "patch_size", "eval_freq"), (1, 1_000_000)),
-    **dict.fromkeys(("n_layers", "log_steps", "window_size", "window_stride"), (1, 1_000_000)),
+    **dict.fromkeys(("accumulate", "n_layers", "log_steps", "window_size", "window_stride"), (1, 1_000_000)),
     **dict.fromkeys(("decoder_layers", "warmup_steps", "seed", "overlays", "workers"), (0, 2**31)),
     **dict.fromkeys(("weight_decay", "power", "class_weighting", "lovasz", "save_minutes", "min_lr"), (0, _INFINITY)),
     **dict.fromkeys(("learning_rate", "clip_grad"), (1e-12, _INFINITY)),

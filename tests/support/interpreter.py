@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 import triton.runtime.interpreter as interp
 
-from bench.quick_interpreter import quicken
+from tests.support.quick_interpreter import quicken
 
 _patched = False
 

@@ -47,6 +47,10 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: there kernels can only be interpreted
     from torch._inductor import config as inductor  # imports Triton
 
+    from tests.support.quick_interpreter import quicken
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        quicken()
     inductor.force_disable_caches = True  # or compile times would be those of an earlier run
     config.option.device = device
     config.option.sweep = config.option.sweep or ("smoke" if smoke else "core")

@@ -40,6 +40,7 @@ _SETTINGS = {
     "optimisation": {
         "epochs": "passes over the split",
         "batch_size": "samples a step, of all processes together",
+        "accumulate": "parts of a batch, one after another: less memory, the same step (default: 1)",
         "optimizer": "sgd (Nesterov) or adamw (default: sgd)",
         "learning_rate": "of the decoder, and of all unless the next two are below 1",
         "backbone_rate": "rate of the encoder's last block over the decoder's (default: 1)",
@@ -54,6 +55,7 @@ _SETTINGS = {
         "lovasz": "weight of an added Lovasz-softmax loss (default: 0)",
         "ema": "decay of an average of the weights, which is then what is evaluated and saved (default: 0, none)",
         "impl": "eager, triton or auto (default: eager)",
+        "recompute": "0 to 3: what is computed again in the backward pass instead of kept (default: 1, by kernels)",
         "amp": "none, bfloat16 or float16 autocast (default: none)",
         "seed": "of weights, order, augmentation and dropout (default: 0)",
     },

@@ -32,7 +32,7 @@ import yaml
 from segmenter.errors import cause
 from segmenter.files import append, open_regular, remove_leftovers, write_atomically, write_text, writing_into
 from segmenter.text_files import parse_json
-from segmenter.training.recipe import RecipeError
+from segmenter.training.recipe import Recipe, RecipeError
 from segmenter.weights.read import CheckpointError
 
 CHECKPOINT, VARIANT, RECIPE, LOG = "checkpoint.pth", "variant.yml", "recipe.yml", "log.jsonl"
@@ -42,9 +42,11 @@ _MARK = b"sha256 "
 _COMMENT = len(_MARK) + 2 * hashlib.sha256().digest_size
 _LENGTH = struct.pack("<H", _COMMENT)  # of the comment: the last two bytes before it
 _MAX_LINE = 10_000_000  # bytes of the log
-# Settings that may differ when a run is resumed: they do not change what is learned.
+# Settings that may differ when a run is resumed: they do not change what is learned (accumulate: but for dropout).
 FREE = (
     "data",
+    "accumulate",
+    "recompute",
     "bad_samples",
     "save_minutes",
     "log_steps",
@@ -86,9 +88,11 @@ def load_state(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: training cannot go on from it ({cause(error)}); start in another folder"
         ) from error
+    usual = Recipe("").to_dict()  # a setting that did not exist then is as it always was
     names = sorted({*then, *recipe} - set(FREE))
-    if other := [name for name in names if then.get(name) != recipe.get(name)]:
-        differences = ", ".join(f"{name} {then.get(name)!r} -> {recipe.get(name)!r}" for name in other)
+    before, now = ({name: settings.get(name, usual.get(name)) for name in names} for settings in (then, recipe))
+    if other := [name for name in names if before[name] != now[name]]:
+        differences = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in other)
         raise CheckpointError(f"{path}: was trained with other settings ({differences}); start in another folder")
     return state
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -63,3 +64,7 @@ class Group:
         if self.world == 1:
             return model
         return nn.parallel.DistributedDataParallel(model)
+
+    def exchanging(self, model: nn.Module, exchange: bool) -> AbstractContextManager:
+        """Within it, a backward pass through what `parallel` gave exchanges gradients, or adds to this process's."""
+        return nullcontext() if self.world == 1 or exchange else model.no_sync()

@@ -77,6 +77,8 @@ def prepare(model: Segmenter, recipe: Recipe, dataset: Dataset) -> Segmenter:
     for name in ("head", "head_dist"):  # the ImageNet classifiers, which nothing here uses
         if hasattr(model.encoder, name):
             getattr(model.encoder, name).requires_grad_(False)
+    if recipe.recompute is not None:
+        model.recompute(recipe.recompute)
     return model.train()
 
 

@@ -99,8 +99,11 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe, dataset: Dataset, output: Path, group: Group, progress: bool = False):
-        if recipe.batch_size % group.world:
-            raise RecipeError(f"batch_size {recipe.batch_size} must be a multiple of the {group.world} processes")
+        if recipe.batch_size % (group.world * recipe.accumulate):
+            times = f" times accumulate {recipe.accumulate}" if recipe.accumulate > 1 else ""
+            raise RecipeError(
+                f"batch_size {recipe.batch_size} must be a multiple of the {group.world} processes{times}"
+            )
         self.recipe, self.dataset, self.output, self.group = recipe, dataset, output, group
         self.progress = progress and group.leads
         self.validation = Validation(recipe, group, progress) if recipe.val_split else None
@@ -187,15 +190,11 @@ class Run:
         if bad and recipe.bad_samples == "stop":  # in every process: none waits for one that has ended
             raise DataError(batch.errors[0] if batch.errors else "another process has a sample that cannot be read")
         report_bad(batch.errors, self.reported)
-        dtype = DTYPES.get(recipe.amp, torch.float32)
-        with torch.autocast(group.device.type, dtype=dtype, enabled=recipe.amp != "none"):
-            masks = self.parallel(images)
-        loss = self.loss(masks, labels, counted / group.world)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        loss = self._add_gradients(images, labels, counted / group.world)
         self.scaler.unscale_(self.optimizer)
         norm = gradient_norm(self.trained, recipe.clip_grad)
-        value, norm = torch.stack([loss.detach(), norm]).tolist()  # the one time that the device is waited for
+        value, norm = torch.stack([loss, norm]).tolist()  # the one time that the device is waited for
         value = group.sums([value])[0] / group.world
         self._check_finite(value, norm, batch)
         lr = self.optimizer.param_groups[-1]["lr"]
@@ -209,6 +208,19 @@ class Run:
         self.step += 1
         self.bad += int(bad)
         return {"loss": value, "lr": lr, "grad_norm": norm}
+
+    def _add_gradients(self, images: torch.Tensor, labels: torch.Tensor, denominator: float) -> torch.Tensor:
+        """The loss of a batch, whose gradients are added to those of the parameters, a part of it after another."""
+        parts, dtype = self.recipe.accumulate, DTYPES.get(self.recipe.amp, torch.float32)
+        total = torch.zeros((), device=images.device)
+        for i, (some, of_some) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True)):
+            with self.group.exchanging(self.parallel, i + 1 == parts):
+                with torch.autocast(images.device.type, dtype=dtype, enabled=self.recipe.amp != "none"):
+                    masks = self.parallel(some)
+                loss = self.loss(masks, of_some, denominator, 1 / parts)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
 
     def _check_finite(self, loss: float, norm: float, batch: Batch) -> None:
         if not math.isfinite(loss):

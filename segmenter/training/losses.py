@@ -20,7 +20,8 @@ class SegmentationLoss:
 
     Args:
         weight: (n_cls,) float32, what a pixel of each class counts; None: all the same, as published.
-        lovasz: how much of the Lovász-softmax loss is added, of each process's own batch (it has no such mean).
+        lovasz: how much of the Lovász-softmax loss is added, of each process's own batch, or the mean of its parts (it
+            has no such mean over pixels).
         patch_size: what masks are upsampled by; 1: they are the pixels' logits. impl: as of the model.
     """
 
@@ -41,12 +42,14 @@ class SegmentationLoss:
         valid = labels != self.ignore_index
         return valid.sum() if self.weight is None else self.weight[labels[valid]].sum()
 
-    def __call__(self, masks: torch.Tensor, labels: torch.Tensor, denominator: torch.Tensor | float) -> torch.Tensor:
+    def __call__(
+        self, masks: torch.Tensor, labels: torch.Tensor, denominator: torch.Tensor | float, part: float = 1.0
+    ) -> torch.Tensor:
         """Loss in float32.
 
         Args:
             masks: (b, n_cls, h, w). labels: (b, H, W) int64, of h * patch_size rows at most, the padding cut off.
-            denominator: of all processes together, over their number.
+            denominator: of all processes together, over their number. part: which share of this process's batch it is.
         """
         denominator = max(float(denominator), 1e-12)
         if self._lovasz is None:
@@ -58,7 +61,7 @@ class SegmentationLoss:
         total = F.cross_entropy(logits, labels, self.weight, ignore_index=self.ignore_index, reduction="sum")
         loss = total / denominator
         if bool((labels != self.ignore_index).any()):
-            loss = loss + self.lovasz * self._lovasz(logits, labels)
+            loss = loss + part * self.lovasz * self._lovasz(logits, labels)
         return loss
 
 

@@ -40,7 +40,8 @@ class Recipe:
         im_size, max_ratio, scale, crop_size, cat_max_ratio, flip, photometric: see `segmenter.data.augment`. im_size
             holds for evaluation, too; None, of data sets that have no published one: the images' own size.
         normalization, pos_embed_mode, pos_embed_check: see `segmenter.config.ModelConfig`; None: the model's.
-        epochs, batch_size: passes, and samples a step of all processes together.
+        epochs, batch_size: passes, and samples a step of all processes together. accumulate: into how many parts each
+            process cuts its share: they go through the model one after another, which takes less memory.
         optimizer: "sgd" (Nesterov, `momentum`) or "adamw" (betas 0.9 and 0.999). learning_rate: of the decoder.
         backbone_rate: the rate of the encoder's last block over that of the decoder (1: the same, as published).
         layer_decay: the rate of each encoder block over that of the next (1: all the same).
@@ -49,9 +50,9 @@ class Recipe:
         class_weighting: each class counts as its share of the pixels to the power of minus this (0: all the same).
         lovasz: this times the Lovász-softmax loss is added (Berman et al., CVPR 2018).
         ema: decay of the average of weights that is evaluated and saved, 0: none.
-        amp: "bfloat16" or "float16" autocast. impl: "eager", "triton" or "auto"; eager, since the kernels have no
-            backward of their own yet: they run the eager one, and its forward a second time.
-            seed: of weights, order and augmentation.
+        amp: "bfloat16" or "float16" autocast. impl: "eager", "triton" or "auto"; eager until the kernels have been
+            measured in training. seed: of weights, order and augmentation.
+        recompute: what backward passes compute again, 0 to 3: see `segmenter.Segmenter.recompute`. None: 1 by kernels.
         eval_freq: epochs between evaluations. save_minutes: between saves. log_steps: between lines of the log.
         overlays: images of val that are drawn at each evaluation. tensorboard: also log for TensorBoard.
         workers: processes that read samples. bad_samples: "stop", or "skip" and count those that cannot be read.
@@ -84,6 +85,7 @@ class Recipe:
     pos_embed_check: str | None = None
     epochs: int | None = None
     batch_size: int | None = None
+    accumulate: int = 1
     optimizer: str = "sgd"
     learning_rate: float | None = None
     momentum: float = 0.9
@@ -99,6 +101,7 @@ class Recipe:
     ema: float = 0.0
     amp: str = "none"
     impl: str = "eager"
+    recompute: int | None = None
     seed: int = 0
     eval_freq: int | None = None
     save_minutes: float = 10.0
@@ -128,6 +131,8 @@ class Recipe:
                 raise RecipeError(f"{name} must lie in {low}..{high}, found {value}")
         if not 0 < self.scale[0] <= self.scale[1] <= 16:
             raise RecipeError(f"scale must be two rising numbers up to 16, found {list(self.scale)}")
+        if self.impl == "eager" and self.recompute in (0, 1, 2):
+            raise RecipeError(f'recompute {self.recompute} needs kernels: impl "triton" or "auto"; 3 works without')
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; `Recipe(**that)` is the same again."""
@@ -175,11 +180,12 @@ _RANGES = {
     **dict.fromkeys(("dropout", "drop_path", "decoder_dropout", "momentum", "ema"), (0.0, 0.99999)),
     **dict.fromkeys(("flip", "cat_max_ratio", "layer_decay", "backbone_rate"), (0.0, 1.0)),
     **dict.fromkeys(("epochs", "batch_size", "im_size", "crop_size", "patch_size", "eval_freq"), (1, 1_000_000)),
-    **dict.fromkeys(("n_layers", "log_steps", "window_size", "window_stride"), (1, 1_000_000)),
+    **dict.fromkeys(("accumulate", "n_layers", "log_steps", "window_size", "window_stride"), (1, 1_000_000)),
     **dict.fromkeys(("decoder_layers", "warmup_steps", "seed", "overlays", "workers"), (0, 2**31)),
     **dict.fromkeys(("weight_decay", "power", "class_weighting", "lovasz", "save_minutes", "min_lr"), (0, _INFINITY)),
     **dict.fromkeys(("learning_rate", "clip_grad"), (1e-12, _INFINITY)),
     "max_ratio": (1.0, _INFINITY),
+    "recompute": (0, 3),
 }
 
 

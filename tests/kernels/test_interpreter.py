@@ -38,6 +38,33 @@ def arithmetic_kernel(X, Y, Z, SIZE: tl.constexpr):
     tl.store(Z + i, tl.load(X + i) * 3.0 + tl.load(Y + i) - 0.375)
 
 
+@triton.jit
+def shapes_kernel(X, Y, SIZE: tl.constexpr, SCALE: tl.constexpr):
+    """A scalar, a row, a column and two matrices of one shape."""
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    x = tl.load(X + i * SIZE + j)
+    total = tl.sum(x, 1)[:, None] + tl.sum(x, 0)[None, :] + SCALE
+    tl.store(Y + i * SIZE + j, total * x + tl.erf(x))
+
+
+@triton.jit
+def integers_kernel(X, Y, SIZE: tl.constexpr, OPERATION: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    x = tl.load(X + i)
+    if OPERATION == "add":
+        x = x + x
+    elif OPERATION == "sub":
+        x = -2 - x
+    else:
+        x = x * x
+    tl.store(Y + i, x)
+
+
+@triton.jit
+def zeros_kernel(X, SIZE: tl.constexpr):
+    tl.store(X + tl.arange(0, 16), tl.zeros([SIZE], tl.float32))
+
+
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -104,6 +131,35 @@ def test_arithmetic(dtype):
     x[0] = 1e-40  # subnormal, or 0 in float16
     arithmetic_kernel[(1,)](x, y, z, 64)
     assert_bitwise_equal(z, x * 3 + y - 0.375)
+
+
+@pytest.mark.parametrize("size", [1, 8, 16])
+def test_shapes(size):
+    x, y = randn(size, size), torch.empty(size, size)
+    shapes_kernel[(1,)](x, y, size, 0.5)
+    wide = x.double()
+    want = (wide.sum(1, keepdim=True) + wide.sum(0) + 0.5) * wide + torch.special.erf(wide)
+    torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("operation", "right", "wrong"), [("add", 2**30 - 1, 2**30), ("sub", 2**31 - 2, 2**31 - 1), ("mul", 46340, 46341)]
+)
+def test_sums_of_32_bits_that_do_not_fit_are_errors(operation, right, wrong):
+    """Compiled, they would wrap around silently. (Offsets of large tensors need 64 bits.)"""
+    y = torch.empty(16, dtype=torch.int32)
+    integers_kernel[(1,)](torch.full((16,), right, dtype=torch.int32), y, 16, operation)
+    assert (y == {"add": 2 * right, "sub": -2 - right, "mul": right**2}[operation]).all()
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="int32 overflow"):
+        integers_kernel[(1,)](torch.full((16,), wrong, dtype=torch.int32), y, 16, operation)
+
+
+def test_a_size_that_is_no_integer_is_an_error_although_it_equals_one():
+    x = torch.empty(16)
+    zeros_kernel[(1,)](x, 16)
+    assert not x.any()
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="constexpr.int"):
+        zeros_kernel[(1,)](x, 16.0)
 
 
 def test_patching_again_changes_nothing():

@@ -43,6 +43,7 @@ class Sample:
     trimmed: bool = False  # the second result is padded beyond N
     bitwise: bool = True  # whether every layout gives the same bits; not where a library multiplies
     differentiable: bool = True
+    first: bool = False  # only the first result is the public function's
 
 
 def attention_args(dtype, B=2, N=5):
@@ -104,6 +105,18 @@ def layernorm_mlp_backward_args(dtype, B=2, N=5):
     return randn(B, N, 32, seed=7, dtype=dtype), *tensors, eps, [True] * 7
 
 
+def attention_half_args(dtype, B=2, N=5):
+    *of_qkv, eps, _ = layernorm_linear_args(dtype, B, N)
+    weight, bias = randn(32, 16, seed=5, dtype=dtype) / 4, randn(32, seed=6, dtype=dtype)
+    return *of_qkv, weight, bias, 2, eps, True
+
+
+def attention_half_backward_args(dtype, B=2, N=5):
+    *tensors, heads, eps, _ = args = attention_half_args(dtype, B, N)
+    _, *kept = (t.detach() for t in operator("attention_half")(*args))
+    return randn(B, N, 32, seed=7, dtype=dtype), *tensors, *kept, heads, eps, [True] * 7
+
+
 def mask_head_args(dtype, B=2, N=5):
     patches, classes = randn(B, N, 32, dtype=dtype), randn(B, 7, 32, seed=1, dtype=dtype)
     projections = (randn(32, 32, seed=i, dtype=dtype) / 6 for i in (2, 3))
@@ -152,6 +165,13 @@ SAMPLES = {
     "layernorm_mlp_backward": Sample(
         layernorm_mlp_backward_args, lambda B, N: 8 * B * N * 32 * 64, FP32, (0, 1), bitwise=False
     ),
+    "attention_half": Sample(
+        attention_half_args, lambda B, N: B * N * (2 * 4 * 16 * 32 + 4 * N * 16), FP32, bitwise=False, first=True
+    ),
+    "attention_half_backward": Sample(
+        attention_half_backward_args, lambda B, N: B * N * (4 * 4 * 16 * 32 + 10 * N * 16), FP32, (0, 1, 8, 10), (9,),
+        bitwise=False,
+    ),
     "mask_head": Sample(
         mask_head_args, lambda B, N: 2 * B * 32 * (32 * N + 32 * 7 + 7 * N), FP32, classes_like=(1,), bitwise=False
     ),
@@ -178,6 +198,8 @@ def definition(name):
 
     def call(*args):
         with sdpa_kernel(SDPBackend.MATH):
+            if name == "attention_half":
+                return attention_half_definition(*args)
             return getattr(reference if hasattr(reference, name) else reference_backward, name)(*args)
 
     return call
@@ -186,6 +208,7 @@ def definition(name):
 def public(name):
     elsewhere = {"attention_lse": "attention", "cross_attention": "attention", "layernorm_linear": "linear"}
     elsewhere |= {"windows_argmax": "upsample_argmax", "cross_attention_lse": "attention"}
+    elsewhere |= {"attention_half_backward": "attention_half"}
     elsewhere |= {"cross_attention_backward": "attention_backward", "layernorm_linear_backward": "linear_backward"}
     functions = importlib.import_module(f"segmenter.kernels.{elsewhere.get(name, name)}")
     if name.endswith("_lse"):
@@ -196,6 +219,8 @@ def public(name):
 
 def results(name, out, N):
     out = out if isinstance(out, tuple) else (out,)
+    if SAMPLES[name].first:
+        return out[:1]
     return (out[0], out[1][..., :N]) if SAMPLES[name].trimmed else out
 
 

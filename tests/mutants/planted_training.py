@@ -18,6 +18,40 @@ DURABILITY = [
         },
     ),
     *planted_in(
+        "segmenter/training/loop.py",
+        ("tests/training/test_loop.py",),
+        {
+            "parts_of_a_batch_in_one": (
+                "zip(images.chunk(parts), labels.chunk(parts), strict=True)",
+                "[(images, labels)]",
+            ),
+            "losses_of_parts_are_not_added": (
+                "            total += loss.detach()",
+                "            total = loss.detach()",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/training/losses.py",
+        ("tests/training/test_loop.py",),
+        {
+            "lovasz_of_every_part_counts_whole": (
+                "part * self.lovasz * ",
+                "self.lovasz * ",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/training/distributed.py",
+        ("tests/training/test_processes.py",),
+        {
+            "gradients_of_the_last_part_are_exchanged_never": (
+                "self.world == 1 or exchange else",
+                "self.world == 1 else",
+            ),
+        },
+    ),
+    *planted_in(
         "segmenter/files.py",
         ("tests/test_durability.py",),
         {

@@ -6,14 +6,12 @@ of the bit patterns too, and there are no constants. tl.fma rounds the product.
 tests/kernels/test_interpreter.py compares all of it with torch. Tried with Triton 3.6 and 3.8.
 """
 
-import functools
-import inspect
-from types import ModuleType
-
 import numpy as np
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interp
+
+from tests.support.quick_interpreter import quicken
 
 _patched = False
 
@@ -80,57 +78,4 @@ def patch():
     builder.create_dot, builder.cast_impl, builder.create_fp_to_fp = create_dot, cast_impl, create_fp_to_fp
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, lambda self, src, dst: self.cast_impl(src, dst))
-    if hasattr(interp, "_LangPatchScope"):
-        _patch_language_once_a_launch()
-
-
-def _patch_language_once_a_launch():
-    """The stock interpreter puts its functions into triton.language at every call of a device function.
-
-    That is a third of the time that tests of kernels take. Here the first call in a launch does, and the launch undoes
-    it; what is found out about modules, functions and types is kept.
-    """
-    stock, patched = interp._patch_lang, set()
-    launch = None  # what the launch that runs has changed
-
-    @functools.cache
-    def builtins(module) -> list[tuple]:
-        return [(name, member) for name, member in inspect.getmembers(module) if tl.core.is_builtin(member)]
-
-    @functools.cache
-    def languages(function) -> set[ModuleType]:
-        return {value for value in function.__globals__.values() if value is tl or value is tl.core}
-
-    def patch_builtin(module, builder, scope):
-        for name, member in builtins(module):
-            interp._patch_attr(module, name, member, builder, scope)
-
-    def patch_lang(function):
-        nonlocal launch
-        if launch is not None:
-            if not languages(function) <= patched:
-                launch._changes += stock(function)._changes
-                patched.update(languages(function))
-            return None  # who calls a device function does not look at it
-        launch = scope = stock(function)
-        patched.update(languages(function))
-
-        def restore():
-            nonlocal launch
-            interp._LangPatchScope.restore(scope)
-            patched.clear()
-            launch = None
-
-        scope.restore = restore
-        return scope
-
-    interp._patch_builtin, interp._patch_lang = patch_builtin, patch_lang
-    stock_type, types = interp._get_np_dtype, {}
-
-    def numpy_type(dtype):
-        name = str(dtype.scalar)
-        if name not in types:
-            types[name] = stock_type(dtype)
-        return types[name]
-
-    interp._get_np_dtype = numpy_type
+    quicken()

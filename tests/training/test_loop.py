@@ -187,6 +187,8 @@ class TestLoss:
         difference = added(self.logits, self.labels, n) - plain(self.logits, self.labels, n)
         torch.testing.assert_close(difference, torch.tensor(3.5))
         assert added(self.logits, torch.full_like(self.labels, 255), n) == 0, "it has no value without pixels"
+        half = added(self.logits, self.labels, n, 0.5) - plain(self.logits, self.labels, n, 0.5)
+        torch.testing.assert_close(half, torch.tensor(1.75))
 
     @pytest.mark.more
     def test_lovasz_is_one_minus_the_iou_of_labels(self):
@@ -225,6 +227,27 @@ class TestSteps:
                 torch.testing.assert_close(new.data, old.data - 0.02 * 1.9 * old.grad, rtol=1e-4, atol=1e-6)
         assert run.step == 1
 
+    @pytest.mark.parametrize("amp", ["none", "float16"])
+    def test_a_step_in_parts_is_the_same_step(self, folder, tmp_path, amp):
+        """Though one part has far fewer pixels that count, and in less memory: the model sees one part at a time."""
+        fields = {"dropout": 0.0, "drop_path": 0.0, "decoder_dropout": 0.0, "batch_size": 4, "amp": amp}
+        batch = batch_of(names="abcd")
+        batch.labels[:2, 3:] = 255
+        whole, parts = (make_run(tiny_recipe(folder, accumulate=n, **fields), tmp_path / str(n)) for n in (1, 4))
+        seen = []
+        parts.parallel.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+        facts = [run.training_step(batch) for run in (whole, parts)]
+        assert seen == [1, 1, 1, 1]
+        tolerance = 1e-5 if amp == "none" else 2e-2
+        for name in ("loss", "grad_norm"):
+            assert facts[1][name] == pytest.approx(facts[0][name], rel=tolerance)
+        for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=1e-6 if amp == "none" else 1e-3)
+
+    def test_parts_must_be_equal(self, folder, tmp_path):
+        with pytest.raises(RecipeError, match="batch_size 2 must be a multiple of the 1 processes times accumulate 3"):
+            make_run(tiny_recipe(folder, accumulate=3), tmp_path)
+
     def test_dropout_follows_from_the_step_alone(self, folder, tmp_path):
         losses = []
         for noise in (1, 2):
@@ -243,9 +266,9 @@ class TestSteps:
         counted = run.loss
 
         class Broken(SegmentationLoss):
-            def __call__(self, logits, labels, denominator):
+            def __call__(self, logits, *others):
                 if what == "loss":
-                    return counted(logits, labels, denominator) * math.nan
+                    return counted(logits, *others) * math.nan
                 return (logits.sum() * 0).sqrt()  # 0, with an infinite slope
 
         run.loss = Broken(255)

@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
         "killed": tiny_recipe(folder, save_minutes=0),
         "half": tiny_recipe(folder, save_minutes=0),
         "terminated": tiny_recipe(folder, workers=2),
-        "pair": tiny_recipe(folder, **SHARED),
+        "pair": tiny_recipe(folder, **SHARED, accumulate=2),
         "pair_terminated": tiny_recipe(folder, **{**SHARED, "epochs": 4}),
         "pair_bad": tiny_recipe(folder / "bad", **SHARED),
     }
@@ -103,10 +103,11 @@ def test_a_signal_to_all_processes_saves_and_ends(runs, straight):
 
 
 def test_two_processes_train_as_one_does(runs):
-    """With gradients that one process has much more pixels for: a mean of their means would be another."""
+    """In two parts each, with gradients that one has much more pixels for: a mean of their means would be another."""
     assert runs.statuses["pair"] == [0, 0], runs.output
+    assert "strides" not in runs.output, "DistributedDataParallel copies gradients that lie otherwise than parameters"
     alone = runs.folder / "alone"
-    train(runs.recipes["pair"], alone, progress=False)
+    train(tiny_recipe(runs.folder, **SHARED), alone, progress=False)
     ours, theirs = read_checkpoint(runs.folder / "pair"), read_checkpoint(alone)
     assert ours["step"] == theirs["step"] == 2
     for part in ("model", "average"):

@@ -15,10 +15,11 @@ OTHERS = {  # a value other than the default for every setting
     "drop_path": 0.0, "decoder_dropout": 0.0, "freeze_backbone": True, "im_size": 360, "max_ratio": 3.0,
     "scale": (0.75, 1.5), "crop_size": 224, "cat_max_ratio": 1.0, "flip": 0.0, "photometric": False,
     "normalization": "deit", "pos_embed_mode": "bicubic", "pos_embed_check": "grid", "epochs": 7, "batch_size": 3,
+    "accumulate": 3,
     "optimizer": "adamw", "learning_rate": 3e-4, "momentum": 0.8, "backbone_rate": 0.5, "layer_decay": 0.75,
     "weight_decay": 0.05,
     "min_lr": 0.0, "power": 1.0, "warmup_steps": 100, "clip_grad": 1.0, "class_weighting": 0.5, "lovasz": 1.0,
-    "ema": 0.999, "amp": "bfloat16", "impl": "auto",
+    "ema": 0.999, "amp": "bfloat16", "impl": "auto", "recompute": 2,
     "seed": 5, "eval_freq": 2, "save_minutes": 1.5, "log_steps": 5, "overlays": 0,
     "tensorboard": True, "workers": 0, "bad_samples": "skip", "window_size": 224, "window_stride": 112,
 }  # fmt: skip
@@ -121,7 +122,7 @@ def test_flags_win_over_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.1}, "unknown setting lr; known: amp, backbone_rate, bad_samples"),
+        ({"lr": 0.1}, "unknown setting lr; known: accumulate, amp, backbone_rate, bad_samples"),
         ({"epochs": 1.5}, "epochs must be an integer, found 1.5"),
         ({"epochs": True}, "epochs must be an integer, found True"),
         ({"epochs": "ten"}, "epochs must be an integer, found 'ten'"),

@@ -15,7 +15,7 @@ from segmenter.data.datasets import DataError, open_dataset
 from segmenter.training import checkpoint as files
 from segmenter.training.distributed import Group
 from segmenter.training.loop import Run, train
-from segmenter.training.recipe import RecipeError
+from segmenter.training.recipe import Recipe, RecipeError
 from segmenter.weights.load import load_model
 from segmenter.weights.read import CheckpointError
 from tests.support.data_sets import make_data_set, save
@@ -70,7 +70,7 @@ class TestWholeRuns:
     def test_other_settings_are_another_run(self, done, folder):
         with pytest.raises(CheckpointError, match=r"other settings \(learning_rate 0\.02 -> 0\.5, seed 0 -> 1\)"):
             train(tiny_recipe(folder, epochs=1, learning_rate=0.5, seed=1), done[1], progress=False)
-        free = {"workers": 1, "log_steps": 3, "save_minutes": 1.0, "overlays": 0, "eval_freq": 5}
+        free = {"workers": 1, "accumulate": 2, "log_steps": 3, "save_minutes": 1.0, "overlays": 0, "eval_freq": 5}
         assert train(tiny_recipe(folder, epochs=1, **free), done[1], progress=False) == done[0]
 
     def test_other_images_are_another_run(self, done, tmp_path):
@@ -273,6 +273,14 @@ class TestLog:
         torch.save(state | {"schema": 2}, path)
         with pytest.raises(CheckpointError, match="not written by this version"):
             files.load_state(path, {})
+
+    def test_settings_that_did_not_exist_are_as_they_always_were(self, tmp_path):
+        path, recipe = tmp_path / files.CHECKPOINT, Recipe("d").to_dict()
+        older = {name: value for name, value in recipe.items() if name != "clip_grad"}
+        files.save_state(path, {"step": 1, "recipe": older})
+        assert files.load_state(path, recipe)["step"] == 1
+        with pytest.raises(CheckpointError, match=r"other settings \(clip_grad None -> 1.0\)"):
+            files.load_state(path, recipe | {"clip_grad": 1.0})
 
     def test_a_checkpoint_that_is_a_pipe_is_not_waited_for(self, tmp_path):
         os.mkfifo(tmp_path / files.CHECKPOINT)

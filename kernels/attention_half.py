@@ -10,26 +10,25 @@ cannot:
 
 Kept are x, the attention's result and log-sum-exp, and qkv if `keep_qkv`: with half types 4 or 10 bytes a token and
 column, x included.
-Reference: `reference.layernorm_linear`, `attention_lse` and `linear`; `reference_backward.attention_half_backward`.
+Reference: `reference.layernorm_linear`, `reference.attention_lse` and `reference.linear` in a row.
 Test: tests/kernels/test_attention_half.py.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
-from segmenter.kernels import launch, linear_backward, reference, reference_backward
+from segmenter.kernels import launch, reference
 from segmenter.kernels.attention import attention, lse_rows, padded, uses_sdpa
-from segmenter.kernels.checks import as_rows
-from segmenter.kernels.layernorm_backward import check_grad, empty_like, or_empty
+from segmenter.kernels.attention_backward import ATTENTION_BACKWARD
 from segmenter.kernels.linear import layernorm_linear, linear
-from segmenter.kernels.linear_backward import product_flops, types_of
+from segmenter.kernels.linear_backward import LAYERNORM_LINEAR_BACKWARD, LINEAR_BACKWARD
 from segmenter.kernels.operators import HOST_FUNCTIONS, REFERENCES, define, differentiated, forbid_forward_mode
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-def _composed(functions: dict, attend: Any) -> Any:
+def _composed(functions: dict, attend: Callable) -> Callable:
     """The three operations in a row, by `functions` and `attend`, with what the backward pass may want."""
 
     def run(x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps, keep_qkv) -> Tensors:
@@ -55,62 +54,18 @@ def _flops(x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads,
     return 2 * B * N * d * 4 * inner + 4 * B * N * N * inner
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The gradient
-
-
-def _backward_kernel(
-    grad, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, o, lse, qkv, heads, eps, needed
-) -> Tensors:
-    launch.check_device(grad, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, o, lse, qkv)
-    check_grad(grad, x.shape, torch.promote_types(x.dtype, weight.dtype))
-    qkv_weight, weight = launch.rows_contiguous(qkv_weight), launch.rows_contiguous(weight)
-    qkv_bias, bias = (None if t is None else launch.rows_contiguous(t) for t in (qkv_bias, bias))
-    norm = launch.rows_contiguous(norm_weight), launch.rows_contiguous(norm_bias)
-    of_qkv = any(needed[:5])
-    rows = as_rows(grad)
-    do, *of_proj = linear_backward.run(rows, as_rows(o), weight, bias, False, (of_qkv, *needed[5:]))
-    if not of_qkv:
-        return or_empty((*(None,) * 5, *of_proj), x)
-    if qkv.numel() == 0:
-        qkv = HOST_FUNCTIONS["layernorm_linear"](x, *norm, qkv_weight, qkv_bias, eps, False)
-    d_qkv = HOST_FUNCTIONS["attention_backward"](do.view(o.shape), qkv, o, lse, None, heads)
-    linears = qkv_weight, qkv_bias
-    found = linear_backward.after_layernorm(as_rows(d_qkv), as_rows(x), norm, linears, eps, False, needed[:5], rows)
-    dx, *others = found
-    return or_empty((None if dx is None else dx.view(x.shape), *others, *of_proj), x)
-
-
-def _backward_fake(
-    grad, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, o, lse, qkv, heads, eps, needed
-) -> Tensors:
-    tensors = (x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias)
-    return empty_like(tuple(None if t is None else t.shape for t in tensors), types_of(tensors, needed), x)
-
-
-def _backward_flops(grad, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, *args, **kwargs) -> int:
-    (B, N, d), inner, needed = x, weight[1], args[-1]
-    of_attention = 10 * B * N * N * inner if any(needed[:5]) else 0
-    of_proj = product_flops(x, (inner, d), any(needed[:5]), needed[5])
-    return of_attention + of_proj + product_flops(x, (3 * inner, d), any(needed[:3]), needed[3])
-
-
-ATTENTION_HALF_BACKWARD = define(
-    "attention_half_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, "
-    "Tensor? qkv_bias, Tensor weight, Tensor? bias, Tensor o, Tensor lse, Tensor qkv, int heads, float eps, "
-    "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernel=_backward_kernel,
-    reference=reference_backward.attention_half_backward,
-    fake=_backward_fake,
-    flops=_backward_flops,
-    autocast=lambda dtype, args: args,  # as they were in the forward pass
-)
-
-
 def _backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
-    *tensors, heads, eps, _ = inputs
-    _, *kept = outputs
-    return *ATTENTION_HALF_BACKWARD(grads[0], *tensors, *kept, heads, eps, needed[:7]), None, None, None
+    x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps, keep_qkv = inputs
+    (_, o, lse, qkv), grad = outputs, grads[0]
+    of_qkv = any(needed[:5])
+    d_o, *of_proj = LINEAR_BACKWARD(grad, o, weight, bias, False, [of_qkv, *needed[5:7]])
+    if not of_qkv:
+        return *(None,) * 5, *of_proj, None, None, None
+    before = x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps, False
+    if not keep_qkv:
+        qkv = layernorm_linear(*before)
+    d_qkv = ATTENTION_BACKWARD(d_o, qkv, o, lse, None, heads)
+    return *LAYERNORM_LINEAR_BACKWARD(d_qkv, *before, needed[:5], grad), *of_proj, None, None, None
 
 
 _attention_half = define(

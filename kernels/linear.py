@@ -348,7 +348,7 @@ def _linear_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[
 
 
 def _layernorm_linear_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
-    return *LAYERNORM_LINEAR_BACKWARD(*grads, *inputs, needed[:5]), None, None
+    return *LAYERNORM_LINEAR_BACKWARD(*grads, *inputs, needed[:5], None), None, None
 
 
 _linear = define(

@@ -108,9 +108,9 @@ def _linear_backward_fake(grad, x, weight, bias, gelu, needed) -> tuple[torch.Te
 
 
 def _layernorm_linear_backward_kernel(
-    grad, x, norm_weight, norm_bias, weight, bias, eps, gelu, needed
+    grad, x, norm_weight, norm_bias, weight, bias, eps, gelu, needed, added
 ) -> tuple[torch.Tensor, ...]:
-    launch.check_device(grad, x, norm_weight, norm_bias, weight, bias)
+    launch.check_device(grad, x, norm_weight, norm_bias, weight, bias, added)
     launch.check_floats("x", x)
     check_types(weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
     check_affine(x, norm_weight, norm_bias)
@@ -118,12 +118,15 @@ def _layernorm_linear_backward_kernel(
     check_grad(grad, _result(x, weight), weight.dtype)
     norm = launch.rows_contiguous(norm_weight), launch.rows_contiguous(norm_bias)
     linear = launch.rows_contiguous(weight), None if bias is None else launch.rows_contiguous(bias)
-    dx, *others = after_layernorm(as_rows(grad), as_rows(x), norm, linear, eps, gelu, needed)
+    if added is not None:
+        check_grad(added, x.shape, added.dtype)
+        added = as_rows(added)
+    dx, *others = after_layernorm(as_rows(grad), as_rows(x), norm, linear, eps, gelu, needed, added)
     return or_empty((None if dx is None else dx.view(x.shape), *others), x)
 
 
 def _layernorm_linear_backward_fake(
-    grad, x, norm_weight, norm_bias, weight, bias, eps, gelu, needed
+    grad, x, norm_weight, norm_bias, weight, bias, eps, gelu, needed, added
 ) -> tuple[torch.Tensor, ...]:
     shapes = (x.shape, x.shape[-1:], x.shape[-1:], weight.shape, weight.shape[:1])
     return empty_like(shapes, types_of((x, norm_weight, norm_bias, weight, bias), needed), x)
@@ -140,7 +143,7 @@ def _linear_flops(grad: Any, x: tuple, weight: tuple, bias: Any, gelu: bool, nee
 
 def _layernorm_linear_flops(
     grad: Any, x: tuple, norm_weight: Any, norm_bias: Any, weight: tuple, bias: Any, eps: float, gelu: bool,
-    needed: list[bool], **kwargs: Any,
+    needed: list[bool], *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     return product_flops(x, weight, any(needed[:3]), needed[3])
 
@@ -156,7 +159,7 @@ LINEAR_BACKWARD = define(
 )
 LAYERNORM_LINEAR_BACKWARD = define(
     "layernorm_linear_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, "
-    "Tensor? bias, float eps, bool gelu, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? bias, float eps, bool gelu, bool[] needed, Tensor? added) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_layernorm_linear_backward_kernel,
     reference=reference_backward.layernorm_linear_backward,
     fake=_layernorm_linear_backward_fake,
@@ -199,15 +202,16 @@ def layernorm_linear_backward(
     eps: float = 1e-5,
     gelu: bool = False,
     needed: tuple[bool, bool, bool, bool, bool] = (True,) * 5,
+    added: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of `layernorm_linear(x, norm_weight, norm_bias, weight, bias, eps, gelu)`; as `linear_backward`.
 
     Args:
         grad: of the result, (..., d_out), the type of weight. The others: as forward.
-        needed: which of the gradients of the five tensors are.
+        needed: which of the gradients of the five tensors are. added: (..., d), added to that of x.
     Returns:
         One gradient for each of them, of its shape and type; what is not needed or not there has no elements.
     """
-    launch.check_device(grad, x, norm_weight, norm_bias, weight, bias)
+    launch.check_device(grad, x, norm_weight, norm_bias, weight, bias, added)
     forbid_forward_mode()
-    return LAYERNORM_LINEAR_BACKWARD(grad, x, norm_weight, norm_bias, weight, bias, eps, gelu, needed)
+    return LAYERNORM_LINEAR_BACKWARD(grad, x, norm_weight, norm_bias, weight, bias, eps, gelu, needed, added)

@@ -84,12 +84,17 @@ def layernorm_linear_backward(
     eps: float = 1e-5,
     gelu: bool = False,
     needed: Sequence[bool] = (True,) * 5,
+    added: torch.Tensor | None = None,
 ) -> Gradients:
-    """Of x, norm_weight, norm_bias, weight and bias, for grad (..., d_out) of `reference.layernorm_linear`."""
+    """Of x, norm_weight, norm_bias, weight and bias, for grad (..., d_out) of `reference.layernorm_linear`.
+
+    added: (..., d), added to that of x.
+    """
     of_normed, *others = linear_backward(grad, _normed(x, norm_weight, norm_bias, eps, weight), weight, bias, gelu)
-    of_norm = layernorm_backward(of_normed.to(x.dtype), x, norm_weight, norm_bias.dtype, eps)
+    dx, *of_norm = layernorm_backward(of_normed.to(x.dtype), x, norm_weight, norm_bias.dtype, eps)
+    dx = dx if added is None else dx + added
     types = (x.dtype, norm_weight.dtype, norm_bias.dtype, weight.dtype, None if bias is None else bias.dtype)
-    return _needed((*of_norm, *others), types, needed)
+    return _needed((dx, *of_norm, *others), types, needed)
 
 
 def _normed(x, norm_weight, norm_bias, eps, like) -> torch.Tensor:
@@ -117,34 +122,3 @@ def layernorm_mlp_backward(
     dx, *of_norm = layernorm_backward(of_normed.to(x.dtype), x, norm_weight, norm_bias.dtype, eps)
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_weight)
     return _needed((dx + grad, *of_norm, *of_fc1, *of_fc2), [t.dtype for t in tensors], needed)
-
-
-def attention_half_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    qkv_weight: torch.Tensor,
-    qkv_bias: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    qkv: torch.Tensor,
-    heads: int,
-    eps: float = 1e-5,
-    needed: Sequence[bool] = (True,) * 7,
-) -> Gradients:
-    """Of x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight and bias, for grad (..., d) of x + linear(o).
-
-    o, lse: `reference.attention_lse` of qkv = `reference.layernorm_linear` of x, which may have no elements.
-    """
-    norm = norm_weight, norm_bias
-    if qkv.numel() == 0:
-        qkv = F.linear(_normed(x, *norm, eps, qkv_weight), qkv_weight, qkv_bias)
-    do, *of_proj = linear_backward(grad, o, weight, bias)
-    d_qkv = reference.attention_backward(do, qkv, o, lse, None, heads)
-    dx, *others = layernorm_linear_backward(d_qkv, x, *norm, qkv_weight, qkv_bias, eps)
-    tensors = (x, *norm, qkv_weight, qkv_bias, weight, bias)
-    types = [None if t is None else t.dtype for t in tensors]
-    return _needed((dx + grad, *others, *of_proj), types, needed)

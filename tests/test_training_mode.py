@@ -70,6 +70,17 @@ def test_stochastic_depth_drops_either_branch_of_a_block_on_its_own():
     assert torch.bincount(distance.argmin(0), minlength=4).min() > 4
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4)])
+def test_a_branch_that_was_added_already_is_dropped_as_it_would_have_been(shape):
+    drop, x, branch = DropPath(0.5).train(), torch.randn(shape), torch.randn(shape)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        want = x + drop(branch)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(drop.between(x, x + branch), want)
+    assert drop.eval().between(x, branch) is branch
+
+
 @torch.no_grad()
 def test_mlp_drops_activations_and_then_outputs():
     torch.manual_seed(0)

@@ -101,7 +101,7 @@ def layernorm_mlp_args(dtype, B=2, N=5):
 
 def layernorm_mlp_backward_args(dtype, B=2, N=5):
     *tensors, _, eps = layernorm_mlp_args(dtype, B, N)
-    return randn(B, N, 32, seed=7, dtype=dtype), *tensors, eps, [True] * 7
+    return randn(B, N, 32, seed=8, dtype=dtype), *tensors, eps, [True] * 7
 
 
 def mask_head_args(dtype, B=2, N=5):
@@ -149,6 +149,7 @@ SAMPLES = {
         layernorm_linear_backward_args, lambda B, N: 4 * B * N * 32 * 48, FP32, (0, 1), bitwise=False
     ),
     "layernorm_mlp": Sample(layernorm_mlp_args, lambda B, N: 4 * B * N * 32 * 64, FP32),  # as x, its residual
+    "layernorm_mlp_hidden": Sample(layernorm_mlp_args, lambda B, N: 4 * B * N * 32 * 64, FP32, bitwise=False),
     "layernorm_mlp_backward": Sample(
         layernorm_mlp_backward_args, lambda B, N: 8 * B * N * 32 * 64, FP32, (0, 1), bitwise=False
     ),
@@ -186,6 +187,7 @@ def definition(name):
 def public(name):
     elsewhere = {"attention_lse": "attention", "cross_attention": "attention", "layernorm_linear": "linear"}
     elsewhere |= {"windows_argmax": "upsample_argmax", "cross_attention_lse": "attention"}
+    elsewhere |= {"layernorm_mlp_hidden": "layernorm_mlp"}
     elsewhere |= {"cross_attention_backward": "attention_backward", "layernorm_linear_backward": "linear_backward"}
     functions = importlib.import_module(f"segmenter.kernels.{elsewhere.get(name, name)}")
     if name.endswith("_lse"):

@@ -318,7 +318,7 @@ _attention_lse = define(
     flops=_packed_flops,
     autocast=_cast_all,
     backward=_attention_lse_backward,
-    keep_results=True,
+    keep_results=(0, 1),
 )
 _cross_attention = define(
     "cross_attention(Tensor q, Tensor k, Tensor v, float scale) -> Tensor",
@@ -337,7 +337,7 @@ _cross_attention_lse = define(
     flops=_cross_flops,
     autocast=_cast_all,
     backward=_cross_attention_lse_backward,
-    keep_results=True,
+    keep_results=(0, 1),
 )
 
 

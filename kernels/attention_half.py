@@ -54,9 +54,11 @@ def _flops(x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads,
     return 2 * B * N * d * 4 * inner + 4 * B * N * N * inner
 
 
-def _backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
+def _backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple | None:
     x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps, keep_qkv = inputs
-    (_, o, lse, qkv), grad = outputs, grads[0]
+    (o, lse, qkv), (grad, *others) = outputs, grads
+    if grad is None or any(g is not None for g in others):  # results that no public function returns
+        return None
     of_qkv = any(needed[:5])
     d_o, *of_proj = LINEAR_BACKWARD(grad, o, weight, bias, False, [of_qkv, *needed[5:7]])
     if not of_qkv:
@@ -77,7 +79,7 @@ _attention_half = define(
     flops=_flops,
     autocast=lambda dtype, args: (*args[:3], *(None if t is None else t.to(dtype) for t in args[3:7]), *args[7:]),
     backward=_backward,
-    keep_results=True,
+    keep_results=(1, 2, 3),
 )
 
 

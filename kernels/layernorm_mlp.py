@@ -13,18 +13,23 @@ Statistics and accumulators are float32; the hidden layer is rounded to the weig
 
 Limits: any width; "single" needs one that is a power of two or the sum of two (192, 384), half types, and weights on
 16-byte boundaries are fastest.
-Reference: `reference.layernorm_mlp`. Test: tests/kernels/test_layernorm_mlp.py.
+A gradient computes the hidden layer again, or `layernorm_mlp_hidden` keeps it: see kernels/layernorm_mlp_backward.py.
+
+Reference: `reference.layernorm_mlp`, `reference_backward.layernorm_mlp_hidden`. Test:
+tests/kernels/test_layernorm_mlp.py.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from segmenter.kernels import configs, launch, reference
+from segmenter.kernels import configs, launch, reference, reference_backward
 from segmenter.kernels.blocks import fits_rows, gelu, gelu_form, load_tile, normalised_rows, power_of_two_columns
 from segmenter.kernels.checks import as_rows, check_affine, check_linear, check_types
+from segmenter.kernels.layernorm import run as run_layernorm
 from segmenter.kernels.layernorm_mlp_backward import LAYERNORM_MLP_BACKWARD
 from segmenter.kernels.linear import linear_flops, normalised_product, product
 from segmenter.kernels.operators import define, forbid_forward_mode
@@ -154,7 +159,8 @@ def _check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
         )
 
 
-def _layernorm_mlp_kernel(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps) -> torch.Tensor:
+def _check_all(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
+    """Raises KernelError or ValueError unless devices, types and shapes fit together."""
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     launch.check_device(x, *parameters)
     launch.check_floats("x", x)
@@ -162,17 +168,39 @@ def _layernorm_mlp_kernel(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_w
     launch.check_floats("fc2_weight", fc2_weight, (fc1_weight.dtype,))
     launch.check_floats("fc2_bias", fc2_bias, (fc1_weight.dtype,))
     _check(x, *parameters)
+
+
+def _layernorm_mlp_kernel(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps) -> torch.Tensor:
+    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    _check_all(x, *parameters)
     return run(as_rows(x), *(launch.rows_contiguous(t) for t in parameters), eps).view(x.shape)
 
 
+def _layernorm_mlp_hidden_kernel(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps) -> tuple:
+    """The result, and fc1(layer_norm(x)) before the GELU."""
+    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    _check_all(x, *parameters)
+    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = map(launch.rows_contiguous, parameters)
+    rows = as_rows(x)
+    normed = run_layernorm(rows, norm_weight, norm_bias, eps, fc1_weight.dtype)
+    a = launch.call(F.linear, normed, fc1_weight, fc1_bias)
+    y = product(launch.call(F.gelu, a), fc2_weight, fc2_bias, rows)
+    return y.view(x.shape), a.view(*x.shape[:-1], fc1_weight.shape[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Operator
+# Operators
 
 
 def _layernorm_mlp_fake(x: torch.Tensor, *args: Any) -> torch.Tensor:
     parameters = args[:6]
     _check(x, *parameters)
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, parameters[4].dtype))
+
+
+def _layernorm_mlp_hidden_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    a = x.new_empty(*x.shape[:-1], args[2].shape[0], dtype=args[2].dtype)
+    return _layernorm_mlp_fake(x, *args), a
 
 
 def _layernorm_mlp_reference(x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, *args: Any):
@@ -193,6 +221,13 @@ def _layernorm_mlp_backward(inputs: tuple, outputs: tuple, grads: tuple, needed:
     return *LAYERNORM_MLP_BACKWARD(*grads, *tensors, eps, needed[:7]), None
 
 
+def _layernorm_mlp_hidden_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> Any:
+    (*tensors, _, eps), (grad, of_hidden) = inputs, grads
+    if grad is None or of_hidden is not None:
+        return None
+    return *LAYERNORM_MLP_BACKWARD(grad, *tensors, eps, needed[:7], *outputs), None
+
+
 _layernorm_mlp = define(
     "layernorm_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias,"
     " Tensor fc2_weight, Tensor fc2_bias, float eps) -> Tensor",
@@ -202,6 +237,19 @@ _layernorm_mlp = define(
     flops=_layernorm_mlp_flops,
     autocast=lambda dtype, args: (*args[:3], *(t.to(dtype) for t in args[3:7]), args[7]),
     backward=_layernorm_mlp_backward,
+)
+
+
+_layernorm_mlp_hidden = define(
+    "layernorm_mlp_hidden(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias,"
+    " Tensor fc2_weight, Tensor fc2_bias, float eps) -> (Tensor, Tensor)",
+    kernel=_layernorm_mlp_hidden_kernel,
+    reference=reference_backward.layernorm_mlp_hidden,
+    fake=_layernorm_mlp_hidden_fake,
+    flops=_layernorm_mlp_flops,
+    autocast=lambda dtype, args: (*args[:3], *(t.to(dtype) for t in args[3:7]), args[7]),
+    backward=_layernorm_mlp_hidden_backward,
+    keep_results=(1,),
 )
 
 
@@ -231,3 +279,26 @@ def layernorm_mlp(
     launch.check_device(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     forbid_forward_mode()
     return _layernorm_mlp(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps)
+
+
+def layernorm_mlp_hidden(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`layernorm_mlp`, and the hidden layer before its GELU, which is kept: the gradient has one product less.
+
+    Args, Raises: as `layernorm_mlp`.
+    Returns:
+        What that returns, and fc1(layer_norm(x)), (..., d_ff), the type of the weights.
+
+    With a gradient of the second result, gradients are the eager reference's.
+    """
+    launch.check_device(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    forbid_forward_mode()
+    return _layernorm_mlp_hidden(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps)

@@ -11,8 +11,9 @@ dfc1 = dA^T xn, dxn = dA fc1, dx = dY + the LayerNorm's gradient of dxn. In the 
 - cuBLASLt: dfc2, dfc1, dxn.
 - kernels/layernorm_backward.py: dx, with dY added before it is rounded, and the LayerNorm's parameters.
 
-Only the arguments are kept for the backward pass: of what depends on the tokens, x. What is computed again costs one
-product more, fc1's, a tenth of a block's products forward and backward.
+Only the arguments need be kept for the backward pass: of what depends on the tokens, x. What is computed again costs
+one product more, fc1's, a tenth of a block's products forward and backward. `layernorm_mlp_hidden` keeps a, four times
+as much as x, and only the LayerNorm is computed again.
 Reference: `reference_backward.layernorm_mlp_backward`. Test: tests/kernels/test_layernorm_mlp_backward.py.
 """
 
@@ -36,6 +37,7 @@ def run(
     norm: tuple[torch.Tensor, torch.Tensor],
     fc1: tuple[torch.Tensor, torch.Tensor],
     fc2_weight: torch.Tensor,
+    pre_activation: torch.Tensor | None,
     eps: float,
     needed: Sequence[bool],
 ) -> Gradients:
@@ -43,13 +45,15 @@ def run(
 
     Args:
         grad, x: (M, d), dense rows. norm: weight and bias, fc1: weight and bias, fc2_weight: dense rows.
+        pre_activation: a (M, d_ff), contiguous, if it was kept.
     """
     dtype, of_rows, of_hidden = fc2_weight.dtype, any(needed[:3]), any(needed[:5])
     rounded, d_fc2_bias = column_sums.passed_on(grad, dtype, dtype if needed[6] else None)
     if not (of_hidden or needed[5]):
         return *(None,) * 6, d_fc2_bias
-    normed = run_layernorm(x, *norm, eps, dtype)
-    pre_activation = launch.call(F.linear, normed, *fc1)
+    normed = run_layernorm(x, *norm, eps, dtype) if pre_activation is None or needed[3] else None
+    if pre_activation is None:
+        pre_activation = launch.call(F.linear, normed, *fc1)
     of_norm: Gradients = (None,) * 3
     if not of_hidden:
         h = launch.call(F.gelu, pre_activation)
@@ -68,20 +72,26 @@ def run(
 
 
 def _layernorm_mlp_backward_kernel(
-    grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, eps, needed
+    grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, eps, needed, pre_activation=None
 ) -> tuple[torch.Tensor, ...]:
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
-    launch.check_device(grad, x, *parameters)
+    launch.check_device(grad, x, *parameters, pre_activation)
     check_mlp(x, *parameters)
     check_grad(grad, x.shape, torch.promote_types(x.dtype, fc2_weight.dtype))
     norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight = (launch.rows_contiguous(t) for t in parameters)
     norm, fc1 = (norm_weight, norm_bias), (fc1_weight, fc1_bias)
-    dx, *others = run(as_rows(grad), as_rows(x), norm, fc1, fc2_weight, eps, needed)
+    if pre_activation is not None:
+        launch.check_floats("pre_activation", pre_activation, (fc1_weight.dtype,))
+        hidden = (*x.shape[:-1], fc1_weight.shape[0])
+        if pre_activation.shape != hidden:
+            raise ValueError(f"pre_activation must be {hidden}, got {tuple(pre_activation.shape)}")
+        pre_activation = as_rows(launch.contiguous(pre_activation))
+    dx, *others = run(as_rows(grad), as_rows(x), norm, fc1, fc2_weight, pre_activation, eps, needed)
     return or_empty((None if dx is None else dx.view(x.shape), *others), x)
 
 
 def _layernorm_mlp_backward_fake(
-    grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, eps, needed
+    grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, eps, needed, pre_activation=None
 ) -> tuple[torch.Tensor, ...]:
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
     shapes = (*(t.shape for t in tensors), x.shape[-1:])
@@ -90,7 +100,7 @@ def _layernorm_mlp_backward_fake(
 
 def _layernorm_mlp_backward_flops(
     grad: Any, x: tuple, norm_weight: Any, norm_bias: Any, fc1_weight: tuple, fc1_bias: Any, fc2_weight: Any,
-    eps: float, needed: list[bool], **kwargs: Any,
+    eps: float, needed: list[bool], pre_activation: Any = None, **kwargs: Any,
 ) -> int:  # fmt: skip
     of_fc2 = product_flops(x, fc1_weight, any(needed[:5]), needed[5])
     return of_fc2 + product_flops(x, fc1_weight, any(needed[:3]), needed[3])
@@ -98,7 +108,7 @@ def _layernorm_mlp_backward_flops(
 
 LAYERNORM_MLP_BACKWARD = define(
     "layernorm_mlp_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, "
-    "Tensor fc1_bias, Tensor fc2_weight, float eps, bool[] needed) "
+    "Tensor fc1_bias, Tensor fc2_weight, float eps, bool[] needed, Tensor? pre_activation=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_layernorm_mlp_backward_kernel,
     reference=reference_backward.layernorm_mlp_backward,
@@ -118,12 +128,14 @@ def layernorm_mlp_backward(
     fc2_weight: torch.Tensor,
     eps: float = 1e-5,
     needed: Sequence[bool] = (True,) * 7,
+    pre_activation: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `layernorm_mlp`, which calls it by itself in a backward pass.
 
     Args:
         grad: of the result, (..., d), the type of x, or of the weights if that is wider. The others: as forward.
         needed: which of the gradients of x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight and fc2_bias are.
+        pre_activation: fc1(layer_norm(x)), (..., d_ff), the type of the weights, or None to compute it again.
     Returns:
         One gradient for each of these seven, of its shape and type; what is not needed has no elements.
     Raises:
@@ -132,4 +144,4 @@ def layernorm_mlp_backward(
     launch.check_device(grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
     forbid_forward_mode()
     args = (grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
-    return LAYERNORM_MLP_BACKWARD(*args, eps, needed)
+    return LAYERNORM_MLP_BACKWARD(*args, eps, needed, pre_activation)

@@ -39,7 +39,7 @@ def define(
     autocast: Callable[[torch.dtype, tuple], tuple],
     autocast_result: Callable[[Any], Any] | None = None,
     backward: Callable[[tuple, tuple, tuple, tuple], tuple] | None = None,
-    keep_results: bool = False,
+    keep_results: tuple[int, ...] = (),
 ) -> Any:
     """Registers an operator and returns its overload, `torch.ops.segmenter.NAME.default`.
 
@@ -50,8 +50,9 @@ def define(
         autocast: (the autocast dtype, the arguments) -> the arguments to call with.
         autocast_result: applied to the result under autocast, for what eager returns in float32 there.
         backward: (arguments, results, gradients of the results or None, which arguments need one) -> gradients of the
-            arguments, in place of the reference's where kernels run; anything for those that need none.
-        keep_results: whether the results are kept for `backward`, which otherwise is given none of them.
+            arguments, in place of the reference's where kernels run; anything for those that need none. None: the
+            reference's all the same.
+        keep_results: which of the results are kept for `backward`, by their numbers; it is given these.
     """
     name = schema.split("(")[0]
     HOST_FUNCTIONS[name], REFERENCES[name], kernel = kernel, reference, Repeated(kernel)
@@ -84,12 +85,12 @@ def differentiated(*tensors: torch.Tensor) -> bool:
     return wanted and not torch.compiler.is_exporting()
 
 
-def _register_autograd(qualified: str, reference: Callable, by_kernels: Callable | None, keep: bool) -> None:
+def _register_autograd(qualified: str, reference: Callable, by_kernels: Callable | None, keep: tuple[int, ...]) -> None:
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
         ctx.others = [None if is_tensor else x for x, is_tensor in zip(inputs, ctx.is_tensor, strict=True)]
-        results = () if not keep else output if isinstance(output, tuple) else (output,)
-        ctx.save_for_backward(*[x for x in inputs if isinstance(x, torch.Tensor)], *results)
+        results = output if isinstance(output, tuple) else (output,)
+        ctx.save_for_backward(*[x for x in inputs if isinstance(x, torch.Tensor)], *(results[i] for i in keep))
         ctx.set_materialize_grads(by_kernels is None)
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
@@ -102,7 +103,8 @@ def _register_autograd(qualified: str, reference: Callable, by_kernels: Callable
             return (None,) * len(inputs)
         if by_kernels is not None and not create_graph and (upstream[0].is_cuda or INTERPRETED):
             found = by_kernels(tuple(inputs), tuple(saved), grads, tuple(ctx.needs_input_grad))
-            return tuple(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=True))
+            if found is not None:
+                return tuple(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=True))
         # The fused backends of scaled_dot_product_attention have no second derivative.
         backend = sdpa_kernel(SDPBackend.MATH) if create_graph else contextlib.nullcontext()
         with torch.enable_grad(), backend:

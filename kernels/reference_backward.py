@@ -112,13 +112,29 @@ def layernorm_mlp_backward(
     fc2_weight: torch.Tensor,
     eps: float = 1e-5,
     needed: Sequence[bool] = (True,) * 7,
+    pre_activation: torch.Tensor | None = None,
 ) -> Gradients:
     """Of x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight and fc2_bias, for grad (..., d) of
     `reference.layernorm_mlp`. The bias of fc2 has the type of its weight."""
     normed = _normed(x, norm_weight, norm_bias, eps, fc1_weight)
-    h = F.gelu(F.linear(normed, fc1_weight, fc1_bias))
-    dh, *of_fc2 = linear_backward(grad, h, fc2_weight, fc1_bias)  # without a GELU, any bias
-    of_normed, *of_fc1 = linear_backward(dh, normed, fc1_weight, fc1_bias, True)
+    a = F.linear(normed, fc1_weight, fc1_bias) if pre_activation is None else pre_activation
+    dh, *of_fc2 = linear_backward(grad, F.gelu(a), fc2_weight, fc1_bias)  # without a GELU, any bias
+    of_normed, *of_fc1 = linear_backward(torch.ops.aten.gelu_backward(dh, a), normed, fc1_weight, fc1_bias)
     dx, *of_norm = layernorm_backward(of_normed.to(x.dtype), x, norm_weight, norm_bias.dtype, eps)
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_weight)
     return _needed((dx + grad, *of_norm, *of_fc1, *of_fc2), [t.dtype for t in tensors], needed)
+
+
+def layernorm_mlp_hidden(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    eps: float = 1e-5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.layernorm_mlp`, and what its gradient may have been kept of it: fc1(layer_norm(x)), (..., d_ff)."""
+    a = F.linear(_normed(x, norm_weight, norm_bias, eps, fc1_weight), fc1_weight, fc1_bias)
+    return reference.linear(F.gelu(a), fc2_weight, fc2_bias, residual=x).contiguous(), a.contiguous()

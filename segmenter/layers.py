@@ -224,9 +224,13 @@ def _attention_half(
     return ops.linear(ops.attention(qkv, heads), weight, bias, residual=x)
 
 
-def fused_mlp(x: torch.Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, ops: Operators) -> torch.Tensor:
-    """The second half: x + fc2(gelu(fc1(norm(x)))), in one operator."""
+def fused_mlp(
+    x: torch.Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, ops: Operators, keep_hidden: bool = False
+) -> torch.Tensor:
+    """The second half: x + fc2(gelu(fc1(norm(x)))), in one operator. keep_hidden: for the backward pass of kernels."""
     parameters = (*_weight_and_bias(norm), *_weight_and_bias(fc1), *_weight_and_bias(fc2))
+    if keep_hidden and ops.layernorm_mlp_hidden is not None and torch.is_grad_enabled():
+        return ops.layernorm_mlp_hidden(x, *parameters, norm.eps)[0]
     return ops.compose(_mlp_half, x, *parameters, norm.eps)
 
 
@@ -292,7 +296,7 @@ class Block(OperatorModule):
             x = x + self.drop_path(self._attended(self.norm1(x), mask, False))
         if mlp is None:
             inner = layers["mlp"]._modules
-            y = fused_mlp(x, layers["norm2"], inner["fc1"], inner["fc2"], ops)
+            y = fused_mlp(x, layers["norm2"], inner["fc1"], inner["fc2"], ops, self.recompute < 1)
             return self.drop_path.between(x, y) if drops else y
         return x + self.drop_path(self.mlp(self.norm2(x)))
 

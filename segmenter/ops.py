@@ -36,7 +36,9 @@ class Operators(NamedTuple):
     mask_head: Callable
     pixels_to_tokens: Callable
     windows_argmax: Callable
-    attention_half: Callable | None = None  # half a block as one operator, which kernels have for its gradient
+    # what kernels have besides, for the sake of gradients: half a block, and an MLP with its hidden layer
+    attention_half: Callable | None = None
+    layernorm_mlp_hidden: Callable | None = None
 
     def on(self, x: torch.Tensor) -> "Operators":
         """The operators for this input: these, whatever it is."""
@@ -144,7 +146,7 @@ def load_kernels() -> Operators:
     if not KERNELS:
         from segmenter.kernels.attention import attention
         from segmenter.kernels.attention_half import attention_half
-        from segmenter.kernels.layernorm_mlp import layernorm_mlp
+        from segmenter.kernels.layernorm_mlp import layernorm_mlp, layernorm_mlp_hidden
         from segmenter.kernels.linear import layernorm_linear, linear
         from segmenter.kernels.mask_head import mask_head
         from segmenter.kernels.pixels_to_tokens import normalized_pixels_to_tokens
@@ -161,6 +163,7 @@ def load_kernels() -> Operators:
                 normalized_pixels_to_tokens,
                 windows_argmax,
                 attention_half,
+                layernorm_mlp_hidden,
             )
         )
     return KERNELS[0]

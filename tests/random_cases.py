@@ -197,7 +197,7 @@ def layernorm_backward_case(draw: Draw) -> Case:
     added = draw.tensor(*shape, d, dtype=dtype) if draw.maybe(0.4) else None
     which, eps = draw.choice((0, 0, 1, 2)), draw.choice((1e-5, 1e-6, 0.1))
     needed = tuple(i == which or draw.maybe(0.5) for i in range(3))
-    config = configs_backward.SumsConfig(draw.choice((1, 2, 8)), draw.choice((32, 64, 256)), 4, draw.choice((1, 2, 5)))
+    config = configs_backward.SumsConfig(draw.choice((4, 8)), draw.choice((128, 256)), 4, draw.choice((1, 2, 5)))
 
     def call(grad, x, weight, added):
         if added is None:

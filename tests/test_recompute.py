@@ -46,7 +46,7 @@ def gradients(module, x):
     return torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
 
 
-@pytest.mark.parametrize(("level", "each"), zip(LEVELS, (20, 12, 6, 2), strict=True))
+@pytest.mark.parametrize(("level", "each"), [*enumerate((20, 12, 6, 2))])
 def test_bytes(level, each):
     module = block()
     module.recompute = level
@@ -90,10 +90,10 @@ def test_stochastic_depth_is_the_same_as_layer_by_layer():
         assert (ours - without).norm() > 0.1 * without.norm()
 
 
-def test_models(monkeypatch):
-    """A level holds for every block, and training gives what eager PyTorch gives."""
+def test_models():
+    """A level holds for every block, and gradients are those of eager PyTorch."""
     base = tiny_model()
-    model = create_segmenter(base.config, impl="triton").to(DEVICE)
+    model = create_segmenter(base.config, impl="triton").to(DEVICE).eval()
     model.load_state_dict(base.state_dict())
     assert model.recompute(2) is model
     assert {b.recompute for b in model.modules() if isinstance(b, Block)} == {2}

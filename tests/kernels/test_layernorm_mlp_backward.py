@@ -5,9 +5,17 @@ import itertools
 import pytest
 import torch
 
-from segmenter.kernels import configs, configs_backward, gelu_backward, launch, layernorm_mlp_backward, reference
+from segmenter.kernels import (
+    configs,
+    configs_backward,
+    gelu_backward,
+    launch,
+    layernorm_mlp_backward,
+    reference,
+    reference_backward,
+)
 from segmenter.kernels.launch import KernelError
-from segmenter.kernels.layernorm_mlp import layernorm_mlp
+from segmenter.kernels.layernorm_mlp import layernorm_mlp, layernorm_mlp_hidden
 from tests.kernels.test_layernorm_mlp import mlp_args
 from tests.support.gradients import check_gradients, doubled, gradients
 from tests.support.huge_offsets import FAR, far_apart
@@ -152,6 +160,54 @@ def test_what_is_kept():
     assert sorted(sizes) == sorted(t.nbytes for t in args)
 
 
+@by_dtype
+@pytest.mark.parametrize("stream", [None, FP32], ids=str)
+def test_kept_hidden_layer(dtype, stream, guarded_outputs):
+    """The same gradients, of what the forward pass returns besides its result."""
+    args, grad = mlp_args(37, 48, dtype, hidden=100, stream=stream), randn(37, 48, seed=9, dtype=stream or dtype)
+
+    def kept(*inputs):
+        return layernorm_mlp_hidden(*inputs)[0]
+
+    check_gradients(kept, definition, args, grad, terms=137, max_ratio=3.0)
+    for only in SUBSETS:
+        ours, again = (gradients(f, args, grad, only) for f in (kept, layernorm_mlp))
+        for i in only:
+            eps = torch.finfo(again[i].dtype).eps
+            torch.testing.assert_close(ours[i], again[i], rtol=4 * eps, atol=4 * eps * again[i].abs().max().item())
+
+
+def test_what_is_kept_with_the_hidden_layer():
+    """Level 0 of the memory that training may use: x and the hidden layer, not the result."""
+    sizes = []
+    args = list(mlp_args(9, 48, FP16, hidden=32))
+    args[0].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        layernorm_mlp_hidden(*args)
+    assert sorted(sizes) == sorted([*(t.nbytes for t in args), 2 * 9 * 32])
+    y, a = layernorm_mlp_hidden(*args)
+    with torch.no_grad():
+        a.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_gradient_of_the_hidden_layer_is_the_references():
+    args, of_y, of_a = mlp_args(9, 48, FP32, hidden=32), randn(9, 48, seed=8), randn(9, 32, seed=9)
+
+    def both(function):
+        def call(*inputs):
+            y, a = function(*inputs)
+            return (y * of_y).sum() + (a * of_a).sum()
+
+        return call
+
+    ours = gradients(both(layernorm_mlp_hidden), args, torch.ones(()))
+    want = gradients(both(reference_backward.layernorm_mlp_hidden), args, torch.ones(()))
+    for o, w in zip(ours, want, strict=True):
+        torch.testing.assert_close(o, w, rtol=1e-4, atol=1e-4)
+
+
 BAD_CALLS = [
     (0, lambda t: t.half(), KernelError, "grad must be one of float32, got torch.float16"),
     (0, lambda t: t[1:], ValueError, r"grad must be .5, 48., got .4, 48."),
@@ -160,16 +216,18 @@ BAD_CALLS = [
     (5, lambda t: t.half(), KernelError, "bias must be one of float32"),
     (6, lambda t: t[1:], ValueError, r"fc2_weight must be .48, 32., got .47, 32."),
     (6, lambda t: t.half(), KernelError, "fc2_weight must be one of float32"),
+    (7, lambda t: t[1:], ValueError, r"pre_activation must be .5, 32., got .4, 32."),
+    (7, lambda t: t.half(), KernelError, "pre_activation must be one of float32"),
     (2, lambda t: t.to("meta"), KernelError, "one device"),
 ]
 
 
 @pytest.mark.parametrize(("at", "change", "error", "message"), BAD_CALLS, ids=range(len(BAD_CALLS)))
 def test_bad_calls(at, change, error, message):
-    args = [randn(5, 48, seed=9), *mlp_args(5, 48, FP32, hidden=32)[:6]]
+    args = [randn(5, 48, seed=9), *mlp_args(5, 48, FP32, hidden=32)[:6], randn(5, 32, seed=10)]
     args[at] = change(args[at])
     with pytest.raises(error, match=message):
-        layernorm_mlp_backward.layernorm_mlp_backward(*args)
+        layernorm_mlp_backward.layernorm_mlp_backward(*args[:7], pre_activation=args[7])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

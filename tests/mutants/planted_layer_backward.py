@@ -181,8 +181,8 @@ LAYER_BACKWARD = [
         ("tests/kernels/test_layernorm_backward.py",),
         {
             "results_kept_that_nothing_reads": (
-                "        results = () if not keep else",
-                "        results = () if by_kernels is None else",
+                "*(results[i] for i in keep))",
+                "*(() if by_kernels is None else results))",
             ),
         },
     ),

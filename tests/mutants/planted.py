@@ -17,6 +17,7 @@ from tests.mutants.planted_labels import (
 )
 from tests.mutants.planted_layer_backward import LAYER_BACKWARD
 from tests.mutants.planted_loss import LOSS
+from tests.mutants.planted_recompute import RECOMPUTE
 from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
 from tests.mutants.planted_tune import TUNE
@@ -472,6 +473,7 @@ MUTANTS = [
     *FOLDING,
     *CACHE,
     *GUARD,
+    *RECOMPUTE,
     *REPEAT,
     *LABELS_KERNEL,
     *UPSAMPLE_TILES,

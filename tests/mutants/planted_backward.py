@@ -78,10 +78,6 @@ ATTENTION_BACKWARD = [
         "kernels/attention.py",
         ("tests/kernels/test_attention_backward.py",),
         {
-            "lse_kept_without_gradients": (
-                "    wanted = torch.is_grad_enabled() and any(",
-                "    wanted = any(",
-            ),
             "all_gradients_for_each": (
                 "need_q, need_kv = needed[0], needed[1] or needed[2]",
                 "need_q, need_kv = True, True",

@@ -87,9 +87,9 @@ class Segmenter(OperatorModule):
         2: 6. Queries, keys and values as well.
         3: 2. Everything: whole blocks, by torch.utils.checkpoint.
 
-        From 1 on gradients are the same bit for bit. 0 to 2 are levels of the kernels; eager PyTorch keeps what it keeps, unless it is 3. Dropout of a layer makes
-        its half of a block run layer by layer, which keeps more. Parameters are not counted, nor what is kept of a
-        block of another class.
+        From 1 on gradients are the same bit for bit. 0 to 2 are levels of the kernels; eager PyTorch keeps what it
+        keeps, unless it is 3. Dropout of a layer makes its half of a block run layer by layer, which keeps more.
+        Parameters are not counted, nor what is kept of a block of another class.
 
         Raises:
             ValueError: no such level.

@@ -82,6 +82,16 @@ def test_a_branch_that_was_added_already_is_dropped_as_it_would_have_been(shape)
 
 
 @torch.no_grad()
+def test_without_kernels_a_branch_is_dropped_before_it_is_added_as_in_the_published_code():
+    block, x = Block(64, 1, 128, dropout=0.0, drop_path=0.5).train(), torch.randn(9, 3, 64)
+    torch.manual_seed(0)
+    y = x + block.drop_path(block.attn.attend(block.norm1(x)))
+    want = y + block.drop_path(block.mlp(block.norm2(y)))
+    torch.manual_seed(0)
+    assert torch.equal(block(x), want)
+
+
+@torch.no_grad()
 def test_mlp_drops_activations_and_then_outputs():
     torch.manual_seed(0)
     mlp = Mlp(32, 32, dropout=0.5).train()

@@ -123,8 +123,8 @@ LAYER_BACKWARD = [
                 "    normed = run_layernorm(x, *norm, eps, linear[0].dtype)\n",
             ),
             "bias_taken_for_the_weight_of_a_layernorm": (
-                "    return *layernorm_backward.run(d_normed, x, norm[0], eps, types), *others\n",
-                "    return *layernorm_backward.run(d_normed, x, norm[1], eps, types), *others\n",
+                "    return *layernorm_backward.run(d_normed, x, norm[0], eps, types, added), *others\n",
+                "    return *layernorm_backward.run(d_normed, x, norm[1], eps, types, added), *others\n",
             ),
         },
     ),

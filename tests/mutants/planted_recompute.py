@@ -77,7 +77,6 @@ RECOMPUTE = [
             "eager_drops_after_adding": (
                 'if name != "triton" and getattr',
                 'if name == "none" and getattr',
-                "Rounded otherwise than in the published code, by less than any test of gradients could tell.",
             ),
         },
     ),

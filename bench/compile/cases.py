@@ -27,6 +27,7 @@ from segmenter.kernels.layernorm import layernorm
 from segmenter.kernels.layernorm_mlp import layernorm_mlp
 from segmenter.kernels.linear import layernorm_linear, linear
 from segmenter.kernels.mask_head import mask_head
+from segmenter.kernels.mask_head_backward import mask_head_backward
 from segmenter.kernels.pixels_to_tokens import pixels_to_tokens
 from segmenter.kernels.upsample_argmax import upsample_argmax, windows_argmax
 from segmenter.kernels.upsample_cross_entropy import upsample_cross_entropy
@@ -138,6 +139,13 @@ def _backward_cases(add: Callable[..., None]) -> None:
             add(n == 1025 and d == 128, "attention_backward", "fp16 fp32 tf32", n=n, d=d)
     for n, m in ((1024, 150), (150, 1174)):
         add(True, "cross_attention_backward", "bf16", n=n, m=m)
+    for d in WIDTHS:
+        for n_cls in CLASSES:
+            small = d == 384 or n_cls == 150
+            add(small, "mask_head_backward", "bf16", n_cls=n_cls, d=d)
+            add(small and d == 384, "mask_head_backward", "fp16", n_cls=n_cls, d=d)
+    add(ARCHITECTURES, "mask_head_backward", "bf16", n_cls=300)
+    add(True, "mask_head_backward", "bf16", n_cls=150, stream="fp32")
 
 
 def _product_cases(add: Callable[..., None]) -> None:
@@ -229,6 +237,14 @@ def _mask_head(dtype: torch.dtype, n_cls: int, d: int = 768, batch: int = 2, pat
     return partial(mask_head, tokens[:, :patches], tokens[:, patches:], proj, proj, norm, norm)
 
 
+def _mask_head_backward(
+    dtype: torch.dtype, n_cls: int, d: int = 768, batch: int = 2, patches: int = 1024, stream: str = ""
+) -> partial:
+    dy, tokens, proj = _empty(dtype, (batch, patches, n_cls), (batch, patches + n_cls, d), (d, d))
+    norm = torch.empty(n_cls, dtype=DTYPES.get(stream, dtype))
+    return partial(mask_head_backward, dy, tokens[:, :patches], tokens[:, patches:], proj, proj, norm)
+
+
 def _labels(dtype: torch.dtype, n_cls: int, patch: int = 16, side: int = 640) -> partial:
     masks = torch.empty(2, -(-side // patch), -(-side // patch), n_cls, dtype=dtype)
     return partial(upsample_argmax, masks, (side, side))
@@ -275,6 +291,7 @@ CALLS: dict[str, Callable[..., partial]] = {
     "layernorm": _layernorm,
     "fold": lambda dtype, m, d: _layernorm_linear(dtype, m, d, gelu=True),
     "mask_head": _mask_head,
+    **dict.fromkeys(("mask_head_backward", "unit_rows", "partial_sums"), _mask_head_backward),
     "upsample_argmax": _labels,
     "upsample_cross_entropy": _loss,
     "windows_argmax": lambda dtype, n_cls: partial(

@@ -38,6 +38,10 @@ GRIDS: dict[str, dict[str, tuple]] = {
     "attention_delta": {"block_m": (16, 32, 64, 128), "num_warps": _WARPS},
     "mask_head": {"block_m": (32, 64, 128), "block_d": (16, 32, 64, 128, 256), "block_k": (16, 32, 64, 128),
                   "num_warps": (4, 8), "num_stages": _STAGES, "descriptors": _BOTH},
+    "mask_head_backward": {"block_m": (16, 32, 64, 128), "block_d": (16, 32, 64, 128), "num_warps": (4, 8, 16),
+                           "num_stages": _STAGES, "descriptors": _BOTH},
+    "unit_rows": {"elements": (1024, 2048, 4096, 8192), "num_warps": _WARPS},
+    "partial_sums": {"block_s": (8, 16, 32, 64), "block_n": (32, 64, 128, 256), "num_warps": _WARPS},
     "upsample_argmax": {"block_y": (64, 128, 256, 512, 1024), "num_warps": _WARPS},
     "upsample_cross_entropy": {"block_x": (1, 2, 4, 8, 16, 32), "num_warps": _WARPS},
     "layernorm": {"block_m": (1, 2, 4, 8, 16, 32, 64, 128), "num_warps": _WARPS},
@@ -59,6 +63,7 @@ _OPERATIONS_A_BYTE = 300  # of a large GPU's tensor cores and memory, to compare
 TINY = {
     **dict.fromkeys(("attention", "attention_delta", "attention_dkdv", "attention_dq"), {"n": 70, "heads": 2}),
     "mask_head": {"batch": 1, "patches": 40, "d": 64},
+    **dict.fromkeys(("mask_head_backward", "unit_rows", "partial_sums"), {"batch": 1, "patches": 40, "d": 64}),
     "upsample_argmax": {"side": 64},
     "upsample_cross_entropy": {"side": 32},
     "layernorm": {"m": 70},

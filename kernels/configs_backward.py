@@ -171,6 +171,38 @@ def partial_sums(architecture: str) -> PartialSumsConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The patch embedding's weights
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PatchWeightsConfig:
+    """Patches a step, rows and columns of the weights a program, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+PATCH_WEIGHTS = (
+    Row(ANY, "fp32", "", PatchWeightsConfig(16, 32, 32, 4, 2), {"batch": 8},
+        "Operands of ordinary multiply-adds fill the registers."),
+    Row(ANY, "tf32", "", PatchWeightsConfig(32, 64, 64, 4, 2), {"batch": 8},
+        "The gradient is transposed through registers."),
+    Row(NEW, "half", "", PatchWeightsConfig(64, 128, 128, 8, 3), {"batch": 8},
+        "As a plain product. Rows are walked over: their bytes are converted for each column block of the weights."),
+    Row(AMD, "half", "", PatchWeightsConfig(32, 64, 64, 4, 1), {"batch": 8}, "64 KB of shared memory."),
+    Row(ANY, "half", "", PatchWeightsConfig(32, 64, 128, 4, 3), {"batch": 8}, "101 KB, and mma.sync."),
+)  # fmt: skip
+
+
+def patch_weights(architecture: str, element_size: int, precision: str) -> PatchWeightsConfig:
+    """The configuration of the gradient of a patch embedding's weights."""
+    return configs.look_up(PATCH_WEIGHTS, architecture, configs.kind_of(element_size, precision)).config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
 
@@ -213,5 +245,6 @@ TABLES = configs.TABLES | {  # what is compiled row by row
     "unit_rows": UNIT_ROWS,
     "mask_head_backward": MASK_HEAD_BACKWARD,
     "partial_sums": PARTIAL_SUMS,
+    "patch_weights": PATCH_WEIGHTS,
     "upsample_cross_entropy": UPSAMPLE_CROSS_ENTROPY,
 }

@@ -100,9 +100,10 @@ def _cosines(A, C, b, m_0, k_0, n_patches, D: tl.constexpr, N_CLASSES: tl.conste
 
 
 @triton.jit
-def _gradient(DY, rows, offs_k, mask, N_CLASSES: tl.constexpr):
-    """A tile of the gradient of the masks, float32; 0 where there is no mask."""
-    return tl.load(DY + rows[:, None] * N_CLASSES + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+def _tile(X, row_0, offs_k, N_CLASSES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Pointers to BLOCK_M rows of masks; within the tile offsets are 32 bits, which take half the registers."""
+    rows = X + row_0 * N_CLASSES
+    return rows + (tl.arange(0, BLOCK_M)[:, None] * N_CLASSES + offs_k[None, :])
 
 
 @triton.jit
@@ -136,7 +137,9 @@ def _mask_head_stats_kernel(
         count = tl.minimum(N_CLASSES - k_0, K_PAD).to(tl.float32)
         slab_mean = tl.sum(s, 1) / count
         centred = tl.where(real[None, :], s - slab_mean[:, None], 0.0)
-        dy = _gradient(DY, rows, offs_k, (offs_m < n_patches)[:, None] & real[None, :], N_CLASSES)
+        pointers = _tile(DY, b.to(tl.int64) * n_patches + m_0, offs_k, N_CLASSES, BLOCK_M)
+        mask = (offs_m < n_patches)[:, None] & real[None, :]
+        dy = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         h = _weighted(dy, NormWeight, offs_k, real)
         slab_h = tl.sum(h, 1)
         step = slab_mean - mean
@@ -146,11 +149,11 @@ def _mask_head_stats_kernel(
         sum_h += slab_h
         mean += moved
     rstd = tl.rsqrt(squares * (1.0 / N_CLASSES) + eps)
-    mask = offs_m < n_patches
-    tl.store(Stats + rows, mean, mask=mask)
-    tl.store(Stats + n_rows + rows, rstd, mask=mask)
-    tl.store(Stats + 2 * n_rows + rows, sum_h * (1.0 / N_CLASSES), mask=mask)
-    tl.store(Stats + 3 * n_rows + rows, sum_hs * rstd * (1.0 / N_CLASSES), mask=mask)
+    here = offs_m < n_patches
+    tl.store(Stats + rows, mean, mask=here)
+    tl.store(Stats + n_rows + rows, rstd, mask=here)
+    tl.store(Stats + 2 * n_rows + rows, sum_h * (1.0 / N_CLASSES), mask=here)
+    tl.store(Stats + 3 * n_rows + rows, sum_hs * rstd * (1.0 / N_CLASSES), mask=here)
 
 
 @triton.jit
@@ -171,7 +174,8 @@ def _mask_head_bwd_kernel(
         b = tile // n_blocks
         m_0 = tile % n_blocks * BLOCK_M
         offs_m = m_0 + tl.arange(0, BLOCK_M)
-        rows = tl.cast(b, tl.int64) * n_patches + offs_m
+        row_0 = tl.cast(b, tl.int64) * n_patches + m_0
+        rows = row_0 + tl.arange(0, BLOCK_M)
         here = offs_m < n_patches
         mask = here[:, None] & real[None, :]
         s = _cosines(A, C, b, m_0, k_0, n_patches, D, N_CLASSES, K_PAD, BLOCK_M, BLOCK_D, DESCRIPTORS, PRECISION)
@@ -185,7 +189,7 @@ def _mask_head_bwd_kernel(
             z = tl.where(real[None, :], s - mean[:, None], 0.0)
             rstd = tl.where(here, tl.rsqrt(tl.sum(z * z, 1) * (1.0 / N_CLASSES) + eps), 0.0)
             z = z * rstd[:, None]
-        dy = _gradient(DY, rows, offs_k, mask, N_CLASSES)
+        dy = tl.load(_tile(DY, row_0, offs_k, N_CLASSES, BLOCK_M), mask=mask, other=0.0).to(tl.float32)
         if Partials is not None:
             sum_dyz += tl.sum(dy * z, 0)
             sum_dy += tl.sum(dy, 0)
@@ -198,8 +202,7 @@ def _mask_head_bwd_kernel(
                 mean_h = tl.sum(h, 1) * (1.0 / N_CLASSES)
                 mean_hz = tl.sum(h * z, 1) * (1.0 / N_CLASSES)
             ds = (h - mean_h[:, None] - z * mean_hz[:, None]) * rstd[:, None]
-            pointers = DS + rows[:, None] * N_CLASSES + offs_k[None, :]
-            tl.store(pointers, ds.to(DS.dtype.element_ty), mask=mask)
+            tl.store(_tile(DS, row_0, offs_k, N_CLASSES, BLOCK_M), ds.to(DS.dtype.element_ty), mask=mask)
     if Partials is not None:
         mine = Partials + part * 2 * N_CLASSES + offs_k
         tl.store(mine, sum_dyz, mask=real)

@@ -103,6 +103,10 @@ def pixels_to_tokens_args(dtype, B=2, N=5):
     return pixels, weight, table, randn(2, 32, seed=3, dtype=dtype), randn(2 + N, 32, seed=4, dtype=dtype), 4
 
 
+def pixels_to_tokens_backward_args(dtype, B=2, N=5):
+    return randn(B, N, 32, seed=5, dtype=dtype), pixels_to_tokens_args(dtype, B, N)[0], 4
+
+
 def windows_argmax_args(dtype, B=2, N=5):
     """Three tiles of one window, which the interpreter takes long enough for. N says nothing: sizes are numbers."""
     return randn(B, 1, 1, 2, 3, dtype=dtype), [0], [0], [8, 8], [7, 8], [7, 8]
@@ -137,6 +141,9 @@ SAMPLES = {
         mask_head_backward_args, lambda B, N: 4 * B * 32 * (32 * N + 32 * 7 + 7 * N), FP32, (0, 1), (2,), bitwise=False
     ),
     "pixels_to_tokens": Sample(pixels_to_tokens_args, lambda B, N: 2 * B * N * 48 * 32, FP32, classes_like=(4,)),
+    "pixels_to_tokens_backward": Sample(
+        pixels_to_tokens_backward_args, lambda B, N: 2 * B * N * 48 * 32, FP32, batch_like=(0,), classes_like=(1,)
+    ),
     "windows_argmax": Sample(
         windows_argmax_args, lambda B, N: 0, torch.uint8, batch_like=(), classes_like=(0,), differentiable=False
     ),
@@ -277,7 +284,7 @@ def as_tuple(out):
 @pytest.mark.parametrize("B", [0, 1])
 def test_empty_and_single(name, B):
     for N in (0, 1):
-        if (name.startswith("cross") or name == "pixels_to_tokens") and N == 0:
+        if name.startswith(("cross", "pixels_to_tokens")) and N == 0:
             continue  # no keys, no pixels
         args = SAMPLES[name].make(FP32, B=B, N=N)
         for o, want in zip(

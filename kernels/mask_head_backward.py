@@ -256,7 +256,7 @@ def _cosine_gradient(
     """The gradient of the cosines (B, N, K), and those of weight and bias, (2, K) float32; None if not needed."""
     a, b = units
     (B, N, d), K = a.shape, b.shape[1]
-    k_pad, precision = class_padding(K), launch.dot_precision(a.dtype)
+    k_pad, precision = min(128, class_padding(K)), launch.dot_precision(a.dtype)
     about = (launch.architecture(a), a.element_size(), k_pad, precision)
     c = config or configs_backward.mask_head_backward(*about)
     descriptors = c.descriptors and B * N > 0 and all(launch.fits_descriptor(t) for t in units)

@@ -29,6 +29,7 @@ from segmenter.kernels.linear import layernorm_linear, linear
 from segmenter.kernels.mask_head import mask_head
 from segmenter.kernels.mask_head_backward import mask_head_backward
 from segmenter.kernels.pixels_to_tokens import pixels_to_tokens
+from segmenter.kernels.pixels_to_tokens_backward import pixels_to_tokens_backward
 from segmenter.kernels.upsample_argmax import upsample_argmax, windows_argmax
 from segmenter.kernels.upsample_cross_entropy import upsample_cross_entropy
 
@@ -201,6 +202,11 @@ def _pixel_cases(add: Callable[..., None]) -> None:
                 for d in (192, 384, 1024):
                     add(False, "pixels_to_tokens", "", **sizes, d=d)
             add(patch == 16, "pixels_to_tokens", "bf16", side=side, stream="fp32")
+        add(True, "pixels_to_tokens_backward", "bf16", batch=8, side=sides[1], patch=patch)
+        add(patch == 16, "pixels_to_tokens_backward", "bf16 fp16 fp32 tf32", batch=8, side=sides[0], patch=patch)
+    add(ARCHITECTURES, "pixels_to_tokens_backward", "bf16", batch=8, side=500, patch=14)
+    for d in (192, 384, 1024):
+        add(True, "pixels_to_tokens_backward", "bf16", batch=8, d=d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,6 +270,13 @@ def _pixels(dtype: torch.dtype, batch: int = 32, side: int = 512, patch: int = 1
     return partial(pixels_to_tokens, pixels, weight, torch.empty(4, d), *tokens, patch)
 
 
+def _pixels_backward(dtype: torch.dtype, batch: int, side: int = 512, patch: int = 16, d: int = 768) -> partial:
+    tokens = torch.empty(batch, 1 + (-(-side // patch)) ** 2, d, dtype=dtype)
+    return partial(
+        pixels_to_tokens_backward, tokens[:, 1:], torch.empty(batch, side, side, 3, dtype=torch.uint8), patch
+    )
+
+
 def _attention_backward(dtype: torch.dtype, n: int, heads: int = 12, d: int = 64, lse: bool = False) -> partial:
     width, rows = heads * d, (2, heads, lse_rows(n))
     grad, qkv, o = _empty(dtype, (2, n, width), (2, n, 3 * width), (2, n, width))
@@ -299,4 +312,5 @@ CALLS: dict[str, Callable[..., partial]] = {
         *_empty(dtype, (1, 6, 32, 32, n_cls)), (0, 88), (0, 300, 512), (512, 512), (512, 512), (600, 1024),
     ),
     "pixels_to_tokens": _pixels,
+    **dict.fromkeys(("pixels_to_tokens_backward", "patch_weights"), _pixels_backward),
 }  # fmt: skip

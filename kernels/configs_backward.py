@@ -137,15 +137,15 @@ MASK_HEAD_BACKWARD = (
     Row(ANY, "fp32", "k_pad >= 128", MaskHeadBackwardConfig(32, 16, 8, 2), {"n_cls": 150},
         "As forward: operands of ordinary multiply-adds fill the registers."),
     Row(ANY, "fp32", "", MaskHeadBackwardConfig(32, 32, 4, 2), {"n_cls": 19}, "As above, with fewer classes."),
-    Row(AMD, "tf32", "", MaskHeadBackwardConfig(32, 32, 8, 1), {"n_cls": 150}, "64 KB of shared memory."),
-    Row(ANY, "tf32", "", MaskHeadBackwardConfig(32, 32, 8, 2), {"n_cls": 150}, "As half types below."),
+    Row(AMD, "tf32", "", MaskHeadBackwardConfig(64, 32, 8, 1), {"n_cls": 150}, "64 KB of shared memory."),
+    Row(ANY, "tf32", "", MaskHeadBackwardConfig(64, 32, 8, 2), {"n_cls": 150}, "As half types below."),
     Row(NEW, "half", "k_pad >= 128", MaskHeadBackwardConfig(64, 64, 8, 3, True), {"n_cls": 150},
-        "Cosines, the masks' gradient and z of 256 classes are 64 registers each; a warpgroup's product has 64 rows. "
-        "120 KB."),
+        "Cosines, the masks' gradient and z of 128 classes are 32 registers each; a warpgroup's product has 64 rows. "
+        "72 KB."),
     Row(NEW, "half", "", MaskHeadBackwardConfig(64, 64, 4, 3, True), {"n_cls": 19}, "As above, with fewer cosines."),
-    Row(AMD, "half", "", MaskHeadBackwardConfig(32, 64, 8, 1), {"n_cls": 150}, "64 KB of shared memory."),
-    Row(ANY, "half", "k_pad >= 128", MaskHeadBackwardConfig(32, 64, 8, 2), {"n_cls": 150},
-        "72 KB of 101 on sm_86, 89 and 120, and mma.sync, whose operands are in registers too."),
+    Row(AMD, "half", "", MaskHeadBackwardConfig(64, 64, 8, 1), {"n_cls": 150}, "64 KB of shared memory."),
+    Row(ANY, "half", "k_pad >= 128", MaskHeadBackwardConfig(64, 64, 8, 2), {"n_cls": 150},
+        "As above, and mma.sync, whose operands are in registers too."),
     Row(ANY, "half", "", MaskHeadBackwardConfig(64, 64, 4, 3), {"n_cls": 19}, "As above, with fewer cosines."),
 )  # fmt: skip
 PARTIAL_SUMS = (
@@ -160,7 +160,7 @@ def unit_rows(architecture: str) -> UnitRowsConfig:
 
 
 def mask_head_backward(architecture: str, element_size: int, k_pad: int, precision: str) -> MaskHeadBackwardConfig:
-    """The configuration for the gradient of cosines with `k_pad` classes (a power of two from 16 to 256)."""
+    """The configuration for the gradient of cosines with `k_pad` classes (a power of two from 16 to 128)."""
     kind = configs.kind_of(element_size, precision)
     return configs.look_up(MASK_HEAD_BACKWARD, architecture, kind, k_pad=k_pad).config
 

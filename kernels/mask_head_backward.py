@@ -13,15 +13,17 @@ r = 1 / sqrt(var s + eps), masks z * w + bias; means and variance are over the K
 The products with the projections, da and db are plain: PyTorch multiplies. Between them run
 
 - unit rows: p and c are divided by their norms where they lie.
-- ds: a program takes the cosines of BLOCK_M patches with up to 256 classes and the LayerNorm's gradient on the same
+- ds: a program takes the cosines of BLOCK_M patches with up to 128 classes and the LayerNorm's gradient on the same
   registers. Cosines and z are never in memory; ds is, in the tensors' type: both products read it. The ranges of a, b
   and ds are eager's: ds / |p|, which would save the unit rows, is too small for float16.
 - dp and dc: the gradient of the division, row by row, where da and db lie.
 
 dw and dbias are sums over rows: a bounded number of programs stride over the tiles of patches, each stores what it
-added up, and kernels/partial_sums.py adds these in a fixed order. No atomics: a second run gives the same bits. Above
-256 classes a kernel in front finds mean, r, mean(h) and mean(h z) of each row, slab by slab, and a program of ds has
-one slab of classes: the cosines are computed twice, and still not stored.
+added up, and kernels/partial_sums.py adds these in a fixed order. No atomics: a second run gives the same bits.
+
+Above 128 classes a kernel in front finds mean, r, mean(h) and mean(h z) of each row, slab by slab, and a program of ds
+has one slab of classes: the cosines are computed twice, and still not stored. (256 in one tile, as forward, are three
+tiles of 64 registers a thread and spill.)
 
 Cosines, statistics and sums are float32, the variance is of centred values. A zero patch or class gives NaN where it
 does in the reference.
@@ -41,6 +43,7 @@ from segmenter.kernels.masks import check, check_shapes, class_padding
 from segmenter.kernels.operators import define, forbid_forward_mode
 
 PROGRAMS = 2 * configs.MULTIPROCESSORS  # that store sums of their own, at most
+SLAB = 128  # classes of one tile, at most
 
 
 @triton.jit
@@ -256,7 +259,7 @@ def _cosine_gradient(
     """The gradient of the cosines (B, N, K), and those of weight and bias, (2, K) float32; None if not needed."""
     a, b = units
     (B, N, d), K = a.shape, b.shape[1]
-    k_pad, precision = min(128, class_padding(K)), launch.dot_precision(a.dtype)
+    k_pad, precision = min(SLAB, class_padding(K)), launch.dot_precision(a.dtype)
     about = (launch.architecture(a), a.element_size(), k_pad, precision)
     c = config or configs_backward.mask_head_backward(*about)
     descriptors = c.descriptors and B * N > 0 and all(launch.fits_descriptor(t) for t in units)

@@ -84,8 +84,8 @@ def launched(monkeypatch):
 
 @pytest.mark.parametrize(
     ("K", "N", "d"),
-    [(1, 5, 32), (3, 67, 48), (16, 64, 16), (19, 65, 64), (60, 1, 48), (150, 33, 80), (256, 17, 48), (257, 17, 16),
-     (530, 9, 32)],
+    [(1, 5, 32), (3, 67, 48), (16, 64, 16), (19, 65, 48), (60, 1, 48), (150, 17, 80), (128, 17, 48), (257, 17, 16),
+     (330, 9, 32)],
 )  # fmt: skip
 @by_dtype
 def test_parity(dtype, K, N, d, guarded_outputs):
@@ -93,17 +93,16 @@ def test_parity(dtype, K, N, d, guarded_outputs):
     check(tensors, masks_gradient(tensors), K=K, N=N, d=d)
 
 
-@pytest.mark.parametrize("K", [19, 260])
+@pytest.mark.parametrize("K", [19, 130])
 @pytest.mark.parametrize("present", ["neither", "weight", "bias"])
-@by_dtype
-def test_norm_without_affine(dtype, present, K):
-    tensors = inputs(2, 17, K, 32, dtype, affine=present != "neither")
+def test_norm_without_affine(present, K):
+    tensors = inputs(2, 17, K, 32, torch.float32 if K < 100 else torch.float16, affine=present != "neither")
     if present != "neither":
         tensors[5 if present == "weight" else 4] = None
     check(tensors, masks_gradient(tensors), present=present)
 
 
-@pytest.mark.parametrize("K", [19, 260])
+@pytest.mark.parametrize("K", [19, 130])
 def test_a_norm_of_another_type(K):
     """As in training under autocast; eager has no such LayerNorm, so its norm is rounded."""
     tensors = inputs(2, 17, K, 32, torch.bfloat16, norm_dtype=torch.float32)
@@ -116,13 +115,12 @@ def test_a_norm_of_another_type(K):
         assert_parity(gradient, exact[name], eager[name].to(gradient.dtype), frobenius=1.5, context=name)
 
 
-@pytest.mark.parametrize("K", [19, 260])
+@pytest.mark.parametrize("K", [19, 130])
 @pytest.mark.parametrize("eps", [0.0, 0.5])
 def test_epsilon(eps, K, guarded_outputs):
     """Large, it leaves patches a gradient along themselves; 0, rows beyond the last patch must not reach the sums."""
-    for dtype in (torch.float32, torch.float16):
-        tensors = inputs(2, 17, K, 32, dtype)
-        check(tensors, masks_gradient(tensors), eps, dtype=dtype)
+    tensors = inputs(2, 17, K, 32, torch.float16 if K < 100 else torch.float32)
+    check(tensors, masks_gradient(tensors), eps)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -134,7 +132,7 @@ def test_magnitude_of_patches(dtype, scale):
     check(tensors, masks_gradient(tensors) * (1.0 if scale < 1 else 0.05), scale=scale)
 
 
-@pytest.mark.parametrize("K", [60, 300])
+@pytest.mark.parametrize("K", [60, 300])  # float32 keeps what is looked for
 def test_classes_almost_alike_keep_their_variance(K):
     """Cosines near 1 that differ by 1e-3, also from slab to slab."""
     tensors = inputs(1, 17, K, 32)
@@ -144,18 +142,17 @@ def test_classes_almost_alike_keep_their_variance(K):
     check(tensors, masks_gradient(tensors))
 
 
-@pytest.mark.parametrize("K", [19, 260])
+@pytest.mark.parametrize("K", [19, 130])
 @pytest.mark.parametrize("bad", ["zero patch", "NaN patch", "zero class", "NaN class", "NaN upstream"])
 def test_nan_is_where_the_reference_has_it(bad, K):
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = inputs(2, 17, K, 16, dtype)
-        upstream = masks_gradient(tensors)
-        x = upstream if "upstream" in bad else tensors[1] if "class" in bad else tensors[0]
-        x[1, 5, slice(None) if "upstream" not in bad else 3] = 0 if "zero" in bad else math.nan
-        ours = gradients(mask_head.mask_head, tensors, upstream)
-        for name, want in gradients(reference.mask_head, wide(tensors), upstream).items():
-            assert_bitwise_equal(ours[name].isnan(), want.isnan(), f"{name} {dtype}")
-        assert ours["patches"][1].isnan().any() and not ours["patches"][0].isnan().any()
+    tensors = inputs(2, 17, K, 16, torch.float32 if K < 100 else torch.bfloat16)
+    upstream = masks_gradient(tensors)
+    x = upstream if "upstream" in bad else tensors[1] if "class" in bad else tensors[0]
+    x[1, 5, slice(None) if "upstream" not in bad else 3] = 0 if "zero" in bad else math.nan
+    ours = gradients(mask_head.mask_head, tensors, upstream)
+    for name, want in gradients(reference.mask_head, wide(tensors), upstream).items():
+        assert_bitwise_equal(ours[name].isnan(), want.isnan(), name)
+    assert ours["patches"][1].isnan().any() and not ours["patches"][0].isnan().any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,13 +185,13 @@ def test_what_is_launched(launched):
         if len(wanted) == 1:
             assert launched == expected[wanted[0]]
     launched.clear()
-    gradients(mask_head.mask_head, inputs(1, 5, 260, 16), randn(1, 5, 260))
-    assert launched[2:] == [*UNITS, "_mask_head_stats_kernel", *SUMS, *["_unit_rows_bwd_kernel"] * 2]
+    gradients(mask_head.mask_head, inputs(1, 5, 130, 16), randn(1, 5, 130))
+    assert launched[1:] == [*UNITS, "_mask_head_stats_kernel", *SUMS, *["_unit_rows_bwd_kernel"] * 2]
 
 
-@pytest.mark.parametrize("K", [150, 530])
+@pytest.mark.parametrize("K", [100, 330])
 def test_one_intermediate_of_the_size_of_the_masks(K, guarded_outputs):
-    tensors = [t.to(torch.float16) for t in inputs(3, 40, K, 16)]
+    tensors = [t.to(torch.float16) for t in inputs(2, 20, K, 16)]
     upstream = masks_gradient(tensors)
     forward = mask_head.mask_head(*tensors)
     guarded_outputs.clear()
@@ -202,11 +199,11 @@ def test_one_intermediate_of_the_size_of_the_masks(K, guarded_outputs):
     assert [t.dtype for t in guarded_outputs if t.numel() >= forward.numel()] == [torch.float16]
 
 
-@pytest.mark.parametrize("K", [19, 260])
+@pytest.mark.parametrize("K", [19, 130])
 def test_few_programs_take_turns(K, monkeypatch, guarded_outputs):
     """As many partial sums as programs, however many tiles there are."""
     monkeypatch.setattr(kernel, "PROGRAMS", 3)
-    tensors = inputs(3, 70 if K < 256 else 65, K, 16, torch.float16)
+    tensors = inputs(2, 70, K, 16, torch.float16)
     check(tensors, masks_gradient(tensors))
     assert {t.shape[0] for t in guarded_outputs if t.shape[1:] == (2, K)} == {3}
 
@@ -255,19 +252,18 @@ def test_reference_is_the_gradient_of_the_definition():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_upstream_gradients(layout, guarded_outputs):
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = inputs(2, 17, 19, 32, dtype)
-        placed = LAYOUTS[layout](masks_gradient(tensors))
-        tensors[:2] = [t[: len(placed)] for t in tensors[:2]]
-        upstream = guarded(placed)
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        ours = torch.autograd.grad(mask_head.mask_head(*leaves), leaves, upstream)
-        assert_bitwise_equal(upstream, placed, "gradients are never written")
-        check_guards(upstream)
-        want = gradients(mask_head.mask_head, tensors, placed.contiguous()).values()
-        for o, w in zip(ours, want, strict=True):
-            assert_bitwise_equal(o, w)
-            assert o.is_contiguous()
+    tensors = inputs(2, 17, 19, 16, torch.bfloat16)
+    placed = LAYOUTS[layout](masks_gradient(tensors))
+    tensors[:2] = [t[: len(placed)] for t in tensors[:2]]
+    upstream = guarded(placed)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    ours = torch.autograd.grad(mask_head.mask_head(*leaves), leaves, upstream)
+    assert_bitwise_equal(upstream, placed, "gradients are never written")
+    check_guards(upstream)
+    want = gradients(mask_head.mask_head, tensors, placed.contiguous()).values()
+    for o, w in zip(ours, want, strict=True):
+        assert_bitwise_equal(o, w)
+        assert o.is_contiguous()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -287,7 +283,7 @@ def test_layouts_of_arguments(layout, guarded_outputs):
         assert o.is_contiguous()
 
 
-@pytest.mark.parametrize("K", [19, 260])
+@pytest.mark.parametrize("K", [19, 130])
 @pytest.mark.parametrize(("B", "N"), [(0, 17), (2, 0)])
 def test_empty(B, N, K):
     tensors = inputs(B, N, K, 32)

@@ -70,24 +70,28 @@ def launched(monkeypatch):
 
 @pytest.mark.parametrize(
     ("H", "W", "P", "E", "d"),
-    [(50, 39, 16, 2, 48), (41, 64, 8, 1, 136), (33, 32, 32, 1, 31), (30, 28, 14, 2, 48), (5, 1, 3, 1, 16)],
+    [(34, 23, 16, 2, 48), (41, 64, 8, 1, 136), (30, 28, 14, 2, 31), (5, 1, 3, 1, 16)],
 )
 @by_dtype
 def test_parity(dtype, H, W, P, E, d, guarded_outputs):
     if dtype == torch.float32 and P > 8:  # the kernel's tiles are small, and the interpreter slow
-        H, W, P = -(-H // (P // 5)), -(-W // (P // 5)), 5
-    check(inputs(2, H, W, P, E, d, dtype), H=H, W=W, P=P)
+        H, W, P = H // 3, W // 3, 5
+    check(inputs(2, H, W, P, E, min(d, 72) if dtype == torch.float32 else d, dtype), H=H, W=W, P=P)
+
+
+def test_patches_of_32():
+    check(inputs(1, 33, 32, 32, d=16, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_stream(weights):
     """As under autocast: tokens are float32, and their gradient is rounded for the product as eager rounds it."""
-    ours = check(inputs(2, 50, 48, 16, dtype=weights, stream=torch.float32))
+    ours = check(inputs(2, 25, 24, 8, dtype=weights, stream=torch.float32))
     assert [ours[name].dtype for name in NAMES] == [weights, weights, torch.float32, torch.float32]
 
 
 def test_without_bias():
-    check(inputs(2, 50, 48, 16, dtype=torch.bfloat16, bias=False))
+    check(inputs(2, 25, 24, 8, dtype=torch.bfloat16, bias=False))
 
 
 @pytest.mark.parametrize(("H", "W"), [(32, 48), (33, 48), (32, 47), (31, 33), (16, 7), (7, 16), (3, 5)])
@@ -154,21 +158,20 @@ def test_nan_and_infinity_stay_in_their_row(value):
 
 
 def test_what_is_needed_is_computed(launched):
-    args = inputs(2, 30, 17, 8, E=2, d=16)
-    fold = reference.fold_normalization(*args[1:3], *args[5:], torch.float32, (30, 17))
+    args = inputs(2, 30, 17, 8, E=2, d=16, dtype=torch.float16)
+    fold = reference.fold_normalization(*args[1:3], *args[5:], torch.float16, (30, 17))
     operands, upstream = [*fold, *args[3:5]], tokens_gradient(args)
 
     def run(needed):
         leaves = [t.detach().clone().requires_grad_(n) for t, n in zip(operands, needed, strict=True)]
         out = pixels_to_tokens.pixels_to_tokens(args[0], *leaves, 8)
         launched.clear()
-        if any(needed):
-            out.backward(upstream)
+        out.backward(upstream)
         return [leaf.grad for leaf in leaves]
 
     want = run([True] * 4)
     assert launched == KERNELS
-    for needed in itertools.product([False, True], repeat=4):
+    for needed in (*torch.eye(4, dtype=torch.bool).tolist(), [True, False, True, True], [False, True, True, True]):
         for got, expected, n in zip(run(needed), want, needed, strict=True):
             if n:
                 assert_bitwise_equal(got, expected)
@@ -209,28 +212,27 @@ def test_half_precision_by_autocast():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_upstream_gradients(layout, guarded_outputs):
-    for dtype in (torch.float32, torch.bfloat16):
-        args = inputs(2, 15, 17, 8, d=32, dtype=dtype)
-        placed = LAYOUTS[layout](tokens_gradient(args))
-        args[0] = args[0][: len(placed)]
-        upstream = guarded(placed)
-        leaves = [t.clone().requires_grad_() for t in args[1:5]]
-        out = pixels_to_tokens.normalized_pixels_to_tokens(args[0], *leaves, *args[5:])
-        ours = torch.autograd.grad(out, leaves, upstream)
-        assert_bitwise_equal(upstream, placed, "gradients are never written")
-        check_guards(upstream)
-        want = gradients(pixels_to_tokens.normalized_pixels_to_tokens, args, placed.contiguous()).values()
-        for o, w in zip(ours, want, strict=True):
-            assert_bitwise_equal(o, w)
+    args = inputs(2, 15, 17, 8, d=32, dtype=torch.bfloat16)
+    placed = LAYOUTS[layout](tokens_gradient(args))
+    args[0] = args[0][: len(placed)]
+    upstream = guarded(placed)
+    leaves = [t.clone().requires_grad_() for t in args[1:5]]
+    out = pixels_to_tokens.normalized_pixels_to_tokens(args[0], *leaves, *args[5:])
+    ours = torch.autograd.grad(out, leaves, upstream)
+    assert_bitwise_equal(upstream, placed, "gradients are never written")
+    check_guards(upstream)
+    want = gradients(pixels_to_tokens.normalized_pixels_to_tokens, args, placed.contiguous()).values()
+    for o, w in zip(ours, want, strict=True):
+        assert_bitwise_equal(o, w)
 
 
 @pytest.mark.parametrize("around", [0, 1, 16])
 def test_crops_of_larger_images(around, guarded_outputs):
-    wider = image(2, 40, 48 + 2 * around)
-    crop = wider[:, 4:36, around : 48 + around]
-    before, dy = wider.clone(), randn(2, 6, 16)
-    got = kernel.pixels_to_tokens_backward(dy, crop, 16)
-    assert_bitwise_equal(got, kernel.pixels_to_tokens_backward(dy, crop.contiguous(), 16))
+    wider = image(2, 20, 24 + 2 * around)
+    crop = wider[:, 2:18, around : 24 + around]
+    before, dy = wider.clone(), randn(2, 6, 16, dtype=torch.float16)
+    got = kernel.pixels_to_tokens_backward(dy, crop, 8)
+    assert_bitwise_equal(got, kernel.pixels_to_tokens_backward(dy, crop.contiguous(), 8))
     assert_bitwise_equal(wider, before)
 
 
@@ -292,9 +294,9 @@ def shipped():
 
 @pytest.mark.parametrize(("config", "dtype"), shipped(), ids=str)
 def test_every_configuration(config, dtype, guarded_outputs):
-    for P, (H, W) in ((8, (40, 56)), (5, (25, 11))):
+    for P, (H, W) in ((8, (24, 56)), (5, (25, 11))):
         N = -(-H // P) * -(-W // P)
-        dy, pixels = randn(2, N, 40, dtype=dtype), image(2, H, W)
+        dy, pixels = randn(2, N, 24, dtype=dtype), image(2, H, W)
         got = kernel._run(dy, pixels, P, config)
         exact, eager = (kernel.pixels_to_tokens_backward_reference(t, pixels, P) for t in (dy.double(), dy))
         assert_parity(got, exact, eager, terms=2 * N)

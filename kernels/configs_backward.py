@@ -134,7 +134,7 @@ UNIT_ROWS = (
         "32 numbers a thread and tensor: rows are read once and kept."),
 )  # fmt: skip
 MASK_HEAD_BACKWARD = (
-    Row(ANY, "fp32", "k_pad >= 128", MaskHeadBackwardConfig(32, 16, 8, 2), {"n_cls": 150},
+    Row(ANY, "fp32", "k_pad >= 128", MaskHeadBackwardConfig(16, 32, 8, 2), {"n_cls": 150},
         "As forward: operands of ordinary multiply-adds fill the registers."),
     Row(ANY, "fp32", "", MaskHeadBackwardConfig(32, 32, 4, 2), {"n_cls": 19}, "As above, with fewer classes."),
     Row(AMD, "tf32", "", MaskHeadBackwardConfig(64, 32, 8, 1), {"n_cls": 150}, "64 KB of shared memory."),

@@ -142,7 +142,7 @@ SAMPLES = {
     ),
     "pixels_to_tokens": Sample(pixels_to_tokens_args, lambda B, N: 2 * B * N * 48 * 32, FP32, classes_like=(4,)),
     "pixels_to_tokens_backward": Sample(
-        pixels_to_tokens_backward_args, lambda B, N: 2 * B * N * 48 * 32, FP32, batch_like=(0,), classes_like=(1,)
+        pixels_to_tokens_backward_args, lambda B, N: 2 * B * N * 48 * 32, FP32, batch_like=(0, 1)
     ),
     "windows_argmax": Sample(
         windows_argmax_args, lambda B, N: 0, torch.uint8, batch_like=(), classes_like=(0,), differentiable=False

@@ -360,7 +360,8 @@ def mask_head_backward_reference(
     norm = torch.stack([(dy * z).sum((0, 1)), dy.sum((0, 1))])
     weights = _weight_gradient(patches, dp), _weight_gradient(classes, dc)
     found = (dp @ proj_patch.T, dc @ proj_classes.T, *weights, norm)
-    return tuple(t.contiguous() if n else t.new_empty(0) for t, n in zip(found, needed, strict=True))
+    nothing = [torch.empty(0, dtype=t.dtype, device=t.device) for t in found]
+    return tuple(t.contiguous() if n else e for t, e, n in zip(found, nothing, needed, strict=True))
 
 
 def _mask_head_backward_fake(dy, patches, classes, proj_patch, proj_classes, norm_weight, eps, needed) -> tuple:

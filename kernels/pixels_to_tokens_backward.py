@@ -138,6 +138,10 @@ def pixels_to_tokens_backward_reference(dy: torch.Tensor, pixels: torch.Tensor, 
     return dy.flatten(0, 1).T @ x.flatten(0, 1)
 
 
+def _pixels_to_tokens_backward_fake(dy: torch.Tensor, pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    return dy.new_empty(_shape(dy, pixels, patch_size))
+
+
 def _pixels_to_tokens_backward_flops(dy: tuple, pixels: Any, patch_size: int, **kwargs: Any) -> int:
     B, N, d = dy
     return 6 * B * N * d * patch_size**2
@@ -147,7 +151,7 @@ PIXELS_TO_TOKENS_BACKWARD = define(
     "pixels_to_tokens_backward(Tensor dy, Tensor pixels, int patch_size) -> Tensor",
     kernel=_pixels_to_tokens_backward_kernel,
     reference=pixels_to_tokens_backward_reference,
-    fake=lambda dy, pixels, patch_size: dy.new_empty(_shape(dy, pixels, patch_size)),
+    fake=_pixels_to_tokens_backward_fake,
     flops=_pixels_to_tokens_backward_flops,
     autocast=lambda dtype, args: args,  # dy has the type of the weights that were multiplied already
 )

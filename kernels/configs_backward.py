@@ -98,6 +98,111 @@ def attention_dq(architecture: str, element_size: int, head_pad: int, n: int, pr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The mask head, and sums of parameters' gradients
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnitRowsConfig:
+    """Numbers a program, as whole rows and one at least; warps."""
+
+    elements: int
+    num_warps: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MaskHeadBackwardConfig:
+    """Patches a program and step, columns of a step of the product; the rest as for attention."""
+
+    block_m: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PartialSumsConfig:
+    """Partial sums a step, columns a program, warps."""
+
+    block_s: int
+    block_n: int
+    num_warps: int
+
+
+UNIT_ROWS = (
+    Row(ANY, "all", "", UnitRowsConfig(4096, 4), {"n_cls": 150},
+        "32 numbers a thread and tensor: rows are read once and kept."),
+)  # fmt: skip
+MASK_HEAD_BACKWARD = (
+    Row(ANY, "fp32", "k_pad >= 128", MaskHeadBackwardConfig(16, 32, 8, 2), {"n_cls": 150},
+        "As forward: operands of ordinary multiply-adds fill the registers."),
+    Row(ANY, "fp32", "", MaskHeadBackwardConfig(32, 32, 4, 2), {"n_cls": 19}, "As above, with fewer classes."),
+    Row(AMD, "tf32", "", MaskHeadBackwardConfig(64, 32, 8, 1), {"n_cls": 150}, "64 KB of shared memory."),
+    Row(ANY, "tf32", "", MaskHeadBackwardConfig(64, 32, 8, 2), {"n_cls": 150}, "As half types below."),
+    Row(NEW, "half", "k_pad >= 128", MaskHeadBackwardConfig(64, 64, 8, 3, True), {"n_cls": 150},
+        "Cosines, the masks' gradient and z of 128 classes are 32 registers each; a warpgroup's product has 64 rows. "
+        "72 KB."),
+    Row(NEW, "half", "", MaskHeadBackwardConfig(64, 64, 4, 3, True), {"n_cls": 19}, "As above, with fewer cosines."),
+    Row(AMD, "half", "", MaskHeadBackwardConfig(64, 64, 8, 1), {"n_cls": 150}, "64 KB of shared memory."),
+    Row(ANY, "half", "k_pad >= 128", MaskHeadBackwardConfig(64, 64, 8, 2), {"n_cls": 150},
+        "As above, and mma.sync, whose operands are in registers too."),
+    Row(ANY, "half", "", MaskHeadBackwardConfig(64, 64, 4, 3), {"n_cls": 19}, "As above, with fewer cosines."),
+)  # fmt: skip
+PARTIAL_SUMS = (
+    Row(ANY, "all", "", PartialSumsConfig(32, 128, 4), {"n_cls": 150},
+        "Few numbers: rows of 512 bytes, 32 numbers a thread in flight."),
+)  # fmt: skip
+
+
+def unit_rows(architecture: str) -> UnitRowsConfig:
+    """The configuration of dividing rows by their norms, and of the gradient of that."""
+    return configs.look_up(UNIT_ROWS, architecture).config
+
+
+def mask_head_backward(architecture: str, element_size: int, k_pad: int, precision: str) -> MaskHeadBackwardConfig:
+    """The configuration for the gradient of cosines with `k_pad` classes (a power of two from 16 to 128)."""
+    kind = configs.kind_of(element_size, precision)
+    return configs.look_up(MASK_HEAD_BACKWARD, architecture, kind, k_pad=k_pad).config
+
+
+def partial_sums(architecture: str) -> PartialSumsConfig:
+    """The configuration of adding what several programs stored."""
+    return configs.look_up(PARTIAL_SUMS, architecture).config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The patch embedding's weights
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PatchWeightsConfig:
+    """Patches a step, rows and columns of the weights a program, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+PATCH_WEIGHTS = (
+    Row(ANY, "fp32", "", PatchWeightsConfig(16, 32, 32, 4, 2), {"batch": 8},
+        "Operands of ordinary multiply-adds fill the registers."),
+    Row(ANY, "tf32", "", PatchWeightsConfig(32, 64, 64, 4, 2), {"batch": 8},
+        "The gradient is transposed through registers."),
+    Row(NEW, "half", "", PatchWeightsConfig(64, 128, 128, 8, 3), {"batch": 8},
+        "As a plain product. Rows are walked over: their bytes are converted for each column block of the weights."),
+    Row(AMD, "half", "", PatchWeightsConfig(32, 64, 64, 4, 1), {"batch": 8}, "64 KB of shared memory."),
+    Row(ANY, "half", "", PatchWeightsConfig(32, 64, 128, 4, 3), {"batch": 8}, "101 KB, and mma.sync."),
+)  # fmt: skip
+
+
+def patch_weights(architecture: str, element_size: int, precision: str) -> PatchWeightsConfig:
+    """The configuration of the gradient of a patch embedding's weights."""
+    return configs.look_up(PATCH_WEIGHTS, architecture, configs.kind_of(element_size, precision)).config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
 
@@ -231,6 +336,10 @@ TABLES = configs.TABLES | {  # what is compiled row by row
     "attention_delta": ATTENTION_DELTA,
     "attention_dkdv": ATTENTION_DKDV,
     "attention_dq": ATTENTION_DQ,
+    "unit_rows": UNIT_ROWS,
+    "mask_head_backward": MASK_HEAD_BACKWARD,
+    "partial_sums": PARTIAL_SUMS,
+    "patch_weights": PATCH_WEIGHTS,
     "upsample_cross_entropy": UPSAMPLE_CROSS_ENTROPY,
     "layernorm_backward": LAYERNORM_BACKWARD,
     "column_sums": COLUMN_SUMS,

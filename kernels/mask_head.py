@@ -30,9 +30,9 @@ import triton.language as tl
 
 from segmenter.kernels import configs, launch, layernorm, reference
 from segmenter.kernels.blocks import load_tile
+from segmenter.kernels.mask_head_backward import MASK_HEAD_BACKWARD
+from segmenter.kernels.masks import MAX_CLASSES, check, check_shapes, class_padding
 from segmenter.kernels.operators import define, forbid_forward_mode
-
-MAX_CLASSES = 256  # whose cosines one program keeps in registers
 
 
 @triton.jit
@@ -144,11 +144,6 @@ def _plan(patches, classes, proj_patch, eps, norm, precision, config) -> launch.
     return launch.Plan(_mask_head_fwd_kernel, B * n_blocks * n_slabs, tuple(tiles), scalars, options)
 
 
-def class_padding(n_classes: int) -> int:
-    """Columns of the tile of cosines: a power of two from 16, the least tl.dot takes, to MAX_CLASSES."""
-    return min(MAX_CLASSES, max(16, triton.next_power_of_2(n_classes)))
-
-
 def _masks(
     patches: torch.Tensor,
     classes: torch.Tensor,
@@ -170,16 +165,7 @@ def _masks(
 
 
 def _mask_head_kernel(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias, eps) -> torch.Tensor:
-    launch.check_device(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias)
-    launch.check_floats("patches", patches)
-    for name, tensor in (("classes", classes), ("proj_patch", proj_patch), ("proj_classes", proj_classes)):
-        launch.check_floats(name, tensor, (patches.dtype,))
-    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if tensor is not None:
-            launch.check_floats(name, tensor)
-    _, _, K, d = _shape(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias)
-    if d % 16:
-        raise launch.KernelError(f'the width must be a multiple of 16, got {d}; use impl="eager"')
+    check(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias)
     return _masks(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias, eps)
 
 
@@ -187,35 +173,13 @@ def _mask_head_kernel(patches, classes, proj_patch, proj_classes, norm_weight, n
 # Operator
 
 
-def _shape(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias) -> tuple[int, int, int, int]:
-    """(B, N, K, d). Raises ValueError unless the six shapes go together and there is a class."""
-    if (
-        patches.ndim != 3
-        or classes.ndim != 3
-        or patches.shape[::2] != classes.shape[::2]
-        or proj_patch.shape != patches.shape[2:] * 2
-        or proj_classes.shape != patches.shape[2:] * 2
-    ):
-        shapes = ", ".join(str(tuple(t.shape)) for t in (patches, classes, proj_patch, proj_classes))
-        raise ValueError(
-            f"patches must be (B, N, d), classes (B, K, d), proj_patch and proj_classes (d, d), got {shapes}"
-        )
-    (B, N, d), K = patches.shape, classes.shape[1]
-    if K == 0:
-        raise ValueError(f"there are no classes: classes is {tuple(classes.shape)}")
-    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if tensor is not None and tensor.shape != (K,):
-            raise ValueError(f"{name} must be ({K},), one value a class, got {tuple(tensor.shape)}")
-    return B, N, K, d
-
-
 def _mask_head_fake(patches: torch.Tensor, classes: torch.Tensor, *args: Any) -> torch.Tensor:
-    B, N, K, _ = _shape(patches, classes, *args[:4])
+    B, N, K, _ = check_shapes(patches, classes, *args[:4])
     return patches.new_empty(B, N, K)
 
 
 def _mask_head_reference(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias, eps) -> torch.Tensor:
-    _shape(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias)
+    check_shapes(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias)
     projections = (proj_patch, proj_classes)
     if all(t is None or t.dtype == patches.dtype for t in (norm_weight, norm_bias)):
         return reference.mask_head(patches, classes, *projections, norm_weight, norm_bias, eps).contiguous()
@@ -235,6 +199,17 @@ def _cast_all_but_norm(dtype: torch.dtype, args: tuple) -> tuple:
     return (*(x.to(dtype) for x in args[:4]), *args[4:])
 
 
+def _mask_head_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
+    """Gradients of the arguments, from them and the gradient of the masks: nothing of the forward pass is used."""
+    *tokens, norm_weight, norm_bias, eps = inputs
+    wanted = [*needed[:4], needed[4] or needed[5]]
+    *found, norm = MASK_HEAD_BACKWARD(grads[0], *tokens, norm_weight, eps, wanted)
+    weight, bias = (
+        norm[i].to(t.dtype) if n else None for i, (t, n) in enumerate(zip(inputs[4:6], needed[4:6], strict=True))
+    )
+    return *(gradient if n else None for gradient, n in zip(found, needed, strict=False)), weight, bias, None
+
+
 _mask_head = define(
     "mask_head(Tensor patches, Tensor classes, Tensor proj_patch, Tensor proj_classes, Tensor? norm_weight, "
     "Tensor? norm_bias, float eps) -> Tensor",
@@ -244,6 +219,7 @@ _mask_head = define(
     flops=_mask_head_flops,
     autocast=_cast_all_but_norm,
     autocast_result=lambda masks: masks.float(),  # what layer_norm returns there
+    backward=_mask_head_backward,
 )
 
 
@@ -256,7 +232,7 @@ def mask_head(
     norm_bias: torch.Tensor | None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """Class masks of the mask transformer; differentiable through the eager reference.
+    """Class masks of the mask transformer; their gradient is kernels/mask_head_backward.py's.
 
     Args:
         patches: (B, N, d) decoded patch tokens. classes: (B, K, d) decoded class tokens, K >= 1. Both bfloat16,
@@ -271,7 +247,9 @@ def mask_head(
     Warns:
         UserWarning: there are two classes.
 
-    float32 is multiplied as `torch.set_float32_matmul_precision` says.
+    float32 is multiplied as `torch.set_float32_matmul_precision` says. Where a gradient is needed, the arguments and
+    the result are kept: none of them may be written before the backward pass. Gradients of gradients are the
+    reference's.
     """
     launch.check_device(patches, classes, proj_patch, proj_classes, norm_weight, norm_bias)
     forbid_forward_mode()

@@ -40,22 +40,9 @@ import triton.language as tl
 from segmenter.kernels import configs, launch, reference
 from segmenter.kernels.blocks import load_tile, program_block
 from segmenter.kernels.operators import define, forbid_forward_mode
+from segmenter.kernels.pixels import centred, patches, readable
+from segmenter.kernels.pixels_to_tokens_backward import PIXELS_TO_TOKENS_BACKWARD
 from segmenter.kernels.reference import CENTRE
-
-
-@triton.jit
-def _centred(x, dtype: tl.constexpr):
-    """Bytes less 128, in units of 64, exactly; in half types one multiply-add for two of them.
-
-    Not by the instructions that convert integers, which run at a quarter of the rate.
-    """
-    if dtype == tl.float32:  # the byte becomes the last bits of 2**23
-        y = (x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) * (1.0 / 64.0) - (131072.0 + 2.0)
-    elif dtype == tl.float16:  # the last bits of 1024
-        y = (x.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) * (1.0 / 64.0) - (16.0 + 2.0)
-    else:  # all bits: b * 2**-133, half of them subnormal, which PTX's multiply-add of bfloat16 takes as what they are
-        y = x.to(tl.int16).to(tl.bfloat16, bitcast=True) * 2.0**127 - 2.0
-    return y
 
 
 @triton.jit
@@ -92,7 +79,7 @@ def _pixels_to_tokens_fwd_kernel(
         pointers = Pixels + corner[:, None] + offs_p[None, :]
         x = tl.load(pointers) if K % BLOCK_K == 0 else tl.load(pointers, mask=offs_k[None, :] < K, other=128)
         w = load_tile(W, (n_0, k_0), w_rows, stride_w, None, K, BLOCK_K, DESCRIPTORS)
-        acc = tl.dot(w, _centred(x, dtype).T, acc, input_precision=PRECISION)
+        acc = tl.dot(w, centred(x, dtype).T, acc, input_precision=PRECISION)
     acc = acc.T * 0.5
 
     mask_n = offs_n < D
@@ -120,27 +107,6 @@ def _pixels_to_tokens_fwd_kernel(
 # Launching
 
 
-def _readable(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """The images themselves if the kernel reads them as they are, else an aligned copy, padded with 128s."""
-    B, H, W, _ = pixels.shape
-    height, width = H + -H % patch_size, W + -W % patch_size
-    # The stride of one image counts nothing, whatever it is.
-    offsets = (pixels.data_ptr(), pixels.stride(1), pixels.stride(0) if B > 1 else 0)
-    if (height, width) == (H, W) and pixels.stride()[2:] == (3, 1) and all(n % 16 == 0 for n in offsets):
-        return pixels
-    return launch.call(_padded, pixels, height, width)
-
-
-def _padded(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """A copy (B, height, width, 3) whose rows begin at multiples of 16 bytes."""
-    B, H, W, _ = pixels.shape
-    row = 3 * width + -3 * width % 16
-    copy = torch.empty(B, height, row, dtype=torch.uint8, device=pixels.device).fill_(CENTRE)
-    copy = copy.as_strided((B, height, width, 3), (height * row, row, 3, 1))
-    copy[:, :H, :W] = pixels
-    return copy
-
-
 def _run(
     pixels: torch.Tensor,
     weight: torch.Tensor,
@@ -160,7 +126,7 @@ def _run(
     if y.numel() == 0:
         return y
     padded = bool(pixels.shape[1] % patch_size or pixels.shape[2] % patch_size)
-    pixels = _readable(pixels, patch_size)
+    pixels = readable(pixels, patch_size)
     plan = _plan(pixels, weight, extra_tokens, patch_size, padded, launch.dot_precision(weight.dtype), config)
     plan.run(pixels, weight, bias_table, extra_tokens, pos_embed, y)
     return y
@@ -231,12 +197,10 @@ def _pixels_to_tokens_reference(pixels, weight, bias_table, extra_tokens, pos_em
     """The same from folded weights, differentiable in all but the pixels."""
     B, _, _ = _shape(pixels, weight, bias_table, extra_tokens, pos_embed, patch_size)
     (_, H, W, _), P, E = pixels.shape, patch_size, extra_tokens.shape[0]
-    x = F.pad(pixels, (0, 0, 0, -W % P, 0, -H % P), value=CENTRE)
-    grid_h, grid_w = x.shape[1] // P, x.shape[2] // P
-    x = x.reshape(B, grid_h, P, grid_w, P, 3).transpose(2, 3).flatten(3).flatten(1, 2)  # (B, N, 3 P^2)
-    y = F.linear(x.to(weight.dtype) - CENTRE, weight) / CENTRE
+    _, grid_h, grid_w = reference.patch_grid(pixels, P)
+    y = F.linear(patches(pixels, P).to(weight.dtype) - CENTRE, weight) / CENTRE
     if H % P or W % P:
-        right, bottom = (torch.arange(n, device=x.device) == n - 1 for n in (grid_w, grid_h))
+        right, bottom = (torch.arange(n, device=y.device) == n - 1 for n in (grid_w, grid_h))
         bias = bias_table[(right[None, :] + 2 * bottom[:, None]).flatten()]  # (N, d)
     else:
         bias = bias_table[0]
@@ -250,6 +214,31 @@ def _pixels_to_tokens_flops(pixels, weight, bias_table, extra, pos, patch_size, 
     return 2 * B * -(-H // patch_size) * -(-W // patch_size) * weight[0] * weight[1]
 
 
+def _pixels_to_tokens_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
+    """Of the weights by a kernel, of all that is added to tokens by one sum over the images. Bytes have none."""
+    (pixels, weight, table, extra, pos, P), (dy,) = inputs, grads
+    E, found = extra.shape[0], [None] * len(inputs)
+    if needed[1]:
+        found[1] = PIXELS_TO_TOKENS_BACKWARD(dy[:, E:].to(weight.dtype), pixels, P)
+    if any(needed[2:]):
+        sums = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))  # (E + N, d)
+        found[2] = _table_gradient(sums[E:], pixels, P).to(table.dtype) if needed[2] else None
+        found[3] = sums[:E].to(extra.dtype) if needed[3] else None
+        found[4] = sums.to(pos.dtype) if needed[4] else None
+    return tuple(found)
+
+
+def _table_gradient(sums: torch.Tensor, pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(4, d), sums (N, d) over the patches of each kind: inside, in the last column, in the last row, in the corner."""
+    _, grid_h, grid_w = reference.patch_grid(pixels, patch_size)
+    if pixels.shape[1] % patch_size or pixels.shape[2] % patch_size:
+        grid = sums.view(grid_h, grid_w, -1)
+        last = grid[:, -1]
+        kinds = [grid[:-1, :-1].sum((0, 1)), last[:-1].sum(0), grid[-1, :-1].sum(0), last[-1]]
+        return torch.stack(kinds)
+    return F.pad(sums.sum(0, keepdim=True), (0, 0, 0, 3))
+
+
 _pixels_to_tokens = define(
     "pixels_to_tokens(Tensor pixels, Tensor weight, Tensor bias_table, Tensor extra_tokens, Tensor pos_embed,"
     " int patch_size) -> Tensor",
@@ -258,6 +247,7 @@ _pixels_to_tokens = define(
     fake=_pixels_to_tokens_fake,
     flops=_pixels_to_tokens_flops,
     autocast=lambda dtype, args: (args[0], args[1].to(dtype), *args[2:]),
+    backward=_pixels_to_tokens_backward,
 )
 
 
@@ -269,7 +259,7 @@ def pixels_to_tokens(
     pos_embed: torch.Tensor,
     patch_size: int,
 ) -> torch.Tensor:
-    """Tokens of images by weights that hold the normalisation; differentiable in all but the pixels.
+    """Tokens of images by weights that hold the normalisation; differentiable in all but the pixels, which are bytes.
 
     Args:
         pixels: (B, H, W, 3) uint8, any H and W from 1 on, with any strides: crops of larger images are read in place
@@ -284,7 +274,9 @@ def pixels_to_tokens(
         KernelError: other types or devices. ValueError: shapes do not fit.
 
     float32 is multiplied as `torch.set_float32_matmul_precision` says. Under autocast the weight is cast; fold in the
-    autocast type to begin with, so that the bias fits the rounded weight.
+    autocast type to begin with, so that the bias fits the rounded weight. Where a gradient is needed, the arguments and
+    the result are kept: none of them may be written before the backward pass, of which the weights' part is
+    kernels/pixels_to_tokens_backward.py's.
     """
     launch.check_device(pixels, weight, bias_table, extra_tokens, pos_embed)
     forbid_forward_mode()

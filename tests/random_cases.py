@@ -31,7 +31,9 @@ from segmenter.kernels import (
     layernorm_mlp_backward,
     linear,
     mask_head,
+    mask_head_backward,
     pixels_to_tokens,
+    pixels_to_tokens_backward,
     reference,
     reference_backward,
     upsample_argmax,
@@ -344,6 +346,33 @@ def mask_head_case(draw: Draw) -> Case:
     )  # fmt: skip
 
 
+def mask_head_backward_case(draw: Draw) -> Case:
+    """One of the five gradients; few classes leave them to chance."""
+    dtype, d = draw.dtype(), draw.choice((16, 32, 48, 64, 96))
+    K = draw.choice((4, 5, 15, 16, 17, 19, 33, 60) if draw.maybe(0.8) else (127, 128, 130, 260))
+    B, N = draw.choice((1, 2)), draw.choice(LENGTHS if K < 100 else LENGTHS[:8])
+    patches = draw.tensor(B, N, d, dtype=dtype, scale=draw.choice((1.0, 0.1, 10.0)))
+    classes = draw.tensor(B, K, d, dtype=dtype)
+    projections = [draw.tensor(d, d, dtype=dtype, scale=d**-0.5) for _ in range(2)]
+    weight = draw.tensor(K, dtype=draw.choice((dtype, torch.float32)), scale=0.3, mean=1.0) if draw.maybe(0.8) else None
+    which, eps = draw.choice(range(5)), draw.choice((1e-5, 1e-3))
+    needed = [i == which or draw.maybe(0.3) for i in range(5)]
+    sizes = (draw.choice((16, 32, 64)), draw.choice((16, 32, 64)), 4, 2, draw.maybe(0.6))
+    config = None if draw.maybe(0.4) else configs_backward.MaskHeadBackwardConfig(*sizes)
+
+    def call(*t):
+        if config is None:
+            return mask_head_backward.mask_head_backward(*t, eps, needed)[which]
+        return mask_head_backward._run(*t, eps, needed, config)[which]
+
+    return Case(
+        (draw.tensor(B, N, K, dtype=dtype, scale=draw.magnitude()), patches, classes, *projections, weight), call,
+        lambda *t: mask_head_backward.mask_head_backward_reference(*t, eps, [True] * 5)[which],
+        f"B={B} N={N} K={K} d={d} {dtype} eps={eps} which={which} {needed} affine={weight is not None} {config}",
+        max_ratio=4.0, frobenius=3.0 if dtype == torch.float32 else 1.5, terms=900,
+    )  # fmt: skip
+
+
 def pixels_to_tokens_case(draw: Draw) -> Case:
     dtype, P, d = draw.dtype(), draw.choice((1, 3, 8, 8, 14, 16, 16, 32)), draw.choice((16, 31, 48, 64, 96, 192))
     B, H, W = draw.choice((1, 2, 3)), draw.choice(LENGTHS), draw.choice(LENGTHS)
@@ -366,6 +395,27 @@ def pixels_to_tokens_case(draw: Draw) -> Case:
         (draw.images(B, H, W), weight, bias, extra, positions), call,
         lambda *t: reference.pixels_to_tokens(*t, *statistics),
         f"{B}x{H}x{W} P={P} d={d} E={E} {dtype} stream={stream} {config}", terms=3 * P * P,
+    )  # fmt: skip
+
+
+def pixels_to_tokens_backward_case(draw: Draw) -> Case:
+    dtype, P, d = draw.dtype(), draw.choice((1, 3, 8, 8, 14, 16)), draw.choice((16, 31, 48, 64, 96))
+    B, H, W = draw.choice((1, 2, 3)), draw.choice(LENGTHS), draw.choice(LENGTHS)
+    if P < 8:
+        H, W = min(H, 17), min(W, 17)
+    dy = draw.tensor(B, -(-H // P) * -(-W // P), d, dtype=dtype, scale=draw.magnitude())
+    sizes = (draw.choice((16, 32, 64)), draw.choice((32, 64)), draw.choice((32, 64, 128)), 4, 2)
+    config = None if draw.maybe(0.4) else configs_backward.PatchWeightsConfig(*sizes)
+
+    def call(dy, pixels):
+        if config is None:
+            return pixels_to_tokens_backward.pixels_to_tokens_backward(dy, pixels, P)
+        return pixels_to_tokens_backward._run(dy, pixels, P, config)
+
+    return Case(
+        (dy, draw.images(B, H, W)), call,
+        lambda *t: pixels_to_tokens_backward.pixels_to_tokens_backward_reference(*t, P),
+        f"{B}x{H}x{W} P={P} d={d} {dtype} {config}", terms=dy.shape[0] * dy.shape[1],
     )  # fmt: skip
 
 
@@ -403,7 +453,9 @@ FAMILIES: dict[str, Callable[[Draw], Case]] = {
     "layernorm_mlp": layernorm_mlp_case,
     "layernorm_mlp_backward": layernorm_mlp_backward_case,
     "mask_head": mask_head_case,
+    "mask_head_backward": mask_head_backward_case,
     "pixels_to_tokens": pixels_to_tokens_case,
+    "pixels_to_tokens_backward": pixels_to_tokens_backward_case,
     "windows_argmax": windows_argmax_case,
 }
 

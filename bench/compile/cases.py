@@ -29,7 +29,9 @@ from segmenter.kernels.layernorm_mlp import layernorm_mlp
 from segmenter.kernels.layernorm_mlp_backward import layernorm_mlp_backward
 from segmenter.kernels.linear import layernorm_linear, linear
 from segmenter.kernels.mask_head import mask_head
+from segmenter.kernels.mask_head_backward import mask_head_backward
 from segmenter.kernels.pixels_to_tokens import pixels_to_tokens
+from segmenter.kernels.pixels_to_tokens_backward import pixels_to_tokens_backward
 from segmenter.kernels.upsample_argmax import upsample_argmax, windows_argmax
 from segmenter.kernels.upsample_cross_entropy import upsample_cross_entropy
 
@@ -140,6 +142,13 @@ def _backward_cases(add: Callable[..., None]) -> None:
             add(n == 1025 and d == 128, "attention_backward", "fp16 fp32 tf32", n=n, d=d)
     for n, m in ((1024, 150), (150, 1174)):
         add(True, "cross_attention_backward", "bf16", n=n, m=m)
+    for d in WIDTHS:
+        for n_cls in CLASSES:
+            small = d == 384 or n_cls == 150
+            add(small, "mask_head_backward", "bf16", n_cls=n_cls, d=d)
+            add(small and d == 384, "mask_head_backward", "fp16", n_cls=n_cls, d=d)
+    add(ARCHITECTURES, "mask_head_backward", "bf16", n_cls=300)
+    add(True, "mask_head_backward", "bf16", n_cls=150, stream="fp32")
 
 
 def _layer_backward_cases(add: Callable[..., None]) -> None:
@@ -205,6 +214,11 @@ def _pixel_cases(add: Callable[..., None]) -> None:
                 for d in (192, 384, 1024):
                     add(False, "pixels_to_tokens", "", **sizes, d=d)
             add(patch == 16, "pixels_to_tokens", "bf16", side=side, stream="fp32")
+        add(True, "pixels_to_tokens_backward", "bf16", batch=8, side=sides[1], patch=patch)
+        add(patch == 16, "pixels_to_tokens_backward", "bf16 fp16 fp32 tf32", batch=8, side=sides[0], patch=patch)
+    add(ARCHITECTURES, "pixels_to_tokens_backward", "bf16", batch=8, side=500, patch=14)
+    for d in (192, 384, 1024):
+        add(True, "pixels_to_tokens_backward", "bf16", batch=8, d=d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,6 +269,14 @@ def _mask_head(dtype: torch.dtype, n_cls: int, d: int = 768, batch: int = 2, pat
     return partial(mask_head, tokens[:, :patches], tokens[:, patches:], proj, proj, norm, norm)
 
 
+def _mask_head_backward(
+    dtype: torch.dtype, n_cls: int, d: int = 768, batch: int = 2, patches: int = 1024, stream: str = ""
+) -> partial:
+    dy, tokens, proj = _empty(dtype, (batch, patches, n_cls), (batch, patches + n_cls, d), (d, d))
+    norm = torch.empty(n_cls, dtype=DTYPES.get(stream, dtype))
+    return partial(mask_head_backward, dy, tokens[:, :patches], tokens[:, patches:], proj, proj, norm)
+
+
 def _labels(dtype: torch.dtype, n_cls: int, patch: int = 16, side: int = 640) -> partial:
     masks = torch.empty(2, -(-side // patch), -(-side // patch), n_cls, dtype=dtype)
     return partial(upsample_argmax, masks, (side, side))
@@ -272,6 +294,13 @@ def _pixels(dtype: torch.dtype, batch: int = 32, side: int = 512, patch: int = 1
     tokens = _empty(DTYPES.get(stream, dtype), (2, d), (2 + (-(-side // patch)) ** 2, d))
     pixels, weight = torch.empty(batch, side, side, 3, dtype=torch.uint8), torch.empty(d, 3 * patch**2, dtype=dtype)
     return partial(pixels_to_tokens, pixels, weight, torch.empty(4, d), *tokens, patch)
+
+
+def _pixels_backward(dtype: torch.dtype, batch: int, side: int = 512, patch: int = 16, d: int = 768) -> partial:
+    tokens = torch.empty(batch, 1 + (-(-side // patch)) ** 2, d, dtype=dtype)
+    return partial(
+        pixels_to_tokens_backward, tokens[:, 1:], torch.empty(batch, side, side, 3, dtype=torch.uint8), patch
+    )
 
 
 def _attention_backward(dtype: torch.dtype, n: int, heads: int = 12, d: int = 64, lse: bool = False) -> partial:
@@ -305,6 +334,7 @@ CALLS: dict[str, Callable[..., partial]] = {
     **dict.fromkeys(("layernorm_mlp_backward", "gelu_backward"), _layernorm_mlp_backward),
     "fold": lambda dtype, m, d: _layernorm_linear(dtype, m, d, gelu=True),
     "mask_head": _mask_head,
+    **dict.fromkeys(("mask_head_backward", "unit_rows", "partial_sums"), _mask_head_backward),
     "upsample_argmax": _labels,
     "upsample_cross_entropy": _loss,
     "windows_argmax": lambda dtype, n_cls: partial(
@@ -312,4 +342,5 @@ CALLS: dict[str, Callable[..., partial]] = {
         *_empty(dtype, (1, 6, 32, 32, n_cls)), (0, 88), (0, 300, 512), (512, 512), (512, 512), (600, 1024),
     ),
     "pixels_to_tokens": _pixels,
+    **dict.fromkeys(("pixels_to_tokens_backward", "patch_weights"), _pixels_backward),
 }  # fmt: skip

@@ -313,7 +313,7 @@ def test_gradients_are_those_of_the_reference(K, affine):
     actual = torch.autograd.grad(run(args), tensors, grad)
     expected = torch.autograd.grad(reference.mask_head(*args), tensors, grad)
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)  # more closely: test_mask_head_backward.py
 
 
 def test_gradients_with_a_float32_norm():

@@ -11,6 +11,7 @@ import torch
 from segmenter.inference.images import NORMALIZATION, normalize
 from segmenter.kernels import configs, launch, reference
 from segmenter.kernels import pixels_to_tokens as kernel
+from segmenter.kernels.pixels import readable
 from segmenter.layers import pad_to_multiple
 from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
 from tests.support.tiny import tiny_model
@@ -184,7 +185,7 @@ def test_crops(height, width, top, left, in_place):
     args = inputs(2, 32, 48, 16)
     dense = kernel.normalized_pixels_to_tokens(*args)
     args[0] = view = crop(args[0], height, width, top, left)
-    assert (kernel._readable(view, 16) is view) == in_place
+    assert (readable(view, 16) is view) == in_place
     assert_bitwise_equal(kernel.normalized_pixels_to_tokens(*args), dense)
 
 
@@ -195,11 +196,11 @@ def test_other_strides_are_copied():
         args[0] = args[0].permute(dims).contiguous().permute([dims.index(i) for i in range(4)])
         assert_bitwise_equal(kernel.normalized_pixels_to_tokens(*args), dense)
     args[0] = args[0][:1].contiguous().expand(2, -1, -1, -1)
-    assert kernel._readable(args[0], 16) is args[0]
+    assert readable(args[0], 16) is args[0]
     y = kernel.normalized_pixels_to_tokens(*args)
     assert_bitwise_equal(kernel.normalized_pixels_to_tokens(args[0].contiguous(), *args[1:]), y)
     odd = args[0][:1].as_strided((1, 32, 48, 3), (7, 144, 3, 1))  # of one image, which PyTorch allows
-    assert kernel._readable(odd, 16) is odd
+    assert readable(odd, 16) is odd
 
 
 @pytest.mark.parametrize(("shape", "far"), [((3, 16, 16), 2**30 + 2**28), ((1, 24, 16), 2**27)])
@@ -210,7 +211,7 @@ def test_pixels_further_apart_than_32_bits_count(shape, far):
     strides = (far, 48, 3, 1) if B > 1 else (far * H, far, 3, 1)
     memory = torch.empty((B - 1) * far + 1000 if B > 1 else H * far, dtype=torch.uint8)  # untouched pages cost nothing
     args[0] = memory.as_strided(args[0].shape, strides).copy_(args[0])
-    assert kernel._readable(args[0], 8) is args[0]
+    assert readable(args[0], 8) is args[0]
     assert_bitwise_equal(kernel.normalized_pixels_to_tokens(*args), want)
 
 

@@ -17,6 +17,7 @@ from tests.mutants.planted_labels import (
 )
 from tests.mutants.planted_layer_backward import LAYER_BACKWARD
 from tests.mutants.planted_loss import LOSS
+from tests.mutants.planted_masks_and_pixels import MASKS_AND_PIXELS
 from tests.mutants.planted_recompute import RECOMPUTE
 from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
@@ -398,14 +399,6 @@ PIXELS_TO_TOKENS = planted_in(
             "last = tl.cdiv(tl.minimum(m_0 + BLOCK_M, n_rows), n_patches)",
             "last = tl.minimum(tl.cdiv(m_0, n_patches) + 1, n_rows // n_patches)",
         ),
-        "padded_with_black": (
-            ".fill_(CENTRE)",
-            ".fill_(0)",
-        ),
-        "half_pixels_not_centred": (
-            "- (16.0 + 2.0)",
-            "- 16.0",
-        ),
         "image_offset_in_32_bits": (
             "image = (rows // n_patches).to(tl.int64)",
             "image = rows // n_patches",
@@ -413,10 +406,6 @@ PIXELS_TO_TOKENS = planted_in(
         "image_row_offset_in_32_bits": (
             "(patch_y * P).to(tl.int64) * stride_ph",
             "(patch_y * P) * stride_ph",
-        ),
-        "unaligned_images_read_in_place": (
-            " and all(n % 16 == 0 for n in offsets)",
-            "",
         ),
     },
 )
@@ -490,6 +479,7 @@ MUTANTS = [
     *FIRST_HOUR,
     *LOSS,
     *LAYER_BACKWARD,
+    *MASKS_AND_PIXELS,
 ]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -1,9 +1,9 @@
 """Sums over rows in two stages, without atomics: gradients of biases and of LayerNorm's parameters.
 
-    x (M, N)  ->  (N,): first (P, N) float32, one row a program of the first stage, then their sum in a fixed order
+    x (M, N)  ->  (N,): first (P, N) float32, one row a program, then their sum by kernels/partial_sums.py
 
 P follows from the shape and a table that knows no device, so a second run, on whatever device, adds in the same order.
-What else a gradient needs on its way is done in the same pass of the first stage: it is rounded to the type of the next
+What else a gradient needs on its way is done in the same pass: it is rounded to the type of the next
 product (the float32 gradient of a residual stream in front of bfloat16 weights), and multiplied by the derivative of a
 GELU. Sums are of what is stored before it is rounded.
 
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from segmenter.kernels import configs_backward, launch
+from segmenter.kernels import configs_backward, launch, partial_sums
 from segmenter.kernels.blocks import gelu_and_derivative, gelu_form
 
 
@@ -47,42 +47,8 @@ def _column_parts_kernel(
         tl.store(Parts + part.to(tl.int64) * N + offs_n, tl.sum(total, 0), mask=mask_n)
 
 
-@triton.jit
-def _add_parts_kernel(
-    Parts, First, Second,  # (1 or 2, P, N) float32, (N,) each
-    n_parts,
-    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SECOND: tl.constexpr,  # whether there are two
-):  # fmt: skip
-    N_BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    which = tl.program_id(0) // N_BLOCKS
-    offs_n = (tl.program_id(0) % N_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    parts = Parts + which.to(tl.int64) * n_parts * N
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for p_0 in tl.range(0, n_parts, BLOCK_M):
-        rows = p_0 + tl.arange(0, BLOCK_M)
-        mask = (rows < n_parts)[:, None] & mask_n[None, :]
-        total += tl.load(parts + rows.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
-    total = tl.sum(total, 0)
-    if SECOND and which == 1:
-        tl.store(Second + offs_n, total.to(Second.dtype.element_ty), mask=mask_n)
-    else:
-        tl.store(First + offs_n, total.to(First.dtype.element_ty), mask=mask_n)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching
-
-
-def add_parts(parts: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> None:
-    """Writes the sums over P of parts (1 or 2, P, N) float32 into one or two tensors (N,), rounded to their types."""
-    n_parts, n = parts.shape[-2:]
-    c = configs_backward.add_parts()
-    scalars = (n_parts, n, c.block_m, c.block_n, second is not None)
-    programs = triton.cdiv(n, c.block_n) * (1 if second is None else 2)
-    plan = launch.Plan(_add_parts_kernel, programs, (None,) * 3, scalars, {"num_warps": c.num_warps, "num_stages": 1})
-    plan.run(parts, first, second)
 
 
 def zeros(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -114,15 +80,11 @@ def passed_on(
         return launch.call(torch.Tensor.to, x, dtype) if store else x, None
     c = config or configs_backward.column_sums(m, n)
     y = launch.empty((m, n), dtype, device) if store else None
-    parts = None if sums is None else launch.empty((1, c.programs, n), torch.float32, device)
+    parts = None if sums is None else launch.empty((c.programs, n), torch.float32, device)
     form = None if pre_activation is None else gelu_form(pre_activation.dtype, launch.architecture(x))
     scalars = (x.stride(0), m, c.programs, n, c.block_m, c.block_n, form, store, parts is not None)
     options = {"num_warps": c.num_warps, "num_stages": 1}
     programs = c.programs * triton.cdiv(n, c.block_n)
     plan = launch.Plan(_column_parts_kernel, programs, (None,) * 4, scalars, options)
     plan.run(x, pre_activation, y, parts)
-    total = None
-    if parts is not None and sums is not None:
-        total = launch.empty((n,), sums, device)
-        add_parts(parts, total)
-    return x if y is None else y, total
+    return x if y is None else y, None if parts is None else partial_sums.add(parts, (n,), sums)

@@ -276,10 +276,6 @@ COLUMN_SUMS = (
     Row(ANY, "all", "", SumsConfig(32, 128, 4, 4 * _EACH), {"m": 8200, "n": 768},
         "32 values a thread in 16-byte loads. Four programs a multiprocessor; the wider the rows, the fewer parts."),
 )  # fmt: skip
-ADD_PARTS = (
-    Row(ANY, "all", "", SumsConfig(64, 32, 4, 1), {"m": 8200, "n": 768},
-        "A few hundred parts: 128 bytes of each, so that narrow rows are spread over some multiprocessors too."),
-)  # fmt: skip
 
 
 _HIDDEN = {"m": 8200, "d": 768}
@@ -321,11 +317,6 @@ def column_sums(m: int, n: int) -> SumsConfig:
     return _cut(configs.look_up(COLUMN_SUMS, "").config, m, n)
 
 
-def add_parts() -> SumsConfig:
-    """The configuration for adding parts."""
-    return configs.look_up(ADD_PARTS, "").config
-
-
 def _cut(config: SumsConfig, m: int, n: int) -> SumsConfig:
     """With as many programs for the same columns as there is work for."""
     programs = min(config.programs // -(-n // config.block_n), -(-m // config.block_m))
@@ -343,6 +334,5 @@ TABLES = configs.TABLES | {  # what is compiled row by row
     "upsample_cross_entropy": UPSAMPLE_CROSS_ENTROPY,
     "layernorm_backward": LAYERNORM_BACKWARD,
     "column_sums": COLUMN_SUMS,
-    "add_parts": ADD_PARTS,
     "gelu_backward": GELU_BACKWARD,
 }

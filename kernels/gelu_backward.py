@@ -4,7 +4,7 @@
 
 The epilogue reads the pre-activation a once and makes all three of it and of the float32 accumulator. gelu(a), which
 W's gradient is a product with, need not be kept since the forward pass, and is not read for dA. Sums for the first
-layer's bias are one float32 row for each row block, added in a fixed order by kernels/column_sums.py: no atomics.
+layer's bias are one float32 row for each row block, added in a fixed order by kernels/partial_sums.py: no atomics.
 
 W is that of fc2, (d, d_ff), so unlike in kernels/linear.py its rows are what is added over.
 
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from segmenter.kernels import column_sums, configs, configs_backward, launch
+from segmenter.kernels import column_sums, configs, configs_backward, launch, partial_sums
 from segmenter.kernels.blocks import gelu_and_derivative, gelu_form, load_tile, program_block
 
 
@@ -89,15 +89,13 @@ def run(
     precision = launch.dot_precision(dtype)
     c = config or configs_backward.gelu_backward(launch.architecture(grad), weight.element_size(), m, n, precision)
     n_blocks_m = triton.cdiv(m, c.block_m)
-    parts = launch.empty((1, n_blocks_m, n), torch.float32, device) if with_sums else None
+    parts = launch.empty((n_blocks_m, n), torch.float32, device) if with_sums else None
     _plan(grad, weight, pre_activation, d_a, h, with_sums, precision, c).run(
         grad, weight, pre_activation, d_a, h, parts
     )
     if parts is None:
         return d_a, h, None
-    sums = launch.empty((n,), dtype, device)
-    column_sums.add_parts(parts, sums)
-    return d_a, h, sums
+    return d_a, h, partial_sums.add(parts, (n,), dtype)
 
 
 def _plan(grad, weight, pre_activation, d_a, h, with_sums, precision, c) -> launch.Plan:

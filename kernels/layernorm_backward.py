@@ -8,8 +8,8 @@ which has to be read anyway: nothing but x is kept for the backward pass. What r
 gradient of a residual stream, is added before dx is rounded once.
 
 Each of P programs takes every P-th block of rows and keeps its sums for dweight and dbias in registers, float32;
-kernels/column_sums.py adds the P parts in a fixed order. P follows from the shape alone. So there are no atomics, and a
-second run gives the same bits. (Liger's kernel has parts for each multiprocessor, which differ with the device.)
+kernels/partial_sums.py adds the P parts in a fixed order. P follows from the shape alone. So there are no atomics, and
+a second run gives the same bits. (Liger's kernel has parts for each multiprocessor, which differ with the device.)
 
 Limits: none on shapes. Rows of up to 8,192 columns stay in registers; of longer ones four float32 numbers each are
 computed first, and columns are cut between programs.
@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from segmenter.kernels import column_sums, configs_backward, launch, reference_backward
+from segmenter.kernels import column_sums, configs_backward, launch, partial_sums, reference_backward
 from segmenter.kernels.checks import as_rows, check_affine
 from segmenter.kernels.operators import define, forbid_forward_mode
 
@@ -157,29 +157,24 @@ def run(
         config: instead of the table's choice.
     """
     (m, n), device = x.shape, x.device
-    dx, d_weight, d_bias = (
-        None if dtype is None else launch.empty(shape, dtype, device)
-        for shape, dtype in zip(((m, n), (n,), (n,)), needed, strict=True)
-    )
+    dx = None if needed[0] is None else launch.empty((m, n), needed[0], device)
     if x.numel() == 0:
-        sums = (None if t is None else column_sums.zeros(n, t.dtype, device) for t in (d_weight, d_bias))
-        return dx, *sums
-    if dx is None and d_weight is None:
-        return None, None, None if d_bias is None else column_sums.passed_on(grad, grad.dtype, d_bias.dtype)[1]
+        return dx, *(None if dtype is None else column_sums.zeros(n, dtype, device) for dtype in needed[1:])
+    if dx is None and needed[1] is None:
+        return None, None, None if needed[2] is None else column_sums.passed_on(grad, grad.dtype, needed[2])[1]
     c = config or configs_backward.layernorm_backward(m, n)
-    sums = [t for t in (d_weight, d_bias) if t is not None]
-    parts = launch.empty((len(sums), c.programs, n), torch.float32, device) if sums else None
+    n_sums = sum(dtype is not None for dtype in needed[1:])
+    parts = launch.empty((n_sums, c.programs, n), torch.float32, device) if n_sums else None
     stats = _row_statistics(grad, x, weight, eps, c.block_n) if n > c.block_n else None
-    flags = (weight is not None, added is not None, *(t is not None for t in (dx, d_weight, d_bias)))
+    flags = (weight is not None, added is not None, *(dtype is not None for dtype in needed))
     strides = (grad.stride(0), x.stride(0), 0 if added is None else added.stride(0))
     scalars = (*strides, m, c.programs, eps, n, c.block_m, c.block_n, *flags)
     options = {"num_warps": c.num_warps, "num_stages": 1}
     programs = c.programs * triton.cdiv(n, c.block_n)
     plan = launch.Plan(_layernorm_bwd_kernel, programs, (None,) * 7, scalars, options)
     plan.run(grad, x, weight, added, dx, parts, stats)
-    if parts is not None:
-        column_sums.add_parts(parts, *sums)
-    return dx, d_weight, d_bias
+    each = iter(() if parts is None else parts.unbind())
+    return dx, *(None if dtype is None else partial_sums.add(next(each), (n,), dtype) for dtype in needed[1:])
 
 
 def _row_statistics(

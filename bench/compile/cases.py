@@ -330,7 +330,6 @@ CALLS: dict[str, Callable[..., partial]] = {
     "layernorm": _layernorm,
     "layernorm_backward": _layernorm_backward,
     "column_sums": partial(_layernorm_backward, bias_only=True),
-    "add_parts": _layernorm_backward,
     **dict.fromkeys(("layernorm_mlp_backward", "gelu_backward"), _layernorm_mlp_backward),
     "fold": lambda dtype, m, d: _layernorm_linear(dtype, m, d, gelu=True),
     "mask_head": _mask_head,

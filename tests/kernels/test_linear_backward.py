@@ -96,7 +96,7 @@ def test_each_subset_of_gradients(needed, launched, guarded_outputs):
                 if o is not None:
                     torch.testing.assert_close(o.double(), x, rtol=1e-5, atol=2e-5)
         names = [name for name in launched if name != "_linear_fwd_kernel"]
-        assert names == ["_column_parts_kernel"] * (gelu or needed[2]) + ["_add_parts_kernel"] * needed[2]
+        assert names == ["_column_parts_kernel"] * (gelu or needed[2]) + ["_partial_sums_kernel"] * needed[2]
 
 
 @pytest.mark.parametrize("place", range(5))
@@ -149,7 +149,7 @@ def test_half_precision_by_autocast(launched):
     for o, e, want in zip(ours, eager, exact, strict=True):
         assert o.dtype == FP32
         assert (o - want).norm() <= 1.1 * (e - want).norm() + 1e-6 * want.norm()
-    assert launched[-2:] == ["_column_parts_kernel", "_add_parts_kernel"]
+    assert launched[-2:] == ["_column_parts_kernel", "_partial_sums_kernel"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

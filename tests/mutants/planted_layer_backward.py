@@ -70,18 +70,6 @@ LAYER_BACKWARD = [
         "kernels/column_sums.py",
         ("tests/kernels/test_layernorm_backward.py", "tests/kernels/test_linear_backward.py"),
         {
-            "last_parts_lost": (
-                "    for p_0 in tl.range(0, n_parts, BLOCK_M):\n",
-                "    for p_0 in tl.range(0, n_parts - 1, BLOCK_M):\n",
-            ),
-            "parts_of_the_other_sum": (
-                "        mask = (rows < n_parts)[:, None] & mask_n[None, :]\n",
-                "        mask = mask_n[None, :]\n",
-            ),
-            "second_sum_stored_over_the_first": (
-                "        tl.store(Second + offs_n, total.to(Second.dtype.element_ty), mask=mask_n)\n",
-                "        tl.store(First + offs_n, total.to(Second.dtype.element_ty), mask=mask_n)\n",
-            ),
             "sums_without_the_derivative": (
                 "            x *= gelu_and_derivative(a, GELU)[1]\n",
                 "            total += x\n            x *= gelu_and_derivative(a, GELU)[1]\n",

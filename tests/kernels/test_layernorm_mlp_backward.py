@@ -170,7 +170,7 @@ def test_kept_hidden_layer(dtype, stream, guarded_outputs):
         return layernorm_mlp_hidden(*inputs)[0]
 
     check_gradients(kept, definition, args, grad, terms=137, max_ratio=3.0)
-    for only in SUBSETS:
+    for only in ([0], [3], [4, 5]):
         ours, again = (gradients(f, args, grad, only) for f in (kept, layernorm_mlp))
         for i in only:
             eps = torch.finfo(again[i].dtype).eps

@@ -204,7 +204,9 @@ def or_empty(gradients: tuple[torch.Tensor | None, ...], like: torch.Tensor) -> 
     return tuple(launch.empty((0,), like.dtype, like.device) if t is None else t for t in gradients)
 
 
-def empty_like(shapes: tuple, dtypes: tuple[torch.dtype | None, ...], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def gradients_fake(
+    shapes: tuple, dtypes: tuple[torch.dtype | None, ...], like: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """What a host function returns, for fake tensors: gradients of these shapes and types, those of no type empty."""
     pairs = zip(shapes, dtypes, strict=True)
     return tuple(like.new_empty(0) if t is None else like.new_empty(shape, dtype=t) for shape, t in pairs)
@@ -237,7 +239,7 @@ def _layernorm_backward_kernel(
 def _layernorm_backward_fake(
     grad: Any, x: torch.Tensor, weight: torch.Tensor | None, bias_dtype: Any, eps: float, needed: list[bool]
 ) -> tuple[torch.Tensor, ...]:
-    return empty_like((x.shape, x.shape[-1:], x.shape[-1:]), _types(x, weight, bias_dtype, needed), x)
+    return gradients_fake((x.shape, x.shape[-1:], x.shape[-1:]), _types(x, weight, bias_dtype, needed), x)
 
 
 def _layernorm_backward_flops(grad: tuple[int, ...], *args: Any, **kwargs: Any) -> int:

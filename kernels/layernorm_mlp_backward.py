@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from segmenter.kernels import column_sums, gelu_backward, launch, layernorm_backward, reference_backward
 from segmenter.kernels.checks import as_rows, check_mlp
 from segmenter.kernels.layernorm import run as run_layernorm
-from segmenter.kernels.layernorm_backward import check_grad, empty_like, or_empty
+from segmenter.kernels.layernorm_backward import check_grad, gradients_fake, or_empty
 from segmenter.kernels.linear_backward import Gradients, product_flops, types_of
 from segmenter.kernels.operators import define, forbid_forward_mode
 
@@ -95,7 +95,7 @@ def _layernorm_mlp_backward_fake(
 ) -> tuple[torch.Tensor, ...]:
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
     shapes = (*(t.shape for t in tensors), x.shape[-1:])
-    return empty_like(shapes, types_of((*tensors, fc2_weight), needed), x)
+    return gradients_fake(shapes, types_of((*tensors, fc2_weight), needed), x)
 
 
 def _layernorm_mlp_backward_flops(

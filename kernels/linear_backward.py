@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from segmenter.kernels import column_sums, launch, layernorm_backward, reference_backward
 from segmenter.kernels.checks import as_rows, check_affine, check_linear, check_types
 from segmenter.kernels.layernorm import run as run_layernorm
-from segmenter.kernels.layernorm_backward import check_grad, empty_like, or_empty
+from segmenter.kernels.layernorm_backward import check_grad, gradients_fake, or_empty
 from segmenter.kernels.operators import define, forbid_forward_mode
 
 Gradients = tuple[torch.Tensor | None, ...]
@@ -104,7 +104,7 @@ def _linear_backward_kernel(
 
 def _linear_backward_fake(grad, x, weight, bias, gelu, needed) -> tuple[torch.Tensor, ...]:
     shapes = (x.shape, weight.shape, weight.shape[:1])
-    return empty_like(shapes, types_of((x, weight, bias), needed), x)
+    return gradients_fake(shapes, types_of((x, weight, bias), needed), x)
 
 
 def _layernorm_linear_backward_kernel(
@@ -129,7 +129,7 @@ def _layernorm_linear_backward_fake(
     grad, x, norm_weight, norm_bias, weight, bias, eps, gelu, needed, added
 ) -> tuple[torch.Tensor, ...]:
     shapes = (x.shape, x.shape[-1:], x.shape[-1:], weight.shape, weight.shape[:1])
-    return empty_like(shapes, types_of((x, norm_weight, norm_bias, weight, bias), needed), x)
+    return gradients_fake(shapes, types_of((x, norm_weight, norm_bias, weight, bias), needed), x)
 
 
 def product_flops(x: tuple[int, ...], weight: tuple[int, ...], dx: bool, d_weight: bool) -> int:

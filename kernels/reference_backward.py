@@ -20,7 +20,7 @@ Types = Sequence[torch.dtype | None]
 def _needed(gradients: Sequence[torch.Tensor], types: Types, needed: Sequence[bool]) -> Gradients:
     """Of these types; without elements where that is None, or the gradient not needed."""
     triples = zip(gradients, types, needed, strict=True)
-    nothing = gradients[0].new_empty(0, dtype=types[0])
+    nothing = torch.empty(0, dtype=types[0], device=gradients[0].device)
     return tuple(nothing.clone() if t is None or not need else g.to(t).contiguous() for g, t, need in triples)
 
 

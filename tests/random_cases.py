@@ -9,8 +9,6 @@ the first few hundred.
 """
 
 import argparse
-import dataclasses
-import random
 import sys
 from collections.abc import Callable
 
@@ -20,104 +18,28 @@ from tqdm import tqdm
 
 from segmenter.kernels import (
     attention,
-    attention_backward,
-    checks,
     configs,
-    configs_backward,
     launch,
     layernorm,
-    layernorm_backward,
     layernorm_mlp,
-    layernorm_mlp_backward,
     linear,
     mask_head,
-    mask_head_backward,
     pixels_to_tokens,
-    pixels_to_tokens_backward,
     reference,
-    reference_backward,
     upsample_argmax,
 )
 from segmenter.kernels.blocks import fits_rows
 from segmenter.kernels.reference import explicit_cross_attention as explicit_cross
-from tests.support.layouts import LAYOUTS
+from tests.random_backward_cases import (
+    attention_backward_case,
+    layernorm_backward_case,
+    layernorm_mlp_backward_case,
+    mask_head_backward_case,
+    pixels_to_tokens_backward_case,
+)
+from tests.support.draws import FAR_LENGTHS, HALF, LENGTHS, Case, Draw, attention_config, linear_config, widths
 from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
 from tests.support.upsampling import MASKS, expected_labels
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HALF = 1.2  # of attention in half types: few keys and few values; test_attention.py asks for 0.65 of long rows
-LENGTHS = (1, 2, 3, 5, 15, 16, 17, 31, 33, 34, 47, 63, 64, 65, 66, 67)
-FAR_LENGTHS = (95, 97, 127, 128, 129, 130, 131, 193, 194, 200)
-
-
-@dataclasses.dataclass
-class Case:
-    """Arguments, what runs on them, and what defines the result."""
-
-    args: tuple
-    call: Callable
-    definition: Callable
-    what: str
-    max_ratio: float = 3.0  # the worst of a few elements: chance is larger than in the tests of one operator
-    frobenius: float = 1.1
-    terms: int = 0  # products in the sum of one element, as for `assert_parity`
-    labels: bool = False  # the result is equal or wrong
-
-
-class Draw:
-    """Everything random about one case comes from here."""
-
-    def __init__(self, op: str, seed: int):
-        self.random = random.Random(f"{op} {seed}")
-        self.generator = torch.Generator().manual_seed(self.random.randrange(2**31))
-        self.layouts: list[str] = []
-
-    def choice(self, options):
-        return self.random.choice(list(options))
-
-    def maybe(self, probability: float) -> bool:
-        return self.random.random() < probability
-
-    def tensor(self, *shape: int, dtype: torch.dtype, scale: float = 1.0, mean: float = 0.0, plain: float = 0.3):
-        """Normal numbers in a random layout that keeps the shape."""
-        t = torch.randn(*shape, generator=self.generator) * scale + mean
-        return self.placed(t.to(dtype).to(DEVICE), plain)
-
-    def placed(self, t: torch.Tensor, plain: float = 0.3) -> torch.Tensor:
-        """t in a random layout that keeps the shape."""
-        name = "contiguous" if self.maybe(plain) else self.choice(LAYOUTS)
-        placed = LAYOUTS[name](t)
-        if placed.shape != t.shape:
-            name, placed = "contiguous", t
-        self.layouts.append(name)
-        return placed
-
-    def images(self, B: int, H: int, W: int) -> torch.Tensor:
-        """Bytes, dense or a crop of larger images, with rows at multiples of 16 or not."""
-        pixels = torch.randint(0, 256, (B, H, W, 3), generator=self.generator).byte().to(DEVICE)
-        around = self.choice((0, 0, 1, 16))
-        wide = torch.full((B, H + 2, W + 2 * around, 3), 77, dtype=torch.uint8, device=DEVICE)
-        self.layouts.append(f"{around} pixels around")
-        wide[:, 1 : H + 1, around : around + W] = pixels
-        return wide[:, 1 : H + 1, around : around + W]
-
-    def dtype(self) -> torch.dtype:
-        return self.choice((torch.float32, torch.float16, torch.float16, torch.bfloat16, torch.bfloat16))
-
-    def magnitude(self) -> float:
-        return self.choice((1.0, 1.0, 1.0, 1e-3, 0.1, 4.0))
-
-    def batch(self) -> tuple[int, ...]:
-        """Leading dimensions of a tensor of rows."""
-        shape = self.choice([(self.choice(LENGTHS),), (2, self.choice(LENGTHS)), (2, 1, self.choice((1, 3, 7)))])
-        return shape if self.maybe(0.9) else (self.choice(FAR_LENGTHS),)
-
-
-def attention_config(draw: Draw, dtype: torch.dtype) -> configs.AttentionConfig | None:
-    if draw.maybe(0.4):
-        return None
-    sizes = (16, 32, 64) if dtype == torch.float32 else (16, 32, 64, 128)
-    return configs.AttentionConfig(draw.choice(sizes), draw.choice(sizes), 4, 2, draw.maybe(0.6))
 
 
 def attention_case(draw: Draw) -> Case:
@@ -151,35 +73,6 @@ def cross_attention_case(draw: Draw) -> Case:
     )  # fmt: skip
 
 
-def attention_backward_case(draw: Draw) -> Case:
-    """Packed, or q, k and v with as many keys as queries, which share the definition."""
-    dtype, h, d = draw.dtype(), draw.choice((1, 1, 2)), draw.choice((8, 16, 24, 32, 48, 64, 80, 128))
-    N = draw.choice(LENGTHS)
-    B, h = (draw.choice((1, 2)), h) if N < 40 else (1, 1)
-    qkv = draw.tensor(B, N, 3 * h * d, dtype=dtype, scale=draw.choice((1.0, 1.0, 1e-3, 0.1, 2.0)))
-    grad = draw.tensor(B, N, h * d, dtype=dtype, scale=draw.magnitude())
-    chosen, with_lse = (attention_config(draw, dtype), attention_config(draw, dtype)), draw.maybe(0.3)
-    rows = -(-N // 128) * 128
-    grad_lse = draw.tensor(B, h, rows, dtype=torch.float32) if with_lse else None
-    o, lse = torch.ops.segmenter.attention_lse(qkv, h)
-
-    def call(grad, qkv, o, lse, grad_lse):
-        if chosen == (None, None):
-            return attention_backward.attention_backward(grad, qkv, o, lse, grad_lse, h)
-        x, out = attention.packed(qkv, h), launch.empty(qkv.shape, qkv.dtype, qkv.device)
-        grads, heads = (out.view(x.shape),) * 3, (h, 0, h, 2 * h)
-        attention_backward._run(grad, (x, x, x), (o, lse), grad_lse, grads, heads, d**-0.5, chosen)
-        return out
-
-    def definition(*t):
-        return reference.attention_backward(*t, h)
-
-    what = f"B={B} N={N} h={h} d={d} {dtype} lse={with_lse} {chosen}"
-    frobenius = 4.0 if dtype == torch.float32 else HALF
-    args = (grad, qkv, draw.placed(o), draw.placed(lse), grad_lse)
-    return Case(args, call, definition, what, max_ratio=4.0, frobenius=frobenius, terms=900)
-
-
 def layernorm_case(draw: Draw) -> Case:
     dtype, shape, d = draw.dtype(), draw.batch(), draw.choice((2, 8, 17, 64, 100, 192, 255, 256, 257, 384, 600, 768))
     x = draw.tensor(*shape, d, dtype=dtype, scale=draw.choice((1.0, 0.01, 50.0)), mean=draw.choice((0.0, 0.0, 3.0)))
@@ -189,45 +82,6 @@ def layernorm_case(draw: Draw) -> Case:
         (x, *affine), lambda *t: layernorm.layernorm(*t, eps), lambda *t: reference.layernorm(*t, eps),
         f"{shape} d={d} {dtype} eps={eps}", frobenius=2.5 if dtype == torch.float32 else 1.1,
     )  # fmt: skip
-
-
-def layernorm_backward_case(draw: Draw) -> Case:
-    """One of the three gradients, of a LayerNorm by itself or one that a residual stream goes past."""
-    dtype, shape, d = draw.dtype(), draw.batch(), draw.choice((2, 8, 17, 64, 100, 192, 255, 257, 384, 600))
-    x = draw.tensor(*shape, d, dtype=dtype, scale=draw.choice((1.0, 0.1, 20.0)), mean=draw.choice((0.0, 0.0, 3.0)))
-    grad, weight = draw.tensor(*shape, d, dtype=dtype, scale=draw.magnitude()), draw.tensor(d, dtype=dtype, mean=1.0)
-    added = draw.tensor(*shape, d, dtype=dtype) if draw.maybe(0.4) else None
-    which, eps = draw.choice((0, 0, 1, 2)), draw.choice((1e-5, 1e-6, 0.1))
-    needed = tuple(i == which or draw.maybe(0.5) for i in range(3))
-    config = configs_backward.SumsConfig(draw.choice((4, 8)), draw.choice((128, 256)), 4, draw.choice((1, 2, 5)))
-
-    def call(grad, x, weight, added):
-        if added is None:
-            return layernorm_backward.layernorm_backward(grad, x, weight, dtype, eps, needed)[which]
-        rows, types = (checks.as_rows(t) for t in (grad, x, added)), [dtype if need else None for need in needed]
-        grad_rows, x_rows, added_rows = rows
-        dense = launch.rows_contiguous(weight)
-        found = layernorm_backward.run(grad_rows, x_rows, dense, eps, tuple(types), added_rows, config)[which]
-        return found.view(x.shape) if which == 0 else found
-
-    def definition(grad, x, weight, added):
-        found = reference_backward.layernorm_backward(grad, x, weight, dtype, eps)[which]
-        return found if added is None or which else found + added
-
-    what = f"{shape} d={d} {dtype} eps={eps} added={added is not None} {needed} {which} {config}"
-    frobenius = 3.0 if dtype == torch.float32 else 1.2
-    return Case((grad, x, weight, added), call, definition, what, frobenius=frobenius, terms=200)
-
-
-def widths(draw: Draw) -> tuple[int, int]:
-    return draw.choice((8, 16, 17, 32, 48, 64, 72, 96, 100, 192)), draw.choice((1, 8, 31, 32, 64, 65, 96, 130, 192))
-
-
-def linear_config(draw: Draw, dtype: torch.dtype) -> configs.LinearConfig | None:
-    if draw.maybe(0.4):
-        return None
-    block = draw.choice((32, 64))
-    return configs.LinearConfig(block, draw.choice((32, 64)), 32, draw.choice((1, 3, 8)), 4, 2, draw.maybe(0.5))
 
 
 def linear_case(draw: Draw) -> Case:
@@ -304,32 +158,6 @@ def layernorm_mlp_case(draw: Draw) -> Case:
     return Case(args, call, reference.layernorm_mlp, what, frobenius=frobenius, terms=d + hidden)
 
 
-def layernorm_mlp_backward_case(draw: Draw) -> Case:
-    """One of the seven gradients."""
-    dtype, shape, d = draw.dtype(), draw.batch(), draw.choice((16, 31, 48, 64, 100))
-    hidden, wide, which = (
-        draw.choice((16, 40, 65, 128)),
-        draw.choice((dtype, dtype, torch.float32)),
-        draw.choice(range(7)),
-    )
-    x, grad = draw.tensor(*shape, d, dtype=wide), draw.tensor(*shape, d, dtype=wide, scale=draw.magnitude())
-    norm = [draw.tensor(d, dtype=wide, scale=0.3, mean=mean) for mean in (1.0, 0.0)]
-    fc1, fc1_bias = draw.tensor(hidden, d, dtype=dtype, scale=d**-0.5), draw.tensor(hidden, dtype=dtype)
-    fc2 = draw.tensor(d, hidden, dtype=dtype, scale=hidden**-0.5)
-    needed = tuple(i == which or draw.maybe(0.5) for i in range(7))
-
-    def call(*args):
-        return layernorm_mlp_backward.layernorm_mlp_backward(*args, needed=needed)[which]
-
-    def definition(*args):
-        return reference_backward.layernorm_mlp_backward(*args)[which]
-
-    what = f"{shape} d={d} hidden={hidden} {dtype} x={wide} {needed} {which}"
-    frobenius = 3.0 if dtype == torch.float32 else 1.4
-    args = (grad, x, *norm, fc1, fc1_bias, fc2)
-    return Case(args, call, definition, what, max_ratio=4.0, frobenius=frobenius, terms=900)
-
-
 def mask_head_case(draw: Draw) -> Case:
     dtype, d, K = draw.dtype(), draw.choice((16, 32, 48, 64, 96)), draw.choice((4, 5, 7, 15, 16, 17, 19, 33, 60))
     B, N = draw.choice((1, 2)), draw.choice(LENGTHS)
@@ -343,33 +171,6 @@ def mask_head_case(draw: Draw) -> Case:
         lambda *t: mask_head.mask_head(*t, eps), lambda *t: reference.mask_head(*t, eps),
         f"B={B} N={N} K={K} d={d} {dtype} eps={eps} affine={norm[0] is not None}",
         frobenius=2.5 if dtype == torch.float32 else 1.2, terms=2 * d,
-    )  # fmt: skip
-
-
-def mask_head_backward_case(draw: Draw) -> Case:
-    """One of the five gradients; few classes leave them to chance."""
-    dtype, d = draw.dtype(), draw.choice((16, 32, 48, 64, 96))
-    K = draw.choice((4, 5, 15, 16, 17, 19, 33, 60) if draw.maybe(0.8) else (127, 128, 130, 260))
-    B, N = draw.choice((1, 2)), draw.choice(LENGTHS if K < 100 else LENGTHS[:8])
-    patches = draw.tensor(B, N, d, dtype=dtype, scale=draw.choice((1.0, 0.1, 10.0)))
-    classes = draw.tensor(B, K, d, dtype=dtype)
-    projections = [draw.tensor(d, d, dtype=dtype, scale=d**-0.5) for _ in range(2)]
-    weight = draw.tensor(K, dtype=draw.choice((dtype, torch.float32)), scale=0.3, mean=1.0) if draw.maybe(0.8) else None
-    which, eps = draw.choice(range(5)), draw.choice((1e-5, 1e-3))
-    needed = [i == which or draw.maybe(0.3) for i in range(5)]
-    sizes = (draw.choice((16, 32, 64)), draw.choice((16, 32, 64)), 4, 2, draw.maybe(0.6))
-    config = None if draw.maybe(0.4) else configs_backward.MaskHeadBackwardConfig(*sizes)
-
-    def call(*t):
-        if config is None:
-            return mask_head_backward.mask_head_backward(*t, eps, needed)[which]
-        return mask_head_backward._run(*t, eps, needed, config)[which]
-
-    return Case(
-        (draw.tensor(B, N, K, dtype=dtype, scale=draw.magnitude()), patches, classes, *projections, weight), call,
-        lambda *t: mask_head_backward.mask_head_backward_reference(*t, eps, [True] * 5)[which],
-        f"B={B} N={N} K={K} d={d} {dtype} eps={eps} which={which} {needed} affine={weight is not None} {config}",
-        max_ratio=4.0, frobenius=3.0 if dtype == torch.float32 else 1.5, terms=900,
     )  # fmt: skip
 
 
@@ -395,27 +196,6 @@ def pixels_to_tokens_case(draw: Draw) -> Case:
         (draw.images(B, H, W), weight, bias, extra, positions), call,
         lambda *t: reference.pixels_to_tokens(*t, *statistics),
         f"{B}x{H}x{W} P={P} d={d} E={E} {dtype} stream={stream} {config}", terms=3 * P * P,
-    )  # fmt: skip
-
-
-def pixels_to_tokens_backward_case(draw: Draw) -> Case:
-    dtype, P, d = draw.dtype(), draw.choice((1, 3, 8, 8, 14, 16)), draw.choice((16, 31, 48, 64, 96))
-    B, H, W = draw.choice((1, 2, 3)), draw.choice(LENGTHS), draw.choice(LENGTHS)
-    if P < 8:
-        H, W = min(H, 17), min(W, 17)
-    dy = draw.tensor(B, -(-H // P) * -(-W // P), d, dtype=dtype, scale=draw.magnitude())
-    sizes = (draw.choice((16, 32, 64)), draw.choice((32, 64)), draw.choice((32, 64, 128)), 4, 2)
-    config = None if draw.maybe(0.4) else configs_backward.PatchWeightsConfig(*sizes)
-
-    def call(dy, pixels):
-        if config is None:
-            return pixels_to_tokens_backward.pixels_to_tokens_backward(dy, pixels, P)
-        return pixels_to_tokens_backward._run(dy, pixels, P, config)
-
-    return Case(
-        (dy, draw.images(B, H, W)), call,
-        lambda *t: pixels_to_tokens_backward.pixels_to_tokens_backward_reference(*t, P),
-        f"{B}x{H}x{W} P={P} d={d} {dtype} {config}", terms=dy.shape[0] * dy.shape[1],
     )  # fmt: skip
 
 

@@ -38,13 +38,13 @@ def launched(monkeypatch):
 
 
 @by_dtype
-@pytest.mark.parametrize("n", [1, 2, 17, 64, 150, 257, 600, 1024, 1100, 2100, 4100])
+@pytest.mark.parametrize("n", [1, 17, 64, 150, 257, 600, 1100, 4100])
 def test_parity(n, dtype, guarded_outputs):
-    grad, *args = inputs(67 if n < 1000 else 9, n, dtype=dtype, seed=n, scale=2.0, offset=1.0)
+    grad, *args = inputs(37 if n < 100 else 11 if n < 1000 else 3, n, dtype=dtype, seed=n, scale=2.0, offset=1.0)
     check_gradients(layernorm, definition, args, grad)
 
 
-@by_dtype
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize(("m", "n", "programs"), [(70, 48, 3), (5, 48, 7), (21, 200, 2), (1, 130, 1)])
 def test_many_steps_and_rows_longer_than_a_block(m, n, programs, dtype, guarded_outputs):
     """More row blocks than programs, fewer, and columns cut as they are beyond 8,192."""
@@ -59,9 +59,9 @@ def test_many_steps_and_rows_longer_than_a_block(m, n, programs, dtype, guarded_
         assert_parity(o, x, e, frobenius=2.5 if o.dtype == FP32 else 1.1, terms=m)
 
 
-def test_shipped_configurations_cover_all_widths(launched, guarded_outputs):
-    """Of each row of the table, the widest rows; and a few columns more than any block has."""
-    for n in (64, 128, 512, 2048, 8192, 8200):
+def test_rows_of_the_table_that_are_left_out_above(launched, guarded_outputs):
+    """And rows with a few columns more than any block has."""
+    for n in (128, 2100, 8200):
         grad, *args = inputs(2, n, seed=n)
         check_gradients(layernorm, definition, args, grad)
     names = [plan.kernel.fn.__name__ for plan in launched]

@@ -153,8 +153,8 @@ class TrainStep:
     """One step as in training: forward, loss, backward, SGD with momentum; weights float32, half types by autocast.
 
     Dropout and stochastic depth are on, at the published rates, when it is timed. Blocks with dropout (the decoder's)
-    then run layer by layer, with scaled_dot_product_attention for every provider; blocks with stochastic depth do so with
-    all but our kernels. Gradients are checked with both off.
+    then run layer by layer, with scaled_dot_product_attention for every provider; blocks with stochastic depth do so
+    with all but our kernels. Gradients are checked with both off.
     """
 
     def __init__(self, model: Segmenter, provider: str, dtype: torch.dtype):

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from segmenter.kernels import launch, operators, pixels_to_tokens, reference, reference_backward
+from segmenter.kernels import launch, operators, pixels_to_tokens, reference
 from segmenter.kernels.launch import KernelError
 from tests.support.layouts import LAYOUTS
 from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded, randn
@@ -44,7 +44,6 @@ class Sample:
     bitwise: bool = True  # whether every layout gives the same bits; not where a library multiplies
     differentiable: bool = True
     first: bool = False  # only the first result is the public function's
-    traced: bool = True  # with its gradient too; of gradients themselves nobody compiles that, and it takes long
 
 
 def attention_args(dtype, B=2, N=5):
@@ -159,19 +158,17 @@ SAMPLES = {
         cross_attention_backward_args, lambda B, N: 10 * B * 2 * N * N * 8, FP32, (0, 1, 2, 3, 4), (5, 6)
     ),
     "layernorm": Sample(layernorm_args, lambda B, N: 8 * B * N * 24, FP32),
-    "layernorm_backward": Sample(layernorm_backward_args, lambda B, N: 16 * B * N * 24, FP32, (0, 1), traced=False),
+    "layernorm_backward": Sample(layernorm_backward_args, lambda B, N: 16 * B * N * 24, FP32, (0, 1)),
     "linear": Sample(linear_args, lambda B, N: 2 * B * N * 32 * 48, FP32, (0, 3)),  # as its residual
     "layernorm_linear": Sample(layernorm_linear_args, lambda B, N: 2 * B * N * 32 * 48, BF16),
-    "linear_backward": Sample(
-        linear_backward_args, lambda B, N: 4 * B * N * 32 * 48, FP32, (0, 1), bitwise=False, traced=False
-    ),
+    "linear_backward": Sample(linear_backward_args, lambda B, N: 4 * B * N * 32 * 48, FP32, (0, 1), bitwise=False),
     "layernorm_linear_backward": Sample(
-        layernorm_linear_backward_args, lambda B, N: 4 * B * N * 32 * 48, FP32, (0, 1, 9), bitwise=False, traced=False
+        layernorm_linear_backward_args, lambda B, N: 4 * B * N * 32 * 48, FP32, (0, 1, 9), bitwise=False
     ),
     "layernorm_mlp": Sample(layernorm_mlp_args, lambda B, N: 4 * B * N * 32 * 64, FP32),  # as x, its residual
     "layernorm_mlp_hidden": Sample(layernorm_mlp_args, lambda B, N: 4 * B * N * 32 * 64, FP32, bitwise=False),
     "layernorm_mlp_backward": Sample(
-        layernorm_mlp_backward_args, lambda B, N: 8 * B * N * 32 * 64, FP32, (0, 1), bitwise=False, traced=False
+        layernorm_mlp_backward_args, lambda B, N: 8 * B * N * 32 * 64, FP32, (0, 1), bitwise=False
     ),
     "attention_half": Sample(
         attention_half_args, lambda B, N: B * N * (2 * 4 * 16 * 32 + 4 * N * 16), FP32, bitwise=False, first=True
@@ -205,21 +202,14 @@ def definition(name):
     """The eager definition. Of attention, without the fused backends, which have no second derivative."""
     if name == "pixels_to_tokens":  # `reference` has it with the weights as they were before the normalisation
         return pixels_to_tokens._pixels_to_tokens_reference
-    if not hasattr(reference, name):  # a gradient whose formulas stand beside its kernels
+    if not hasattr(reference, name):  # its formulas stand elsewhere
         return operators.REFERENCES[name]
 
     def call(*args):
         with sdpa_kernel(SDPBackend.MATH):
-            if name == "attention_half":
-                return attention_half_definition(*args[:9])
-            return getattr(reference if hasattr(reference, name) else reference_backward, name)(*args)
+            return getattr(reference, name)(*args)
 
     return call
-
-
-def attention_half_definition(x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps):
-    qkv = reference.layernorm_linear(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps)
-    return reference.linear(reference.attention(qkv, heads), weight, bias, residual=x)
 
 
 def public(name):
@@ -260,6 +250,11 @@ def differentiable(args):
 
 def leaves(args):
     return mapped(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), args)
+
+
+def traced_with_gradient(name):
+    """Of gradients themselves nobody compiles the gradient, and it takes long."""
+    return SAMPLES[name].differentiable and not name.endswith("_backward")
 
 
 def test_every_operator_has_a_sample():
@@ -443,7 +438,7 @@ def test_forward_mode_raises(name):
 def test_opcheck(name):
     sample = SAMPLES[name]
     args = sample.make(FP32, N=3)
-    torch.library.opcheck(operator(name), leaves(args) if sample.differentiable and sample.traced else args)
+    torch.library.opcheck(operator(name), leaves(args) if traced_with_gradient(name) else args)
 
 
 class Wrapped(torch.nn.Module):
@@ -475,7 +470,7 @@ def test_compile_with_dynamic_shapes(name):
     compiled = torch.compile(module, backend=counting, fullgraph=True, dynamic=True)
     for B, N in ((6, 5), (4, 9)):  # two sizes that are equal (3 channels!) would be taken for one
         _, varying = split(name, make(FP32, B, N))
-        with_gradient = SAMPLES[name].differentiable and SAMPLES[name].traced
+        with_gradient = traced_with_gradient(name)
         inputs, again = (leaves(varying) if with_gradient else varying for _ in range(2))
         out, want = compiled(*inputs), module(*again)
         for o, w in zip(out, want, strict=True):

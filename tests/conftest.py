@@ -1,6 +1,7 @@
 """Shared fixtures. Nothing here needs a GPU: without one, the kernels run in Triton's interpreter."""
 
 import contextlib
+import functools
 import gc
 import math
 import os
@@ -85,11 +86,17 @@ def _poisoned_torch() -> types.ModuleType:
 POISONED_TORCH = _poisoned_torch()
 
 
+@functools.lru_cache(1)
+def _poisonable(n_modules: int) -> list[types.ModuleType]:
+    """The kernels' modules that name `torch`, while so many modules are imported."""
+    names = [n for n in list(sys.modules) if n.startswith("segmenter.kernels.") and n not in NOT_POISONED]
+    return [sys.modules[name] for name in names if hasattr(sys.modules[name], "torch")]
+
+
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the name `torch` inside the kernels' modules, and nothing for anybody else."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("segmenter.kernels.") and name not in NOT_POISONED and hasattr(module, "torch"):
-            monkeypatch.setattr(module, "torch", POISONED_TORCH)
+    for module in _poisonable(len(sys.modules)):
+        monkeypatch.setattr(module, "torch", POISONED_TORCH)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.more
 ROOT = Path(__file__).parents[1]
 CONFTEST = "from tests.gpu.compile_first import *  # the hooks\n"
 OVER_WHEN_IT_HANGS = """
@@ -73,13 +74,11 @@ def test_each_test_is_taken_once_by_processes_of_their_own(run):
     assert "not reached" not in output
 
 
-@pytest.mark.more
 def test_a_process_that_dies_leaves_its_tests_to_the_other(run):
     first, _ = run("--compile-first", "600", "--compile-processes", "2", dies=0)
     assert sorted(int(line[0]) for line in first) == [*range(12)]
 
 
-@pytest.mark.more
 def test_one_that_hangs_is_ended_at_the_limit(run, tmp_path):
     first, output = run("--compile-first", "60", "--compile-processes", "1", hangs=3)
     assert [int(line[0]) for line in first] == [0, 1, 2, 3]
@@ -88,7 +87,6 @@ def test_one_that_hangs_is_ended_at_the_limit(run, tmp_path):
         os.kill(int(first[0][1]), 0)
 
 
-@pytest.mark.more
 @pytest.mark.parametrize("options", [("--compile-first", "0"), ()])
 def test_it_can_be_turned_off_and_is_off_without_a_card(options, run):
     first, output = run(*options)

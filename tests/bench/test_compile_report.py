@@ -52,6 +52,7 @@ def rows(tmp_path_factory):
     return content["rows"]
 
 
+@pytest.mark.more
 def test_kernels_for_hopper(rows):
     rows = [row for row in rows if row["architecture"] == "sm_90"]
     assert {row["op"] for row in rows} == {"attention", "linear", "layernorm", "layernorm_mlp", "mask_head"}
@@ -75,6 +76,7 @@ def test_kernels_for_hopper(rows):
     assert [0 < row["gelu_cost"] <= 12 for row in rows if row["op"] == "linear"] == [True]
 
 
+@pytest.mark.more
 def test_kernels_for_all_architectures(rows):
     assert {row["architecture"] for row in rows if row["op"] == "attention"} == set(ARCHITECTURES)
     cores = {row["architecture"]: row["tensor_core"] for row in rows if row["has_dot"]}

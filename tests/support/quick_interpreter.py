@@ -23,6 +23,7 @@ def quicken():
     _describe_each_shape_once()
     _call_builtins_directly()
     TritonSemantic.broadcast_impl_value = _broadcast(TritonSemantic.broadcast_impl_value)
+    TritonSemantic.binary_op_type_checking_impl = _brought_together(TritonSemantic.binary_op_type_checking_impl)
     TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
     interp.np_erf_fp32 = interp.np_erf_fp64 = _erf
     if hasattr(interp, "_LangPatchScope"):
@@ -51,20 +52,26 @@ def _describe_each_shape_once():
         self.handle, self.type, self.dtype = handle, type, type.scalar
         self.shape, self.numel = shapes[type.name]
 
+    stock_equal = tl.dtype.__eq__
     tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
+    tl.dtype.__eq__ = lambda self, other: self is other or stock_equal(self, other)
 
 
 def _call_builtins_directly():
     """Without the look whether a launch runs, which is so here, and without copying the keywords twice."""
 
-    def patch_attr(obj, name, member, builder, scope):
+    @functools.cache
+    def direct(member):
         function = inspect.unwrap(member)
 
         def called(*args, **kwargs):
             kwargs["_semantic"] = interp.interpreter_semantic
             return function(*args, **kwargs)
 
-        scope.set_attr(obj, name, called)
+        return called
+
+    def patch_attr(obj, name, member, builder, scope):
+        scope.set_attr(obj, name, direct(member))
 
     interp._patch_attr = patch_attr
 
@@ -77,6 +84,16 @@ def _broadcast(stock):
         return stock(self, lhs, rhs)
 
     return broadcast_impl_value
+
+
+def _brought_together(stock):
+    def binary_op_type_checking_impl(self, lhs, rhs, *flags, div_or_mod=False, **others):
+        tensors = not div_or_mod and len(flags) < 4 and type(lhs) is type(rhs) is tl.tensor
+        if tensors and lhs.type.name == rhs.type.name and not lhs.dtype.is_ptr():  # of one type and shape
+            return lhs, rhs
+        return stock(self, lhs, rhs, *flags, **({"div_or_mod": True} if div_or_mod else {}), **others)
+
+    return binary_op_type_checking_impl
 
 
 def _check_overflow(self, lhs, rhs, operation):

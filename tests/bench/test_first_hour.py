@@ -149,6 +149,7 @@ def test_repeats_find_an_operator_that_differs_once():
     assert repeats.differing(lambda x: x * torch.nan, (x,), 5) == 0  # the same bits, though NaN is not NaN
 
 
+@pytest.mark.more
 def test_repeats_keep_what_was_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(repeats.launch, "INTERPRETED", True)
     monkeypatch.setattr(machine, "facts", lambda device: MACHINE)

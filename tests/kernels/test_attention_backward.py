@@ -256,12 +256,14 @@ def test_parity(dtype, N, guarded_outputs):
     check_packed(qkv, h, upstream, N=N)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("d", "h"), [(8, 3), (24, 2), (32, 2), (48, 2), (64, 1), (80, 2), (128, 2)])
 @by_dtype
 def test_head_dimensions(dtype, d, h, guarded_outputs):
     check_packed(randn(1, 67, 3 * h * d, dtype=dtype, seed=d), h, randn(1, 67, h * d, dtype=dtype, seed=1), d=d)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(("N", "M"), [(1, 130), (130, 1), (65, 66), (3, 257), (100, 64)])
 @by_dtype
 def test_cross_attention(dtype, N, M, guarded_outputs):

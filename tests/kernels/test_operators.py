@@ -270,7 +270,7 @@ def test_every_operator_has_a_sample():
 # What runs
 
 
-@every_operator
+@every_operator_in_time
 def test_the_kernel_runs_and_writes_the_result(name, monkeypatch):
     """Not the reference: without the launches nothing is written."""
     args = SAMPLES[name].make(BF16)  # float32 products may be a library's
@@ -283,7 +283,7 @@ def test_the_kernel_runs_and_writes_the_result(name, monkeypatch):
         assert got.isnan().any() if got.is_floating_point() else not torch.equal(got, want)
 
 
-@every_operator
+@every_operator_in_time
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_public_function_equals_definition(name, dtype):
     args = SAMPLES[name].make(dtype, N=17)
@@ -490,6 +490,7 @@ def test_compile_with_dynamic_shapes(name):
     assert graphs[0] == graphs[1], "the second size compiled again"
 
 
+@pytest.mark.more
 @pytest.mark.skipif(DEVICE == "cpu" and not shutil.which("g++"), reason="inductor needs a C++ compiler on the CPU")
 def test_inductor():
     torch._dynamo.reset()

@@ -398,6 +398,7 @@ def test_empty(B, N, M):
             assert_bitwise_equal(grad, torch.zeros_like(x))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_upstream_gradients(layout, guarded_outputs):
     i = list(LAYOUTS).index(layout)
@@ -423,6 +424,7 @@ def test_expanded_upstream_gradients(dims, guarded_outputs):
     check_packed(qkv, 2, upstream)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_inputs(layout, guarded_outputs):
     dtype, N = ((torch.float32, 19), (torch.bfloat16, 67))[list(LAYOUTS).index(layout) % 2]

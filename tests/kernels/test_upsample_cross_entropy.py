@@ -51,6 +51,7 @@ def test_parity(dtype, weighted, smoothing):
     check(masks, labels, weights(7) if weighted else None, 4, smoothing)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("P", [1, 2, 5, 8, 14, 16, 32])
 def test_patches(P):
     check(*example(B=1, h=2, w=2, P=P, cut=(3, 1)), None, P)

@@ -221,7 +221,7 @@ UPSAMPLE_CROSS_ENTROPY = (
     Row(ANY, "all", "k_pad <= 256", UpsampleCrossEntropyConfig(16, 8), {"n_cls": 150},
         "Scores, exponentials and gradients of 16 pixels and 256 classes are 16 values a thread each; with four warps "
         "nearly all registers, and 32 pixels spill."),
-    Row(ANY, "all", "k_pad <= 512", UpsampleCrossEntropyConfig(8, 8), {"n_cls": 300}, "As above."),
+    Row(ANY, "all", "k_pad <= 512", UpsampleCrossEntropyConfig(4, 8), {"n_cls": 300}, "8 pixels spill on sm_100."),
     Row(ANY, "all", "k_pad <= 1024", UpsampleCrossEntropyConfig(4, 8), {"n_cls": 847}, "As above."),
     Row(ANY, "all", "", UpsampleCrossEntropyConfig(1, 8), {"n_cls": 2000}, "As above; more classes spill on sm_100."),
 )  # fmt: skip

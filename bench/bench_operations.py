@@ -1,10 +1,13 @@
-"""The operations that are timed alone, each by every provider that has it; bench/operations.py says what they are."""
+"""The operations that are timed alone, each by every provider that has it.
+
+bench/operations.py and bench/gradients.py say what they are.
+"""
 
 from collections.abc import Callable
 
 import pytest
 
-from bench import operations
+from bench import gradients, operations
 
 
 def _benchmark(operation: operations.Operation) -> Callable:
@@ -22,3 +25,9 @@ bench_mask_head = _benchmark(operations.MASK_HEAD)
 bench_masks_to_labels = _benchmark(operations.MASKS_TO_LABELS)
 bench_noise_to_labels = _benchmark(operations.NOISE_TO_LABELS)
 bench_loss = _benchmark(operations.LOSS)
+bench_layernorm_backward = _benchmark(gradients.LAYERNORM)
+bench_linear_backward = _benchmark(gradients.LINEAR)
+bench_layernorm_mlp_backward = _benchmark(gradients.LAYERNORM_MLP)
+bench_mask_head_backward = _benchmark(gradients.MASK_HEAD)
+bench_pixels_to_tokens_backward = _benchmark(gradients.PIXELS_TO_TOKENS)
+bench_attention_half_backward = _benchmark(gradients.ATTENTION_HALF)

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from bench import machine, models, shapes, waterfall
+from bench import machine, models, providers, shapes, waterfall
 from bench.harness import Call, Row
 from bench.operations import IGNORE
 
@@ -30,7 +30,7 @@ def bench_model(benchmark, harness, shape, provider):
 @pytest.mark.parametrize("provider", models.STEP_PROVIDERS)
 def bench_train_step(benchmark, harness, shape, provider):
     """Forward, loss, backward, SGD; weights in float32, half types by autocast."""
-    compiled = provider == "compile"
+    compiled, extra = provider == "compile", {"ours": True} if provider in providers.LEVELS else {}
 
     def inputs():
         im = torch.randn(shape.batch, 3, shape.size, shape.size, device=harness.device)
@@ -47,7 +47,7 @@ def bench_train_step(benchmark, harness, shape, provider):
 
         return Call(step, inputs, check, shapes.train_step(shape, harness.dtype.itemsize))
 
-    harness.run(benchmark, Row("train-step", provider, shape, build, shape.batch, compiled, compiled))
+    harness.run(benchmark, Row("train-step", provider, shape, build, shape.batch, compiled, compiled, extra))
 
 
 @functools.lru_cache(1)

@@ -21,9 +21,9 @@ from bench.harness import Harness
 ORDER = (
     "bench_model", "bench_waterfall", "bench_attention", "bench_attention_backward", "bench_layernorm_mlp",
     "bench_mask_head", "bench_masks_to_labels", "bench_noise_to_labels", "bench_peers", "bench_loss",
-    "bench_train_step",
+    "bench_train_step", "bench_attention_half_backward", "bench_layernorm_mlp_backward", "bench_linear_backward",
+    "bench_layernorm_backward", "bench_mask_head_backward", "bench_pixels_to_tokens_backward",
 )  # fmt: skip
-TRAINING = ("bench_loss", "bench_train_step")  # only of shapes that are worth it
 
 
 def pytest_addoption(parser):
@@ -61,9 +61,10 @@ def pytest_generate_tests(metafunc):
     if "shape" not in metafunc.fixturenames:
         return
     option = metafunc.config.option
-    chosen = shapes.sweep(option.sweep, option.device.type == "cuda")
-    if metafunc.definition.originalname in TRAINING:
-        chosen = [shape for shape in chosen if shapes.trainable(shape, option.device.type == "cuda")]
+    name, of_sweep = metafunc.definition.originalname, (option.sweep, option.device.type == "cuda")
+    chosen = shapes.training(*of_sweep) if name == "bench_train_step" else shapes.sweep(*of_sweep)
+    if name == "bench_loss":
+        chosen = [shape for shape in chosen if shapes.trainable(shape, of_sweep[1])]
     metafunc.parametrize("shape", chosen, ids=[shape.id for shape in chosen])
 
 

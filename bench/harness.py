@@ -93,7 +93,8 @@ class Harness:
             pytest.skip(f"{row.name}: measured before")
         if time.time() > self.deadline:
             self._unavailable(row, OUT_OF_TIME)
-        if row.provider == "triton" and row.kind in self.failed:
+        provider = providers.computing(row.provider)
+        if provider == "triton" and row.kind in self.failed:
             self._unavailable(row, "not run: the kernels failed the tests of this operation")
         # A row that raised leaves the clock half used and memory held; neither may reach this one.
         timing.CLOCK.reset()
@@ -101,8 +102,8 @@ class Harness:
             timing.release(self.device)
         torch._dynamo.reset()  # or the ninth shape of a function would run uncompiled
         try:
-            if row.provider in providers.PROVIDERS:
-                providers.require(row.provider, self.device, self.dtype, timed=not self.smoke)
+            if provider in providers.PROVIDERS:
+                providers.require(provider, self.device, self.dtype, timed=not self.smoke)
             with _in_memory("out of memory"):
                 self._measure(benchmark, row, row.build())
         except providers.Unavailable as error:

@@ -11,18 +11,19 @@ from PIL import Image
 
 from bench import gate, providers
 from bench.machine import ROOT
-from bench.operations import full_labels, labels_by, segmentation_loss, upsampled
+from bench.operations import full_labels, fused_loss, labels_by, segmentation_loss, upsampled
 from bench.shapes import Shape
 from segmenter.config import preset
 from segmenter.inference import pruned_argmax
 from segmenter.inference.images import NORMALIZATION
+from segmenter.layers import RECOMPUTE
 from segmenter.model import Segmenter, create_segmenter
 from segmenter.ops import EAGER, Operators
 from segmenter.weights.load import from_pretrained
 
 SHIPPED = ROOT / "examples" / "camvid-seg-s-mask-16"
-STEP_PROVIDERS = tuple(name for name in providers.PROVIDERS if name != "sdpa-math")  # which is eager by another name
-MODEL_PROVIDERS = (*STEP_PROVIDERS, "pruned")
+_WHOLE = tuple(name for name in providers.PROVIDERS if name != "sdpa-math")  # which is eager by another name
+MODEL_PROVIDERS, STEP_PROVIDERS = (*_WHOLE, "pruned"), (*_WHOLE, *providers.LEVELS)
 LEARNING_RATE = 1e-3  # the published one
 
 
@@ -154,7 +155,8 @@ class TrainStep:
 
     Dropout and stochastic depth are on, at the published rates, when it is timed. Blocks with dropout (the decoder's)
     then run layer by layer, with scaled_dot_product_attention for every provider; blocks with stochastic depth do so
-    with all but our kernels. Gradients are checked with both off.
+    with all but our kernels. Gradients are checked with both off. With our kernels the loss is training's own, without
+    the logits of pixels; the others hold them, as published.
     """
 
     def __init__(self, model: Segmenter, provider: str, dtype: torch.dtype):
@@ -163,7 +165,11 @@ class TrainStep:
             self.model.double()
         set_operators(self.model, providers.operators(provider))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE, momentum=0.9)
-        self.loss = lambda im, target: segmentation_loss(self.model.masks(im), target, self.model.patch_size)
+        loss = segmentation_loss
+        if providers.computing(provider) == "triton":
+            self.model.recompute(providers.LEVELS.get(provider, RECOMPUTE))
+            loss = fused_loss
+        self.loss = lambda im, target: loss(self.model.masks(im), target, self.model.patch_size)
         if provider == "compile":
             self.loss = torch.compile(self.loss, mode="max-autotune", dynamic=False)
 

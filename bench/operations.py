@@ -1,5 +1,6 @@
 """The operations that are timed alone: inputs, what each provider calls, how it is checked, how much work it is."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,12 +31,16 @@ class Operation(NamedTuple):
     work: Callable[[Shape, int], Work]  # (shape, bytes an element) -> operations and bytes
 
 
-def _compiled(provider: str, fn: Callable) -> Callable:
+def compiled(provider: str, fn: Callable) -> Callable:
+    """`fn`, by torch.compile if that is the provider."""
     return torch.compile(fn, mode="max-autotune-no-cudagraphs", dynamic=False) if provider == "compile" else fn
 
 
-def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape, device=device) * scale).to(dtype)
+def random_tensor(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, scale: float = 1.0, mean: float = 0.0
+) -> torch.Tensor:
+    """Normal numbers."""
+    return (mean + torch.randn(*shape, device=device) * scale).to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,12 +48,12 @@ def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device, scal
 
 
 def _qkv(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
-    return (_random((shape.batch, shape.tokens, 3 * shape.d_model), dtype, device),)
+    return (random_tensor((shape.batch, shape.tokens, 3 * shape.d_model), dtype, device),)
 
 
 def _attention_call(provider: str, shape: Shape) -> Callable:
     fn, n_heads = providers.attention(provider), shape.n_heads
-    return _compiled(provider, lambda qkv: fn(qkv, n_heads))
+    return compiled(provider, lambda qkv: fn(qkv, n_heads))
 
 
 def _ends(x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +68,7 @@ def _check_attention(provider: str, shape: Shape, out: torch.Tensor, inputs: Ten
 
 def _qkv_and_gradient(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
     (qkv,) = _qkv(shape, dtype, device)
-    return qkv.requires_grad_(), _random((shape.batch, shape.tokens, shape.d_model), dtype, device)
+    return qkv.requires_grad_(), random_tensor((shape.batch, shape.tokens, shape.d_model), dtype, device)
 
 
 def _attention_backward_call(provider: str, shape: Shape) -> Callable:
@@ -102,17 +107,17 @@ ATTENTION_BACKWARD = ATTENTION._replace(
 
 def _mlp_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
     d = shape.d_model
-    norm = (1 + _random((d,), torch.float32, device, 0.2)).to(dtype), _random((d,), dtype, device, 0.2)
-    fc1 = _random((4 * d, d), dtype, device, d**-0.5), _random((4 * d,), dtype, device, 0.2)
-    fc2 = _random((d, 4 * d), dtype, device, (4 * d) ** -0.5), _random((d,), dtype, device, 0.2)
-    return _random((shape.batch, shape.tokens, d), dtype, device), *norm, *fc1, *fc2
+    norm = random_tensor((d,), dtype, device, 0.2, 1.0), random_tensor((d,), dtype, device, 0.2)
+    fc1 = random_tensor((4 * d, d), dtype, device, d**-0.5), random_tensor((4 * d,), dtype, device, 0.2)
+    fc2 = random_tensor((d, 4 * d), dtype, device, (4 * d) ** -0.5), random_tensor((d,), dtype, device, 0.2)
+    return random_tensor((shape.batch, shape.tokens, d), dtype, device), *norm, *fc1, *fc2
 
 
 def _mask_head_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
     B, d, K = shape.batch, shape.d_model, shape.n_cls
-    tokens = _random((B, shape.patches, d), dtype, device), _random((B, K, d), dtype, device)
-    projections = (_random((d, d), dtype, device, d**-0.5) for _ in range(2))
-    return *tokens, *projections, 1 + _random((K,), dtype, device, 0.2), _random((K,), dtype, device, 0.2)
+    tokens = random_tensor((B, shape.patches, d), dtype, device), random_tensor((B, K, d), dtype, device)
+    projections = (random_tensor((d, d), dtype, device, d**-0.5) for _ in range(2))
+    return *tokens, *projections, random_tensor((K,), dtype, device, 0.2, 1.0), random_tensor((K,), dtype, device, 0.2)
 
 
 def _fused(kind: str, name: str, inputs: Callable[..., Tensors], work: Callable[[Shape, int], Work]) -> Operation:
@@ -120,7 +125,7 @@ def _fused(kind: str, name: str, inputs: Callable[..., Tensors], work: Callable[
     definition = getattr(reference, name)
 
     def call(provider: str, shape: Shape) -> Callable:
-        return getattr(load_kernels(), name) if provider == "triton" else _compiled(provider, definition)
+        return getattr(load_kernels(), name) if provider == "triton" else compiled(provider, definition)
 
     def check(provider: str, shape: Shape, out: torch.Tensor, inputs: Tensors) -> str:
         ends = [_ends(t) if t.ndim == 3 else t for t in inputs]
@@ -139,7 +144,7 @@ MASK_HEAD = _fused("mask-head", "mask_head", _mask_head_inputs, shapes.mask_head
 def _masks(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
     """(B, K, g, g) as the mask head leaves them: class last in memory. Noise, so that nearly every class could win."""
     grid = shape.size // shape.patch
-    return (_random((shape.batch, grid, grid, shape.n_cls), dtype, device).permute(0, 3, 1, 2),)
+    return (random_tensor((shape.batch, grid, grid, shape.n_cls), dtype, device).permute(0, 3, 1, 2),)
 
 
 def _regions(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
@@ -186,7 +191,7 @@ def _labels_call(provider: str, shape: Shape) -> Callable:
         operator = load_kernels().windows_argmax if provider == "triton" else pruned_argmax.windows_argmax
         return lambda masks: labels_by(operator, masks, shape.patch)
     fn = band_labels if provider == "bands" else full_labels
-    return _compiled(provider, lambda masks: fn(masks, shape.patch))
+    return compiled(provider, lambda masks: fn(masks, shape.patch))
 
 
 def _check_labels(provider: str, shape: Shape, labels: torch.Tensor, inputs: Tensors) -> str:
@@ -210,16 +215,17 @@ def segmentation_loss(masks: torch.Tensor, target: torch.Tensor, patch: int) -> 
     return F.cross_entropy(logits, target, ignore_index=IGNORE)
 
 
+def fused_loss(masks: torch.Tensor, target: torch.Tensor, patch: int, impl: str = "triton") -> torch.Tensor:
+    """The same without the logits of pixels, as in training."""
+    found = upsample_cross_entropy(masks, target, patch, ignore_index=IGNORE, impl=impl)
+    return found.loss / found.weight
+
+
 def _loss_call(provider: str, shape: Shape) -> Callable:
     impl = {"bands": "eager", "triton": "triton"}.get(provider)
-
-    def fused(masks: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        found = upsample_cross_entropy(masks, target, shape.patch, ignore_index=IGNORE, impl=impl)
-        return found.loss / found.weight
-
-    whole = _compiled(provider, lambda masks, target: segmentation_loss(masks, target, shape.patch))
-    loss = fused if impl else whole
-    return lambda masks, target: torch.autograd.grad(loss(masks, target), masks)[0]
+    loss = functools.partial(fused_loss, impl=impl) if impl else segmentation_loss
+    mean = compiled(provider, lambda masks, target: loss(masks, target, shape.patch))
+    return lambda masks, target: torch.autograd.grad(mean(masks, target), masks)[0]
 
 
 def _check_loss(provider: str, shape: Shape, gradient: torch.Tensor, inputs: Tensors) -> str:

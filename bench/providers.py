@@ -3,7 +3,8 @@
     eager          the published code's order of work in plain PyTorch: explicit score matrices
     sdpa-flash ... the same with `scaled_dot_product_attention` on the named backend; one row for each that runs here
     compile        torch.compile(max-autotune) of the scaled_dot_product_attention form
-    triton         our kernels
+    triton         our kernels; in a training step with level 1 of `Segmenter.recompute`
+    triton-0 ...   the same step with another level
 
 For single operations compile uses "max-autotune-no-cudagraphs", because every provider's calls go into a CUDA graph of
 ours anyway; its own graphs would copy the inputs first. Whole models get "max-autotune", graphs included.
@@ -27,6 +28,7 @@ BACKENDS = {
     "sdpa-math": SDPBackend.MATH,
 }
 PROVIDERS = ("eager", *BACKENDS, "compile", "triton")
+LEVELS = {f"triton-{level}": level for level in (0, 2, 3)}
 PUBLISHED = EAGER._replace(name="published", attention=reference.explicit_attention)
 INTERPRETED = "Triton's interpreter, whose time says nothing"
 
@@ -54,9 +56,14 @@ def attention(provider: str) -> Callable[[torch.Tensor, int], torch.Tensor]:
     return with_backend(provider, reference.attention) if provider in BACKENDS else reference.attention
 
 
+def computing(provider: str) -> str:
+    """Which provider computes: levels of a training step are by the kernels."""
+    return "triton" if provider in LEVELS else provider
+
+
 def operators(provider: str) -> Operators:
     """All operators of a model by this provider."""
-    if provider == "triton":
+    if computing(provider) == "triton":
         return load_kernels()
     return EAGER._replace(name=provider, attention=attention(provider))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from bench import gate, machine, providers, timing
@@ -26,13 +27,17 @@ OUT_OF_TIME = 3  # exit status
 def differing(fn: Any, arguments: tuple, times: int) -> int:
     """How many of so many further calls give other bits than the first. They are counted on the device.
 
-    The result of `fn` is one tensor, of any dtype.
+    The result of `fn` is a tensor of any dtype, or several.
     """
-    first = fn(*arguments).contiguous().view(torch.uint8).clone()
-    count = torch.zeros((), dtype=torch.int64, device=first.device)
+    first = [bits.clone() for bits in _bits(fn(*arguments))]
+    count = torch.zeros((), dtype=torch.int64, device=first[0].device)
     for _ in range(times):
-        count += (fn(*arguments).contiguous().view(torch.uint8) != first).any()
+        count += torch.stack([(a != b).any() for a, b in zip(_bits(fn(*arguments)), first, strict=True)]).any()
     return int(count)
+
+
+def _bits(result: Any) -> list[torch.Tensor]:
+    return [tensor.contiguous().view(torch.uint8) for tensor in tree_leaves(result)]
 
 
 @torch.no_grad()

@@ -21,6 +21,12 @@ OPERATIONS = {
     "masks-to-labels": ("Masks to labels", "Low-resolution masks of regions, as after training, to a label a pixel."),
     "noise-to-labels": ("Noise to labels", "The same of noise, where nearly every class could win: the worst case."),
     "loss": ("Loss", "Upsampling, cross-entropy, and the gradient of the low-resolution masks."),
+    "attention-half-backward": ("Attention half with its gradients", "x + proj(attention(qkv(layer_norm(x))))."),
+    "layernorm-mlp-backward": ("LayerNorm and MLP with their gradients", "As above, and all of its seven gradients."),
+    "linear-backward": ("fc1 with its gradients", "gelu(x W^T + b), and the gradients of x, W and b."),
+    "layernorm-backward": ("LayerNorm with its gradients", "Of x, weight and bias."),
+    "mask-head-backward": ("Mask head with its gradients", "Of tokens, projections and the LayerNorm over classes."),
+    "pixels-to-tokens-backward": ("Bytes to tokens with gradients", "Of all but the bytes."),
     "train-step": ("Training step", "Forward, loss, backward, SGD with momentum; a whole batch, by the wall clock."),
 }
 TAIL = ("masks-to-labels", "noise-to-labels", "loss")  # of inference and training: the model's width is not in them

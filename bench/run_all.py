@@ -28,8 +28,12 @@ LONG_MODEL, LONG_PATCH = {"cuda": "S", "cpu": "T"}, 8
 OPERATIONS = {
     "test_attention_on_gpu": ("attention", "attention-backward"),
     "test_layers_on_gpu": ("layernorm-mlp", "mask-head"),
+    "test_gradients_on_gpu": (
+        "attention-backward", "attention-half-backward", "layernorm-backward", "linear-backward",
+        "layernorm-mlp-backward", "mask-head-backward", "pixels-to-tokens-backward", "loss",
+    ),
     "test_labels_on_gpu": ("masks-to-labels", "noise-to-labels"),
-}
+}  # fmt: skip
 TESTS_FAILED = 1  # pytest's exit status; any other but 0 says that they did not run
 # Steps after the gate: name, and the share of what is left of the time that it may use.
 SHARES = {"cuda": {"core": 0.7, "long": 0.5, "full": 1.0}, "cpu": {"core": 0.85, "long": 1.0}}

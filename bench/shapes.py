@@ -107,6 +107,70 @@ def mask_head(shape: Shape, item: int) -> Work:
     return Work(flops, item * (B * n * d + B * K * d + 2 * d * d + 2 * K + B * n * K))
 
 
+def layernorm(shape: Shape, item: int) -> Work:
+    """Of the tokens of one layer of the encoder."""
+    M, d = shape.batch * shape.tokens, shape.d_model
+    return Work(0, item * (2 * M * d + 2 * d))
+
+
+def linear(shape: Shape, item: int) -> Work:
+    """fc1 of one layer of the encoder, with its GELU."""
+    M, d = shape.batch * shape.tokens, shape.d_model
+    return Work(8 * M * d * d, item * (5 * M * d + 4 * d * d + 4 * d))
+
+
+def attention_half(shape: Shape, item: int) -> Work:
+    """One layer of the encoder: LayerNorm, qkv, attention, projection, residual."""
+    B, N, d = shape.batch, shape.tokens, shape.d_model
+    return Work(8 * B * N * d * d + 4 * B * N * N * d, item * (2 * B * N * d + 4 * d * d + 6 * d))
+
+
+def pixels_to_tokens(shape: Shape, item: int) -> Work:
+    """Bytes of images to tokens: normalisation, patch embedding, CLS, positions."""
+    B, n, d, k = shape.batch, shape.patches, shape.d_model, 3 * shape.patch**2
+    return Work(2 * B * n * k * d, 3 * B * shape.size**2 + item * (k * d + 2 * d + (B + 1) * (n + 1) * d))
+
+
+def layernorm_backward(shape: Shape, item: int) -> Work:
+    """The gradients of x, weight and bias. Here and below: from the arguments and the result's gradient."""
+    M, d = shape.batch * shape.tokens, shape.d_model
+    return _backward(layernorm(shape, item), item * (M * d + 2 * d))
+
+
+def linear_backward(shape: Shape, item: int) -> Work:
+    M, d = shape.batch * shape.tokens, shape.d_model
+    return _backward(linear(shape, item), item * (M * d + 4 * d * d + 4 * d))
+
+
+def layernorm_mlp_backward(shape: Shape, item: int) -> Work:
+    """Without fc1, which may have been kept or is computed again."""
+    M, d = shape.batch * shape.tokens, shape.d_model
+    return _backward(layernorm_mlp(shape, item), item * (M * d + 8 * d * d + 7 * d))
+
+
+def attention_half_backward(shape: Shape, item: int) -> Work:
+    """Without qkv, likewise; the five products of `attention_backward`."""
+    B, N, d = shape.batch, shape.tokens, shape.d_model
+    work = _backward(attention_half(shape, item), item * (B * N * d + 4 * d * d + 6 * d))
+    return work._replace(flops=work.flops + 2 * B * N * N * d)
+
+
+def mask_head_backward(shape: Shape, item: int) -> Work:
+    B, n, d, K = shape.batch, shape.patches, shape.d_model, shape.n_cls
+    return _backward(mask_head(shape, item), item * (B * n * d + B * K * d + 2 * d * d + 2 * K))
+
+
+def pixels_to_tokens_backward(shape: Shape, item: int) -> Work:
+    """Of all but the pixels, which are bytes: one product, not two."""
+    n, d, k = shape.patches, shape.d_model, 3 * shape.patch**2
+    return _backward(pixels_to_tokens(shape, item), item * (k * d + 2 * d + (n + 1) * d), products=1)
+
+
+def _backward(forward: Work, gradients: int, products: int = 2) -> Work:
+    """Reads the arguments and, in place of writing the result, its gradient; writes so many bytes of gradients."""
+    return Work(products * forward.flops, forward.bytes + gradients)
+
+
 def masks_to_labels(shape: Shape, item: int) -> Work:
     """Low-resolution masks to one byte (two above 256 classes) a pixel."""
     label = 1 if shape.n_cls <= 256 else 2
@@ -186,6 +250,7 @@ GPU_FULL = (
     *(Shape(m, p, s, b) for b, s, p, m in itertools.product((8, 1), SIZES, (16, 8, 32), "LBST")),
     *(Shape(m, p, 2048, 1) for p, m in itertools.product((16, 8), "TSBL")),
 )
+GPU_TRAINING = tuple(Shape(m, p, 512, 8) for p, m in itertools.product((16, 8, 32), "LBST"))  # of steps, besides
 CPU_CORE = (Shape("S", 16, 512), Shape("S", 32, 512), Shape("T", 8, 256))
 CPU_FULL = tuple(Shape(m, p, s) for s, p, m in itertools.product((512, 640), (32, 16, 8), "TSBL"))
 SMOKE = (Shape("X", 8, 40, 2, n_cls=7),)
@@ -196,6 +261,12 @@ def sweep(name: str, on_gpu: bool) -> list[Shape]:
     """Shapes of the sweep "smoke", "core" or "full" (which starts with the core), without repetition."""
     chosen = [SWEEPS[name]] if name != "full" else [SWEEPS["core"], SWEEPS["full"]]
     return list(dict.fromkeys(shape for gpu, cpu in chosen for shape in (gpu if on_gpu else cpu)))
+
+
+def training(name: str, on_gpu: bool) -> list[Shape]:
+    """Shapes of training steps in this sweep: its own as far as they are `trainable`, and on a GPU every model."""
+    every = GPU_TRAINING if on_gpu and name != "smoke" else ()
+    return [shape for shape in dict.fromkeys((*sweep(name, on_gpu), *every)) if trainable(shape, on_gpu)]
 
 
 def trainable(shape: Shape, on_gpu: bool) -> bool:

@@ -76,7 +76,8 @@ TINY = {
     "pixels_to_tokens": {"batch": 1, "d": 64},
     "patch_weights": {"batch": 1, "side": 32, "patch": 8, "d": 64},
     "layernorm_linear": {"m": 70},
-    **dict.fromkeys(("layernorm_mlp", "gelu_backward"), {"m": 70}),
+    "layernorm_mlp": {"m": 70},
+    "gelu_backward": {"m": 70, "d": 96},
     "fold": {"m": 70, "d": 128},
 }
 

@@ -13,6 +13,7 @@ import torch
 from bench import bench_peers, harness, machine, models, operations, providers, timing, waterfall
 from bench.results import ResultsError, ResultsFile, load
 from bench.shapes import Shape, Work
+from segmenter.layers import Block
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -293,6 +294,16 @@ def test_operators_are_put_back():
     with providers.using(model, providers.PUBLISHED):
         assert model.impl == "published" and model.decoder.ops is providers.PUBLISHED
     assert model.decoder.ops is before
+
+
+def test_levels_of_a_training_step():
+    pytest.importorskip("triton")
+    for provider, level in (("triton", 1), ("triton-0", 0), ("triton-3", 3), ("eager", 1)):
+        step = models.TrainStep(models.build(SHAPE, CPU), provider, torch.float32)
+        blocks = [module for module in step.model.modules() if isinstance(module, Block)]
+        assert {block.recompute for block in blocks} == {level}
+        assert {block.ops.name for block in blocks} == {providers.computing(provider)}
+    assert "triton-2" in models.STEP_PROVIDERS and "triton-2" not in models.MODEL_PROVIDERS
 
 
 def test_each_step_adds_one_technique(monkeypatch):

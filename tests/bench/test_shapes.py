@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import models, operations, shapes
+from bench import gradients, models, operations, shapes
 from bench.providers import PUBLISHED, using
 from bench.shapes import Shape, Work
 from bench.timing import tensor_bytes
@@ -79,6 +79,24 @@ def test_work_of_gradients(shape):
     assert products == forward + work.flops * 4 // 5
 
 
+OF_GRADIENTS = [value for value in vars(gradients).values() if isinstance(value, operations.Operation)]
+
+
+@pytest.mark.parametrize("operation", OF_GRADIENTS, ids=lambda o: o.kind)
+@pytest.mark.parametrize("shape", SMALL[:2], ids=lambda s: s.id)
+def test_work_of_operations_with_their_gradients(operation, shape):
+    """The arguments are read twice, forward and backward; the result is written once, and its gradient read."""
+    inputs = operation.inputs(shape, torch.float32, CPU)
+    with FlopCounterMode(display=False) as counter:
+        found = operation.call("eager", shape)(*inputs)
+    work = operation.work(shape, 4)
+    fifth = 2 * shape.batch * shape.tokens**2 * shape.d_model if "attention" in operation.kind else 0
+    assert work.flops == counter.get_total_flops() + fifth
+    assert work.bytes == tensor_bytes(inputs[:-1]) + tensor_bytes(inputs) + tensor_bytes((inputs[-1], *found))
+    for gradient, tensor in zip(found, [t for t in inputs if t.requires_grad], strict=True):
+        assert gradient.shape == tensor.shape
+
+
 def test_floor_is_the_larger_of_the_two_times():
     assert Work(100, 10).floor(50, 100) == 2
     assert Work(100, 1000).floor(50, 100) == 10
@@ -101,6 +119,10 @@ def test_sweeps(on_gpu):
     assert {shape.patch for shape in core} == {8, 16, 32}
     assert {(s.model, s.patch) for s in full} == set(itertools.product("TSBL", shapes.PATCHES))
     assert all(shape.size % shape.patch == 0 for shape in full)
+    for sweep, shapes_of in (("core", core), ("full", full)):
+        steps = shapes.training(sweep, on_gpu)
+        assert set(steps) >= {s for s in shapes_of if shapes.trainable(s, on_gpu)} and len(set(steps)) == len(steps)
+        assert not on_gpu or {(s.model, s.patch) for s in steps} == set(itertools.product("TSBL", shapes.PATCHES))
     if on_gpu:
         assert {shape.size for shape in full} == {512, 640, 768, 1024, 2048}
         assert {shape.batch for shape in full} >= {1, 8}

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="configurations of kernels are tuned")
 
-from bench import machine, timing, tune
+from bench import machine, repeats, timing, tune
 from bench.compile.report import Kernel
 from bench.results import ResultsFile, load
 from bench.tuning import measure, workers
@@ -214,6 +214,42 @@ def test_inputs_are_as_the_examples_and_have_references(table):
     exact, eager = measure.references(bucket, arguments)
     assert exact.dtype == torch.float64 and exact.isfinite().all() and exact.std() > 0.1
     assert measure.check(bucket, eager, exact, eager)[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("table", "match"),
+    [
+        ("attention_delta", ""), ("attention_dkdv", "n=1025 d=32"), ("attention_dq", "n=257"), ("column_sums", ""),
+        ("gelu_backward", "m=257"), ("layernorm_backward", "n=192"), ("partial_sums", ""), ("unit_rows", ""),
+        ("mask_head_backward", "n_cls=19"), ("patch_weights", ""), ("upsample_cross_entropy", "n_cls=19"),
+    ],
+)  # fmt: skip
+def test_gradients_are_checked_one_by_one(table, match, monkeypatch):
+    """Each of them: of several, one that is wrong is as bad as all."""
+    bucket = dataclasses.replace(bucket_of(table, match=match), tiny=True)
+    found = measure.measured(bucket, bucket.row.config, "cpu")
+    assert found["median"] > 0 and found["error_ratio"] < 2
+    arguments, exact, eager = measure._first_set(bucket, CPU)
+    if isinstance(exact, tuple):
+        several = [tensor.clone() for tensor in eager]
+        next(t for t in reversed(several) if t.is_floating_point() and t.numel()).view(-1)[-1] += 1.0
+        with pytest.raises(AssertionError, match="error"):
+            measure.check(bucket, tuple(several), exact, eager)
+
+
+def test_the_log_sum_exp_is_that_of_the_scores():
+    bucket = dataclasses.replace(bucket_of("attention_delta"), tiny=True)
+    _, qkv, o, lse, _, heads = measure.inputs(bucket, 0, CPU)
+    q, k, _ = qkv.double().view(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    torch.testing.assert_close(lse[..., : qkv.shape[1]].double(), scores.logsumexp(-1), rtol=1e-2, atol=1e-2)
+
+
+def test_repeats_look_at_every_result():
+    calls = iter(range(9))
+    same, other = torch.ones(3), torch.zeros(2, dtype=torch.int64)
+    assert repeats.differing(lambda x: (x, other + next(calls) // 2), (same,), 3) == 2
+    assert repeats.differing(lambda x: x, (same,), 3) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

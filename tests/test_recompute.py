@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from segmenter import create_segmenter
 from segmenter.layers import Block
 from segmenter.ops import load_kernels, select
+from tests.support.kept import kept
 from tests.support.parity import DEVICE
 from tests.support.tiny import tiny_model
 
@@ -20,21 +21,6 @@ def block(dtype=torch.float16, drop_path=0.0, impl="triton"):
     torch.manual_seed(0)
     ops = load_kernels() if impl == "triton" else select("eager")
     return Block(D, HEADS, 4 * D, 0.0, drop_path, ops=ops).to(DEVICE, dtype).train()
-
-
-def kept(module, x):
-    """(bytes that the module keeps for its backward pass besides its parameters, its result)"""
-    found, mine = {}, {p.untyped_storage().data_ptr() for p in module.parameters()}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in mine:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = module(x)
-    return sum(found.values()), y
 
 
 def tokens(dtype=torch.float16):
@@ -50,7 +36,7 @@ def gradients(module, x):
 def test_bytes(level, each):
     module = block()
     module.recompute = level
-    bytes_, _ = kept(module, tokens().requires_grad_())
+    bytes_, _ = kept(module, lambda: module(tokens().requires_grad_()))
     assert bytes_ == each * B * N * D + (LSE if level < 3 else 0)
 
 
@@ -58,12 +44,13 @@ def test_a_wide_stream_adds_four_bytes():
     module = block(torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16):
         copies = 2 * 12 * D * D  # of the weights, cast; biases
-        bytes_, _ = kept(module, tokens(torch.float32).requires_grad_())
+        bytes_, _ = kept(module, lambda: module(tokens(torch.float32).requires_grad_()))
     assert abs(bytes_ - (16 * B * N * D + LSE + copies)) < 2 * 12 * D
 
 
 def test_eager_keeps_more():
-    bytes_, _ = kept(block(impl="eager"), tokens().requires_grad_())
+    module = block(impl="eager")
+    bytes_, _ = kept(module, lambda: module(tokens().requires_grad_()))
     assert bytes_ > 30 * B * N * D
 
 
@@ -77,8 +64,8 @@ def test_the_same_gradients(drop_path):
         found.append(gradients(module, tokens()))
     for other in found[2:]:
         assert all(map(torch.equal, found[1], other))
-    for kept, again in zip(*found[:2], strict=True):  # level 0 has the hidden layer from another product
-        assert (kept - again).float().norm() < 4e-3 * again.float().norm()
+    for first, again in zip(*found[:2], strict=True):  # level 0 has the hidden layer from another product
+        assert (first - again).float().norm() < 4e-3 * again.float().norm()
 
 
 def test_stochastic_depth_is_the_same_as_layer_by_layer():

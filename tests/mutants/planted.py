@@ -18,6 +18,7 @@ from tests.mutants.planted_labels import (
 from tests.mutants.planted_layer_backward import LAYER_BACKWARD
 from tests.mutants.planted_loss import LOSS
 from tests.mutants.planted_masks_and_pixels import MASKS_AND_PIXELS
+from tests.mutants.planted_memory import MEMORY
 from tests.mutants.planted_recompute import RECOMPUTE
 from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
@@ -480,6 +481,7 @@ MUTANTS = [
     *LOSS,
     *LAYER_BACKWARD,
     *MASKS_AND_PIXELS,
+    *MEMORY,
 ]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -39,8 +39,8 @@ FIRST_HOUR = [
         TESTS,
         {
             "only_the_last_repeat_counts": (
-                "count += (fn(",
-                "count = (fn(",
+                "count += torch.stack(",
+                "count = torch.stack(",
             ),
             "what_differed_is_taken_for_done": (
                 'if known.get(name) == "" and args.times:',

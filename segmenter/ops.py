@@ -181,7 +181,7 @@ def select(impl: str = "auto") -> Operators | Automatic:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown; choose one of {', '.join(IMPLEMENTATIONS)}")
     if impl == "triton":
-        reason = why_no_triton() or (None if torch.cuda.is_available() or _interpreting() else "no CUDA device")
+        reason = _why_no_kernels()
         if reason:
             raise ImplementationError(f'impl="triton": {reason}; use impl="eager" or impl="auto"')
         return load_kernels()
@@ -288,6 +288,10 @@ def why_not_on(device: str, index: int | None) -> str | None:
     return reason
 
 
+def _why_no_kernels() -> str | None:
+    return why_no_triton() or (None if torch.cuda.is_available() or _interpreting() else "no CUDA device")
+
+
 def _why_not_interpreted_bfloat16() -> str | None:
     from segmenter.kernels.interpreted import why_not_bfloat16
 
@@ -297,6 +301,7 @@ def _why_not_interpreted_bfloat16() -> str | None:
 # torch.compile takes the answers as constants: it cannot trace the look-ups, and the machine stays what it is. This is
 # what `torch.compiler.assume_constant_result` sets; calling that would import torch._dynamo, two seconds, here.
 why_not_on._dynamo_marked_constant = True
+_why_no_kernels._dynamo_marked_constant = True
 _why_not_interpreted_bfloat16._dynamo_marked_constant = True
 
 

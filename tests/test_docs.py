@@ -130,8 +130,11 @@ def parsed(words: list[str]) -> None:
             from torch.distributed.run import get_args_parser
 
             args = get_args_parser().parse_args(rest)
-            assert (args.module, args.training_script) == (True, "segmenter")
-            build_parser().parse_args(args.training_script_args)
+            if args.module:
+                assert args.training_script == "segmenter"
+                build_parser().parse_args(args.training_script_args)
+            else:
+                program(str(ROOT / args.training_script), args.training_script_args)
         case ["pytest", *rest] | ["python", "-m", "pytest", *rest]:
             args = pytest_parser().parse_args(rest)
             assert args.k is None or any(selects(args.k, name) for name in benchmarks())

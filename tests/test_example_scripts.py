@@ -110,6 +110,25 @@ def test_long_sequences_finds_the_benchmark_beside_it(monkeypatch):
     assert module.peak_mib(lambda: kept.append(torch.ones(8 << 20)), torch.device("cpu")) == pytest.approx(32, abs=3)
 
 
+STEPS = ["--model", "Seg-T-Mask/32", "--size", "64", "--device", "cpu"]
+
+
+@pytest.mark.more
+def test_train_sharded(capsys):
+    """Two processes that have half of the weights and of the batch each lose what one loses; so does one graph."""
+    pytest.importorskip("torch.distributed.fsdp", reason="needs FSDP2")
+    assert script("train_sharded").main(STEPS) == 0
+    alone = capsys.readouterr().out
+    losses = [float(line.split()[-1]) for line in alone.splitlines()]
+    assert len(losses) == 3 and losses[2] != losses[0]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLES / "train_sharded.py"), *STEPS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pair = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert pair.returncode == 0, pair.stderr
+    assert [float(line.split()[-1]) for line in pair.stdout.splitlines()] == pytest.approx(losses, abs=3e-6)
+
+
 def test_scripts_start_from_anywhere_and_say_what_they_do(tmp_path):
     code = (
         "import contextlib, runpy, sys\n"
@@ -121,5 +140,5 @@ def test_scripts_start_from_anywhere_and_say_what_they_do(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert len(SCRIPTS) == 3
+    assert len(SCRIPTS) == 4
     assert all(f"python examples/{path.name}" in result.stdout for path in SCRIPTS)

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+
+from segmenter.layers import Block
 
 TIMEOUT = timedelta(minutes=30)  # of a process waiting for another, which may be saving or evaluating
 
@@ -68,3 +71,24 @@ class Group:
     def exchanging(self, model: nn.Module, exchange: bool) -> AbstractContextManager:
         """Within it, a backward pass through what `parallel` gave exchanges gradients, or adds to this process's."""
         return nullcontext() if self.world == 1 or exchange else model.no_sync()
+
+
+def shard(model: nn.Module, **options: Any) -> nn.Module:
+    """Splits a model among the processes of a group by FSDP2, a block at a time. Returns the model, changed in place.
+
+    Each process keeps its share of weights, gradients and momenta, and has those of one block whole while it computes.
+    Gradients are the mean over the processes, as `Group.parallel`'s. Kernels run as ever: within a block's forward pass
+    its weights are ordinary tensors. Call the model, its `masks`, or `forward` of its parts through the model.
+
+    Args:
+        model: a `Segmenter`; wherever its blocks are `segmenter.layers.Block`, each is a group of its own.
+        options: of `torch.distributed.fsdp.fully_shard`, such as mesh and mp_policy.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for module in model.modules():
+        if isinstance(module, Block):
+            fully_shard(module, **options)
+    fully_shard(model, **options)
+    register_fsdp_forward_method(model, "masks")
+    return model

@@ -57,8 +57,9 @@ def upsample_cross_entropy(
     Returns:
         sums, see `PixelLoss`; 0 and no gradient where no pixel counts. It cannot be differentiated twice.
     Raises:
-        ValueError: shapes that do not fit; on a CPU also a label that is neither a class nor `ignore_index`, which on a
-            GPU makes the loss NaN or ends the program as in F.cross_entropy. TypeError: labels are no integers.
+        ValueError: shapes that do not fit; on a CPU, unless compiled, also a label that is neither a class nor
+            `ignore_index`, which else makes the loss NaN or ends the program as in F.cross_entropy. TypeError: labels
+            are no integers.
         ImplementationError: as of `ops.select`.
     """
     if masks.ndim != 4:
@@ -133,7 +134,14 @@ def at_once(x: torch.Tensor, row: int) -> tuple[int, int]:
     """Images, and rows of pixels of so many logits, of a step: few on a CPU; on a GPU a step is twenty launches."""
     if x.is_cuda:
         return max(1, len(x)), 1 << 30  # all rows between two of the masks
-    return 1, max(1, CHUNK_BYTES * torch.get_num_threads() // (row * x.element_size()))
+    return 1, max(1, CHUNK_BYTES * _threads() // (row * x.element_size()))
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+_threads._dynamo_marked_constant = True  # torch.compile cannot trace the question; see `segmenter.ops`
 
 
 class _Pixels:
@@ -191,8 +199,13 @@ def _chunks(h: int, H: int, patch_size: int, height: int) -> list[tuple[int, int
 
 
 def _check_labels(labels: torch.Tensor, n_cls: int, ignore_index: int) -> None:
-    """Raises ValueError if a label is neither a class nor ignore_index. Of labels on a GPU nobody waits to be told."""
-    counted = labels[labels != ignore_index] if labels.device.type == "cpu" else labels[:0]
+    """Raises ValueError if a label is neither a class nor ignore_index.
+
+    Of labels on a GPU nobody waits to be told, and torch.compile cannot trace the question.
+    """
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    counted = labels[labels != ignore_index]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < n_cls:
         wrong = int(counted.min()) if counted.min() < 0 else int(counted.max())
         raise ValueError(f"label {wrong} is neither one of the {n_cls} classes nor ignore_index, {ignore_index}")

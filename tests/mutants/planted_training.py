@@ -52,6 +52,34 @@ DURABILITY = [
         },
     ),
     *planted_in(
+        "segmenter/training/distributed.py",
+        ("tests/training/test_sharded.py",),
+        {
+            "masks_without_their_weights": (
+                'register_fsdp_forward_method(model, "masks")',
+                'register_fsdp_forward_method(model, "forward")',
+            ),
+            "nothing_but_blocks_is_sharded": (
+                "    fully_shard(model, **options)\n",
+                "",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/training/upsample_loss.py",
+        ("tests/training/test_sharded.py",),
+        {
+            "labels_looked_at_while_compiling": (
+                " or torch.compiler.is_compiling():",
+                ":",
+            ),
+            "threads_counted_while_compiling": (
+                "_threads._dynamo_marked_constant = True",
+                "_threads._dynamo_marked_constant = False",
+            ),
+        },
+    ),
+    *planted_in(
         "segmenter/files.py",
         ("tests/test_durability.py",),
         {

@@ -1,0 +1,97 @@
+"""Steps with weights split by FSDP2, and steps as one graph of torch.compile: the gradients of the plain step."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("triton")
+
+from segmenter import layers
+from tests.support.pages import ROOT
+from tests.support.sharded_step import data, distance, make, mean_loss, sharded_distance
+
+WAYS = [("eager", 1), ("triton", 1), *(pytest.param("triton", level, marks=pytest.mark.more) for level in (0, 2, 3))]
+BACKWARD = {"attention_backward", "layernorm_linear_backward", "layernorm_mlp_backward", "mask_head_backward"}
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("impl", "level"), WAYS)
+def test_one_process_has_the_plain_gradients(impl, level, one_process, monkeypatch):
+    """Bit for bit; and fused operators run within the blocks, whose weights are ordinary tensors there."""
+    halves, fused = [], layers.fused_mlp
+    monkeypatch.setattr(layers, "fused_mlp", lambda *args: halves.append(args[1].weight) or fused(*args))
+    assert sharded_distance(impl, level) == 0
+    assert len(halves) >= 2 * 3 and all(type(weight) is torch.nn.Parameter for weight in halves)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize(("impl", "level"), [("eager", 1), ("triton", 2)])
+def test_two_processes_have_them(impl, level):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.support.sharded_step", impl, str(level)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = {rank: float(value) for value, rank in re.findall(r"distance (\S+) of (\d)", done.stdout)}
+    assert found.keys() == {"0", "1"} and max(found.values()) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+def captured(graphs):
+    """A backend that runs the graphs as they are, and notes our operators in them."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def note(module, inputs):
+        targets = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+        graphs.append(Counter(name.split(".")[1] for name in targets if name.startswith("segmenter.")))
+        return make_boxed_func(module.forward)
+
+    return aot_autograd(fw_compiler=note, bw_compiler=note)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("whole", [False, True], ids=["model and loss", "backward too"])
+@pytest.mark.parametrize(("impl", "level"), [("eager", 1), ("triton", 1), ("triton", 3)])
+def test_one_graph_has_the_plain_gradients(impl, level, whole):
+    """No graph break in model and loss, nor where PyTorch can trace it in the backward pass; kernels are in it."""
+    plain, model, graphs = make(impl, level), make(impl, level), []
+    images, labels = data(plain.n_cls)
+    expected = mean_loss(plain, impl, images, labels)
+    expected.backward()
+
+    def step(images, labels):
+        loss = mean_loss(model, impl, images, labels)
+        if whole:
+            loss.backward()
+        return loss.detach() if whole else loss
+
+    if whole and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this PyTorch cannot trace backward()")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(**({"trace_autograd_ops": True} if whole else {})):
+        loss = torch.compile(step, backend=captured(graphs), fullgraph=True)(images, labels)
+    if not whole:
+        loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert distance(model, plain) < 1e-4
+    assert len(graphs) == (1 if whole else 2)
+    operators = sum(graphs, Counter())
+    assert operators.keys() >= BACKWARD if impl == "triton" else not operators
+    if impl == "triton":
+        assert operators["attention_half"] == (6 if level == 3 else 3) and operators["upsample_cross_entropy"] == 1

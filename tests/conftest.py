@@ -58,6 +58,7 @@ def pytest_collection_finish():
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=60, help="mutated files of each format, in tests/test_fuzz.py")
     parser.addoption("--cases", type=int, default=200, help="random cases of tests/kernels/test_random_cases.py")
+    parser.addoption("--backward-cases", type=int, default=500, help="the same of gradients")
     parser.addoption("--steps", type=int, default=15, help="of the two trainings in tests/training/test_curves.py")
     compile_first.pytest_addoption(parser)
 

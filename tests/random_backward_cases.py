@@ -10,12 +10,15 @@ from segmenter.kernels import (
     launch,
     layernorm_backward,
     layernorm_mlp_backward,
+    linear_backward,
     mask_head_backward,
     pixels_to_tokens_backward,
     reference,
     reference_backward,
+    upsample_cross_entropy,
 )
-from tests.support.draws import HALF, LENGTHS, Case, Draw, attention_config
+from tests.support.draws import HALF, LENGTHS, Case, Draw, attention_config, widths
+from tests.support.parity import DEVICE
 
 
 def attention_backward_case(draw: Draw) -> Case:
@@ -75,6 +78,26 @@ def layernorm_backward_case(draw: Draw) -> Case:
     return Case((grad, x, weight, added), call, definition, what, frobenius=frobenius, terms=200)
 
 
+def linear_backward_case(draw: Draw) -> Case:
+    """One of the three gradients, behind a GELU or not, of a result that may be wider than the weights."""
+    dtype, shape, (k, n), gelu = draw.dtype(), draw.batch(), widths(draw), draw.maybe(0.5)
+    wide = draw.choice((dtype, dtype, torch.float32))
+    grad, x = draw.tensor(*shape, n, dtype=wide, scale=draw.magnitude()), draw.tensor(*shape, k, dtype=dtype)
+    weight = draw.tensor(n, k, dtype=dtype, scale=k**-0.5)
+    bias = draw.tensor(n, dtype=dtype) if draw.maybe(0.8) else None
+    which = draw.choice(range(2 if bias is None else 3))
+    needed = tuple(i == which or draw.maybe(0.5) for i in range(3))
+
+    def call(*t):
+        return linear_backward.linear_backward(*t, gelu, needed)[which]
+
+    return Case(
+        (grad, x, weight, bias), call, lambda *t: reference_backward.linear_backward(*t, gelu)[which],
+        f"{shape} {k}->{n} {dtype} grad={wide} gelu={gelu} bias={bias is not None} {needed} {which}",
+        max_ratio=4.0, frobenius=3.0 if dtype == torch.float32 else 1.4, terms=900,
+    )  # fmt: skip
+
+
 def layernorm_mlp_backward_case(draw: Draw) -> Case:
     """One of the seven gradients."""
     dtype, shape, d = draw.dtype(), draw.batch(), draw.choice((16, 31, 48, 64, 100))
@@ -129,10 +152,11 @@ def mask_head_backward_case(draw: Draw) -> Case:
 
 
 def pixels_to_tokens_backward_case(draw: Draw) -> Case:
-    dtype, P, d = draw.dtype(), draw.choice((1, 3, 8, 8, 14, 16)), draw.choice((16, 31, 48, 64, 96))
-    B, H, W = draw.choice((1, 2, 3)), draw.choice(LENGTHS), draw.choice(LENGTHS)
-    if P < 8:
-        H, W = min(H, 17), min(W, 17)
+    dtype, P, d = draw.dtype(), draw.choice((1, 3, 8, 8, 14, 16)), draw.choice((16, 31, 48, 65))
+    H, W = draw.choice(LENGTHS[:10]), draw.choice(LENGTHS)
+    if P < 8:  # every patch of every tile is interpreted
+        H, W = min(H, 5), min(W, 17)
+    B = draw.choice((1, 2, 3)) if H * W < 500 else 1
     dy = draw.tensor(B, -(-H // P) * -(-W // P), d, dtype=dtype, scale=draw.magnitude())
     sizes = (draw.choice((16, 32, 64)), draw.choice((32, 64)), draw.choice((32, 64, 128)), 4, 2)
     config = None if draw.maybe(0.4) else configs_backward.PatchWeightsConfig(*sizes)
@@ -147,3 +171,26 @@ def pixels_to_tokens_backward_case(draw: Draw) -> Case:
         lambda *t: pixels_to_tokens_backward.pixels_to_tokens_backward_reference(*t, P),
         f"{B}x{H}x{W} P={P} d={d} {dtype} {config}", terms=dy.shape[0] * dy.shape[1],
     )  # fmt: skip
+
+
+def upsample_cross_entropy_case(draw: Draw) -> Case:
+    """The loss and the weights that it counts, or the gradient; few pixels and classes, which the interpreter sees one
+    by one."""
+    dtype, P, K = draw.dtype(), draw.choice((1, 2, 3, 4, 8)), draw.choice((2, 3, 5, 16, 17, 19))
+    most, B = draw.choice((1, 2, 3) if P < 3 else (1, 2) if P < 8 else (1,)), draw.choice((1, 1, 2) if P < 4 else (1,))
+    H, W = (max(1, most * P - draw.choice((0, 0, 1, P - 1))) for _ in range(2))
+    masks = draw.tensor(B, -(-H // P), -(-W // P), K, dtype=dtype, scale=draw.choice((1.0, 5.0, 20.0)))
+    labels = torch.randint(0, K, (B, H, W), generator=draw.generator)
+    labels[torch.rand(B, H, W, generator=draw.generator) < draw.choice((0.0, 0.2, 1.0))] = 255
+    weight = draw.tensor(K, dtype=torch.float32).abs() if draw.maybe(0.4) else None
+    smoothing, which = draw.choice((0.0, 0.0, 0.1)), draw.choice((0, 2, 2))
+
+    def call(masks, labels, weight):
+        return upsample_cross_entropy.upsample_cross_entropy(masks, labels, weight, P, 255, smoothing)[which]
+
+    def definition(masks, labels, weight):
+        return reference.upsample_cross_entropy(masks, labels.long(), weight, P, 255, smoothing, True)[which]
+
+    what = f"{B}x{H}x{W} P={P} K={K} {dtype} weight={weight is not None} smoothing={smoothing} {which}"
+    args = (masks, draw.placed(labels.to(DEVICE)), weight)
+    return Case(args, call, definition, what, max_ratio=4.0, frobenius=4.0, terms=B * H * W)

@@ -10,7 +10,7 @@ the first few hundred.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from tests import conftest  # sets up the interpreter  # isort: skip
 import torch
@@ -34,8 +34,10 @@ from tests.random_backward_cases import (
     attention_backward_case,
     layernorm_backward_case,
     layernorm_mlp_backward_case,
+    linear_backward_case,
     mask_head_backward_case,
     pixels_to_tokens_backward_case,
+    upsample_cross_entropy_case,
 )
 from tests.support.draws import FAR_LENGTHS, HALF, LENGTHS, Case, Draw, attention_config, linear_config, widths
 from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
@@ -222,27 +224,32 @@ def windows_argmax_case(draw: Draw) -> Case:
     return Case(args, call, lambda masks: expected_labels(masks, *geometry).to(DEVICE), what, labels=True)
 
 
-FAMILIES: dict[str, Callable[[Draw], Case]] = {
+FORWARD: dict[str, Callable[[Draw], Case]] = {
     "attention": attention_case,
     "cross_attention": cross_attention_case,
-    "attention_backward": attention_backward_case,
     "layernorm": layernorm_case,
-    "layernorm_backward": layernorm_backward_case,
     "linear": linear_case,
     "layernorm_linear": layernorm_linear_case,
     "layernorm_mlp": layernorm_mlp_case,
-    "layernorm_mlp_backward": layernorm_mlp_backward_case,
     "mask_head": mask_head_case,
-    "mask_head_backward": mask_head_backward_case,
     "pixels_to_tokens": pixels_to_tokens_case,
-    "pixels_to_tokens_backward": pixels_to_tokens_backward_case,
     "windows_argmax": windows_argmax_case,
 }
+BACKWARD: dict[str, Callable[[Draw], Case]] = {
+    "attention_backward": attention_backward_case,
+    "layernorm_backward": layernorm_backward_case,
+    "linear_backward": linear_backward_case,
+    "layernorm_mlp_backward": layernorm_mlp_backward_case,
+    "mask_head_backward": mask_head_backward_case,
+    "pixels_to_tokens_backward": pixels_to_tokens_backward_case,
+    "upsample_cross_entropy": upsample_cross_entropy_case,
+}
+FAMILIES = FORWARD | BACKWARD
 
 
-def numbered(index: int) -> tuple[str, int]:
+def numbered(index: int, families: Collection[str] = FAMILIES) -> tuple[str, int]:
     """(op, seed) of the n-th case: the families take turns."""
-    names = list(FAMILIES)
+    names = list(families)
     return names[index % len(names)], index // len(names)
 
 
@@ -275,11 +282,17 @@ def run_case(op: str, seed: int) -> None:
         raise AssertionError(f"{type(error).__name__}: {error}\n  {context}") from error
 
 
-def failures(first: int, count: int, only: str | None = None, progress: bool = False) -> list[str]:
-    """Messages of the cases that fail."""
+def failures(
+    first: int,
+    count: int,
+    only: str | None = None,
+    progress: bool = False,
+    families: Collection[str] = FAMILIES,
+) -> list[str]:
+    """Messages of the cases that fail, of `families` in turn or of one alone."""
     found = []
     for index in tqdm(range(first, first + count), disable=not progress, unit="case"):
-        op, seed = (only, index) if only else numbered(index)
+        op, seed = (only, index) if only else numbered(index, families)
         try:
             run_case(op, seed)
         except AssertionError as error:

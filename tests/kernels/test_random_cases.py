@@ -1,4 +1,7 @@
-"""Hundreds of random configurations over all kernels; `--cases N` for more. See tests/random_cases.py."""
+"""Hundreds of random configurations over all kernels, and of their gradients; see tests/random_cases.py.
+
+`--cases N` and `--backward-cases N` for more.
+"""
 
 import re
 import subprocess
@@ -16,13 +19,20 @@ BATCH = 40
 
 def pytest_generate_tests(metafunc):
     if "first" in metafunc.fixturenames:
-        firsts = range(0, metafunc.config.getoption("--cases"), BATCH)
+        of_gradients = metafunc.definition.originalname == "test_random_cases_of_gradients"
+        firsts = range(0, metafunc.config.getoption("--backward-cases" if of_gradients else "--cases"), BATCH)
         metafunc.parametrize("first", [pytest.param(i, marks=[pytest.mark.more] if i else []) for i in firsts])
 
 
 def test_random_cases(first, request):
     count = min(BATCH, request.config.getoption("--cases") - first)
-    found = random_cases.failures(first, count)
+    found = random_cases.failures(first, count, families=random_cases.FORWARD)
+    assert not found, f"{len(found)} of {count} cases fail\n\n" + "\n\n".join(found)
+
+
+def test_random_cases_of_gradients(first, request):
+    count = min(BATCH, request.config.getoption("--backward-cases") - first)
+    found = random_cases.failures(first, count, families=random_cases.BACKWARD)
     assert not found, f"{len(found)} of {count} cases fail\n\n" + "\n\n".join(found)
 
 

@@ -36,7 +36,7 @@ RUN = {"predict", "eval", "info", "convert", "attention", "compare", "data"}  # 
 PYTEST = ("-k", "-m")  # options of pytest itself that pages use, beside those of bench/conftest.py
 SAMPLE = Path(paths("camvid", "test", 0)[0]).stem
 NOT_OURS = {"show_attn_map.py"}  # files of the published code that pages name
-NEED_TRITON = ("bench.compile_report", "bench.first_hour", "bench.tune", "tests.random_cases")
+NEED_TRITON = ("bench.compile_report", "bench.first_hour", "bench.memory", "bench.tune", "tests.random_cases")
 MODULES = ("bench.run_all", "bench.report", "bench.profile_long", *NEED_TRITON)
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -326,6 +326,7 @@ def flags() -> set[str]:
     needed = {"bench.run_all": ["--out", "x"], "bench.report": ["x.json", "--out", "x.html"]}
     needed["bench.profile_long"] = needed["bench.tune"] = needed["bench.first_hour"] = ["--out", "x"]
     parsers += [program(module, needed.get(module, [])) for module in MODULES]
+    parsers += [program(str(script), []) for script in sorted((ROOT / "examples").glob("*.py"))]
     found = {"--index-url", "--collect-only", "--compile-first"}  # of pip, of pytest, of tests/conftest.py
     while parsers:
         for action in parsers.pop()._actions:

@@ -29,7 +29,7 @@ import triton.language as tl
 from segmenter.kernels import configs, configs_backward, launch, reference
 from segmenter.kernels.attention_backward import ATTENTION_BACKWARD, CROSS_ATTENTION_BACKWARD
 from segmenter.kernels.blocks import LN2, LOG2E, load_tile
-from segmenter.kernels.heads import LSE_ROWS, addressable, check_separate, lse_rows, packed
+from segmenter.kernels.heads import LSE_ROWS, addressable, check_separate, head_padding, lse_rows, packed
 from segmenter.kernels.operators import define, differentiated, forbid_forward_mode
 
 
@@ -158,10 +158,16 @@ def _run(
     return o, lse
 
 
+def log_sum_exp(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """Of the rows of scores of checked q (B, N, h, d) and k (B, M, h, d): (B, h, N rounded up to LSE_ROWS) float32,
+    +inf beyond N. For host functions of other operators."""
+    return _run(q, k, k, (q.shape[2], 0, 0, 0), scale, True)[1]
+
+
 def _plan(q, k, v, o, lse, heads, scale, precision, config) -> launch.Plan:
     B, n_queries, _, d = q.shape
     n_keys, h, n_lse = k.shape[1], heads[0], 0 if lse is None else lse.shape[-1]
-    head_pad = max(16, triton.next_power_of_2(d))
+    head_pad = head_padding(d)
     c = config or configs.attention(launch.architecture(q), q.element_size(), head_pad, n_keys, precision)
     descriptors = c.descriptors and all(launch.fits_descriptor(t) for t in (q, k, v))
     o = o.view(B, n_queries, h, d)

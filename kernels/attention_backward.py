@@ -30,7 +30,7 @@ import triton.language as tl
 
 from segmenter.kernels import configs_backward, launch, reference
 from segmenter.kernels.blocks import LOG2E, load_tile
-from segmenter.kernels.heads import addressable, check_separate, lse_rows, packed
+from segmenter.kernels.heads import addressable, check_separate, head_padding, lse_rows, packed
 from segmenter.kernels.operators import define, forbid_forward_mode
 
 
@@ -223,7 +223,7 @@ def _plan_delta(do: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, grad_lse: 
     n_blocks = lse.shape[-1] // c.block_m  # blocks divide LSE_ROWS
     scalars = (
         *do.stride()[:3], *o.stride()[:3], *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
-        h, n_queries, lse.shape[-1], n_blocks, d, _head_pad(d), c.block_m, grad_lse is not None,
+        h, n_queries, lse.shape[-1], n_blocks, d, head_padding(d), c.block_m, grad_lse is not None,
     )  # fmt: skip
     options = {"num_warps": c.num_warps, "num_stages": 1}
     return launch.Plan(_attention_delta_kernel, B * h * n_blocks, (None,) * 5, scalars, options)
@@ -233,7 +233,7 @@ def _plan(kernel: Any, tensors: tuple, heads: tuple[int, int, int, int], scale: 
     """Of dK and dV, or of dQ, by the kernel; `tensors` are all of its arguments but the last, `stats`."""
     q, k, _, do = tensors[:4]
     B, n_queries, h, d = do.shape
-    n_keys, head_pad, precision, of_keys = k.shape[1], _head_pad(d), launch.dot_precision(q.dtype), len(tensors) > 5
+    n_keys, head_pad, precision, of_keys = k.shape[1], head_padding(d), launch.dot_precision(q.dtype), len(tensors) > 5
     table = configs_backward.attention_dkdv if of_keys else configs_backward.attention_dq
     c = config or table(launch.architecture(q), q.element_size(), head_pad, n_queries if of_keys else n_keys, precision)
     descriptors = c.descriptors and n_queries > 0 and all(launch.fits_descriptor(t) for t in tensors[:4])
@@ -252,10 +252,6 @@ def _plan(kernel: Any, tensors: tuple, heads: tuple[int, int, int, int], scale: 
     )  # fmt: skip
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
     return launch.Plan(kernel, B * h * n_blocks, tuple(tiles), scalars, options)
-
-
-def _head_pad(d: int) -> int:
-    return max(16, triton.next_power_of_2(d))
 
 
 def _check(grad: torch.Tensor, q: torch.Tensor, o: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None) -> None:

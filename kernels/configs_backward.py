@@ -5,7 +5,7 @@ All of these rows are estimates, by registers, shared memory and reads from L2: 
 
 import dataclasses
 
-from segmenter.kernels import configs
+from segmenter.kernels import configs, configs_maps
 from segmenter.kernels.configs import AMD, ANY, BLACKWELL, MULTIPROCESSORS, NEW, AttentionConfig, LinearConfig, Row
 
 
@@ -323,7 +323,9 @@ def _cut(config: SumsConfig, m: int, n: int) -> SumsConfig:
     return dataclasses.replace(config, programs=max(1, programs))
 
 
-TABLES = configs.TABLES | {  # what is compiled row by row
+TABLES = {  # what is compiled row by row
+    **configs.TABLES,
+    **configs_maps.TABLES,
     "attention_delta": ATTENTION_DELTA,
     "attention_dkdv": ATTENTION_DKDV,
     "attention_dq": ATTENTION_DQ,

@@ -1,6 +1,7 @@
-"""q, k and v as views by head, checked: what attention and its gradient share on the host's side."""
+"""q, k and v as views by head, checked: what attention, its gradient and its maps share on the host's side."""
 
 import torch
+import triton
 
 from segmenter.kernels import configs, launch, reference
 
@@ -13,6 +14,11 @@ def check_head(d: int) -> None:
     if d % 8 or not 8 <= d <= configs.MAX_HEAD_DIM:
         limit = f"a multiple of 8 up to {configs.MAX_HEAD_DIM}"
         raise launch.KernelError(f'head_dim must be {limit}, got {d}; use impl="eager"')
+
+
+def head_padding(d: int) -> int:
+    """Columns of the tiles of heads of d columns: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(d))
 
 
 def addressable(x: torch.Tensor) -> torch.Tensor:

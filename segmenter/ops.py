@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from segmenter.config import IMPLEMENTATIONS
 from segmenter.guard import altered
-from segmenter.kernels import reference
+from segmenter.kernels import reference, reference_maps
 from segmenter.kernels.configs import FLOATS
 
 MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
@@ -36,6 +36,10 @@ class Operators(NamedTuple):
     mask_head: Callable
     pixels_to_tokens: Callable
     windows_argmax: Callable
+    # of `segmenter.kernels.reference_maps`: what attention is looked at by
+    attention_rows: Callable
+    attention_statistics: Callable
+    attention_transposed: Callable
     # what kernels have besides, for the sake of gradients: half a block, and an MLP with its hidden layer
     attention_half: Callable | None = None
     layernorm_mlp_hidden: Callable | None = None
@@ -82,6 +86,9 @@ EAGER = Operators(
     reference.mask_head,
     _eager_pixels_to_tokens,
     reference.windows_argmax,  # labels are made by its equal without full-resolution logits: `inference.pruned_argmax`
+    reference_maps.attention_rows,
+    reference_maps.attention_statistics,
+    reference_maps.attention_transposed,
 )
 
 
@@ -146,6 +153,9 @@ def load_kernels() -> Operators:
     if not KERNELS:
         from segmenter.kernels.attention import attention
         from segmenter.kernels.attention_half import attention_half
+        from segmenter.kernels.attention_rows import attention_rows
+        from segmenter.kernels.attention_statistics import attention_statistics
+        from segmenter.kernels.attention_transposed import attention_transposed
         from segmenter.kernels.layernorm_mlp import layernorm_mlp, layernorm_mlp_hidden
         from segmenter.kernels.linear import layernorm_linear, linear
         from segmenter.kernels.mask_head import mask_head
@@ -162,6 +172,9 @@ def load_kernels() -> Operators:
                 mask_head,
                 normalized_pixels_to_tokens,
                 windows_argmax,
+                attention_rows,
+                attention_statistics,
+                attention_transposed,
                 attention_half,
                 layernorm_mlp_hidden,
             )

@@ -30,7 +30,8 @@ from tests.support.parity import check_guards, guarded
 from tests.support.tiny import tiny_model
 
 NO_KERNELS = ops.why_no_triton()
-NOT_POISONED = {f"segmenter.kernels.{name}" for name in ("configs", "operators", "reference", "reference_backward")}
+DEFINITIONS = ("reference", "reference_backward", "reference_maps")
+NOT_POISONED = {f"segmenter.kernels.{name}" for name in ("configs", "operators", *DEFINITIONS)}
 
 
 def pytest_report_header() -> str:

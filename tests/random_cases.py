@@ -39,6 +39,7 @@ from tests.random_backward_cases import (
     pixels_to_tokens_backward_case,
     upsample_cross_entropy_case,
 )
+from tests.random_map_cases import attention_rows_case, attention_statistics_case, attention_transposed_case
 from tests.support.draws import FAR_LENGTHS, HALF, LENGTHS, Case, Draw, attention_config, linear_config, widths
 from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, check_guards, guarded
 from tests.support.upsampling import MASKS, expected_labels
@@ -234,6 +235,9 @@ FORWARD: dict[str, Callable[[Draw], Case]] = {
     "mask_head": mask_head_case,
     "pixels_to_tokens": pixels_to_tokens_case,
     "windows_argmax": windows_argmax_case,
+    "attention_rows": attention_rows_case,
+    "attention_statistics": attention_statistics_case,
+    "attention_transposed": attention_transposed_case,
 }
 BACKWARD: dict[str, Callable[[Draw], Case]] = {
     "attention_backward": attention_backward_case,

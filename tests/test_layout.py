@@ -216,8 +216,10 @@ def test_definitions_and_tables_need_no_triton():
     assert {p.name for p in (ROOT / "kernels").glob("*.py") if not needs_triton(p)} == {
         "configs.py",
         "configs_backward.py",
+        "configs_maps.py",
         "reference.py",
         "reference_backward.py",
+        "reference_maps.py",
         "upsample_tiles.py",
     }
 

@@ -19,6 +19,9 @@ from bench.machine import DTYPES
 from segmenter.kernels import configs
 from segmenter.kernels.attention import attention, cross_attention
 from segmenter.kernels.attention_backward import attention_backward, cross_attention_backward
+from segmenter.kernels.attention_rows import attention_rows
+from segmenter.kernels.attention_statistics import attention_statistics
+from segmenter.kernels.attention_transposed import attention_transposed
 from segmenter.kernels.configs import ARCHITECTURES, SHARED_MEMORY, Row
 from segmenter.kernels.configs_backward import TABLES
 from segmenter.kernels.heads import lse_rows
@@ -108,7 +111,8 @@ def cases() -> tuple[Case, ...]:
         here = default if isinstance(default, tuple) else ("sm_90",) if default else ()
         found.extend(_case(op, kind, sizes, here if kind in kinds.split() else ()) for kind in (*DTYPES, "tf32"))
 
-    for more in (_attention_cases, _backward_cases, _layer_backward_cases, _product_cases, _mask_cases, _pixel_cases):
+    of_models = _attention_cases, _product_cases, _mask_cases, _pixel_cases, _map_cases
+    for more in (*of_models, _backward_cases, _layer_backward_cases):
         more(add)
     return tuple(found)
 
@@ -129,6 +133,24 @@ def _attention_cases(add: Callable[..., None]) -> None:
     add(ARCHITECTURES, "attention", "bf16", n=1100, d=128)
     for n, m in ((1024, 150), (150, 1174)):
         add(True, "cross_attention", "bf16", n=n, m=m)
+
+
+def _map_cases(add: Callable[..., None]) -> None:
+    # Patches that fill tiles and that do not, tokens beside them or none, every head_dim, few columns and many.
+    for n in (1025, 1024, 1029):
+        add(ARCHITECTURES if n == 1025 else True, "attention_statistics", "bf16", n=n)
+        add(True, "attention_statistics", "bf16", n=n, side=30)
+    add(True, "attention_statistics", "fp16", n=1025)
+    for d in (32, 80, 128):
+        add(True, "attention_statistics", "bf16 fp32 tf32", n=1025, d=d)
+    for op in ("attention_rows", "attention_transposed"):
+        add(ARCHITECTURES, op, "bf16", n=1025)
+        add(True, op, "fp16", n=1025)
+        for d in (32, 80, 128):
+            add(True, op, "bf16 fp32 tf32", n=1025, d=d)
+    for r in (1, 100):
+        add(True, "attention_rows", "bf16", n=1024, r=r)
+        add(True, "attention_transposed", "bf16 fp32 tf32", n=1024, r=r)
 
 
 def _backward_cases(add: Callable[..., None]) -> None:
@@ -314,6 +336,20 @@ def _cross_attention_backward(dtype: torch.dtype, n: int, m: int) -> partial:
     return partial(cross_attention_backward, *tensors, torch.empty(2, 6, lse_rows(n)), None, 64**-0.5)
 
 
+def _q_and_k(dtype: torch.dtype, n: int, d: int, r: int = 0) -> list[torch.Tensor]:
+    """Of six heads, packed as in a model; `r`: of so many queries."""
+    q, k, _ = torch.empty(2, n, 3, 6, d, dtype=dtype).unbind(2)
+    return [torch.empty(2, r, 6, d, dtype=dtype) if r else q, k]
+
+
+def _attention_statistics(dtype: torch.dtype, n: int, d: int = 64, side: int = 32) -> partial:
+    return partial(attention_statistics, *_q_and_k(dtype, n, d), (side, side), min(1, n - side * side))
+
+
+def _attention_transposed(dtype: torch.dtype, n: int, d: int = 64, r: int = 16) -> partial:
+    return partial(attention_transposed, *_q_and_k(dtype, n, d), torch.empty(2, n, 6, r))
+
+
 CALLS: dict[str, Callable[..., partial]] = {
     "attention": lambda dtype, n, heads=12, d=64, lse=False: partial(
         attention, *_empty(dtype, (2, n, 3 * heads * d)), heads, lse
@@ -321,6 +357,9 @@ CALLS: dict[str, Callable[..., partial]] = {
     "cross_attention": lambda dtype, n, m: partial(
         cross_attention, *_empty(dtype, (2, n, 6, 64), (2, m, 6, 64), (2, m, 6, 64))
     ),
+    "attention_rows": lambda dtype, n, d=64, r=16: partial(attention_rows, *_q_and_k(dtype, n, d, r)),
+    "attention_statistics": _attention_statistics,
+    "attention_transposed": _attention_transposed,
     "attention_backward": _attention_backward,
     **dict.fromkeys(("attention_delta", "attention_dkdv", "attention_dq"), _attention_backward),
     "cross_attention_backward": _cross_attention_backward,

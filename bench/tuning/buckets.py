@@ -35,6 +35,8 @@ _ATTENTION = {"block_m": (16, 32, 64, 128), "block_n": (16, 32, 64, 128), "num_w
 # Table -> field -> values to try. A field that is left out stays as it is: derived ones, which a table only bounds.
 GRIDS: dict[str, dict[str, tuple]] = {
     **dict.fromkeys(("attention", "attention_dkdv", "attention_dq"), _ATTENTION),
+    "attention_rows": _ATTENTION | {"block_n": (32, 64, 128, 256), "descriptors": (False,)},
+    **dict.fromkeys(("attention_statistics", "attention_transposed"), _ATTENTION | {"descriptors": (False,)}),
     "attention_delta": {"block_m": (16, 32, 64, 128), "num_warps": _WARPS},
     "mask_head": {"block_m": (32, 64, 128), "block_d": (16, 32, 64, 128, 256), "block_k": (16, 32, 64, 128),
                   "num_warps": (4, 8), "num_stages": _STAGES, "descriptors": _BOTH},
@@ -66,6 +68,8 @@ _OPERATIONS_A_BYTE = 300  # of a large GPU's tensor cores and memory, to compare
 # Sizes of the same calls that the interpreter can compute; widths that choose a kernel stay.
 TINY = {
     **dict.fromkeys(("attention", "attention_delta", "attention_dkdv", "attention_dq"), {"n": 70, "heads": 2}),
+    **dict.fromkeys(("attention_rows", "attention_transposed"), {"n": 70, "r": 3}),
+    "attention_statistics": {"n": 65, "side": 8},
     "mask_head": {"batch": 1, "patches": 40, "d": 64},
     **dict.fromkeys(("mask_head_backward", "unit_rows", "partial_sums"), {"batch": 1, "patches": 40, "d": 64}),
     "upsample_argmax": {"side": 64},

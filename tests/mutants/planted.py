@@ -17,6 +17,7 @@ from tests.mutants.planted_labels import (
 )
 from tests.mutants.planted_layer_backward import LAYER_BACKWARD
 from tests.mutants.planted_loss import LOSS
+from tests.mutants.planted_maps import MAPS
 from tests.mutants.planted_masks_and_pixels import MASKS_AND_PIXELS
 from tests.mutants.planted_memory import MEMORY
 from tests.mutants.planted_recompute import RECOMPUTE
@@ -482,6 +483,7 @@ MUTANTS = [
     *LAYER_BACKWARD,
     *MASKS_AND_PIXELS,
     *MEMORY,
+    *MAPS,
 ]
 
 __all__ = ["MUTANTS", "Mutant"]

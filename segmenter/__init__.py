@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "accelerate": "segmenter.dropin.accelerate",
     "restore": "segmenter.dropin.accelerate",
+    "attention": "segmenter.analysis.maps",
+    "attention_statistics": "segmenter.analysis.statistics",
     "Segmenter": "segmenter.model",
     "create_segmenter": "segmenter.model",
     "load_model": "segmenter.weights.load",
@@ -50,6 +52,8 @@ __all__ = [
     "VisionTransformer",
     "__version__",
     "accelerate",
+    "attention",
+    "attention_statistics",
     "checkpoint_filter_fn",
     "compute_metrics",
     "create_decoder",
@@ -76,6 +80,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from segmenter.analysis.maps import attention
+    from segmenter.analysis.statistics import attention_statistics
     from segmenter.config import preset, preset_names
     from segmenter.decoder import DecoderLinear, MaskTransformer
     from segmenter.dropin.accelerate import accelerate, restore

@@ -1,8 +1,8 @@
 """`Segmenter`: encoder, decoder, upsampling; and the factory that builds one from a configuration.
 
 Nothing here needs what reads weights or makes labels. The methods that are short cuts to it import it when called:
-`masks_of_pixels`, `segment`, `segment_stream`, `compile_inference` from `segmenter.inference`, `save_pretrained` and
-`from_pretrained` from `segmenter.weights`.
+`masks_of_pixels`, `segment`, `segment_stream`, `compile_inference` from `segmenter.inference`, `attention` from
+`segmenter.analysis`, `save_pretrained` and `from_pretrained` from `segmenter.weights`.
 """
 
 import sys
@@ -171,6 +171,13 @@ class Segmenter(OperatorModule):
         from segmenter.inference.stream import segment_stream
 
         return segment_stream(self, images, **kwargs)
+
+    def attention(self, image: Any, **kwargs: Any) -> Any:
+        """Where points, classes or class tokens attend to in an image of any size; see
+        `segmenter.analysis.maps.attention`, and `segmenter.attention_statistics` for numbers of all tokens."""
+        from segmenter.analysis.maps import attention
+
+        return attention(self, image, **kwargs)
 
     def compile_inference(self, batch: int, height: int, width: int, **kwargs: Any) -> Any:
         """A function from images (B, H, W, 3) uint8 to labels (B, H, W), as a CUDA graph for each shape.

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from segmenter.kernels import attention_rows as rows_kernel
 from segmenter.kernels import attention_statistics as statistics_kernel
@@ -19,6 +18,7 @@ from segmenter.kernels.attention_statistics import attention_statistics
 from segmenter.kernels.attention_transposed import attention_transposed
 from segmenter.kernels.configs import AttentionConfig
 from segmenter.kernels.launch import KernelError
+from tests.support.largest import Largest
 from tests.support.parity import DEVICE, assert_bitwise_equal, assert_parity, randn
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -305,19 +305,6 @@ def test_nan_beyond_the_tokens_stays_there():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
-
-
-class Largest(TorchDispatchMode):
-    """Notes the most elements that any result has."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
 
 
 def of_4097_tokens(rows, statistics, transposed):

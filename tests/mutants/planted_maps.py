@@ -3,6 +3,8 @@
 from tests.mutants.mutant import planted_in
 
 _KERNELS = ("tests/kernels/test_attention_maps.py",)
+_LAYERS = ("tests/analysis/test_attention_layers.py",)
+_MAPS, _NUMBERS = ("tests/analysis/test_maps.py",), ("tests/analysis/test_statistics.py",)
 MAPS = [
     *planted_in(
         "kernels/attention_statistics.py",
@@ -77,6 +79,49 @@ MAPS = [
             "means_not_divided_by_their_share": (
                 "of_patches = scores[..., patches].softmax(-1)",
                 "of_patches = log_p[..., patches].exp()",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/analysis/attention_layers.py",
+        _LAYERS,
+        {
+            "what_others_make_of_the_result_is_compared": ("prepend=True", "prepend=False"),
+            "any_attention_is_shown": ("if not difference <= TOLERANCE", "if False and not difference <= TOLERANCE"),
+            "hooks_stay": ("            handle.remove()\n", "            pass\n"),
+            "layers_that_were_not_called_are_passed_over": ("if n != 1]", "if n > 9]"),
+        },
+    ),
+    *planted_in(
+        "segmenter/analysis/maps.py",
+        _MAPS,
+        {
+            "rollout_without_the_residual": (
+                "r = (attended.mean(2, keepdim=True) + r) / 2",
+                "r = attended.mean(2, keepdim=True)",
+            ),
+            "rollout_from_the_first_layer_up": ("range(top, -1, -1)", "range(top + 1)"),
+            "sum_of_a_class_in_place_of_its_mean": ("1 / len(query.tokens)", "1.0"),
+            "rows_of_the_token_before": (".to(seen.q.device) + first", ".to(seen.q.device)"),
+            "columns_counted_by_rows": ("row * of.grid[1] + column", "row * of.grid[0] + column"),
+        },
+    ),
+    *planted_in(
+        "segmenter/analysis/subject.py",
+        _MAPS,
+        {
+            "points_of_the_image_before_it_was_resized": ("int(y * self.scale[0])", "int(y)"),
+            "training_mode_is_no_matter": ("if model.training:", "if False:"),
+        },
+    ),
+    *planted_in(
+        "segmenter/analysis/statistics.py",
+        _NUMBERS,
+        {
+            "mean_distance_in_patches": (".mean((-2, -1)) * self.patch_size", ".mean((-2, -1))"),
+            "distances_of_class_tokens_are_0": (
+                "by_name[name][..., :first] = by_name[name][..., first + of.n_patches :] = math.nan",
+                "by_name[name][..., :first] = by_name[name][..., first + of.n_patches :] = 0.0",
             ),
         },
     ),

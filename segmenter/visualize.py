@@ -109,10 +109,11 @@ def save_label_png(labels: np.ndarray, path: str | Path, classes: ClassSet | Non
     _write_png(image, path)
 
 
-def heat_colors(values: np.ndarray) -> np.ndarray:
-    """Numbers of any shape -> RGB uint8 (..., 3): viridis from the smallest (dark blue) to the largest (yellow)."""
+def heat_colors(values: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
+    """Numbers of any shape -> RGB uint8 (..., 3): viridis from `low` (dark blue) to `high` (yellow), by default the
+    smallest and the largest of them."""
     values = np.asarray(values, dtype=np.float64)
-    low, high = values.min(), values.max()
+    low, high = values.min() if low is None else low, values.max() if high is None else high
     position = (values - low) / (high - low if high > low else 1) * (len(_VIRIDIS) - 1)
     anchors = np.arange(len(_VIRIDIS))
     return np.stack([np.interp(position, anchors, channel) for channel in _VIRIDIS.T], -1).round().astype(np.uint8)
@@ -121,6 +122,71 @@ def heat_colors(values: np.ndarray) -> np.ndarray:
 def enlarge(grid: np.ndarray, patch_size: int) -> np.ndarray:
     """Each cell of (gh, gw, ...) becomes a square of `patch_size` pixels."""
     return grid.repeat(patch_size, 0).repeat(patch_size, 1)
+
+
+def heat_map(
+    values: np.ndarray, patch_size: int, image: np.ndarray, alpha: float = 0.6, smooth: bool = True
+) -> np.ndarray:
+    """Numbers of patches (rows, columns) as colours from 0 to the largest, over the RGB image (H, W, 3) they are of.
+
+    Args:
+        alpha: strength of the colours; 1 hides the image. smooth: interpolated between the centres of patches, as masks
+            are; else each patch has one colour.
+    Returns:
+        (H, W, 3) uint8; what patches at the borders have beyond the image is cut off.
+    """
+    size = (values.shape[1] * patch_size, values.shape[0] * patch_size)
+    how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+    fine = np.array(Image.fromarray(np.asarray(values, np.float32)).resize(size, how))
+    fine = fine[: image.shape[0], : image.shape[1]]
+    colors = Image.fromarray(heat_colors(fine, 0.0, float(values.max())))
+    return np.array(Image.blend(Image.fromarray(image), colors, alpha))
+
+
+def with_color_bar(image: np.ndarray, high: float, unit: str = "") -> np.ndarray:
+    """The RGB image with a bar on its right of the colours of `heat_map`, 0 to `high`, with five numbers.
+
+    `unit`: what stands above the bar. A low or narrow image gets white around it.
+    """
+    height, width = image.shape[:2]
+    size = min(max(min(height, width) // 24, 11), 60)
+    font, margin, bar = _font(size), size, round(1.4 * size)
+    texts = [f"{high * i / 4:.2g}" for i in range(4, -1, -1)]
+    panel_width = 2 * margin + bar + size // 2 + math.ceil(max(font.getlength(text) for text in (*texts, unit)))
+    top = round(2.4 * size) if unit else margin
+    length = max(height - top - margin, 8 * size)
+    panel = Image.new("RGB", (panel_width, max(height, top + length + margin)), "white")
+    colors = heat_colors(np.linspace(1, 0, length), 0.0, 1.0)
+    panel.paste(Image.fromarray(np.repeat(colors[:, None], bar, 1)), (margin, top))
+    draw = ImageDraw.Draw(panel)
+    draw.rectangle((margin - 1, top - 1, margin + bar, top + length), outline="black")
+    draw.text((margin, top - size), unit, "black", font, anchor="lm")
+    for i, text in enumerate(texts):
+        y = top + round(i * (length - 1) / 4)
+        draw.line((margin + bar, y, margin + bar + size // 4, y), "black")
+        draw.text((margin + bar + size // 2, y), text, "black", font, anchor="lm")
+    canvas = np.full((panel.height, width + panel_width, 3), 255, np.uint8)
+    canvas[:height, :width] = image
+    canvas[:, width:] = panel
+    return canvas
+
+
+def frame_patch(image: np.ndarray, row: int, column: int, patch_size: int) -> np.ndarray:
+    """A copy of the image with a red and white frame around a patch, which stays visible."""
+    framed = Image.fromarray(image)
+    draw, line = ImageDraw.Draw(framed), max(2, patch_size // 8)
+    left, top = column * patch_size, row * patch_size
+    for color, out in (("white", 2 * line), (_RED, line)):
+        last = patch_size - 1 + out
+        draw.rectangle((left - out, top - out, left + last, top + last), outline=color, width=line)
+    return np.array(framed)
+
+
+def shrunk(image: np.ndarray, most: int) -> np.ndarray:
+    """The RGB image, smaller if its longer side has more than `most` pixels."""
+    small = Image.fromarray(image)
+    small.thumbnail((most, most), Image.Resampling.BOX)
+    return np.array(small)
 
 
 def mark_patch(image: np.ndarray, x: int, y: int, patch_size: int) -> np.ndarray:

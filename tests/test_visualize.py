@@ -177,3 +177,43 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert (tmp_path / "link").read_bytes() == b"old", "the old file is replaced, never written into"
     (tmp_path / "link").unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_heat_maps_go_from_0_to_the_largest_over_the_image():
+    image = np.full((14, 27, 3), 100, np.uint8)
+    values = np.float32([[0.1, 0.2, 0.4], [0.0, 0.1, 0.3]])
+    plain = visualize.heat_map(values, 9, image, alpha=1.0, smooth=False)
+    assert plain.shape == (14, 27, 3)
+    np.testing.assert_array_equal(plain, visualize.enlarge(visualize.heat_colors(values, 0.0, 0.4), 9)[:14])
+    assert plain[0, -1].tolist() == [253, 231, 37] and plain[-1, 0].tolist() == [68, 1, 84]
+    np.testing.assert_array_equal(visualize.heat_map(values, 9, image, alpha=0.0), image)
+    smooth = visualize.heat_map(values, 9, image, alpha=1.0)
+    np.testing.assert_array_equal(smooth[4, 4::9], plain[4, 4::9])  # in the middle of patches
+    assert len(np.unique(smooth.reshape(-1, 3), axis=0)) > 20
+    half = visualize.heat_map(values, 9, image, alpha=0.5, smooth=False)
+    assert np.abs(half.astype(int) - (plain.astype(int) + 100) // 2).max() <= 1
+    assert visualize.heat_map(np.zeros((1, 1)), 9, image[:9, :9], 1.0)[0, 0].tolist() == [68, 1, 84]
+
+
+@pytest.mark.parametrize(("h", "w"), [(300, 400), (40, 20), (2000, 90)])
+def test_color_bar_stands_right_of_the_image(h, w):
+    image = np.full((h, w, 3), 77, np.uint8)
+    got = visualize.with_color_bar(image, 0.25, "share")
+    assert got.shape[0] >= h and got.shape[1] > w
+    np.testing.assert_array_equal(got[:h, :w], image)
+    bar = got[:, w:].reshape(-1, 3)
+    for color in ([253, 231, 37], [68, 1, 84], [0, 0, 0], [255, 255, 255]):
+        assert (bar == color).all(-1).any()
+    rows = (got[:, w:] == [253, 231, 37]).all(-1).any(1).nonzero()[0]
+    assert rows[0] < (got[:, w:] == [68, 1, 84]).all(-1).any(1).nonzero()[0][0], "the largest is at the top"
+
+
+def test_frames_leave_the_patch_visible():
+    image = np.arange(48 * 64 * 3).reshape(48, 64, 3).astype(np.uint8)
+    framed = visualize.frame_patch(image, 1, 2, 16)
+    np.testing.assert_array_equal(framed[16:32, 32:48], image[16:32, 32:48])
+    assert (framed[15, 32:48] == (255, 0, 0)).all() and (framed[16:32, 48] == (255, 0, 0)).all()
+    assert (framed[13, 32:48] == (255, 255, 255)).all()
+    assert (framed != image).any(-1).sum() == 24 * 24 - 16 * 16
+    np.testing.assert_array_equal(visualize.shrunk(image, 64), image)
+    assert visualize.shrunk(image, 32).shape == (24, 32, 3)

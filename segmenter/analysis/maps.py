@@ -1,7 +1,7 @@
 """Attention maps of chosen queries: of points, of classes, of class tokens; layer by layer, or rolled out."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from segmenter.analysis.attention_layers import AnalysisError, Seen
 from segmenter.analysis.subject import Subject, subject
+from segmenter.model import Segmenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class AttentionMaps:
         others: (layers, queries, heads, E), the share on each token that is no patch, in the order of the model's
             tokens. With it all shares of a query sum to 1.
         part: "encoder" or "decoder". layers: their numbers, from 0. queries: their names, such as "point 120 33",
-            "class road", "token 0".
+            "class road", "class token", or in models of other kinds "token 0".
         patches: of each query the (row, column) of its patch, None if it is no single patch.
         patch_size: pixels. pixels: (H, W, 3) uint8, the image that the model saw, rows and columns of patches from its
             top left corner on; None for models of other kinds.
@@ -64,6 +65,7 @@ def attention(
     rollout: bool = False,
     size: int | None = None,
     dtype: str | torch.dtype | None = None,
+    progress: Callable[[int], Any] | None = None,
 ) -> AttentionMaps:
     """Attention maps of a whole image, of any size, by the model's operators: memory grows with the number of tokens,
     not with its square.
@@ -84,6 +86,7 @@ def attention(
             layers.
         size: pixels that the short side of the image is brought to first; None: as it is.
         dtype: compute type, as of `segment_image`.
+        progress: called with the number of each layer that has been looked at.
     Returns:
         `AttentionMaps`.
     Raises:
@@ -108,6 +111,8 @@ def attention(
             kept[layer] = seen
         else:
             found[layer] = _rows(seen, queries, first).cpu()
+        if progress is not None:
+            progress(layer)
 
     with torch.inference_mode():
         seen_by.watch(range(max(numbers) + 1) if rollout else numbers, visit)
@@ -128,11 +133,16 @@ def attention(
     )
 
 
+def point_name(x: float, y: float) -> str:
+    """How a point is called in `AttentionMaps.queries`."""
+    return f"point {x:g} {y:g}"
+
+
 def _points(of: Subject, points: Sequence[tuple[float, float]]) -> list[_Query]:
     found = []
     for x, y in points:
         row, column = of.patch_at(x, y)
-        found.append(_Query(f"point {x:g} {y:g}", torch.tensor([row * of.grid[1] + column]), (row, column)))
+        found.append(_Query(point_name(x, y), torch.tensor([row * of.grid[1] + column]), (row, column)))
     return found
 
 
@@ -158,7 +168,9 @@ def _others(of: Subject, n_tokens: int, first: int) -> list[_Query]:
         raise AnalysisError("this model has no class token: give points or classes to look from")
     if of.part == "decoder":
         return [_Query(f"class {of.class_name(t - of.n_patches)}", torch.tensor([t])) for t in tokens]
-    return [_Query(f"token {t + first}", torch.tensor([t])) for t in tokens]
+    names = ("class token", "distillation token") if isinstance(of.model, Segmenter) else ()
+    numbered = [*names, *(f"token {i}" for i in range(len(names), len(tokens)))]
+    return [_Query(name, torch.tensor([t])) for name, t in zip(numbered, tokens, strict=False)]
 
 
 def _weights(queries: list[_Query], n_tokens: int, first: int, like: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ def attention_statistics(
     part: str = "encoder",
     size: int | None = None,
     dtype: str | torch.dtype | None = None,
+    progress: Callable[[int], Any] | None = None,
 ) -> AttentionStatistics:
     """Numbers of the attention of every token of a whole image, of any size; memory grows with the number of tokens,
     not with its square.
@@ -81,6 +82,8 @@ def attention_statistics(
         nonlocal first
         first = first_patch
         found[layer] = seen.ops.attention_statistics(seen.q, seen.k, of.grid, first, seen.scale)[:, 0].float().cpu()
+        if progress is not None:
+            progress(layer)
 
     with torch.inference_mode():
         of.watch(numbers, visit)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import segmenter
+from segmenter.cli.attention_arguments import DESCRIPTION, add_attention
 from segmenter.cli.train_arguments import add_settings
 from segmenter.errors import printable
 
@@ -163,29 +164,18 @@ def _add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
 
 
 def _add_attention(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    text = (
-        "Writes attention maps as images: one a head, and a grid of all heads. They are of the top left square of "
-        "the image, resized from its short side to the model's image size."
-    )
-    parser = commands.add_parser("attention", help="attention maps as images", description=text)
+    parser = commands.add_parser("attention", help="where tokens attend to, as pictures", description=DESCRIPTION)
     parser.add_argument("image", metavar="IMAGE")
     _add_model(parser)
     _add_output(parser)
-    parser.add_argument("--part", choices=("encoder", "decoder"), default="encoder", help="(default: encoder)")
-    parser.add_argument("--layer", type=_index_or_all, default="all", metavar="L|all", help="from 0 (default: all)")
-    parser.add_argument("--head", type=_index_or_all, default="all", metavar="H|all", help="from 0 (default: all)")
-    query = parser.add_mutually_exclusive_group(required=True)
-    query.add_argument(
-        "--cls",
-        nargs="?",
-        const="all",
-        metavar="CLASS",
-        help="attention of the class token (encoder), or of one class by id or name, or of all (decoder)",
-    )
-    query.add_argument(
-        "--patch", nargs=2, type=_index, metavar=("X", "Y"), help="attention of the patch in column X, row Y, from 0"
-    )
-    _add_device(parser)
+    add_attention(parser)
+    how = parser.add_argument_group("how to run")
+    _add_device(how)
+    _add_dtype(how)
+    text = "look within the sliding window of this size around each --point (default: the whole image at once)"
+    how.add_argument("--window-size", type=_positive_int, metavar="PIXELS", help=text)
+    text = "(default: the model's, scaled with --window-size)"
+    how.add_argument("--window-stride", type=_positive_int, metavar="PIXELS", help=text)
     return parser
 
 
@@ -439,10 +429,8 @@ def _split_names(text: str) -> tuple[str, ...]:
     return names
 
 
-_index = _checked(_number(int, 0), "an integer from 0")
 _positive_int = _checked(_number(int, 1), "an integer from 1")
 _fraction = _checked(_number(float, 0, 1), "a number in 0..1")
-_index_or_all = _checked(lambda text: text if text == "all" else _number(int, 0)(text), "an integer from 0, or all")
 _scales = _checked(lambda text: tuple(map(_number(float, 0.01, 100), text.split(","))), "numbers such as 0.75,1,1.25")
 _label_kinds = _checked(_kinds, f"none, or some of {', '.join(LABEL_KINDS)} with commas")
 _words = _checked(_split_names, "names with commas such as train,val")

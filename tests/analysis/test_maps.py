@@ -49,9 +49,10 @@ def test_layers_are_chosen():
 
 
 def test_tokens_before_the_patches():
-    model, pixels = tiny_model(distilled=True), image(48, 64)
-    found = segmenter.attention(model, pixels)
-    assert found.queries == ("token 0", "token 1") and found.patches == (None, None)
+    model, pixels, done = tiny_model(distilled=True), image(48, 64), []
+    found = segmenter.attention(model, pixels, progress=done.append)
+    assert found.queries == ("class token", "distillation token") and found.patches == (None, None)
+    assert done == [0, 1]
     torch.testing.assert_close(found.maps.flatten(-2), matrices(model, pixels)[:, :, :2, 2:].transpose(1, 2), **CLOSE)
 
 

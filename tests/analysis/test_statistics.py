@@ -42,9 +42,10 @@ def test_numbers_of_the_whole_matrix(part):
 
 
 def test_layers_are_chosen():
-    model, pixels = tiny_model(), image(64, 64)
-    every, last = attention_statistics(model, pixels), attention_statistics(model, pixels, layers=-1)
-    assert last.layers == (1,)
+    model, pixels, done = tiny_model(), image(64, 64), []
+    every = attention_statistics(model, pixels)
+    last = attention_statistics(model, pixels, layers=-1, progress=done.append)
+    assert last.layers == (1,) and done == [1]
     torch.testing.assert_close(last.entropy, every.entropy[1:])
 
 

@@ -1,4 +1,4 @@
-"""`segmenter attention`."""
+"""`segmenter attention`: whole images, and with --square the published crop."""
 
 import shutil
 
@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from segmenter.analysis import attention
 from segmenter.cli import main
-from segmenter.cli.commands.attention import square_input
+from segmenter.cli.square_attention import square_input
 from segmenter.inference.images import normalize, read_image
-from segmenter.visualize import enlarge, heat_colors
+from segmenter.visualize import enlarge, frame_patch, heat_colors, heat_map
 from tests.cli.tools import files, image
 from tests.support.tiny import tiny_model
 
@@ -36,7 +38,9 @@ def expected_map(trained, photos, part, layer, row):
     ],
 )
 def test_attention_maps(trained, folder, photos, out, part, options, layer, name, row):
+    """The published way."""
     argv = ["attention", str(photos / "a.png"), "-m", folder, "-o", str(out), "--part", part, "--layer", str(layer)]
+    argv.append("--square")
     assert main([*argv, *options]) == 0
     assert files(out) == [f"{name}/grid.png", f"{name}/head0.png", "input.png"]
     expected = enlarge(heat_colors(expected_map(trained, photos, part, layer, row)[0]), 16)
@@ -63,7 +67,7 @@ def test_attention_maps(trained, folder, photos, out, part, options, layer, name
 def test_attention_of_all_layers_heads_and_classes(photos, out, tmp_path):
     model = tiny_model(d_model=128, n_heads=2, distilled=True)
     model.save_pretrained(tmp_path / "model")
-    argv = ["attention", str(photos / "a.png"), "-m", str(tmp_path / "model"), "-o", str(out)]
+    argv = ["attention", str(photos / "a.png"), "-m", str(tmp_path / "model"), "-o", str(out), "--square"]
     assert main([*argv, "--patch", "0", "3"]) == 0
     assert len(files(out)) == 1 + 2 * 3
     pixels = square_input(read_image(photos / "a.png"), 64, 16)
@@ -113,6 +117,120 @@ def test_attention_of_a_linear_decoder_and_of_a_bad_image(folder, photos, out, t
     argv = ["-m", str(tmp_path / "linear"), "-o", str(out), "--part", "decoder", "--cls"]
     assert main(["attention", str(photos / "a.png"), *argv]) == 2
     assert "the linear decoder has no attention" in capsys.readouterr().err
+    assert main(["attention", str(photos / "a.png"), *argv, "--square"]) == 2
+    assert "the linear decoder has no attention" in capsys.readouterr().err
     assert main(["attention", str(tmp_path / "missing.png"), *argv]) == 3
     assert "missing.png: No such file" in capsys.readouterr().err
     assert not out.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole images
+
+
+def drawn(values, patch_size, pixels, patch=None, alpha=0.6):
+    """The picture without its bar."""
+    picture = heat_map(values, patch_size, pixels, alpha, smooth=alpha < 1)
+    return picture if patch is None else frame_patch(picture, *patch, patch_size)
+
+
+def test_points_and_classes_over_the_whole_image(trained, folder, photos, out):
+    pixels = read_image(photos / "a.png")
+    labels = trained.masks_of_pixels(torch.from_numpy(pixels)[None])[0].argmax(0)
+    label = int(labels[2, 3])
+    argv = ["attention", str(photos / "a.png"), "-m", folder, "-o", str(out), "--npz", "--point", "20", "68.5"]
+    assert main([*argv, "--class", str(label), "--layer", "1,0"]) == 0
+    maps = attention(trained, pixels, points=[(20, 68.5)], classes=[label], layers=[1, 0])
+    name = maps.queries[1].replace(" ", "_")
+    names = [f"enc_layer{layer}/{query}/mean.png" for layer in (0, 1) for query in sorted((name, "point_20_68.5"))]
+    assert files(out) == ["attention.npz", *names, "input.png"]
+    for i, layer in enumerate((1, 0)):
+        for query, patch, folder_name in ((0, (4, 1), "point_20_68.5"), (1, None, name)):
+            got = read_image(out / f"enc_layer{layer}" / folder_name / "mean.png")
+            want = drawn(maps.mean[i, query].numpy(), 16, pixels, patch)
+            np.testing.assert_array_equal(got[:70, :91], want)
+            assert got.shape[0] >= 70 and got.shape[1] > 91 + 20
+    np.testing.assert_array_equal(read_image(out / "input.png"), frame_patch(pixels, 4, 1, 16))
+    with np.load(out / "attention.npz") as numbers:
+        np.testing.assert_allclose(numbers["maps"], maps.maps.numpy(), rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(numbers["maps"].sum((-2, -1)) + numbers["others"].sum(-1), 1, rtol=1e-5)
+        assert numbers["queries"].tolist() == list(maps.queries)
+        assert numbers["layers"].tolist() == [1, 0] and numbers["patches"].tolist() == [[4, 1], [-1, -1]]
+        assert (numbers["patch_size"], *numbers["image_size"]) == (16, 70, 91)
+
+
+def test_heads_as_heat_and_their_grid(photos, out, tmp_path):
+    model = tiny_model(d_model=128, n_heads=2, distilled=True)
+    model.save_pretrained(tmp_path / "model")
+    argv = ["attention", str(photos / "a.png"), "-m", str(tmp_path / "model"), "-o", str(out), "--view", "heat"]
+    assert main([*argv, "--head", "0,1", "--layer", "1"]) == 0
+    tokens = [f"enc_layer1/{token}_token/{file}.png" for token in ("class", "distillation")
+              for file in ("grid", "head0", "head1")]  # fmt: skip
+    assert files(out) == [*tokens, "input.png"]
+    pixels = read_image(photos / "a.png")
+    values = attention(model, pixels, layers=1).maps[0, 1, 1].numpy()
+    got = read_image(out / "enc_layer1" / "distillation_token" / "head1.png")
+    np.testing.assert_array_equal(got[:70, :91], drawn(values, 16, pixels, alpha=1.0))
+    assert len(np.unique(got[:70, :91].reshape(-1, 3), axis=0)) > 9
+    assert read_image(out / "enc_layer1" / "class_token" / "grid.png").shape[1] > 2 * 91
+
+
+def test_class_tokens_of_the_decoder(trained, folder, photos, out):
+    argv = ["attention", str(photos / "a.png"), "-m", folder, "-o", str(out), "--part", "decoder"]
+    assert main([*argv, "--cls", "road"]) == 0
+    assert files(out) == ["dec_layer0/class_Road/mean.png", "input.png"]
+    pixels = read_image(photos / "a.png")
+    values = attention(trained, pixels, part="decoder", classes=["road"]).mean[0, 0].numpy()
+    got = read_image(out / "dec_layer0/class_Road/mean.png")
+    np.testing.assert_array_equal(got[:70, :91], drawn(values, 16, pixels))
+    shutil.rmtree(out)
+    assert main([*argv, "--cls"]) == 0
+    assert len(files(out)) == 11 + 1
+
+
+@pytest.mark.parametrize("layer", [[], ["--layer", "0,1"]])
+def test_rollout(trained, folder, photos, out, layer):
+    argv = ["attention", str(photos / "a.png"), "-m", folder, "-o", str(out), "--rollout", "--point", "50", "3", *layer]
+    assert main(argv) == 0
+    layers = [0, 1] if layer else [1]
+    assert files(out) == [*(f"enc_rollout{i}/point_50_3.png" for i in layers), "input.png"]
+    pixels = read_image(photos / "a.png")
+    maps = attention(trained, pixels, points=[(50, 3)], rollout=True, layers=layers)
+    for i, number in enumerate(layers):
+        got = read_image(out / f"enc_rollout{number}" / "point_50_3.png")
+        np.testing.assert_array_equal(got[:70, :91], drawn(maps.maps[i, 0, 0].numpy(), 16, pixels, (0, 3)))
+
+
+def test_windows_around_points(trained, folder, photos, out):
+    argv = ["attention", str(photos / "a.png"), "-m", folder, "-o", str(out), "--window-size", "32", "--layer", "0"]
+    assert main([*argv, "--window-stride", "16", "--point", "45", "40", "--point", "90", "69", "--npz"]) == 0
+    assert files(out) == ["attention.npz", *(f"enc_layer0/point_{p}/mean.png" for p in ("45_40", "90_69"))]
+    pixels = read_image(photos / "a.png")
+    for name, left, top, inside, patch in (("45_40", 32, 16, (13, 24), (1, 0)), ("90_69", 59, 38, (31, 31), (1, 1))):
+        window = pixels[top : top + 32, left : left + 32]
+        maps = attention(trained, window, points=[inside], layers=0)
+        got = read_image(out / f"enc_layer0/point_{name}/mean.png")
+        np.testing.assert_array_equal(got[:32, :32], drawn(maps.mean[0, 0].numpy(), 16, window, patch))
+    with np.load(out / "attention.npz") as numbers:
+        assert numbers["windows"].tolist() == [[32, 16], [59, 38]]
+        assert numbers["queries"].tolist() == ["point 45 40", "point 90 69"]
+
+
+def test_size_shrinks_the_image(trained, folder, photos, out):
+    argv = ["attention", str(photos / "a.png"), "-m", folder, "-o", str(out), "--size", "35", "--layer", "0"]
+    assert main([*argv, "--point", "90", "69"]) == 0
+    assert read_image(out / "input.png").shape == (35, 46, 3)
+
+
+def test_encoders_of_others_need_no_decoder(photos, out, tmp_path, capsys):
+    model = tiny_model()
+    save_file({n: t.contiguous() for n, t in model.encoder.state_dict().items()}, tmp_path / "vit.safetensors")
+    argv = ["attention", str(photos / "a.png"), "-m", str(tmp_path / "vit.safetensors"), "-o", str(out), "--layer", "0"]
+    assert main([*argv, "--point", "3", "3", "--npz"]) == 0
+    assert "RANDOM" not in capsys.readouterr().err
+    with np.load(out / "attention.npz") as numbers:
+        want = attention(model, read_image(photos / "a.png"), points=[(3, 3)], layers=0)
+        np.testing.assert_allclose(numbers["maps"], want.maps.numpy(), rtol=1e-4, atol=1e-7)
+    shutil.rmtree(out)
+    assert main([*argv, "--class", "0"]) == 4
+    assert "give --n-cls" in capsys.readouterr().err

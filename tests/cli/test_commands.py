@@ -34,15 +34,41 @@ GOLDEN = ROOT / "tests" / "golden"
         (["predict", "x.png", "-m", "{model}", "--classes", "nothing"], "nothing: neither a file nor one of"),
         (["predict", "x.png", "-m", "{model}", "--classes", "ade20k"], "names 150 classes, the model has 11"),
         (["predict", "x.png", "-m", "{model}", "--window-stride", "65"], "beyond the window of 64"),
-        (["attention", "{png}", "-m", "{model}"], "one of the arguments --cls --patch is required"),
+        (["attention", "{png}", "-m", "{model}", "--square"], "one of the arguments --cls --patch is required"),
+        (["attention", "{png}", "-m", "{model}", "--square", "--cls", "--npz"], "--npz is for whole images"),
+        (
+            ["attention", "{png}", "-m", "{model}", "--square", "--cls", "--class", "road"],
+            "--class is for whole images",
+        ),
+        (["attention", "{png}", "-m", "{model}", "--square", "--cls", "--head", "mean"], "--head mean is for whole"),
+        (["attention", "{png}", "-m", "{model}", "--patch", "1", "0"], "--patch counts the patches of --square"),
+        (["attention", "{png}", "-m", "{model}", "--cls", "--point", "1", "0"], "--cls looks from class tokens alone"),
+        (["attention", "{png}", "-m", "{model}", "--point", "91", "0"], "outside the image of 91 x 70 pixels"),
+        (["attention", "{png}", "-m", "{model}", "--point", "nan", "0"], "expected a number of pixels, got 'nan'"),
+        (["attention", "{png}", "-m", "{model}", "--class", "zebra"], "class 'zebra': give an id in 0..10, or one of"),
+        (["attention", "{png}", "-m", "{model}", "--layer", "0,x"], "expected an integer from 0, several with commas"),
+        (["attention", "{png}", "-m", "{model}", "--rollout", "--head", "0"], "a rollout is of the mean over heads"),
+        (["attention", "{png}", "-m", "{model}", "--window-size", "64"], "give it with --point alone"),
+        (
+            ["attention", "{png}", "-m", "{model}", "--point", "1", "1", "--window-size", "64", "--size", "64"],
+            "--size is for whole images",
+        ),
+        (
+            ["attention", "{png}", "-m", "{model}", "--point", "1", "1", "--window-size", "71"],
+            "length 70 is smaller than the window 71; use another --window-size",
+        ),
+        (
+            ["attention", "{png}", "-m", "{model}", "--point", "1", "71", "--window-size", "64"],
+            "point 1 71 is outside the image of 91 x 70 pixels",
+        ),
         (
             ["attention", "{png}", "-m", "{model}", "--cls", "--layer", "2"],
             "--layer 2 is out of range: this model has 0..1",
         ),
         (["attention", "{png}", "-m", "{model}", "--cls", "--head", "1"], "--head 1 is out of range"),
         (["attention", "{png}", "-m", "{model}", "--cls", "Sky"], "the encoder knows no classes"),
-        (["attention", "{png}", "-m", "{model}", "--cls", "11", "--part", "decoder"], "give an id in 0..10 or a name"),
-        (["attention", "{png}", "-m", "{model}", "--patch", "4", "0"], "has 4 x 4 patches"),
+        (["attention", "{png}", "-m", "{model}", "--cls", "11", "--part", "decoder"], "give an id in 0..10"),
+        (["attention", "{png}", "-m", "{model}", "--square", "--patch", "4", "0"], "has 4 x 4 patches"),
         (["attention", "{png}", "-m", "{model}", "--patch", "-1", "0"], "integer from 0|expected 2 arguments"),
     ],
 )
@@ -64,7 +90,7 @@ def test_bad_checkpoints_end_with_status_4(command, photos, tmp_path, capsys):
     (tmp_path / "weights.pth").write_text("<html>404</html>")
     argv = {
         "predict": [str(photos / "a.png"), "-m"],
-        "attention": [str(photos / "a.png"), "--patch", "0", "0", "-m"],
+        "attention": [str(photos / "a.png"), "--point", "0", "0", "-m"],
         "info": ["-m"],
         "convert": [],
     }[command]

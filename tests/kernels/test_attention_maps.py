@@ -224,6 +224,8 @@ def test_one_column_for_all_heads_may_be_expanded():
     q, k = q_and_k(2, 19, 3, 8)
     x = randn(2, 19, 1, 2, seed=4).expand(-1, -1, 3, -1)
     assert_bitwise_equal(attention_transposed(q, k, x), attention_transposed(q, k, x.contiguous()))
+    turned = randn(2, 19, 2, 3, seed=4).transpose(2, 3)
+    assert_bitwise_equal(attention_transposed(q, k, turned), attention_transposed(q, k, turned.contiguous()))
 
 
 def test_images_and_heads_are_independent():

@@ -77,8 +77,8 @@ def attention(
             whole patches. For a model that is no `Segmenter` its own input, a float tensor (1, 3, H, W), normalised.
         points: (x, y) in pixels of the image: attention of the patches that hold them.
         classes: ids or names. In the decoder attention of their class tokens; in the encoder the mean over the patches
-            that the model gives this class. Without points and classes: the tokens before the patches (class token,
-            registers) in the encoder, all classes in the decoder.
+            that the model gives this class, for which it runs once more. Without points and classes: the tokens before
+            the patches (class token, registers) in the encoder, all classes in the decoder.
         layers: their numbers from 0, negative ones from the end; all if None, of a rollout the last.
         part: "encoder" or "decoder" (of a mask transformer).
         rollout: attention rollout from each of the layers down to the first (Abnar and Zuidema, "Quantifying Attention

@@ -28,8 +28,8 @@ class Subject:
         layers: of the part, all of them, from the first on.
         pixels: (H, W, 3) uint8 as the model sees it; None where a model of another kind was given its own input.
         grid: rows and columns of patches, those at the borders padded. patch_size: in pixels.
-        scale: pixels of the model's image for one of the image given.
-        run: computes the model once. labels: class ids of the patches, (rows, columns), by the model's own masks.
+        size: (height, width) of that image. scale: its pixels for one of the image given, along each axis.
+        run: computes the model once.
     """
 
     model: nn.Module
@@ -79,32 +79,33 @@ class Subject:
             raise AnalysisError(f"point ({x}, {y}) is outside the image of {width:.0f} x {height:.0f} pixels")
         return int(y * self.scale[0]) // self.patch_size, int(x * self.scale[1]) // self.patch_size
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Those of the model's class set; none where it names none."""
+        key = getattr(getattr(self.model, "info", None), "classes", None)
+        try:
+            return load_classes(key).names if key else ()
+        except ClassesError:
+            return ()
+
+    def class_name(self, class_id: int) -> str:
+        """Of a class by id: the id itself where it has no name."""
+        names = self.class_names
+        return names[class_id] if class_id < len(names) else str(class_id)
+
     def class_ids(self, classes: Sequence[int | str]) -> list[int]:
         """Ids of classes by id or name. Raises AnalysisError for one that the model does not have."""
-        n_cls, info = getattr(self.model, "n_cls", 0), getattr(self.model, "info", None)
-        try:
-            names = load_classes(info.classes).names if info is not None and info.classes else ()
-        except ClassesError:
-            names = ()
-        folded, found = [name.casefold() for name in names], []
+        names, n_cls, found = [name.casefold() for name in self.class_names], getattr(self.model, "n_cls", 0), []
         for wanted in classes:
             text = str(wanted).casefold()
-            if text in folded:
-                found.append(folded.index(text))
+            if text in names:
+                found.append(names.index(text))
             elif text.isdecimal() and int(text) < n_cls:
                 found.append(int(text))
             else:
-                known = f", or one of {', '.join(names)}" if names else ""
+                known = f", or one of {', '.join(self.class_names)}" if names else ""
                 raise AnalysisError(f"class {wanted!r}: give an id in 0..{n_cls - 1}{known}")
         return found
-
-    def class_name(self, class_id: int) -> str:
-        info = getattr(self.model, "info", None)
-        try:
-            names = load_classes(info.classes).names if info is not None and info.classes else ()
-        except ClassesError:
-            names = ()
-        return names[class_id] if class_id < len(names) else str(class_id)
 
     def labels(self) -> torch.Tensor:
         """(rows, columns) int64 on the CPU: the class of the largest mask of each patch."""

@@ -73,7 +73,7 @@ def test_class_tokens_of_the_decoder():
 def test_classes_of_the_encoder_are_the_mean_of_their_patches():
     model, pixels = tiny_model(d_model=128, n_heads=2), image(64, 96)
     with torch.no_grad():
-        labels = model.masks_of_pixels(torch.from_numpy(pixels)[None])[0].argmax(0).flatten()
+        labels = model.masks_of_pixels(torch.from_numpy(pixels.copy())[None])[0].argmax(0).flatten()
     present = labels.unique().tolist()
     assert len(present) > 1
     found = attention(model, pixels, classes=present, points=[(0, 0)])

@@ -34,6 +34,15 @@ from segmenter.kernels.operators import define, forbid_forward_mode
 MAX_PATCHES = 2**20  # whose rows float32 divides exactly
 
 _LEAST = tl.constexpr(-1.0e30)  # below every score. Not -inf, which times a probability of 0 is NaN
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
+
+
+@triton.jit
+def _place(i, grid_w, per_w):
+    """Row and column of patches i (float32): exact up to 2^20 patches, and cheaper than dividing integers or floor,
+    which the special unit would do. per_w: 1 / grid_w."""
+    y = ((i + 0.5) * per_w - 0.5 + _ROUND) - _ROUND
+    return y, i - y * grid_w
 
 
 @triton.jit
@@ -53,13 +62,11 @@ def _softmax_step(q, k, m_i, l_i, t_i, scale_log2, n_left, PRECISION: tl.constex
 
 
 @triton.jit
-def _patches_step(q, k, y_q, x_q, m_i, l_i, t_i, y_i, x_i, d_i, d2_i, scale_log2, j_0, n_left, grid_w,
+def _patches_step(q, k, y_q, x_q, m_i, l_i, t_i, y_i, x_i, d_i, d2_i, scale_log2, j, n_left, grid_w, per_w,
                   PRECISION: tl.constexpr):  # fmt: skip
-    """All running sums after one tile of patches, those from number `j_0` on; y_q, x_q: places of the queries."""
+    """All running sums after one tile of patches with numbers j (float32); y_q, x_q: places of the queries."""
     p, alpha, m_i, l_i, t_i = _softmax_step(q, k, m_i, l_i, t_i, scale_log2, n_left, PRECISION)
-    j = (j_0 + tl.arange(0, k.shape[0])).to(tl.float32)
-    y = tl.floor((j + 0.5) / grid_w)  # exact, and far cheaper than dividing integers
-    x = j - y * grid_w
+    y, x = _place(j, grid_w, per_w)
     dy = y_q[:, None] - y[None, :]
     dx = x_q[:, None] - x[None, :]
     squared = dy * dy + dx * dx
@@ -74,7 +81,7 @@ def _patches_step(q, k, y_q, x_q, m_i, l_i, t_i, y_i, x_i, d_i, d2_i, scale_log2
 def _attention_statistics_fwd_kernel(
     Q, K, Out,  # (B, N, h, HEAD_DIM) twice; (6, B, h, N)
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh,
-    n_batch_heads, n_heads, n_tokens, n_blocks, first, n_patches, grid_w, scale_log2,
+    n_batch_heads, n_heads, n_tokens, n_blocks, first, n_patches, grid_w, per_w, scale_log2,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,  # whether part of the last tile of patches is beyond them
     OTHERS: tl.constexpr,  # whether there are tokens that are no patches
@@ -90,9 +97,8 @@ def _attention_statistics_fwd_kernel(
     K += b * stride_kb + h * stride_kh
     q = load_tile(Q, (m_0, 0), tl.arange(0, BLOCK_M), stride_qn, n_tokens, HEAD_DIM, HEAD_PAD, False)
     rows = m_0 + tl.arange(0, BLOCK_M)
-    i = (rows - first).to(tl.float32)
-    y_q = tl.floor((i + 0.5) / grid_w)
-    x_q = i - y_q * grid_w
+    y_q, x_q = _place((rows - first).to(tl.float32), grid_w, per_w)
+    numbers = offs_n.to(tl.float32)
 
     least = tl.full([BLOCK_M], _LEAST, tl.float32)
     zero = tl.zeros([BLOCK_M], tl.float32)
@@ -101,12 +107,14 @@ def _attention_statistics_fwd_kernel(
     for j in tl.range(0, end, BLOCK_N):
         k = load_tile(K, (first + j, 0), offs_n, stride_kn, None, HEAD_DIM, HEAD_PAD, False)
         m_i, l_i, t_i, y_i, x_i, d_i, d2_i = _patches_step(
-            q, k, y_q, x_q, m_i, l_i, t_i, y_i, x_i, d_i, d2_i, scale_log2, j, None, grid_w, PRECISION
+            q, k, y_q, x_q, m_i, l_i, t_i, y_i, x_i, d_i, d2_i, scale_log2, numbers + j, None, grid_w, per_w, PRECISION
         )
     if TAIL:
         k = load_tile(K, (first + end, 0), offs_n, stride_kn, first + n_patches, HEAD_DIM, HEAD_PAD, False)
+        numbers += end
+        n_left = n_patches - end
         m_i, l_i, t_i, y_i, x_i, d_i, d2_i = _patches_step(
-            q, k, y_q, x_q, m_i, l_i, t_i, y_i, x_i, d_i, d2_i, scale_log2, end, n_patches - end, grid_w, PRECISION
+            q, k, y_q, x_q, m_i, l_i, t_i, y_i, x_i, d_i, d2_i, scale_log2, numbers, n_left, grid_w, per_w, PRECISION
         )
 
     m_o, l_o, t_o = least, zero, zero  # of the other tokens
@@ -152,8 +160,8 @@ def _run(
     c = config or configs_maps.attention_statistics(architecture, q.element_size(), head_pad, precision)
     n_blocks = triton.cdiv(N, c.block_m)
     scalars = (
-        *q.stride()[:3], *k.stride()[:3], B * h, h, N, n_blocks, first, n_patches, grid[1], scale * LOG2E.value,
-        d, head_pad, c.block_m, c.block_n, n_patches % c.block_n > 0, n_patches < N, precision,
+        *q.stride()[:3], *k.stride()[:3], B * h, h, N, n_blocks, first, n_patches, grid[1], 1 / grid[1],
+        scale * LOG2E.value, d, head_pad, c.block_m, c.block_n, n_patches % c.block_n > 0, n_patches < N, precision,
     )  # fmt: skip
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
     launch.Plan(_attention_statistics_fwd_kernel, B * h * n_blocks, (None,) * 3, scalars, options).run(q, k, out)

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from segmenter.kernels import attention_rows as rows_kernel
 from segmenter.kernels import attention_statistics as statistics_kernel
@@ -209,6 +211,23 @@ def test_configurations_of_transposed(config, dtype, guarded_outputs):
         exact = torch.einsum("bhnm,bnhr->bmhr", matrix(q, k, 0.2), x.double())
         found = transposed_kernel._run(q, k, x, 0.2, config)
         assert_parity(found, exact, reference_maps.attention_transposed(q, k, x, 0.2), **LIMITS.get(dtype, {}))
+
+
+@triton.jit
+def _places_kernel(Y, X, grid_w, per_w, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    y, x = statistics_kernel._place(i.to(tl.float32), grid_w, per_w)
+    tl.store(Y + i, y)
+    tl.store(X + i, x)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 97, 128, 1000, 1023, 2**20 - 1])
+def test_places_of_all_patches_are_exact(width):
+    size = statistics_kernel.MAX_PATCHES
+    y, x = torch.empty(2, size, device=DEVICE).unbind(0)
+    _places_kernel[(1,)](y, x, width, 1 / width, size)
+    i = torch.arange(size, device=DEVICE)
+    assert torch.equal(y.long(), i // width) and torch.equal(x.long(), i % width)
 
 
 def test_rows_sum_to_one_and_are_what_attention_weighs_by():

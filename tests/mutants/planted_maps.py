@@ -21,7 +21,7 @@ MAPS = [
                 "key = other.to(tl.int64)",
             ),
             "square_of_the_distance": ("tl.sum(p * tl.sqrt(squared), 1)", "tl.sum(p * squared, 1)"),
-            "queries_placed_from_token_0": ("i = (rows - first).to(tl.float32)", "i = rows.to(tl.float32)"),
+            "queries_placed_from_token_0": ("_place((rows - first).to(tl.float32)", "_place(rows.to(tl.float32)"),
             "share_of_the_patches": ("l_o * a_o / total, mask=mask", "l_i * a_i / total, mask=mask"),
             "means_over_all_tokens": ("y_i / l_i, mask=mask", "y_i / total, mask=mask"),
             "entropy_of_the_patches_alone": (
@@ -29,7 +29,7 @@ MAPS = [
                 "total = l_i * a_i + l_o * a_o\n    m_o, l_o, t_o = m_i, 0.0, 0.0\n    t = a_i",
             ),
             "class_tokens_have_a_distance": ("tl.where(is_patch, d_i / l_i, 0.0)", "d_i / l_i"),
-            "one_row_of_the_grid_too_wide": ("x = j - y * grid_w", "x = j - y * (grid_w - 1)"),
+            "one_row_of_the_grid_too_wide": ("return y, i - y * grid_w", "return y, i - y * (grid_w - 1)"),
         },
     ),
     *planted_in(

@@ -109,23 +109,23 @@ def attention_statistics(
         raise ValueError(f"q and k must be of the same tokens, got {N} and {k.shape[1]}")
     n_patches, _ = check_grid(N, grid, first)
     patches = slice(first, first + n_patches)
-    found: list[list[torch.Tensor]] = []
-    places = None
-    for _, rows, scores in _blocks(_by_head(q), _by_head(k), scale):
-        if places is None:  # (N, 2), rows and columns; of what is no patch as if the grid went on
-            at = torch.arange(N, device=q.device) - first
-            places = torch.stack([at.div(grid[1], rounding_mode="floor"), at % grid[1]], -1).to(scores.dtype)
-            is_patch = (at >= 0) & (at < n_patches)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    at = torch.arange(N, device=q.device) - first  # of what is no patch as if the grid went on
+    y, x = at.div(grid[1], rounding_mode="floor").to(wide), (at % grid[1]).to(wide)
+    is_patch = (at >= 0) & (at < n_patches)
+    found = torch.empty(len(STATISTICS), B * h, N, dtype=wide, device=q.device)
+    for heads, rows, scores in _blocks(_by_head(q), _by_head(k), scale):
         log_p = scores.log_softmax(-1)
         of_patches = scores[..., patches].softmax(-1)
-        others = torch.cat([log_p[..., : patches.start], log_p[..., patches.stop :]], -1).exp().sum(-1)
-        y, x = places.unbind(-1)
         squared = (y[rows, None] - y[patches]).square() + (x[rows, None] - x[patches]).square()
-        entropy = -(log_p * log_p.exp()).sum(-1)
-        centre = of_patches @ places[patches]
-        distances = [torch.where(is_patch[rows], (of_patches * d).sum(-1), 0.0) for d in (squared.sqrt(), squared)]
-        part = torch.stack([entropy, others, centre[..., 0], centre[..., 1], *distances])
-        if rows.start == 0:
-            found.append([])
-        found[-1].append(part)
-    return torch.cat([torch.cat(parts, 2) for parts in found], 1).unflatten(1, (B, h)).contiguous()
+        distances = ((of_patches * d).sum(-1) for d in (squared.sqrt(), squared))
+        numbers = (
+            -(log_p * log_p.exp()).sum(-1),
+            torch.cat([log_p[..., : patches.start], log_p[..., patches.stop :]], -1).exp().sum(-1),
+            of_patches @ y[patches],
+            of_patches @ x[patches],
+            *(torch.where(is_patch[rows], d, 0.0) for d in distances),
+        )
+        # in place: small results kept between large blocks would keep the allocator from using those again
+        found[:, heads, rows] = torch.stack(numbers)
+    return found.unflatten(1, (B, h))

@@ -16,7 +16,7 @@ ATTENTION_STATISTICS = (
     Row(ANY, "fp32", "", AttentionConfig(16, 32, 4, 1), {"n": 1025}, "As for the rows."),
     Row(ANY, "tf32", "", AttentionConfig(64, 32, 4, 2), {"n": 1025}, "As for attention."),
     Row(ANY, "half", "", AttentionConfig(64, 64, 4, 2), {"n": 1025},
-        "Twelve operations and two of the special unit (an exponential, a square root) for each score: tensor cores "
+        "Eighteen operations and two of the special unit (an exponential, a square root) for each score: tensor cores "
         "and L2 wait for those, so tiles need not be larger. Several programs a multiprocessor."),
 )  # fmt: skip
 # Rows of queries a step, and of keys a program.

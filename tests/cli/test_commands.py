@@ -41,6 +41,7 @@ GOLDEN = ROOT / "tests" / "golden"
             "--class is for whole images",
         ),
         (["attention", "{png}", "-m", "{model}", "--square", "--cls", "--head", "mean"], "--head mean is for whole"),
+        (["attention", "{png}", "-m", "{model}", "--square", "--cls", "--view", "heat"], "--view is for whole images"),
         (["attention", "{png}", "-m", "{model}", "--patch", "1", "0"], "--patch counts the patches of --square"),
         (["attention", "{png}", "-m", "{model}", "--cls", "--point", "1", "0"], "--cls looks from class tokens alone"),
         (["attention", "{png}", "-m", "{model}", "--point", "91", "0"], "outside the image of 91 x 70 pixels"),

@@ -26,6 +26,11 @@ from segmenter.visualize import attention_grid, frame_patch, heat_map, save_png,
 from segmenter.weights.load import load_any
 from segmenter.weights.read import CheckpointError
 
+_WHOLE = {  # options for whole images alone, with their defaults
+    **dict.fromkeys(("point", "classes", "size", "window_size", "window_stride")),
+    **dict.fromkeys(("rollout", "npz"), False),
+    **{"view": "overlay", "alpha": 0.6, "dtype": "float32"},
+}
 _TILE = 480  # pixels of the longer side of a picture in a grid
 
 
@@ -71,10 +76,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.square:
         if not (args.cls or args.patch):
             raise CommandError("--square: one of the arguments --cls --patch is required")
-        names = ("point", "classes", "rollout", "npz", "size", "window_size", "window_stride")
-        given = [f"--{name.replace('classes', 'class').replace('_', '-')}" for name in names if getattr(args, name)]
+        given = [name for name, default in _WHOLE.items() if getattr(args, name) != default]
         if given or args.head == "mean":
-            raise CommandError(f"{(*given, '--head mean')[0]} is for whole images; leave it or --square away")
+            option = f"--{given[0].replace('classes', 'class').replace('_', '-')}" if given else "--head mean"
+            raise CommandError(f"{option} is for whole images; leave it or --square away")
         return
     if args.patch:
         raise CommandError("--patch counts the patches of --square; in a whole image say --point X Y, in pixels")

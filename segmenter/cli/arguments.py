@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import segmenter
+from segmenter.cli import figures_arguments
 from segmenter.cli.attention_arguments import DESCRIPTION, add_attention
 from segmenter.cli.train_arguments import add_settings
 from segmenter.errors import printable
@@ -25,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="segmenter", description="Semantic segmentation with plain vision transformers.")
     parser.add_argument("--version", action="version", version=f"segmenter {segmenter.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    using = _add_predict, _add_convert, _add_export, _add_attention, _add_compare
+    using = _add_predict, _add_convert, _add_export, _add_attention, _add_figures, _add_compare
     for add in (_add_info, *using, _add_eval, _add_train, _add_data):
         add(commands).add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -176,6 +177,19 @@ def _add_attention(commands: argparse._SubParsersAction) -> argparse.ArgumentPar
     how.add_argument("--window-size", type=_positive_int, metavar="PIXELS", help=text)
     text = "(default: the model's, scaled with --window-size)"
     how.add_argument("--window-stride", type=_positive_int, metavar="PIXELS", help=text)
+    return parser
+
+
+def _add_figures(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    text = figures_arguments.DESCRIPTION
+    parser = commands.add_parser("figures", help="pictures for print of what a model sees", description=text)
+    parser.add_argument("image", metavar="IMAGE")
+    _add_model(parser)
+    _add_output(parser)
+    figures_arguments.add_figures(parser)
+    how = parser.add_argument_group("how to run")
+    _add_device(how)
+    _add_dtype(how)
     return parser
 
 

@@ -17,12 +17,12 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
     """All but the model, the output folder, the device and windows."""
     parser.add_argument("--part", choices=("encoder", "decoder"), default="encoder", help="(default: encoder)")
     text = "from 0, with commas (default: all; of a rollout the last)"
-    parser.add_argument("--layer", type=_numbers("all"), metavar="L[,L]|all", help=text)
+    parser.add_argument("--layer", type=numbers("all"), metavar="L[,L]|all", help=text)
     text = "from 0, with commas (default: mean, with --square all)"
-    parser.add_argument("--head", type=_numbers("all", "mean"), metavar="H[,H]|all|mean", help=text)
+    parser.add_argument("--head", type=numbers("all", "mean"), metavar="H[,H]|all|mean", help=text)
     where = parser.add_argument_group("where to look from; the first two may be given several times")
     text = "the patch that holds this pixel of the image: column and row, from 0"
-    where.add_argument("--point", nargs=2, type=_coordinate, action="append", metavar=("X", "Y"), help=text)
+    where.add_argument("--point", nargs=2, type=coordinate, action="append", metavar=("X", "Y"), help=text)
     text = "a class by id or name: in the encoder the mean over its patches, in the decoder its token"
     where.add_argument("--class", dest="classes", action="append", metavar="CLASS", help=text)
     one = where.add_mutually_exclusive_group()
@@ -37,7 +37,7 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--alpha", type=_fraction, default=0.6, help="strength of the colours, 0..1 (default: 0.6)")
     what.add_argument("--npz", action="store_true", help="write the numbers too: attention.npz")
     what.add_argument("--square", action="store_true", help="the published square crop; needs --cls or --patch")
-    what.add_argument("--size", type=_from_1, metavar="PIXELS", help="bring the short side of the image to this first")
+    what.add_argument("--size", type=from_1, metavar="PIXELS", help="bring the short side of the image to this first")
 
 
 def _refusing(parse: Callable, wanted: str) -> Callable:
@@ -60,11 +60,12 @@ def _at_least(low: int) -> Callable[[str], int]:
     return parse
 
 
-def _numbers(*words: str) -> Callable:
+def numbers(*words: str) -> Callable:
     def parse(text: str) -> str | tuple[int, ...]:
         return text if text in words else tuple(dict.fromkeys(map(_at_least(0), text.split(","))))
 
-    return _refusing(parse, f"an integer from 0, several with commas, or {' or '.join(words)}")
+    said = f", or {' or '.join(words)}" if words else ""
+    return _refusing(parse, f"an integer from 0, several with commas{said}")
 
 
 def _share(text: str) -> float:
@@ -82,6 +83,6 @@ def _finite(text: str) -> float:
 
 
 _index = _refusing(_at_least(0), "an integer from 0")
-_from_1 = _refusing(_at_least(1), "an integer from 1")
+from_1 = _refusing(_at_least(1), "an integer from 1")
 _fraction = _refusing(_share, "a number in 0..1")
-_coordinate = _refusing(_finite, "a number of pixels")
+coordinate = _refusing(_finite, "a number of pixels")

@@ -104,11 +104,12 @@ def compare(
         warning=MEANINGLESS.get(model.info.weights),
         milliseconds=tuple(milliseconds),
         labels=labels,
-        scores={} if truth is None else _scores(labels, truth, model.n_cls),
+        scores={} if truth is None else image_scores(labels, truth, model.n_cls),
     )
 
 
-def _scores(labels: np.ndarray, truth: np.ndarray, n_cls: int) -> dict[str, float | None]:
+def image_scores(labels: np.ndarray, truth: np.ndarray, n_cls: int) -> dict[str, float | None]:
+    """SCORES of one image, labels and truth (H, W), in percent with two decimals; None where 0/0."""
     counts = Counts(n_cls, ignore_index(n_cls))
     counts.update(labels, truth)
     scores = percent(counts.scores())

@@ -32,7 +32,7 @@ from tests.support.pages import PAGES, ROOT
 from tests.support.tiny import tiny_model
 
 README = ROOT / "README.md"
-RUN = {"predict", "eval", "info", "convert", "attention", "compare", "data"}  # of segmenter's commands
+RUN = {"predict", "eval", "info", "convert", "attention", "compare", "data", "figures"}  # of segmenter's commands
 PYTEST = ("-k", "-m")  # options of pytest itself that pages use, beside those of bench/conftest.py
 SAMPLE = Path(paths("camvid", "test", 0)[0]).stem
 NOT_OURS = {"show_attn_map.py"}  # files of the published code that pages name

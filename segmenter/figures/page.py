@@ -148,7 +148,7 @@ class Page:
 
         def draw(figure: Any, top: float, height: float) -> None:
             for color, name, x, y in places:
-                axes = figure.add_axes(_box(x, top - y - 0.02, swatch, swatch, height))
+                axes = figure.add_axes(_box(x, top - y, swatch, swatch, height))
                 axes.set(xticks=[], yticks=[], facecolor=tuple(c / 255 for c in color))
                 write(figure, x + swatch + 0.06, top - y, height, shortened(name, WIDTH - 0.5, TEXT), TEXT)
 
@@ -168,7 +168,7 @@ class Page:
                 write(figure, left, y, height, low, TEXT)
                 at = left + text_width(low, TEXT) + 0.06
                 long = max(0.3, min(1.6, width - _GAP - text_width(low + high, TEXT) - 0.25))
-                axes = figure.add_axes(_box(at, y - 0.01, long, 0.13, height))
+                axes = figure.add_axes(_box(at, y, long, 0.13, height))
                 show(axes, np.tile(heat_colors(np.linspace(0, 1, 256))[None], (20, 1, 1)), 256, aspect="auto")
                 write(figure, at + long + 0.06, y, height, high, TEXT)
 

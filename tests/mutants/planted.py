@@ -2,6 +2,7 @@
 
 from tests.mutants.mutant import Mutant, planted_in
 from tests.mutants.planted_backward import ATTENTION_BACKWARD
+from tests.mutants.planted_figures import FIGURES
 from tests.mutants.planted_first_hour import FIRST_HOUR
 from tests.mutants.planted_guard import GUARD
 from tests.mutants.planted_labels import (
@@ -478,6 +479,7 @@ MUTANTS = [
     *DURABILITY,
     *SCHEDULE,
     *TUNE,
+    *FIGURES,
     *FIRST_HOUR,
     *LOSS,
     *LAYER_BACKWARD,

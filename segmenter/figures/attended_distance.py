@@ -70,6 +70,7 @@ def distance_by_depth(
     mean = np.mean(means, 0)  # (layers, heads)
     fields = {name: receptive_fields(*shape) for name, shape in RESNETS.items()}
     data = {
+        "weights": model.info.weights,
         "unit": "pixels",
         "mean_distance": mean.tolist(),  # layers, heads
         "mean_distance_if_even": float(np.mean(even)),

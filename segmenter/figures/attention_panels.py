@@ -68,6 +68,7 @@ class Scene:
         """For JSON."""
         height, width = self.labels.shape
         return {
+            "weights": self.model.info.weights,
             "image_size": {"height": height, "width": width, "unit": "pixels"},
             "patch_size": {"value": self.patch_size, "unit": "pixels"},
             "grid": {"rows": self.of.grid[0], "columns": self.of.grid[1], "unit": "patches"},

@@ -76,7 +76,8 @@ def patch_size(
         "enlarged": {"top": top, "left": left, "height": h, "width": w, "unit": "pixels"},
         "unit_of_scores": "percent, of this image alone",
         "looks": [
-            {"model": name, "patch_size": model.patch_size, "pixels_by_class": _pixels(found, classes), **score}
+            {"model": name, "patch_size": model.patch_size, "weights": model.info.weights}
+            | {"pixels_by_class": _pixels(found, classes), **score}
             for (name, model), found, score in zip(ordered, labels, scores, strict=True)
         ],
     }
@@ -105,6 +106,8 @@ def qualitative(
         DataError, ImageError: files that cannot be read, or ids that are no class.
     """
     others = dict(others or {})
+    if "ours" in others:
+        raise FigureError("another model cannot be called 'ours', as this one is; give it another name")
     if not others and truth is None:
         raise MissingInput("nothing to show beside the prediction: give label files of another model, or the truth")
     if not 1 <= len(images) <= 4 or len(others) > 2:
@@ -136,6 +139,7 @@ def qualitative(
     page.legend = legend(np.concatenate(every), classes)
     page.note = "Numbers: classes. Black: not labelled." if truth is not None else "Numbers: classes."
     data = {
+        "weights": model.info.weights,
         "others": {name: str(folder) for name, folder in others.items()},
         "truth": None if truth is None else str(truth),
         "unit_of_scores": "percent, of each image alone",

@@ -1,6 +1,7 @@
 """How all figures look, and how they are written: panels in rows on a page 170 mm wide, to be read in print and on a
 phone. matplotlib is imported when a figure is made."""
 
+import bisect
 import dataclasses
 import importlib.util
 import io
@@ -226,9 +227,8 @@ def shortened(text: str, room: float, size: float) -> str:
     """The text, its end replaced by dots if it is wider than `room` inches."""
     if text_width(text, size) <= room:
         return text
-    while text and text_width(f"{text}...", size) > room:
-        text = text[:-1]
-    return f"{text}..."
+    fitting = bisect.bisect_right(range(1, len(text)), room, key=lambda n: text_width(f"{text[:n]}...", size))
+    return f"{text[:fitting]}..."
 
 
 def frame(axes: Any, patch: tuple[int, int], patch_size: int, letter: str = "") -> None:

@@ -41,7 +41,7 @@ def test_all_six(trained, folder, argv, photos, out, tmp_path, capsys):
     for name in NAMES:
         data = load_json(out / f"{name}.json")
         assert (data["figure"], data["command"], data["image"], data["model"]) == (name, "figures", argv[1], folder)
-        assert data["chosen"] == ["road"] and "torch" in data["versions"]
+        assert data["options"]["chosen"] == ["road"] and "torch" in data["versions"]
         with Image.open(out / f"{name}.png") as png:
             assert len(np.unique(np.asarray(png.convert("L")))) > 50
     distances = load_json(out / "distance-by-depth.json")
@@ -73,7 +73,7 @@ def test_the_command_gives_what_the_functions_give(trained, argv, photos, out):
     layers = figures.attention_by_layer(trained, path, points=[(3, 4)], layers=[1, 0], size=50)
     for figure in (view, layers):
         found = load_json(out / f"{figure.name}.json")
-        assert found["layer"] == (0 if figure is view else [1, 0])
+        assert found["options"]["layer"] == [1, 0] and found["weights"] == "trained"
         for look, expected in zip(found["looks"], figure.data["looks"], strict=True):
             np.testing.assert_allclose(look.pop("map"), expected.pop("map"), rtol=1e-4, atol=1e-7)
             assert look.keys() == expected.keys() and look["patch"] == expected["patch"]
@@ -90,6 +90,9 @@ def test_the_command_gives_what_the_functions_give(trained, argv, photos, out):
         (["--only", "field-of-view", "--small", "3", "70"], 2, "field-of-view: point"),
         (["--only", "field-of-view", "--layer", "2"], 2, "layers 0..1"),
         (["--only", "class-embeddings", "--class", "unicorn"], 2, "class-embeddings: class 'unicorn'"),
+        (["--models", "x", "x"], 2, "--models x is given twice"),
+        (["--other", "a=x", "--other", "a=y"], 2, "--other a is given twice"),
+        (["--only", "qualitative", "--other", "ours=x"], 2, "cannot be called 'ours'"),
         (["--images", "nowhere"], 2, "--images nowhere: no such folder"),
         (["--only", "qualitative", "--truth", "nowhere"], 2, "nowhere: no such folder"),
         (["--models", "nowhere", "nothing"], 4, "nowhere"),

@@ -31,6 +31,7 @@ from segmenter.weights.load import load_any
 
 
 def run(args: argparse.Namespace) -> int:
+    _check(args)
     names = args.only or NAMES
     try:
         pixels = read_image(args.image)
@@ -59,6 +60,12 @@ def run(args: argparse.Namespace) -> int:
             write_atomically(output / name, lambda file, content=content: file.write(content))
     out(f"figures: {len(made)} -> {args.output}")
     return OK
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option, names in (("--models", args.models), ("--other", [name for name, _ in args.other or ()])):
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise CommandError(f"{option} {twice[0]} is given twice")
 
 
 def _images(args: argparse.Namespace) -> list[Path | str]:
@@ -130,5 +137,6 @@ def _makers(args: argparse.Namespace, pixels: np.ndarray, images: list) -> dict[
 
 def _facts(args: argparse.Namespace) -> dict[str, Any]:
     """What stands first in each JSON file: the command with its options, and what it ran on."""
-    passed = {name: value for name, value in vars(args).items() if value not in (None, (), False) and name != "debug"}
-    return {**passed, "versions": machine_facts()["versions"]}
+    options = {name: value for name, value in vars(args).items() if value not in (None, (), False)}
+    first = {name: options.pop(name) for name in ("command", "image", "model")}
+    return {**first, "options": options, "versions": machine_facts()["versions"]}

@@ -36,6 +36,8 @@ class Operators(NamedTuple):
     mask_head: Callable
     pixels_to_tokens: Callable
     windows_argmax: Callable
+    layernorm: Callable
+    cross_attention: Callable
     # what kernels have besides, for the sake of gradients: half a block, and an MLP with its hidden layer
     attention_half: Callable | None = None
     layernorm_mlp_hidden: Callable | None = None
@@ -82,6 +84,8 @@ EAGER = Operators(
     reference.mask_head,
     _eager_pixels_to_tokens,
     reference.windows_argmax,  # labels are made by its equal without full-resolution logits: `inference.pruned_argmax`
+    reference.layernorm,
+    reference.cross_attention,
 )
 
 
@@ -112,7 +116,7 @@ def _composed(formula: Callable) -> Callable:
     from segmenter.kernels.operators import HOST_FUNCTIONS
     from segmenter.kernels.repeat import Repeated
 
-    names = ("attention", "layernorm_linear", "linear", "layernorm_mlp")
+    names = ("attention", "layernorm_linear", "linear", "layernorm_mlp", "layernorm", "cross_attention")
     host = EAGER._replace(name="triton", **{name: HOST_FUNCTIONS[name] for name in names})
     return _COMPOSED.setdefault(formula, Repeated(functools.partial(formula, host)))
 
@@ -144,8 +148,9 @@ def unobserved_but_for_autocast(x: torch.Tensor) -> bool:
 def load_kernels() -> Operators:
     """The kernels. Imports them, and Triton, the first time."""
     if not KERNELS:
-        from segmenter.kernels.attention import attention
+        from segmenter.kernels.attention import attention, cross_attention
         from segmenter.kernels.attention_half import attention_half
+        from segmenter.kernels.layernorm import layernorm
         from segmenter.kernels.layernorm_mlp import layernorm_mlp, layernorm_mlp_hidden
         from segmenter.kernels.linear import layernorm_linear, linear
         from segmenter.kernels.mask_head import mask_head
@@ -162,6 +167,8 @@ def load_kernels() -> Operators:
                 mask_head,
                 normalized_pixels_to_tokens,
                 windows_argmax,
+                layernorm,
+                cross_attention,
                 attention_half,
                 layernorm_mlp_hidden,
             )

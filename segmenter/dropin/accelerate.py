@@ -27,7 +27,7 @@ from segmenter.dropin.modules import Acceleration, AccelerationError, fast_class
 from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan, kind_of, plan
 from segmenter.dropin.verify import confirmed, received
 from segmenter.errors import cause
-from segmenter.guard import qualified
+from segmenter.guard import attributes_of, qualified
 from segmenter.ops import Automatic, OperatorModule, explain, select, why_not_tensor
 
 __all__ = ["AccelerationError", "Report", "Row", "accelerate", "restore", "why_not"]
@@ -295,7 +295,8 @@ def _signature(module: nn.Module) -> Any:
     flags = {n: v for n, v in module.__dict__.items() if n not in _NO_FLAGS}
     shapes = tuple((n, None if p is None else (p.dtype, *p.shape)) for n, p in module._parameters.items())
     children = tuple((n, None if m is None else _signature(m)) for n, m in module._modules.items())
-    return original_class(type(module)), repr(sorted(flags.items())), shapes, children
+    plain = sorted((n, v if attributes_of(v) is None else id(v)) for n, v in flags.items())
+    return original_class(type(module)), repr(plain), shapes, children
 
 
 def _switch_operators(name: str, module: OperatorModule, operators: Any) -> Row:
@@ -324,7 +325,8 @@ def _undo(module: nn.Module) -> bool:
 def _nothing(model: nn.Module, report: Report) -> str:
     looked_for = (
         f"accelerate: nothing in {type(model).__name__} can be swapped. Looked for pre-norm blocks (norm1, attn, "
-        "norm2, mlp or ffn), attention layers (qkv, proj) and mask transformers (cls_emb, mask_norm)"
+        "norm2, mlp or ffn; or two LayerNorms, q, k, v, an MLP), attention layers (qkv, proj) and mask transformers "
+        "(cls_emb, mask_norm)"
     )
     if report.left:
         row = report.left[0]

@@ -37,6 +37,13 @@ def optional(module: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in kinds and p.default is not inspect.Parameter.empty)
 
 
+def required(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments after the first that it cannot do without."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = list(inspect.signature(original_class(type(module)).forward).parameters.values())[2:]
+    return tuple(p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty)
+
+
 def expected(module: nn.Module, parents: list[nn.Module]) -> Call:
     """What a module has to be taken to be called with.
 

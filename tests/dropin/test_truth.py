@@ -153,13 +153,13 @@ def on_device(model):
 SMALL = {"pretrained": False, "depth": 1, "img_size": 48}
 MODELS = {  # name -> (what the first block becomes, what its attention layer becomes)
     "vit_tiny_patch16_224": ("attention and MLP", "attention core"),
-    "vit_small_patch14_reg4_dinov2": (None, "attention core"),
-    "deit3_small_patch16_224": (None, "attention core"),
+    "vit_small_patch14_reg4_dinov2": ("attention and MLP", "attention core"),
+    "deit3_small_patch16_224": ("attention and MLP", "attention core"),
     "vit_small_patch16_dinov3": (None, None),
     "vit_pe_core_tiny_patch16_384": ("MLP", None),
     "vit_small_patch16_rope_224": (None, None),
     "vit_small_patch16_rope_mixed_224": (None, None),
-    "vit_srelpos_small_patch16_224": (None, None),
+    "vit_srelpos_small_patch16_224": ("MLP", None),
     "vit_relpos_small_patch16_224": (None, None),
     "eva02_tiny_patch14_224": (None, None),
     "beitv2_base_patch16_224": (None, None),

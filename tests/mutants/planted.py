@@ -16,6 +16,7 @@ from tests.mutants.planted_labels import (
     UPSAMPLE_TILES,
 )
 from tests.mutants.planted_layer_backward import LAYER_BACKWARD
+from tests.mutants.planted_layer_scale import LAYER_SCALE
 from tests.mutants.planted_loss import LOSS
 from tests.mutants.planted_masks_and_pixels import MASKS_AND_PIXELS
 from tests.mutants.planted_memory import MEMORY
@@ -199,8 +200,8 @@ LINEAR = planted_in(
             "acc = acc * rstd[:, None] - mean[:, None] * row_sum[None, :]",
         ),
         "gelu_after_the_residual": (
-            "        acc = gelu(acc, GELU)\n    if DESCRIPTORS:  # the copy engine",
-            "        acc = acc * 1.0\n    if DESCRIPTORS:  # the copy engine",
+            "        acc = gelu(acc, GELU)\n    if HAS_SCALE:",
+            "        acc = acc * 1.0\n    if HAS_SCALE:",
         ),
         "residual_forgotten_by_descriptors": (
             "            acc = acc + Residual.load([m_0, n_0]).to(tl.float32)",
@@ -458,6 +459,7 @@ MUTANTS = [
     *LOADS,
     *BLOCKS,
     *LAYERNORM_MLP,
+    *LAYER_SCALE,
     *MASK_HEAD,
     *PIXELS_TO_TOKENS,
     *FOLDING,

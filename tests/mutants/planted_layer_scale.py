@@ -1,0 +1,125 @@
+"""The planted bugs of LayerScale, in kernels and in the blocks of others; see `tests.mutants.planted`."""
+
+from tests.mutants.mutant import planted_in
+
+SCALED = "acc = acc * tl.load(LayerScale + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]"
+
+LAYER_SCALE = [
+    *planted_in(
+        "kernels/linear.py",
+        ("tests/kernels/test_linear.py",),
+        {
+            "layer_scale_of_the_residual_by_pointers": (
+                "            acc = acc + residual.to(tl.float32)",
+                f"            acc = acc + residual.to(tl.float32)\n            if HAS_SCALE:\n                {SCALED}",
+            ),
+            "layer_scale_of_the_residual_by_descriptors": (
+                "            acc = acc + Residual.load([m_0, n_0]).to(tl.float32)",
+                "            acc = acc + Residual.load([m_0, n_0]).to(tl.float32)\n"
+                "            if HAS_SCALE:\n"
+                f"                {SCALED}",
+            ),
+            "bias_not_scaled": (
+                "    if HAS_BIAS:\n        acc = acc + tl.load(Bias + offs_n, mask=mask_n, other=0.0).to(tl.float32)"
+                "[None, :]\n    if GELU is not None:\n        acc = gelu(acc, GELU)\n    if HAS_SCALE:\n"
+                "        acc = acc * tl.load(LayerScale + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]\n",
+                "    if HAS_SCALE:\n"
+                "        acc = acc * tl.load(LayerScale + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]\n"
+                "    if HAS_BIAS:\n        acc = acc + tl.load(Bias + offs_n, mask=mask_n, other=0.0).to(tl.float32)"
+                "[None, :]\n    if GELU is not None:\n        acc = gelu(acc, GELU)\n",
+            ),
+            "layer_scale_rounded_to_half": (
+                "acc * tl.load(LayerScale + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]",
+                "acc * tl.load(LayerScale + offs_n, mask=mask_n, other=0.0).to(tl.bfloat16).to(tl.float32)[None, :]",
+            ),
+            "result_narrower_than_layer_scale": (
+                "result_type(weight, residual, layer_scale), x.device)",
+                "result_type(weight, residual), x.device)",
+            ),
+            "layer_scale_left_to_the_library": (
+                "configs.linear_by_library(gelu, residual is not None or layer_scale is not None)",
+                "configs.linear_by_library(gelu, residual is not None)",
+            ),
+        },
+    ),
+    *planted_in(
+        "kernels/layernorm_mlp.py",
+        ("tests/kernels/test_layernorm_mlp.py",),
+        {
+            "layer_scale_of_the_first_columns_for_all": (
+                "tl.load(LayerScale + offs_d).to",
+                "tl.load(LayerScale + offs_d - COL_0).to",
+            ),
+            "fc2_bias_not_scaled": (
+                "    acc = acc + tl.load(Bias + offs_d).to(tl.float32)[None, :]\n"
+                "    if HAS_SCALE:\n"
+                "        acc = acc * tl.load(LayerScale + offs_d).to(tl.float32)[None, :]\n",
+                "    if HAS_SCALE:\n"
+                "        acc = acc * tl.load(LayerScale + offs_d).to(tl.float32)[None, :]\n"
+                "    acc = acc + tl.load(Bias + offs_d).to(tl.float32)[None, :]\n",
+            ),
+            "layer_scale_lost_between_two_kernels": (
+                "    return product(h, fc2_weight, fc2_bias, x, layer_scale=layer_scale)",
+                "    return product(h, fc2_weight, fc2_bias, x)",
+            ),
+        },
+    ),
+    *planted_in(
+        "kernels/layernorm_mlp.py",
+        ("tests/kernels/test_operators.py",),
+        {
+            "gradient_of_the_residual_scaled": (
+                "needed[:7], pre_activation, grad), None, of_scale",
+                "needed[:7], pre_activation), None, of_scale",
+            ),
+            "layer_scale_without_gradient_of_its_branch": (
+                "of_branch = grad * layer_scale",
+                "of_branch = grad",
+            ),
+        },
+    ),
+    *planted_in(
+        "kernels/attention_half.py",
+        ("tests/kernels/test_attention_half.py",),
+        {
+            "projection_gets_the_gradient_unscaled": (
+                "of_branch, of_scale = grad if layer_scale is None else grad * layer_scale, None",
+                "of_branch, of_scale = grad, None",
+            ),
+        },
+    ),
+    *planted_in(
+        "kernels/linear_backward.py",
+        ("tests/kernels/test_attention_half.py",),
+        {
+            "gradient_of_layer_scale_without_its_branch": (
+                "return (grad.float() * branch.float()).sum_to_size",
+                "return grad.float().sum_to_size",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/dropin/modules.py",
+        ("tests/dropin/test_layer_scale.py",),
+        {
+            "layer_scale_of_the_other_half": (
+                'name = plan.names[f"ls{number}"]',
+                'name = plan.names[f"ls{3 - int(number)}"]',
+            ),
+            "attention_without_its_layer_scale": (
+                'scale = layer_scale(block, plan, "1")',
+                "scale = None",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/dropin/recognise.py",
+        ("tests/dropin/test_layer_scale.py",),
+        {
+            "whatever_holds_a_vector_is_a_layer_scale": (
+                "len(held) != 1 or layer._parameters[held[0]].ndim != 1",
+                "len(held) == 0",
+            ),
+        },
+    ),
+]

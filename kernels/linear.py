@@ -72,17 +72,19 @@ def _linear_fwd_kernel(
         acc = acc + tl.load(Bias + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if GELU is not None:
         acc = gelu(acc, GELU)
-    if HAS_SCALE:
+    mask = (offs_m < n_rows)[:, None] & mask_n[None, :]
+    if HAS_RESIDUAL:
+        if DESCRIPTORS:  # the copy engine reads zeros beyond the edges and writes nothing there
+            residual = Residual.load([m_0, n_0])
+        else:
+            residual = tl.load(Residual + x_rows[:, None] * stride_r + offs_n[None, :], mask=mask, other=0.0)
+    if HAS_SCALE:  # behind the residual, where the bias takes no registers any more: else one program less fits
         acc = acc * tl.load(LayerScale + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if DESCRIPTORS:  # the copy engine reads zeros beyond the edges and writes nothing there
-        if HAS_RESIDUAL:
-            acc = acc + Residual.load([m_0, n_0]).to(tl.float32)
+    if HAS_RESIDUAL:
+        acc = acc + residual.to(tl.float32)
+    if DESCRIPTORS:
         Y.store([m_0, n_0], acc.to(Y.dtype))
     else:
-        mask = (offs_m < n_rows)[:, None] & mask_n[None, :]
-        if HAS_RESIDUAL:
-            residual = tl.load(Residual + x_rows[:, None] * stride_r + offs_n[None, :], mask=mask, other=0.0)
-            acc = acc + residual.to(tl.float32)
         tl.store(Y + x_rows[:, None] * N + offs_n[None, :], acc.to(Y.dtype.element_ty), mask=mask)
 
 

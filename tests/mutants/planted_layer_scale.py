@@ -9,24 +9,15 @@ LAYER_SCALE = [
         "kernels/linear.py",
         ("tests/kernels/test_linear.py",),
         {
-            "layer_scale_of_the_residual_by_pointers": (
-                "            acc = acc + residual.to(tl.float32)",
-                f"            acc = acc + residual.to(tl.float32)\n            if HAS_SCALE:\n                {SCALED}",
-            ),
-            "layer_scale_of_the_residual_by_descriptors": (
-                "            acc = acc + Residual.load([m_0, n_0]).to(tl.float32)",
-                "            acc = acc + Residual.load([m_0, n_0]).to(tl.float32)\n"
-                "            if HAS_SCALE:\n"
-                f"                {SCALED}",
+            "layer_scale_of_the_residual": (
+                f"        {SCALED}\n    if HAS_RESIDUAL:\n        acc = acc + residual.to(tl.float32)\n",
+                "        acc = acc * 1.0\n    if HAS_RESIDUAL:\n        acc = acc + residual.to(tl.float32)\n"
+                f"    if HAS_SCALE:\n        {SCALED}\n",
             ),
             "bias_not_scaled": (
-                "    if HAS_BIAS:\n        acc = acc + tl.load(Bias + offs_n, mask=mask_n, other=0.0).to(tl.float32)"
-                "[None, :]\n    if GELU is not None:\n        acc = gelu(acc, GELU)\n    if HAS_SCALE:\n"
-                "        acc = acc * tl.load(LayerScale + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]\n",
-                "    if HAS_SCALE:\n"
-                "        acc = acc * tl.load(LayerScale + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]\n"
-                "    if HAS_BIAS:\n        acc = acc + tl.load(Bias + offs_n, mask=mask_n, other=0.0).to(tl.float32)"
-                "[None, :]\n    if GELU is not None:\n        acc = gelu(acc, GELU)\n",
+                f"        {SCALED}\n",
+                f"        bias = tl.load(Bias + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]\n"
+                f"        acc = acc - bias\n        {SCALED}\n        acc = acc + bias\n",
             ),
             "layer_scale_rounded_to_half": (
                 "acc * tl.load(LayerScale + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]",

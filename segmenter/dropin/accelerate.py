@@ -267,11 +267,11 @@ def _wanted(name: str, module: nn.Module, kind: str, run: _Run) -> Plan:
     if not call.tokens:
         raise Unlike("its model calls it with something else than tokens (B, N, d)")
     if not call.arguments:
-        return found._replace(passed=()) if isinstance(found, BlockPlan) else found
+        return found._replace(passed=()) if isinstance(found, BlockPlan) and found.style != "separate" else found
     passes = f"its model {'passes' if call.sure else 'may pass'} {', '.join(call.arguments)} with every call"
     if not call.sure:
         passes += " (an example shows whether it does)"
-    if isinstance(found, AttentionPlan) or found.mlp is None or not set(call.arguments) <= set(found.passed):
+    if isinstance(found, AttentionPlan) or found.mlp is None or not found.hands_on(call.arguments):
         raise Unlike(passes)
     others = [reason for reason in found.reasons if not reason.startswith("attention: ")]
     return found._replace(attention=None, core=None, reasons=(f"attention: {passes}", *others))

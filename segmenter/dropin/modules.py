@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from segmenter.dropin.calls import asks
+from segmenter.dropin.calls import ANY, asks
 from segmenter.dropin.guard import unlike_before
 from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan
 from segmenter.guard import METHODS, PLAIN_TENSORS, decision, is_fake, qualified, replaced, why_not_bypass
@@ -69,9 +69,10 @@ def why_not_tokens(module: nn.Module, x: Any, args: tuple, kwargs: dict[str, Any
 
 def _passed(plan: BlockPlan, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a call by name, if the block only hands them on to its attention layer."""
-    if not plan.passed or len(args) > len(plan.passed) or not kwargs.keys() <= set(plan.passed):
+    names = [name for name in plan.passed if name != ANY]
+    if not plan.passed or len(args) > len(names) or not plan.hands_on(kwargs):
         return None
-    given = {**dict(zip(plan.passed, args, strict=False)), **kwargs}
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     return {name: value for name, value in given.items() if asks(value)}
 
 
@@ -269,6 +270,8 @@ class FastBlock(Accelerated):
         if found.whole is not None:
             _must_be_fast(self, found.whole)
             return super().forward(x, *args, **kwargs)
+        if passed and plan.attention is not None:
+            _must_be_fast(self, f"attention: {why_not_tokens(self, x, args, kwargs)}")  # noted down for `why_not`, too
         y = by_layers(self, plan, x, "1", passed=passed) if passed else self._attention(plan, x, found)
         if plan.mlp is not None:
             if y.dtype != x.dtype:  # by layers of another type

@@ -9,12 +9,13 @@ No class or module name of any project occurs here. What looks right is then tri
         has no weights; perhaps two vectors and what has no weights)                  Hugging Face transformers
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
-from segmenter.dropin.calls import optional
+from segmenter.dropin.calls import ANY, further
 from segmenter.dropin.guard import Layer, Layers, Path, Unlike, find, record, record_linear, record_norm
 from segmenter.guard import qualified
 from segmenter.kernels.configs import MAX_HEAD_DIM
@@ -51,7 +52,7 @@ class BlockPlan(NamedTuple):
         core: as in AttentionPlan, for blocks whose attention layer returns a tuple.
         reasons: why a half is not fused.
         passed: arguments besides the tokens that the block only hands on to its attention layer, and which therefore
-            do not keep the MLP from being fused; in the order of the block's own forward.
+            do not keep the MLP from being fused; in the order of the block's own forward, `calls.ANY` last.
     """
 
     style: str
@@ -63,6 +64,10 @@ class BlockPlan(NamedTuple):
     reasons: tuple[str, ...]
     passed: tuple[str, ...]
     inner: dict[str, str]
+
+    def hands_on(self, names: Iterable[str]) -> bool:
+        """Whether all these arguments are among `passed`."""
+        return ANY in self.passed or set(names) <= set(self.passed)
 
 
 class DecoderPlan(NamedTuple):
@@ -197,7 +202,7 @@ def plan_block(block: nn.Module) -> BlockPlan:
         raise Unlike("; ".join(reasons))
     core = None if attn.core is None else (itself, *attn.core)
     halves = halves["attention"], core, halves["mlp"]
-    return BlockPlan(style, attn.heads, names, *halves, tuple(reasons), optional(block), inner)
+    return BlockPlan(style, attn.heads, names, *halves, tuple(reasons), further(block), inner)
 
 
 def _roles(block: nn.Module, wrapped: bool) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from segmenter.dropin import modules
-from segmenter.dropin.calls import given, required
+from segmenter.dropin.calls import ANY, given, required
 from segmenter.dropin.guard import OURS, RATES, Unlike, original_class, record_linear
 from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan
 from segmenter.errors import cause
@@ -142,7 +142,7 @@ def _width(attention: nn.Module, style: str) -> int:
 
 def _called(block: nn.Module, x: torch.Tensor, **arguments: Any) -> Any:
     """Its output for tokens, and None for whatever else it cannot do without."""
-    return block(x, **dict.fromkeys(required(block)), **arguments)
+    return block(x, **{**dict.fromkeys(required(block)), **arguments})
 
 
 def _block(copies: list[nn.Module], plan: BlockPlan) -> BlockPlan:
@@ -191,8 +191,9 @@ def _with_attention(copies: list[nn.Module], plan: BlockPlan, x: torch.Tensor) -
             raise
         for block in copies:
             block._modules[name] = _AnyAttention(x.shape[2])
-        reason = f"attention: with tokens alone it raises {type(error).__name__}: {cause(error, 120)}"
-        return plan._replace(attention=None, core=None, reasons=(reason, *plan.reasons))
+        if plan.attention is not None:
+            reason = f"attention: with tokens alone it raises {type(error).__name__}: {cause(error, 120)}"
+            plan = plan._replace(attention=None, core=None, reasons=(reason, *plan.reasons))
     return plan
 
 
@@ -254,7 +255,7 @@ def _only_passed(block: nn.Module, plan: BlockPlan, x: torch.Tensor) -> bool:
     want = _called(block, x)
     try:
         for name in plan.passed:
-            argument = object()  # nothing can be computed with it
+            argument, name = object(), "something_else" if name == ANY else name  # nothing can be computed with it
             got, calls = _listened(block, plan.names["attn"], x, **{name: argument})
             if calls != [{name: argument}] or not torch.equal(got, want):
                 return False

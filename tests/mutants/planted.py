@@ -2,6 +2,7 @@
 
 from tests.mutants.mutant import Mutant, planted_in
 from tests.mutants.planted_backward import ATTENTION_BACKWARD
+from tests.mutants.planted_blocks import BLOCKS_OF_OTHERS
 from tests.mutants.planted_first_hour import FIRST_HOUR
 from tests.mutants.planted_guard import GUARD
 from tests.mutants.planted_labels import (
@@ -16,7 +17,6 @@ from tests.mutants.planted_labels import (
     UPSAMPLE_TILES,
 )
 from tests.mutants.planted_layer_backward import LAYER_BACKWARD
-from tests.mutants.planted_layer_scale import LAYER_SCALE
 from tests.mutants.planted_loss import LOSS
 from tests.mutants.planted_masks_and_pixels import MASKS_AND_PIXELS
 from tests.mutants.planted_memory import MEMORY
@@ -459,7 +459,7 @@ MUTANTS = [
     *LOADS,
     *BLOCKS,
     *LAYERNORM_MLP,
-    *LAYER_SCALE,
+    *BLOCKS_OF_OTHERS,
     *MASK_HEAD,
     *PIXELS_TO_TOKENS,
     *FOLDING,

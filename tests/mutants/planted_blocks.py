@@ -1,10 +1,10 @@
-"""The planted bugs of LayerScale, in kernels and in the blocks of others; see `tests.mutants.planted`."""
+"""The planted bugs of LayerScale, in kernels, and of blocks that others built; see `tests.mutants.planted`."""
 
 from tests.mutants.mutant import planted_in
 
 SCALED = "acc = acc * tl.load(LayerScale + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]"
 
-LAYER_SCALE = [
+BLOCKS_OF_OTHERS = [
     *planted_in(
         "kernels/linear.py",
         ("tests/kernels/test_linear.py",),
@@ -110,6 +110,59 @@ LAYER_SCALE = [
             "whatever_holds_a_vector_is_a_layer_scale": (
                 "len(held) != 1 or layer._parameters[held[0]].ndim != 1",
                 "len(held) == 0",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/layers.py",
+        ("tests/dropin/test_separate.py",),
+        {
+            "keys_and_values_exchanged": (
+                "pairs = (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias)",
+                "pairs = (q_weight, q_bias), (v_weight, k_bias), (k_weight, v_bias)",
+            ),
+            "separate_attention_without_its_layer_scale": (
+                "return ops.compose(_separate_attention_half, x, *parameters, heads, norm.eps, layer_scale)",
+                "return ops.compose(_separate_attention_half, x, *parameters, heads, norm.eps, None)",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/dropin/verify.py",
+        ("tests/dropin/test_separate.py",),
+        {
+            "layers_that_drop_not_tried_out": (
+                'if plan.style == "separate" and not _same(',
+                'if plan.style == "none" and not _same(',
+            ),
+            "other_names_not_tried_out": (
+                '"something_else" if name == ANY else name',
+                '"attention_mask" if name == ANY else name',
+                "no block in the tests does anything else with arguments that it has no names for",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/guard.py",
+        ("tests/dropin/test_separate.py",),
+        {
+            "configurations_not_watched": (
+                "and (not self.held or self._contents() == self.contents)",
+                "and True",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/dropin/guard.py",
+        ("tests/dropin/test_separate.py",),
+        {
+            "configurations_not_noted": (
+                "if change := value.change(flag, state.get(flag)):",
+                "if False:",
+            ),
+            "whatever_an_object_holds_is_data": (
+                "return _is_plain(value) or _is_data(value, depth)",
+                "return True",
             ),
         },
     ),

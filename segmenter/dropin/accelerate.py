@@ -1,7 +1,7 @@
 """`accelerate(model)`: the fast kernels inside a model that somebody else built, in place, and `restore(model)`.
 
     import segmenter
-    report = segmenter.accelerate(model)   # published Segmenter, timm ViT, mmsegmentation Segmenter, our own
+    report = segmenter.accelerate(model)   # published Segmenter, mmsegmentation's, timm's and transformers' ViTs
     print(report)                          # what was swapped, what was left alone and why
     segmenter.restore(model)
 
@@ -99,11 +99,11 @@ def accelerate(
     """Puts the kernels into a model, in place. `restore` takes them out again.
 
     Parameters, state-dict keys, classes in the sense of isinstance, hooks, copying, saving and training stay as they
-    are. Layers that hold anything unusual (LoRA, quantised or parametrised weights, norms of queries and keys, layer
-    scale) keep their own forward, and so do calls with a mask, a wish for attention maps, dropout in training, float64,
-    or on a device without kernels. Attention that gets rotary or relative positions with every call is left alone: an
-    `example` shows whether it does, without one it is taken to if its forward has such an argument. Calling it again
-    takes up what has changed since. If it raises, the model is as it was before.
+    are. Layers that hold anything unusual (LoRA, quantised or parametrised weights, norms of queries and keys) keep
+    their own forward, and so do calls with a mask, a wish for attention maps, dropout in training, float64, or on a
+    device without kernels. Attention that gets rotary or relative positions with every call is left alone: an `example`
+    shows whether it does, without one it is taken to if its forward has such an argument. Calling it again takes up
+    what has changed since. If it raises, the model is as it was before.
 
     Args:
         model: any module.

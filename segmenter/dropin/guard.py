@@ -15,8 +15,10 @@ import torch.nn as nn
 from segmenter.guard import (
     DECISION,
     OF_EVERY_MODULE,
+    PLAIN_TENSORS,
     attributes_of,
     hooks_of_all,
+    is_fake,
     qualified,
     replaced,
     why_not_bypass,
@@ -161,15 +163,17 @@ def _unlike_before(root: nn.Module, noted: Layer, dtype: torch.dtype | None) -> 
     layer, name = find(root, noted.path), ".".join(noted.path)
     if layer is None:
         return f"{name} is gone"
-    if (reason := _changed(layer, noted)) or layer is root:  # whose own hooks run anyway
+    if reason := _changed(layer, noted):
         return reason
-    if reason := why_not_bypass(layer, (type(layer),)):
+    if layer is not root and (reason := why_not_bypass(layer, (type(layer),))):  # the root's own hooks run anyway
         return f"{name} has {reason}"
     if noted.rate is not None and layer.__dict__.get(noted.rate) and (root.training or layer.training):
         return f"{name} drops at random in training"
-    for parameter in layer._parameters.values():
-        if parameter is not None and dtype is not None and parameter.dtype != dtype:
-            return f"{name} is {_name(parameter.dtype)}, the input {_name(dtype)}"
+    for parameter in (p for p in layer._parameters.values() if p is not None):
+        if layer is root and type(parameter) not in PLAIN_TENSORS and not is_fake(parameter):
+            return f"it has weights of type {qualified(type(parameter))}"
+        if dtype is not None and parameter.dtype != dtype:
+            return f"{name or 'it'} is {_name(parameter.dtype)}, the input {_name(dtype)}"
     return None
 
 

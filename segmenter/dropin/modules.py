@@ -143,6 +143,8 @@ def mlp_fused(block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Operators
 def layer_scale(block: nn.Module, plan: BlockPlan, number: str) -> torch.Tensor | None:
     """The vector (d,) that one half of a block (number "1" or "2") multiplies its branch by, or None."""
     name = plan.names[f"ls{number}"]
+    if name in block._parameters:
+        return block._parameters[name]
     held = block._modules[name]._parameters.values() if name else ()
     return next((parameter for parameter in held if parameter is not None), None)
 
@@ -167,8 +169,10 @@ def by_layers(
         return inner(y, identity=x)
     y = inner(y, **(passed or {})) if ops is None else attention_core(inner, plan, y, ops)
     y = y[0] if isinstance(y, tuple) else y
+    if names[f"ls{number}"] in block._parameters:
+        y = y * block._parameters[names[f"ls{number}"]]
     for name in (names[f"ls{number}"], names[f"drop_path{number}"]):
-        y = layers[name](y) if name else y
+        y = layers[name](y) if name in layers else y
     return x + y
 
 

@@ -3,7 +3,8 @@
 No class or module name of any project occurs here. What looks right is then tried out on random numbers
 (`segmenter.dropin.verify`), since two classes of the same parts may compute different things.
 
-    packed:  block(norm1, attn(qkv, proj, ...), norm2, mlp(fc1, act, fc2, ...))       published Segmenter, timm
+    packed:  block(norm1, attn(qkv, proj, ...), norm2, mlp(fc1, act, fc2, ...)), perhaps with two layers ls1 and ls2 or
+        two vectors of its own                                                        published Segmenter, timm
     wrapped: block(norm1, attn(attn = nn.MultiheadAttention), norm2, ffn(layers))     mmsegmentation
     separate: block(two LayerNorms, one layer of four (q..., k..., v... and another), one of two linear layers and what
         has no weights; perhaps two vectors and what has no weights)                  Hugging Face transformers
@@ -46,7 +47,8 @@ class BlockPlan(NamedTuple):
 
     Attributes:
         style: "packed", "wrapped" or "separate". heads: how many.
-        names: children by role: norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2; "" if there is none.
+        names: children by role: norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2; "" if there is none. ls1 and
+            ls2 may be parameters of the block.
         inner: of "separate", children of attention and MLP by role: q, k, v, proj, fc1, fc2.
         attention, mlp: the layers that must stay as they are for each half to be fused; None if it cannot be.
         core: as in AttentionPlan, for blocks whose attention layer returns a tuple.
@@ -178,7 +180,10 @@ def plan_block(block: nn.Module) -> BlockPlan:
     """Raises Unlike."""
     style = "wrapped" if "ffn" in block._modules else "packed" if "attn" in block._modules else "separate"
     names, inner = separate_roles(block) if style == "separate" else (_roles(block, style == "wrapped"), {})
-    itself = record(block, (), children=tuple(n for n in names.values() if n))
+    vectors = _own_vectors(block, names)
+    names |= vectors
+    children = tuple(name for role, name in names.items() if name and role not in vectors)
+    itself = record(block, (), tuple(vectors.values()), children)
     try:
         attn = _attention(block, (names["attn"],), inner)
     except Unlike as reason:
@@ -190,7 +195,7 @@ def plan_block(block: nn.Module) -> BlockPlan:
                 raise Unlike(attn.reason)
             read = attn.fused if half == "attention" else _mlp(block, names["mlp"], style, inner)
             around = [record_norm(block, (names[f"norm{number}"],))]
-            if names[f"ls{number}"]:
+            if names[f"ls{number}"] and not vectors:
                 around.append(_record_scale(block, (names[f"ls{number}"],)))
             if names[f"drop_path{number}"]:
                 around.append(record(block, (names[f"drop_path{number}"],)))
@@ -356,6 +361,13 @@ def _record_identity(root: nn.Module, path: Path) -> Layer:
     if type(layer) is not nn.Identity:
         raise Unlike(f"{'.'.join(path)} is {qualified(type(layer))}, not {qualified(nn.Identity)}")
     return record(root, path)
+
+
+def _own_vectors(block: nn.Module, names: dict[str, str]) -> dict[str, str]:
+    """The names of ls1 and ls2 where they are not layers but two vectors of the block itself, the first made first."""
+    held = [name for name, parameter in block._parameters.items() if parameter is not None]
+    vectors = len(held) == 2 and all(block._parameters[name].ndim == 1 for name in held)
+    return {"ls1": held[0], "ls2": held[1]} if vectors and not (names["ls1"] or names["ls2"]) else {}
 
 
 def _record_scale(root: nn.Module, path: Path) -> Layer:

@@ -10,7 +10,18 @@ pytest.importorskip("triton")
 timm = pytest.importorskip("timm")
 
 from segmenter.dropin.accelerate import accelerate, restore, why_not  # noqa: E402
-from tests.support.blocks import ATTENTION, DEVICE, MLP, TIGHT, WIDTH, block, original, replace, tokens  # noqa: E402
+from tests.support.blocks import (  # noqa: E402
+    ATTENTION,
+    DEVICE,
+    MLP,
+    TIGHT,
+    WIDTH,
+    PlainBlock,
+    block,
+    original,
+    replace,
+    tokens,
+)
 from tests.support.spies import kernels_run  # noqa: E402
 
 SMALL = {"pretrained": False, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 7}
@@ -107,6 +118,47 @@ def test_types(kernels):
     assert kernels == 2 * (ATTENTION + MLP)
     module.ls2.bfloat16()
     assert why_not(module)[""] == ["MLP: ls2 is bfloat16, the input float32"]
+
+
+class Vectors(PlainBlock):
+    """As BEiT's and EVA's: the block itself holds the factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.randn(WIDTH)) for _ in range(2))
+
+    def forward(self, x, attn_mask=None):
+        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), attn_mask=attn_mask))
+        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+
+
+class Reversed(Vectors):
+    def forward(self, x):
+        x = x + self.gamma_2 * self.attn(self.norm1(x))
+        return x + self.gamma_1 * self.mlp(self.norm2(x))
+
+
+def test_vectors_of_the_block_itself(kernels):
+    module, x = Vectors().to(DEVICE).eval(), tokens()
+    assert accelerate(module).rows[0].became == "attention and MLP"
+    for vector in (module.gamma_1, module.gamma_2):
+        before = module(x)
+        with torch.no_grad():
+            vector.mul_(-0.5)
+        torch.testing.assert_close(module(x), original(module)(x), **TIGHT)
+        assert (module(x) - before).abs().max() > 0.1
+    assert kernels == 6 * (ATTENTION + MLP)
+    kernels.clear()
+    module.mlp.register_forward_hook(lambda *args: None)
+    module.attn.register_forward_hook(lambda *args: None)
+    torch.testing.assert_close(module(x), original(module)(x), **TIGHT)
+    assert kernels == ["attention"]  # the core
+    module.gamma_1.data = module.gamma_1.data.bfloat16()
+    assert set(why_not(module, x)[""]) == {
+        f"{half}: it is bfloat16, the input float32" for half in ("attention", "MLP")
+    }
+    (row, _) = accelerate(Reversed()).rows
+    assert (row.became, row.reason) == (None, "its forward is not that of a pre-norm block")
 
 
 class Affine(nn.Module):

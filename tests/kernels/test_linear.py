@@ -115,7 +115,13 @@ def test_parity(m, k, n, gelu, dtype, guarded_outputs):
 @pytest.mark.parametrize(("m", "k", "n"), [(37, 48, 80), (65, 80, 31), (7, 208, 67)])
 def test_layer_scale(m, k, n, dtype, guarded_outputs):
     """Of the branch with its bias and GELU, not of the residual; of its own type."""
-    for residual, scale, gelu in ((dtype, dtype, False), (torch.float32, torch.float32, True), (None, dtype, False)):
+    wide = torch.float32
+    for residual, scale, gelu in (
+        (dtype, wide, False),
+        (wide, wide, True),
+        (dtype, dtype, False),
+        (None, dtype, False),
+    ):
         args = linear_args(m, k, n, dtype, residual, seed=m)
         args = (*args, gelu, randn(n, seed=m + 9, dtype=scale))
         check(on_guarded(kernel.product, *args), reference.linear, args, context=f"{residual=}, {scale=}, {gelu=}")

@@ -166,4 +166,14 @@ BLOCKS_OF_OTHERS = [
             ),
         },
     ),
+    *planted_in(
+        "segmenter/dropin/recognise.py",
+        ("tests/dropin/test_layer_scale.py",),
+        {
+            "vectors_of_the_block_exchanged": (
+                'return {"ls1": held[0], "ls2": held[1]} if',
+                'return {"ls1": held[1], "ls2": held[0]} if',
+            ),
+        },
+    ),
 ]

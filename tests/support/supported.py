@@ -82,6 +82,7 @@ SUPPORTED = (
     Supported("DeiT-III", "timm", "deit3_small_patch16_224"),
     Supported("DINOv2", "timm", "vit_small_patch14_dinov2", side=56),
     Supported("DINOv2 with registers", "timm", "vit_small_patch14_reg4_dinov2", side=56),
+    Supported("DINOv3", "timm", "vit_small_patch16_dinov3", became="MLP", why=ROTARY),
     _of("ViT", "ViT"),
     _of("DeiT", "DeiT"),
     _of("ViT-MAE", "ViTMAE", arguments={"mask_ratio": 0.0}),

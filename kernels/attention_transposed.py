@@ -9,8 +9,9 @@ rollout, r <- (P^T r + r) / 2 from the last layer down (Abnar and Zuidema 2020, 
 
 One program computes BLOCK_N keys and BLOCK_R columns and walks over the queries, whose log-sum-exp comes from the
 attention kernel with v := k. Scores are computed transposed, k q^T, so that no result of a product is ever transposed
-for the next one. Probabilities are float32, and so is x; the second product is TF32 if q has a half type, which is no
-coarser than that type, and else as `torch.set_float32_matmul_precision` says. No atomics, no (N, M) matrix in memory.
+for the next one. Probabilities are float32, and so is x; the second product is in float32, of three TF32 ones
+on NVIDIA, if q has a half type (TF32 alone cuts off more than rounding to that type), and else as
+`torch.set_float32_matmul_precision` says. No atomics, no (N, M) matrix in memory.
 
 Limits: as attention's. Reference: `reference_maps.attention_transposed`. Test:
 tests/kernels/test_attention_maps.py.
@@ -76,14 +77,14 @@ def _run(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, scale: float, config
     if out.numel() == 0:
         return out
     lse = log_sum_exp(q, k, scale)
-    precision = launch.dot_precision(q.dtype)
+    precision, amd = launch.dot_precision(q.dtype), launch.architecture(q).startswith("gfx")
     c = config or configs_maps.attention_transposed(launch.architecture(q), q.element_size(), precision)
     block_r = min(MAX_COLUMNS, max(16, triton.next_power_of_2(n_columns)))
     n_blocks = triton.cdiv(n_keys, c.block_n), triton.cdiv(n_columns, block_r)
     scalars = (
         *q.stride()[:3], *k.stride()[:3], *x.stride(), h, n_queries, n_keys, n_columns, lse_rows(n_queries), *n_blocks,
         scale * LOG2E.value, d, head_padding(d), c.block_m, c.block_n, block_r,
-        precision, precision if q.dtype == torch.float32 else "tf32",
+        precision, precision if q.dtype == torch.float32 else "ieee" if amd else "tf32x3",
     )  # fmt: skip
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
     grid = B * h * n_blocks[0] * n_blocks[1]

@@ -1,5 +1,6 @@
 """Rows as kernels take them, and what LayerNorm and linear layers ask of their arguments, forward and backward."""
 
+import functools
 import math
 
 import torch
@@ -40,12 +41,23 @@ def check_linear(name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.T
         raise ValueError(f"{name}'s bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
+def check_layer_scale(layer_scale: torch.Tensor | None, weight: torch.Tensor) -> None:
+    """Raises ValueError unless layer_scale is None or has a factor for each row of weight (d_out, d_in)."""
+    if layer_scale is not None and layer_scale.shape != weight.shape[:1]:
+        raise ValueError(f"layer_scale must be ({weight.shape[0]},), got {tuple(layer_scale.shape)}")
+
+
 def check_types(weight: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Raises KernelError unless all are of supported types; those named x or bias must have weight's."""
     launch.check_floats("weight", weight)
     for name, tensor in others.items():
         if tensor is not None:
             launch.check_floats(name, tensor, (weight.dtype,) if name in ("x", "bias") else launch.FLOATS)
+
+
+def result_type(*tensors: torch.Tensor | None) -> torch.dtype:
+    """The type of a sum of these: the widest. None is skipped."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
 
 
 def check_mlp(

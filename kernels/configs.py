@@ -425,14 +425,17 @@ MLP = (
 )  # fmt: skip
 
 
-def layernorm_mlp(architecture: str, element_size: int, d: int) -> str:
+def layernorm_mlp(architecture: str, element_size: int, d: int, scaled: bool = False) -> str:
     """How the MLP is cut into kernels: "single" or "split".
 
     At 384 a single kernel compiles without spills only for 64 rows (8 warps, 32 hidden columns a step), and 64 rows
     read all 2.4 MB of weights from L2 again: 300 MB at m = 8,200, twice the time of the products. At 192 it is 0.6 MB
     for up to 128 rows.
+
+    scaled: with LayerScale, for which sm_80, 86 and 89 have no register left: it would spill.
     """
-    return "single" if element_size == 2 and d == 192 and architecture in ARCHITECTURES else "split"
+    full = scaled and architecture.startswith("sm_8")
+    return "single" if element_size == 2 and d == 192 and architecture in ARCHITECTURES and not full else "split"
 
 
 @functools.lru_cache(4096)  # asked on every call, unlike the others, which only a new shape asks

@@ -30,7 +30,7 @@ ATTENTION_TRANSPOSED = (
         "With a second stage ptxas serialises the products where N is a multiple of 16. Six programs a multiprocessor "
         "wait at different times."),
     Row(ANY, "half", "", AttentionConfig(32, 64, 4, 2), {"n": 1025},
-        "The second product is TF32, whose probabilities and columns are twice as wide as the operands of the first."),
+        "The second product is of TF32, with operands twice as wide as those of the first."),
 )  # fmt: skip
 
 

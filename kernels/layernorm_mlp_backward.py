@@ -40,13 +40,16 @@ def run(
     pre_activation: torch.Tensor | None,
     eps: float,
     needed: Sequence[bool],
+    of_residual: torch.Tensor | None = None,
 ) -> Gradients:
     """The gradients of x, of LayerNorm's weight and bias, and of fc1's and fc2's, None of what is not needed.
 
     Args:
         grad, x: (M, d), dense rows. norm: weight and bias, fc1: weight and bias, fc2_weight: dense rows.
         pre_activation: a (M, d_ff), contiguous, if it was kept.
+        of_residual: (M, d), dense rows, if it is another than grad.
     """
+    of_residual = grad if of_residual is None else of_residual
     dtype, of_rows, of_hidden = fc2_weight.dtype, any(needed[:3]), any(needed[:5])
     rounded, d_fc2_bias = column_sums.passed_on(grad, dtype, dtype if needed[6] else None)
     if not (of_hidden or needed[5]):
@@ -63,7 +66,7 @@ def run(
     d_fc1 = launch.call(torch.matmul, d_a.t(), normed) if needed[3] else None
     if of_rows:
         d_normed = launch.call(torch.matmul, d_a, fc1[0])
-        of_norm = layernorm_backward.run(d_normed, x, norm[0], eps, types_of((x, *norm), needed[:3]), grad)
+        of_norm = layernorm_backward.run(d_normed, x, norm[0], eps, types_of((x, *norm), needed[:3]), of_residual)
     return *of_norm, d_fc1, d_fc1_bias, d_fc2, d_fc2_bias
 
 
@@ -72,12 +75,17 @@ def run(
 
 
 def _layernorm_mlp_backward_kernel(
-    grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, eps, needed, pre_activation=None
-) -> tuple[torch.Tensor, ...]:
+    grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, eps, needed, pre_activation=None,
+    of_residual=None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
-    launch.check_device(grad, x, *parameters, pre_activation)
+    launch.check_device(grad, x, *parameters, pre_activation, of_residual)
     check_mlp(x, *parameters)
-    check_grad(grad, x.shape, torch.promote_types(x.dtype, fc2_weight.dtype))
+    narrow = torch.promote_types(x.dtype, fc2_weight.dtype)
+    check_grad(grad, x.shape, narrow if grad.dtype == narrow else torch.float32)
+    if of_residual is not None:
+        check_grad(of_residual, x.shape, grad.dtype)
+        of_residual = as_rows(of_residual)
     norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight = (launch.rows_contiguous(t) for t in parameters)
     norm, fc1 = (norm_weight, norm_bias), (fc1_weight, fc1_bias)
     if pre_activation is not None:
@@ -86,12 +94,12 @@ def _layernorm_mlp_backward_kernel(
         if pre_activation.shape != hidden:
             raise ValueError(f"pre_activation must be {hidden}, got {tuple(pre_activation.shape)}")
         pre_activation = as_rows(launch.contiguous(pre_activation))
-    dx, *others = run(as_rows(grad), as_rows(x), norm, fc1, fc2_weight, pre_activation, eps, needed)
+    dx, *others = run(as_rows(grad), as_rows(x), norm, fc1, fc2_weight, pre_activation, eps, needed, of_residual)
     return or_empty((None if dx is None else dx.view(x.shape), *others), x)
 
 
 def _layernorm_mlp_backward_fake(
-    grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, eps, needed, pre_activation=None
+    grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, eps, needed, *_
 ) -> tuple[torch.Tensor, ...]:
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
     shapes = (*(t.shape for t in tensors), x.shape[-1:])
@@ -100,7 +108,7 @@ def _layernorm_mlp_backward_fake(
 
 def _layernorm_mlp_backward_flops(
     grad: Any, x: tuple, norm_weight: Any, norm_bias: Any, fc1_weight: tuple, fc1_bias: Any, fc2_weight: Any,
-    eps: float, needed: list[bool], pre_activation: Any = None, **kwargs: Any,
+    eps: float, needed: list[bool], *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     of_fc2 = product_flops(x, fc1_weight, any(needed[:5]), needed[5])
     return of_fc2 + product_flops(x, fc1_weight, any(needed[:3]), needed[3])
@@ -108,7 +116,8 @@ def _layernorm_mlp_backward_flops(
 
 LAYERNORM_MLP_BACKWARD = define(
     "layernorm_mlp_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, "
-    "Tensor fc1_bias, Tensor fc2_weight, float eps, bool[] needed, Tensor? pre_activation=None) "
+    "Tensor fc1_bias, Tensor fc2_weight, float eps, bool[] needed, Tensor? pre_activation=None, "
+    "Tensor? of_residual=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_layernorm_mlp_backward_kernel,
     reference=reference_backward.layernorm_mlp_backward,
@@ -129,19 +138,22 @@ def layernorm_mlp_backward(
     eps: float = 1e-5,
     needed: Sequence[bool] = (True,) * 7,
     pre_activation: torch.Tensor | None = None,
+    of_residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `layernorm_mlp`, which calls it by itself in a backward pass.
 
     Args:
-        grad: of the result, (..., d), the type of x, or of the weights if that is wider. The others: as forward.
+        grad: of the result, (..., d), the type of x, or of the weights if that is wider, or float32; with a LayerScale
+            times that. The others: as forward.
         needed: which of the gradients of x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight and fc2_bias are.
         pre_activation: fc1(layer_norm(x)), (..., d_ff), the type of the weights, or None to compute it again.
+        of_residual: the gradient that x gets past the branch, (..., d), the type of grad; None: grad itself.
     Returns:
         One gradient for each of these seven, of its shape and type; what is not needed has no elements.
     Raises:
         KernelError: other types or devices. ValueError: shapes do not fit.
     """
-    launch.check_device(grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
+    launch.check_device(grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, of_residual)
     forbid_forward_mode()
     args = (grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
-    return LAYERNORM_MLP_BACKWARD(*args, eps, needed, pre_activation)
+    return LAYERNORM_MLP_BACKWARD(*args, eps, needed, pre_activation, of_residual)

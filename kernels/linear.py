@@ -1,10 +1,11 @@
-"""Matrix product with everything around it: residual + act(LayerNorm(x) W^T + b), each part optional.
+"""Matrix product with everything around it: residual + s * act(LayerNorm(x) W^T + b), each part optional.
 
-    x (..., K), W (N, K), b (N,), residual (..., N)  ->  (..., N)
+    x (..., K), W (N, K), b (N,), s (N,), residual (..., N)  ->  (..., N)
 
-`linear` adds bias, exact GELU and residual to the float32 accumulator, before the one rounding of the result. Against
-eager PyTorch that saves a write and a read of (M, N) for the GELU and for the sum: at Seg-B/16, 512x512, 2 * 1025 *
-3072 elements an image and layer in fc1, 12.6 MB in bfloat16.
+`linear` adds bias, exact GELU, LayerScale s and residual to the float32 accumulator, before the one rounding of the
+result. Against eager PyTorch that saves a write and a read of (M, N) for the GELU, for s and for the sum: at Seg-B/16,
+512x512, 2 * 1025 * 3072 elements an image and layer in fc1, 12.6 MB in bfloat16. s is read anew on every call: folded
+into W and b it would be rounded once more, and changes in place would have to be followed.
 
 `layernorm_linear` puts a LayerNorm in front, in one of three ways (`configs.layernorm_linear` chooses):
 - "separate": LayerNorm writes its result in W's type, then the product: cuBLASLt's, if no GELU follows.
@@ -27,16 +28,17 @@ import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference
 from segmenter.kernels.blocks import gelu, gelu_form, load_tile, normalised_rows, power_of_two_columns, program_block
-from segmenter.kernels.checks import as_rows, check_affine, check_linear, check_types
+from segmenter.kernels.checks import as_rows, check_affine, check_layer_scale, check_linear, check_types, result_type
 from segmenter.kernels.layernorm import run as run_layernorm
 from segmenter.kernels.layernorm import statistics
-from segmenter.kernels.linear_backward import LAYERNORM_LINEAR_BACKWARD, LINEAR_BACKWARD
+from segmenter.kernels.linear_backward import LAYERNORM_LINEAR_BACKWARD, LINEAR_BACKWARD, of_layer_scale
 from segmenter.kernels.operators import define, forbid_forward_mode
 
 
 @triton.jit
 def _linear_fwd_kernel(
     X, W, Residual, Y, Bias, Mean, Rstd, RowSum,  # (M, K), (N, K), (M, N) twice, (N,), (M,) twice, (N,): see the flags
+    LayerScale,  # (N,)
     stride_x, stride_w, stride_r, n_rows, n_blocks_m,
     N: tl.constexpr,
     K: tl.constexpr,  # a constant: with a runtime K, ptxas 12.8 waits for every single wgmma
@@ -44,7 +46,7 @@ def _linear_fwd_kernel(
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     NORM: tl.constexpr,  # x is to be normalised, W is folded: see the file's docstring
     GELU: tl.constexpr,  # a FORM of `gelu`, or None
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block_m, block_n = program_block(n_blocks_m, tl.cdiv(N, BLOCK_N), GROUP_M)
     m_0, n_0 = block_m * BLOCK_M, block_n * BLOCK_N
@@ -70,15 +72,19 @@ def _linear_fwd_kernel(
         acc = acc + tl.load(Bias + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if GELU is not None:
         acc = gelu(acc, GELU)
-    if DESCRIPTORS:  # the copy engine reads zeros beyond the edges and writes nothing there
-        if HAS_RESIDUAL:
-            acc = acc + Residual.load([m_0, n_0]).to(tl.float32)
+    mask = (offs_m < n_rows)[:, None] & mask_n[None, :]
+    if HAS_RESIDUAL:
+        if DESCRIPTORS:  # the copy engine reads zeros beyond the edges and writes nothing there
+            residual = Residual.load([m_0, n_0])
+        else:
+            residual = tl.load(Residual + x_rows[:, None] * stride_r + offs_n[None, :], mask=mask, other=0.0)
+    if HAS_SCALE:  # behind the residual, where the bias takes no registers any more: else one program less fits
+        acc = acc * tl.load(LayerScale + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if HAS_RESIDUAL:
+        acc = acc + residual.to(tl.float32)
+    if DESCRIPTORS:
         Y.store([m_0, n_0], acc.to(Y.dtype))
     else:
-        mask = (offs_m < n_rows)[:, None] & mask_n[None, :]
-        if HAS_RESIDUAL:
-            residual = tl.load(Residual + x_rows[:, None] * stride_r + offs_n[None, :], mask=mask, other=0.0)
-            acc = acc + residual.to(tl.float32)
         tl.store(Y + x_rows[:, None] * N + offs_n[None, :], acc.to(Y.dtype.element_ty), mask=mask)
 
 
@@ -155,40 +161,47 @@ def product(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None = None,
     gelu: bool = False,
+    layer_scale: torch.Tensor | None = None,
     folded: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     config: configs.LinearConfig | None = None,
 ) -> torch.Tensor:
-    """residual + act(x weight^T + bias) by our kernel, (M, N).
+    """residual + layer_scale * act(x weight^T + bias) by our kernel, (M, N).
 
     Args:
         folded: (mean, rstd, row_sum) if x is to be normalised and `weight` and `bias` come from `_fold`.
         config: instead of the table's choice.
     """
-    y = launch.empty((x.shape[0], weight.shape[0]), _result_type(weight, residual), x.device)
+    y = launch.empty((x.shape[0], weight.shape[0]), result_type(weight, residual, layer_scale), x.device)
     if y.numel() == 0:
         return y
     mean, rstd, row_sum = folded or (None, None, None)
-    plan = _plan(x, weight, bias, residual, y, gelu, folded, launch.dot_precision(x.dtype), config)
-    plan.run(x, weight, residual, y, bias, mean, rstd, row_sum)
+    matrices, precision = (x, weight, residual, y), launch.dot_precision(x.dtype)
+    plan = _plan(matrices, bias, gelu, layer_scale is not None, folded, precision, config)
+    plan.run(*matrices, bias, mean, rstd, row_sum, layer_scale)
     return y
 
 
 def chosen(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gelu: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gelu: bool,
+    layer_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     """`product`, or the same by cuBLASLt where the table says so."""
-    if configs.linear_by_library(gelu, residual is not None):
+    if configs.linear_by_library(gelu, residual is not None or layer_scale is not None):
         return launch.call(F.linear, x, weight, bias)
-    return product(x, weight, bias, residual, gelu)
+    return product(x, weight, bias, residual, gelu, layer_scale)
 
 
-def _plan(x, weight, bias, residual, y, gelu, folded, precision, config) -> launch.Plan:
+def _plan(matrices, bias, gelu, has_scale, folded, precision, config) -> launch.Plan:
+    x, weight, residual, _ = matrices
     (m, k), n, architecture = x.shape, weight.shape[0], launch.architecture(x)
     stride_r = 0 if residual is None else residual.stride(0)
     c = config or configs.linear(architecture, x.element_size(), m, n, gelu, precision)
-    matrices = (x, weight, residual, y)
     descriptors = c.descriptors and all(t is None or launch.fits_descriptor(t) for t in matrices)
-    tiles: list[launch.Tiles | None] = [None] * 8
+    tiles: list[launch.Tiles | None] = [None] * 9
     if descriptors:
         blocks = ((c.block_m, c.block_k), (c.block_n, c.block_k), (c.block_m, c.block_n), (c.block_m, c.block_n))
         for i, (tensor, block) in enumerate(zip(matrices, blocks, strict=True)):
@@ -198,7 +211,7 @@ def _plan(x, weight, bias, residual, y, gelu, folded, precision, config) -> laun
     scalars = (
         x.stride(0), weight.stride(0), stride_r, m, n_blocks_m, n, k, c.block_m, c.block_n, c.block_k, c.group_m,
         bias is not None, residual is not None, folded is not None,
-        gelu_form(x.dtype, architecture) if gelu else None, descriptors, precision,
+        gelu_form(x.dtype, architecture) if gelu else None, has_scale, descriptors, precision,
     )  # fmt: skip
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
     return launch.Plan(_linear_fwd_kernel, n_blocks_m * triton.cdiv(n, c.block_n), tuple(tiles), scalars, options)
@@ -280,14 +293,15 @@ def normalised_product(
 # Operators
 
 
-def _result_type(weight: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
-    return weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
-
-
 def _linear_shape(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    layer_scale: torch.Tensor | None = None,
 ) -> tuple[int, ...]:
     check_linear("weight", x, weight, bias)
+    check_layer_scale(layer_scale, weight)
     shape = (*x.shape[:-1], weight.shape[0])
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must be {shape}, got {tuple(residual.shape)}")
@@ -300,12 +314,14 @@ def _linear_kernel(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None = None,
     gelu: bool = False,
+    layer_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    launch.check_device(x, weight, bias, residual)
-    check_types(weight, x=x, bias=bias, residual=residual)
-    shape = _linear_shape(x, weight, bias, residual)
-    weight, bias = launch.rows_contiguous(weight), None if bias is None else launch.rows_contiguous(bias)
-    return chosen(as_rows(x), weight, bias, None if residual is None else as_rows(residual), gelu).view(shape)
+    launch.check_device(x, weight, bias, residual, layer_scale)
+    check_types(weight, x=x, bias=bias, residual=residual, layer_scale=layer_scale)
+    shape = _linear_shape(x, weight, bias, residual, layer_scale)
+    dense = (None if t is None else launch.rows_contiguous(t) for t in (weight, bias, layer_scale))
+    (weight, bias, layer_scale), rows = dense, None if residual is None else as_rows(residual)
+    return chosen(as_rows(x), weight, bias, rows, gelu, layer_scale).view(shape)
 
 
 def _layernorm_linear_kernel(x, norm_weight, norm_bias, weight, bias, eps, gelu=False) -> torch.Tensor:
@@ -318,10 +334,9 @@ def _layernorm_linear_kernel(x, norm_weight, norm_bias, weight, bias, eps, gelu=
     return normalised_product(as_rows(x), *tensors, eps, gelu).view(shape)
 
 
-def _linear_fake(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, gelu: bool
-) -> torch.Tensor:
-    return x.new_empty(_linear_shape(x, weight, bias, residual), dtype=_result_type(weight, residual))
+def _linear_fake(x, weight, bias, residual, gelu, layer_scale=None) -> torch.Tensor:
+    shape = _linear_shape(x, weight, bias, residual, layer_scale)
+    return x.new_empty(shape, dtype=result_type(weight, residual, layer_scale))
 
 
 def _layernorm_linear_fake(x, norm_weight, norm_bias, weight, bias, *_) -> torch.Tensor:
@@ -342,9 +357,13 @@ def linear_flops(x: tuple[int, ...], weight: tuple[int, ...]) -> int:
 
 
 def _linear_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
-    (x, weight, bias, residual, gelu), (grad,) = inputs, grads
+    (x, weight, bias, residual, gelu, layer_scale), (grad,) = inputs, grads
+    of_residual, of_scale = grad.to(residual.dtype) if needed[3] else None, None
+    if needed[5]:
+        of_scale = of_layer_scale(grad, layer_scale, _linear(x, weight, bias, None, gelu))
+    grad = grad if layer_scale is None else grad * layer_scale
     found = LINEAR_BACKWARD(grad, x, weight, bias, gelu, needed[:3]) if any(needed[:3]) else (None,) * 3
-    return *found, grad.to(residual.dtype) if needed[3] else None, None
+    return *found, of_residual, None, of_scale
 
 
 def _layernorm_linear_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
@@ -352,7 +371,7 @@ def _layernorm_linear_backward(inputs: tuple, outputs: tuple, grads: tuple, need
 
 
 _linear = define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool gelu) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool gelu, Tensor? layer_scale=None) -> Tensor",
     kernel=_linear_kernel,
     reference=lambda *args: reference.linear(*args).contiguous(),
     fake=_linear_fake,
@@ -378,23 +397,24 @@ def linear(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     gelu: bool = False,
+    layer_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """residual + act(x weight^T + bias), act the exact (erf) GELU or nothing; x is kept for its gradient.
+    """residual + layer_scale * act(x weight^T + bias), act the exact (erf) GELU or nothing; x is kept for its gradient.
 
     Args:
         x: (..., d_in), bfloat16, float16 or float32. weight: (d_out, d_in), bias: (d_out,), the type of x.
-        residual: (..., d_out), of any of these types.
+        residual: (..., d_out), layer_scale: (d_out,), of any of these types.
     Returns:
-        (..., d_out), the type of x, or with a residual the wider of the two types.
+        (..., d_out), the type of x, or if that is wider of the residual or layer_scale.
     Raises:
         KernelError: other types or devices. ValueError: shapes do not fit.
 
     float32 is multiplied as `torch.set_float32_matmul_precision` says. Under autocast x, weight and bias are cast, the
-    residual stays as it is.
+    residual and layer_scale stay as they are. The gradient of layer_scale computes the product again.
     """
-    launch.check_device(x, weight, bias, residual)
+    launch.check_device(x, weight, bias, residual, layer_scale)
     forbid_forward_mode()
-    return _linear(x, weight, bias, residual, gelu)
+    return _linear(x, weight, bias, residual, gelu, layer_scale)
 
 
 def layernorm_linear(

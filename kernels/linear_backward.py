@@ -72,6 +72,14 @@ def after_layernorm(
     return *layernorm_backward.run(d_normed, x, norm[0], eps, types, added), *others
 
 
+def of_layer_scale(grad: torch.Tensor, layer_scale: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """The gradient of layer_scale (N,) from that of residual + layer_scale * branch, both (..., N); in float32.
+
+    The branch's own gradient is grad * layer_scale, the residual's grad.
+    """
+    return (grad.float() * branch.float()).sum_to_size(layer_scale.shape).to(layer_scale.dtype)
+
+
 def types_of(tensors: Sequence[torch.Tensor | None], needed: Sequence[bool]) -> tuple[torch.dtype | None, ...]:
     """The types of the gradients that are needed, None in the place of the others."""
     return tuple(t.dtype if t is not None and need else None for t, need in zip(tensors, needed, strict=True))

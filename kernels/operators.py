@@ -96,15 +96,17 @@ def _register_autograd(qualified: str, reference: Callable, by_kernels: Callable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if is_tensor else x for x, is_tensor in zip(ctx.others, ctx.is_tensor, strict=True)]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        # the dispatcher leaves out arguments at the end that have their default
+        needs = *ctx.needs_input_grad, *(False,) * (len(inputs) - len(ctx.needs_input_grad))
+        wanted = [i for i, needed in enumerate(needs) if needed]
         create_graph = torch.is_grad_enabled()
         upstream = [g for g in grads if g is not None]
         if not upstream:
             return (None,) * len(inputs)
         if by_kernels is not None and not create_graph and (upstream[0].is_cuda or INTERPRETED):
-            found = by_kernels(tuple(inputs), tuple(saved), grads, tuple(ctx.needs_input_grad))
+            found = by_kernels(tuple(inputs), tuple(saved), grads, needs)
             if found is not None:
-                return tuple(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=True))
+                return tuple(g if need else None for g, need in zip(found, needs, strict=True))
         # The fused backends of scaled_dot_product_attention have no second derivative.
         backend = sdpa_kernel(SDPBackend.MATH) if create_graph else contextlib.nullcontext()
         with torch.enable_grad(), backend:

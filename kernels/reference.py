@@ -169,16 +169,18 @@ def linear(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     gelu: bool = False,
+    layer_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """residual + act(x weight^T + bias), act the exact (erf) GELU or nothing.
+    """residual + layer_scale * act(x weight^T + bias), act the exact (erf) GELU or nothing.
 
     Args:
-        x: (..., d_in). weight: (d_out, d_in). bias: (d_out,). residual: (..., d_out).
+        x: (..., d_in). weight: (d_out, d_in). bias, layer_scale: (d_out,). residual: (..., d_out).
     Returns:
-        (..., d_out), the dtype of the residual if there is one, else of x.
+        (..., d_out), the widest dtype of residual and layer_scale if there is any, else that of x.
     """
     y = F.linear(x, weight, bias)
     y = F.gelu(y) if gelu else y
+    y = y * layer_scale if layer_scale is not None else y
     return y if residual is None else residual + y
 
 
@@ -210,18 +212,16 @@ def layernorm_mlp(
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
     eps: float = 1e-5,
+    layer_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x + fc2(gelu(fc1(layer_norm(x)))), with the exact (erf) GELU.
+    """x + layer_scale * fc2(gelu(fc1(layer_norm(x)))), with the exact (erf) GELU: (..., d), the dtype of x.
 
     Args:
-        x: (..., d).
-        norm_weight, norm_bias: (d,). fc1_weight: (d_ff, d), fc1_bias: (d_ff,). fc2_weight: (d, d_ff), fc2_bias: (d,).
-        eps: added to the variance.
-    Returns:
-        (..., d), the dtype of x.
+        x: (..., d). norm_weight, norm_bias: (d,). fc1_weight: (d_ff, d), fc1_bias: (d_ff,). fc2_weight: (d, d_ff),
+        fc2_bias: (d,). eps: added to the variance. layer_scale: (d,) or None for ones.
     """
     h = layernorm_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, gelu=True)
-    return linear(h, fc2_weight, fc2_bias, residual=x)
+    return linear(h, fc2_weight, fc2_bias, residual=x, layer_scale=layer_scale)
 
 
 CENTRE = 128  # the byte that the kernel multiplies as 0

@@ -113,16 +113,19 @@ def layernorm_mlp_backward(
     eps: float = 1e-5,
     needed: Sequence[bool] = (True,) * 7,
     pre_activation: torch.Tensor | None = None,
+    of_residual: torch.Tensor | None = None,
 ) -> Gradients:
     """Of x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight and fc2_bias, for grad (..., d) of
-    `reference.layernorm_mlp`. The bias of fc2 has the type of its weight."""
+    `reference.layernorm_mlp`, times layer_scale, and of_residual without it. The bias of fc2 has the type of its
+    weight."""
     normed = _normed(x, norm_weight, norm_bias, eps, fc1_weight)
     a = F.linear(normed, fc1_weight, fc1_bias) if pre_activation is None else pre_activation
     dh, *of_fc2 = linear_backward(grad, F.gelu(a), fc2_weight, fc1_bias)  # without a GELU, any bias
     of_normed, *of_fc1 = linear_backward(torch.ops.aten.gelu_backward(dh, a), normed, fc1_weight, fc1_bias)
     dx, *of_norm = layernorm_backward(of_normed.to(x.dtype), x, norm_weight, norm_bias.dtype, eps)
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_weight)
-    return _needed((dx + grad, *of_norm, *of_fc1, *of_fc2), [t.dtype for t in tensors], needed)
+    dx = dx + (grad if of_residual is None else of_residual)
+    return _needed((dx, *of_norm, *of_fc1, *of_fc2), [t.dtype for t in tensors], needed)
 
 
 def layernorm_mlp_hidden(
@@ -134,7 +137,8 @@ def layernorm_mlp_hidden(
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
     eps: float = 1e-5,
+    layer_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference.layernorm_mlp`, and what its gradient may have been kept of it: fc1(layer_norm(x)), (..., d_ff)."""
     a = F.linear(_normed(x, norm_weight, norm_bias, eps, fc1_weight), fc1_weight, fc1_bias)
-    return reference.linear(F.gelu(a), fc2_weight, fc2_bias, residual=x).contiguous(), a.contiguous()
+    return reference.linear(F.gelu(a), fc2_weight, fc2_bias, x, False, layer_scale).contiguous(), a.contiguous()

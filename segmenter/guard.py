@@ -29,9 +29,10 @@ _BACKWARD, _BACKWARD_PRE = _module._global_backward_hooks, _module._global_backw
 def decision(module: nn.Module, x: torch.Tensor) -> Any:
     """`module.decide(x)`, asked again only if something has changed that the answer may depend on.
 
-    That is: whatever is in the dictionaries of the module and of all modules below it (layers, hooks, flags, modes),
-    classes and their methods, types and shapes of parameters; type and device of x; autocast and transforms of
-    torch.func; what is replaced in torch and hooks on all modules. `decide` may look at nothing else.
+    That is: whatever is in the dictionaries of the module and of all modules below it (layers, hooks, flags, modes) and
+    of objects in them (configurations), classes and their methods, types and shapes of parameters; type and device of
+    x; autocast and transforms of torch.func; what is replaced in torch and hooks on all modules. `decide` may look at
+    nothing else.
     """
     if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor):  # traced: the compiler itself watches
         return module.decide(x)
@@ -51,7 +52,7 @@ class _Decision:
 
     answer: Any = None
     state: list | None = None
-    classes = names = ()
+    classes = names = held = ()
 
     def __init__(self, root: nn.Module, x: torch.Tensor):
         modules: list[nn.Module | None] = [root]
@@ -62,6 +63,8 @@ class _Decision:
         ours = {*OF_EVERY_MODULE, DECISION}
         self.names = [[name for name in getattr(module, "__dict__", ()) if name not in ours] for module in modules]
         self.state, self.values = self._look(root)
+        self.held = list({id(found): found for value in self.values if (found := attributes_of(value))}.values())
+        self.contents = self._contents()
         if any(isinstance(value, torch.Tensor) for value in self.values):  # somebody's results: not to be kept
             self.state, self.values = [object()], []
         self.around = _around(x)
@@ -69,7 +72,16 @@ class _Decision:
     def holds_for(self, root: nn.Module, x: torch.Tensor) -> bool:
         """Whether nothing has changed. Written for speed: it runs at every call of a block."""
         state, values = self._look(root)
-        return state == self.state and all(map(operator.is_, values, self.values)) and _around(x) == self.around
+        return (
+            state == self.state
+            and all(map(operator.is_, values, self.values))
+            and (not self.held or self._contents() == self.contents)
+            and _around(x) == self.around
+        )
+
+    def _contents(self) -> list:
+        """What objects held by the modules hold, such as configurations."""
+        return [{n: v if type(v) in _VALUES else id(v) for n, v in found.items()} for found in self.held]
 
     def _look(self, root: nn.Module) -> tuple[list, list]:
         """(what to compare by ==, attributes to compare by `is`) of the modules as they are now.
@@ -110,7 +122,15 @@ class _Decision:
         return {}
 
 
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object that only holds something, as configurations do; None of anything else."""
+    found = getattr(value, "__dict__", None)
+    holds = isinstance(found, dict) and not callable(value) and not isinstance(value, (type, torch.Tensor))
+    return found if holds else None
+
+
 _NONE = type(None)
+_VALUES = frozenset((bool, int, float, str, _NONE))
 _PLAIN_OR_NONE = frozenset((*PLAIN_TENSORS, _NONE))
 _TYPE_AND_SHAPE = operator.attrgetter("dtype", "shape")
 _METHODS = operator.attrgetter("forward", "__call__", "_call_impl")

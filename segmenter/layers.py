@@ -1,7 +1,7 @@
 """The parts that encoder and decoder share, with the parameter names of the published checkpoints (and of timm)."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn as nn
@@ -204,34 +204,74 @@ def fused_attention(
     proj: nn.Linear,
     ops: Operators,
     keep_qkv: bool = True,
+    layer_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The first half of every pre-norm block, ours or not: x + attention(norm(x)), (B, N, d), in three operators.
 
     Reads the parameters of the layers and calls none: whoever calls it has asked whether that is right.
 
-    keep_qkv: for the backward pass of kernels, which compute it again otherwise.
+    keep_qkv: for the backward pass of kernels, which compute it again otherwise. layer_scale: (d,), a factor for each
+    column of what is added to x (Touvron et al., "Going deeper with image transformers", 2021), or None.
     """
     parameters = (*_weight_and_bias(norm), qkv_weight, qkv_bias, *_weight_and_bias(proj))
-    return ops.compose(_attention_half, x, *parameters, heads, norm.eps, keep_qkv)
+    return ops.compose(_attention_half, x, *parameters, heads, norm.eps, keep_qkv, layer_scale)
 
 
 def _attention_half(
-    ops, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps, keep_qkv
+    ops, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps, keep_qkv, layer_scale
 ) -> torch.Tensor:
+    of_qkv, of_proj = (norm_weight, norm_bias, qkv_weight, qkv_bias), (weight, bias)
     if ops.attention_half is not None and torch.is_grad_enabled():
-        return ops.attention_half(x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps, keep_qkv)
-    qkv = ops.layernorm_linear(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps)
-    return ops.linear(ops.attention(qkv, heads), weight, bias, residual=x)
+        return ops.attention_half(x, *of_qkv, *of_proj, heads, eps, keep_qkv, layer_scale)
+    o = ops.attention(ops.layernorm_linear(x, *of_qkv, eps), heads)
+    return ops.linear(o, *of_proj, residual=x, layer_scale=layer_scale)
+
+
+def fused_separate_attention(
+    x: torch.Tensor,
+    norm: nn.LayerNorm,
+    projections: Sequence[nn.Linear],
+    heads: int,
+    proj: nn.Linear,
+    ops: Operators,
+    layer_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`fused_attention` for layers that project q, k and v each by itself: three products.
+
+    One product of packed weights would need a copy of them: made on every call it costs what it saves, and kept it is a
+    quarter of the block's memory, and stale in a CUDA graph as soon as a weight changes in place.
+    """
+    of_qkv = (tensor for layer in projections for tensor in _weight_and_bias(layer))
+    parameters = (*_weight_and_bias(norm), *of_qkv, *_weight_and_bias(proj))
+    return ops.compose(_separate_attention_half, x, *parameters, heads, norm.eps, layer_scale)
+
+
+def _separate_attention_half(
+    ops, x, norm_weight, norm_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, weight, bias, heads, eps,
+    layer_scale,
+) -> torch.Tensor:  # fmt: skip
+    normed = ops.layernorm(x, norm_weight, norm_bias, eps)
+    pairs = (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias)
+    q, k, v = (ops.linear(normed, *pair).unflatten(2, (heads, -1)) for pair in pairs)
+    o = ops.cross_attention(q, k, v, q.shape[-1] ** -0.5)
+    return ops.linear(o, weight, bias, residual=x, layer_scale=layer_scale)
 
 
 def fused_mlp(
-    x: torch.Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, ops: Operators, keep_hidden: bool = False
+    x: torch.Tensor,
+    norm: nn.LayerNorm,
+    fc1: nn.Linear,
+    fc2: nn.Linear,
+    ops: Operators,
+    keep_hidden: bool = False,
+    layer_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The second half: x + fc2(gelu(fc1(norm(x)))), in one operator. keep_hidden: for the backward pass of kernels."""
+    """The second half: x + fc2(gelu(fc1(norm(x)))), in one operator. keep_hidden: for the backward pass of kernels;
+    layer_scale: as above."""
     parameters = (*_weight_and_bias(norm), *_weight_and_bias(fc1), *_weight_and_bias(fc2))
     if keep_hidden and ops.layernorm_mlp_hidden is not None and torch.is_grad_enabled():
-        return ops.layernorm_mlp_hidden(x, *parameters, norm.eps)[0]
-    return ops.compose(_mlp_half, x, *parameters, norm.eps)
+        return ops.layernorm_mlp_hidden(x, *parameters, norm.eps, layer_scale)[0]
+    return ops.compose(_mlp_half, x, *parameters, norm.eps, layer_scale)
 
 
 def _weight_and_bias(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -240,8 +280,8 @@ def _weight_and_bias(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | Non
     return (held["weight"], held["bias"]) if len(held) == 2 else (layer.weight, layer.bias)
 
 
-def _mlp_half(ops: Operators, x: torch.Tensor, *parameters_and_eps) -> torch.Tensor:
-    return ops.layernorm_mlp(x, *parameters_and_eps)
+def _mlp_half(ops: Operators, x: torch.Tensor, *arguments) -> torch.Tensor:
+    return ops.layernorm_mlp(x, *arguments)
 
 
 class Block(OperatorModule):

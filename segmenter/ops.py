@@ -40,6 +40,8 @@ class Operators(NamedTuple):
     attention_rows: Callable
     attention_statistics: Callable
     attention_transposed: Callable
+    layernorm: Callable
+    cross_attention: Callable
     # what kernels have besides, for the sake of gradients: half a block, and an MLP with its hidden layer
     attention_half: Callable | None = None
     layernorm_mlp_hidden: Callable | None = None
@@ -89,6 +91,8 @@ EAGER = Operators(
     reference_maps.attention_rows,
     reference_maps.attention_statistics,
     reference_maps.attention_transposed,
+    reference.layernorm,
+    reference.cross_attention,
 )
 
 
@@ -119,7 +123,7 @@ def _composed(formula: Callable) -> Callable:
     from segmenter.kernels.operators import HOST_FUNCTIONS
     from segmenter.kernels.repeat import Repeated
 
-    names = ("attention", "layernorm_linear", "linear", "layernorm_mlp")
+    names = ("attention", "layernorm_linear", "linear", "layernorm_mlp", "layernorm", "cross_attention")
     host = EAGER._replace(name="triton", **{name: HOST_FUNCTIONS[name] for name in names})
     return _COMPOSED.setdefault(formula, Repeated(functools.partial(formula, host)))
 
@@ -151,11 +155,12 @@ def unobserved_but_for_autocast(x: torch.Tensor) -> bool:
 def load_kernels() -> Operators:
     """The kernels. Imports them, and Triton, the first time."""
     if not KERNELS:
-        from segmenter.kernels.attention import attention
+        from segmenter.kernels.attention import attention, cross_attention
         from segmenter.kernels.attention_half import attention_half
         from segmenter.kernels.attention_rows import attention_rows
         from segmenter.kernels.attention_statistics import attention_statistics
         from segmenter.kernels.attention_transposed import attention_transposed
+        from segmenter.kernels.layernorm import layernorm
         from segmenter.kernels.layernorm_mlp import layernorm_mlp, layernorm_mlp_hidden
         from segmenter.kernels.linear import layernorm_linear, linear
         from segmenter.kernels.mask_head import mask_head
@@ -175,6 +180,8 @@ def load_kernels() -> Operators:
                 attention_rows,
                 attention_statistics,
                 attention_transposed,
+                layernorm,
+                cross_attention,
                 attention_half,
                 layernorm_mlp_hidden,
             )

@@ -187,6 +187,12 @@ def _product_cases(add: Callable[..., None]) -> None:
     # An epilogue each, and every width of the model; `stream`: float32 as under autocast.
     add(ARCHITECTURES, "linear", "bf16", m=8200, gelu=True)
     add(ARCHITECTURES, "linear", "bf16", m=8200, k=3072, residual=True)
+    for op, sizes in (("linear", {"k": 1536, "n": 384, "residual": True}), ("layernorm_mlp", {"d": 192})):
+        for m in (257, 8200, 65_600):
+            add(ARCHITECTURES, op, "bf16", m=m, **sizes, scale=True)
+    for kinds, stream in (("fp16 fp32 tf32", ""), ("bf16", "fp32")):
+        add(True, "linear", kinds, m=8200, k=768, n=768, residual=True, stream=stream, scale=True)
+        add(True, "layernorm_mlp", kinds, m=8200, d=192, stream=stream, scale=True)
     for d in WIDTHS:
         for m in (257, 8200):
             for sizes in ({"k": d, "n": d, "residual": True}, {"k": 4 * d, "n": d, "residual": True},
@@ -251,10 +257,14 @@ def _empty(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.empty(*shape, dtype=dtype) for shape in shapes]
 
 
-def _linear(dtype: torch.dtype, m: int, k: int = 768, n: int = 0, gelu=False, residual=False, stream="") -> partial:
-    n = n or (4 * k if gelu else 768)
-    added = torch.empty(m, n, dtype=DTYPES.get(stream, dtype)) if residual else None
-    return partial(linear, *_empty(dtype, (m, k), (n, k), (n,)), residual=added, gelu=gelu)
+def _linear(
+    dtype: torch.dtype, m: int, k: int = 768, n: int = 0, gelu=False, residual=False, stream="", scale=False
+) -> partial:
+    n, wide = n or (4 * k if gelu else 768), DTYPES.get(stream, dtype)
+    added, factors = (
+        torch.empty(*shape, dtype=wide) if used else None for shape, used in (((m, n), residual), ((n,), scale))
+    )
+    return partial(linear, *_empty(dtype, (m, k), (n, k), (n,)), residual=added, gelu=gelu, layer_scale=factors)
 
 
 def _layernorm(dtype: torch.dtype, n: int, m: int = 8200, weights: str = "") -> partial:
@@ -275,9 +285,10 @@ def _layernorm_linear(dtype: torch.dtype, m: int, d: int, gelu: bool = False, st
     return partial(layernorm_linear, *normed, *_empty(dtype, (n, d), (n,)), gelu=gelu)
 
 
-def _layernorm_mlp(dtype: torch.dtype, m: int, d: int, stream: str = "") -> partial:
-    normed = _empty(DTYPES.get(stream, dtype), (m, d), (d,), (d,))
-    return partial(layernorm_mlp, *normed, *_empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d), (d,)))
+def _layernorm_mlp(dtype: torch.dtype, m: int, d: int, stream: str = "", scale: bool = False) -> partial:
+    *normed, factors = _empty(DTYPES.get(stream, dtype), (m, d), (d,), (d,), (d,))
+    weights = _empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d), (d,))
+    return partial(layernorm_mlp, *normed, *weights, layer_scale=factors if scale else None)
 
 
 def _layernorm_mlp_backward(dtype: torch.dtype, m: int, d: int, stream: str = "") -> partial:

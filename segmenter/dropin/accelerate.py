@@ -1,7 +1,7 @@
 """`accelerate(model)`: the fast kernels inside a model that somebody else built, in place, and `restore(model)`.
 
     import segmenter
-    report = segmenter.accelerate(model)   # published Segmenter, timm ViT, mmsegmentation Segmenter, our own
+    report = segmenter.accelerate(model)   # published Segmenter, mmsegmentation's, timm's and transformers' ViTs
     print(report)                          # what was swapped, what was left alone and why
     segmenter.restore(model)
 
@@ -27,7 +27,7 @@ from segmenter.dropin.modules import Acceleration, AccelerationError, fast_class
 from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan, kind_of, plan
 from segmenter.dropin.verify import confirmed, received
 from segmenter.errors import cause
-from segmenter.guard import qualified
+from segmenter.guard import attributes_of, qualified
 from segmenter.ops import Automatic, OperatorModule, explain, select, why_not_tensor
 
 __all__ = ["AccelerationError", "Report", "Row", "accelerate", "restore", "why_not"]
@@ -99,11 +99,11 @@ def accelerate(
     """Puts the kernels into a model, in place. `restore` takes them out again.
 
     Parameters, state-dict keys, classes in the sense of isinstance, hooks, copying, saving and training stay as they
-    are. Layers that hold anything unusual (LoRA, quantised or parametrised weights, norms of queries and keys, layer
-    scale) keep their own forward, and so do calls with a mask, a wish for attention maps, dropout in training, float64,
-    or on a device without kernels. Attention that gets rotary or relative positions with every call is left alone: an
-    `example` shows whether it does, without one it is taken to if its forward has such an argument. Calling it again
-    takes up what has changed since. If it raises, the model is as it was before.
+    are. Layers that hold anything unusual (LoRA, quantised or parametrised weights, norms of queries and keys) keep
+    their own forward, and so do calls with a mask, a wish for attention maps, dropout in training, float64, or on a
+    device without kernels. Attention that gets rotary or relative positions with every call is left alone: an `example`
+    shows whether it does, without one it is taken to if its forward has such an argument. Calling it again takes up
+    what has changed since. If it raises, the model is as it was before.
 
     Args:
         model: any module.
@@ -267,11 +267,11 @@ def _wanted(name: str, module: nn.Module, kind: str, run: _Run) -> Plan:
     if not call.tokens:
         raise Unlike("its model calls it with something else than tokens (B, N, d)")
     if not call.arguments:
-        return found._replace(passed=()) if isinstance(found, BlockPlan) else found
+        return found._replace(passed=()) if isinstance(found, BlockPlan) and found.style != "separate" else found
     passes = f"its model {'passes' if call.sure else 'may pass'} {', '.join(call.arguments)} with every call"
     if not call.sure:
         passes += " (an example shows whether it does)"
-    if isinstance(found, AttentionPlan) or found.mlp is None or not set(call.arguments) <= set(found.passed):
+    if isinstance(found, AttentionPlan) or found.mlp is None or not found.hands_on(call.arguments):
         raise Unlike(passes)
     others = [reason for reason in found.reasons if not reason.startswith("attention: ")]
     return found._replace(attention=None, core=None, reasons=(f"attention: {passes}", *others))
@@ -295,7 +295,8 @@ def _signature(module: nn.Module) -> Any:
     flags = {n: v for n, v in module.__dict__.items() if n not in _NO_FLAGS}
     shapes = tuple((n, None if p is None else (p.dtype, *p.shape)) for n, p in module._parameters.items())
     children = tuple((n, None if m is None else _signature(m)) for n, m in module._modules.items())
-    return original_class(type(module)), repr(sorted(flags.items())), shapes, children
+    plain = sorted((n, v if attributes_of(v) is None else id(v)) for n, v in flags.items())
+    return original_class(type(module)), repr(plain), shapes, children
 
 
 def _switch_operators(name: str, module: OperatorModule, operators: Any) -> Row:
@@ -324,7 +325,8 @@ def _undo(module: nn.Module) -> bool:
 def _nothing(model: nn.Module, report: Report) -> str:
     looked_for = (
         f"accelerate: nothing in {type(model).__name__} can be swapped. Looked for pre-norm blocks (norm1, attn, "
-        "norm2, mlp or ffn), attention layers (qkv, proj) and mask transformers (cls_emb, mask_norm)"
+        "norm2, mlp or ffn; or two LayerNorms, q, k, v, an MLP), attention layers (qkv, proj) and mask transformers "
+        "(cls_emb, mask_norm)"
     )
     if report.left:
         row = report.left[0]

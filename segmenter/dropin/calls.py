@@ -16,6 +16,9 @@ from segmenter.dropin.guard import original_class
 
 _WISHES = re.compile("mask|causal|return|need|output|identity")  # what models by default do not pass
 
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+ANY = "**"  # stands for all names that a forward does not have
+
 
 class Call(NamedTuple):
     """How a module is called.
@@ -32,9 +35,21 @@ class Call(NamedTuple):
 
 def optional(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments after the first that the original forward of a module can do without."""
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = list(inspect.signature(original_class(type(module)).forward).parameters.values())[2:]
-    return tuple(p.name for p in parameters if p.kind in kinds and p.default is not inspect.Parameter.empty)
+    return tuple(p.name for p in _further(module) if p.kind in _NAMED and p.default is not inspect.Parameter.empty)
+
+
+def required(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments after the first that it cannot do without."""
+    return tuple(p.name for p in _further(module) if p.kind in _NAMED and p.default is inspect.Parameter.empty)
+
+
+def further(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments after the first, in order; ANY at the end if it takes whatever else by name."""
+    return tuple(ANY if p.kind is p.VAR_KEYWORD else p.name for p in _further(module) if p.kind is not p.VAR_POSITIONAL)
+
+
+def _further(module: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(original_class(type(module)).forward).parameters.values())[2:]
 
 
 def expected(module: nn.Module, parents: list[nn.Module]) -> Call:

@@ -6,23 +6,51 @@ weights. Layers get replaced (LoRA, quantisation), hooked and switched later, so
 through `segmenter.guard.decision`).
 """
 
+from types import BuiltinFunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 
-from segmenter.guard import DECISION, OF_EVERY_MODULE, hooks_of_all, qualified, replaced, why_not_bypass
+from segmenter.guard import (
+    DECISION,
+    OF_EVERY_MODULE,
+    PLAIN_TENSORS,
+    attributes_of,
+    hooks_of_all,
+    is_fake,
+    qualified,
+    replaced,
+    why_not_bypass,
+)
 
 Path = tuple[str, ...]  # names of children, from the accelerated module down
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _WITHOUT_FLAGS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity)  # what these do is in parameters, eps and rates
 OURS = ("_segmenter", "_segmenter_declined", DECISION)  # attributes of accelerated modules
-RATES = ("p", "drop_prob", "dropout")  # of nn.Dropout; of everybody's stochastic depth; of nn.MultiheadAttention
+RATES = (  # of nn.Dropout; of everybody's stochastic depth; of attention probabilities, twice
+    "p", "drop_prob", "dropout", "attention_dropout",
+)  # fmt: skip
 
 
 class Unlike(Exception):
     """The module is not of the structure looked for. The message says what is in the way."""
+
+
+class Held(NamedTuple):
+    """An object that a layer holds and that holds nothing but plain values, such as a configuration, and these."""
+
+    holder: Any
+    values: dict[str, Any]
+
+    def change(self, name: str, now: Any) -> str | None:
+        """How it differs by now, in words."""
+        if now is not self.holder:
+            return f"another {name}"
+        values = vars(now)
+        changed = (n for n in {**self.values, **values} if values.get(n, self) is not self.values.get(n, self))
+        return next((f"another {name}.{n} than before" for n in changed if values.get(n) != self.values.get(n)), None)
 
 
 class Layer(NamedTuple):
@@ -30,7 +58,8 @@ class Layer(NamedTuple):
 
     Attributes:
         path: where it is. kind: its class. children: the names of its children.
-        flags: its plain attributes. rate: the name of the attribute that drops something in training.
+        flags: its plain attributes, and objects of these as `Held`.
+        rate: the name of the attribute that drops something in training.
     """
 
     path: Path
@@ -81,10 +110,11 @@ def record(root: nn.Module, path: Path, parameters: tuple[str, ...] = (), childr
     replaced(kind)  # notes down its forward
     attributes = {n: value for n, value in state.items() if n not in OF_EVERY_MODULE and n not in OURS}
     for attribute, value in attributes.items():
-        if not _is_plain(value):
+        if not (_is_plain(value) or _is_function(value) or _is_data(value)):
             raise Unlike(f"{name} ({_class(layer)}) holds {attribute}, a {qualified(type(value))}")
     rate = next((n for n in RATES if isinstance(attributes.get(n), (int, float))), None)
-    flags = () if kind in _WITHOUT_FLAGS else tuple((n, v) for n, v in attributes.items() if n != rate)
+    noted = {n: Held(v, dict(vars(v))) if attributes_of(v) is not None else v for n, v in attributes.items()}
+    flags = () if kind in _WITHOUT_FLAGS else tuple((n, v) for n, v in noted.items() if n != rate)
     return Layer(path, kind, tuple(layer._modules), flags, rate)
 
 
@@ -133,15 +163,17 @@ def _unlike_before(root: nn.Module, noted: Layer, dtype: torch.dtype | None) -> 
     layer, name = find(root, noted.path), ".".join(noted.path)
     if layer is None:
         return f"{name} is gone"
-    if (reason := _changed(layer, noted)) or layer is root:  # whose own hooks run anyway
+    if reason := _changed(layer, noted):
         return reason
-    if reason := why_not_bypass(layer, (type(layer),)):
+    if layer is not root and (reason := why_not_bypass(layer, (type(layer),))):  # the root's own hooks run anyway
         return f"{name} has {reason}"
     if noted.rate is not None and layer.__dict__.get(noted.rate) and (root.training or layer.training):
         return f"{name} drops at random in training"
-    for parameter in layer._parameters.values():
-        if parameter is not None and dtype is not None and parameter.dtype != dtype:
-            return f"{name} is {_name(parameter.dtype)}, the input {_name(dtype)}"
+    for parameter in (p for p in layer._parameters.values() if p is not None):
+        if layer is root and type(parameter) not in PLAIN_TENSORS and not is_fake(parameter):
+            return f"it has weights of type {qualified(type(parameter))}"
+        if dtype is not None and parameter.dtype != dtype:
+            return f"{name or 'it'} is {_name(parameter.dtype)}, the input {_name(dtype)}"
     return None
 
 
@@ -155,13 +187,35 @@ def _changed(layer: nn.Module, noted: Layer) -> str | None:
     if tuple(state["_modules"]) != noted.children:
         return f"{name} has other layers than before"
     for flag, value in noted.flags:
-        if state.get(flag) != value:
+        if isinstance(value, Held):
+            if change := value.change(flag, state.get(flag)):
+                return f"{name} has {change}"
+        elif state.get(flag) != value:
             return f"{name} has {flag}={state.get(flag)!r}, it was {value!r}"
     return None
 
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(_is_plain(v) for v in value))
+
+
+def _is_function(value: Any) -> bool:
+    """Whether it is a function written in C, which holds nothing: a method of an object does."""
+    return isinstance(value, BuiltinFunctionType) and isinstance(value.__self__, ModuleType)
+
+
+def _is_data(value: Any, depth: int = 4) -> bool:
+    """Whether an object holds nothing but plain values, collections of these, and such objects."""
+    found = attributes_of(value)
+    return found is not None and depth > 0 and all(_is_plain_or_collected(v, depth - 1) for v in found.values())
+
+
+def _is_plain_or_collected(value: Any, depth: int) -> bool:
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return depth > 0 and all(_is_plain_or_collected(v, depth - 1) for v in value)
+    return _is_plain(value) or _is_data(value, depth)
 
 
 def _class(module: nn.Module) -> str:

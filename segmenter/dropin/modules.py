@@ -16,11 +16,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from segmenter.dropin.calls import asks
+from segmenter.dropin.calls import ANY, asks
 from segmenter.dropin.guard import unlike_before
 from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan
 from segmenter.guard import METHODS, PLAIN_TENSORS, decision, is_fake, qualified, replaced, why_not_bypass
-from segmenter.layers import fused_attention, fused_mlp
+from segmenter.layers import fused_attention, fused_mlp, fused_separate_attention
 from segmenter.ops import KERNELS, Operators, why_not_tensor
 
 
@@ -69,9 +69,10 @@ def why_not_tokens(module: nn.Module, x: Any, args: tuple, kwargs: dict[str, Any
 
 def _passed(plan: BlockPlan, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a call by name, if the block only hands them on to its attention layer."""
-    if not plan.passed or len(args) > len(plan.passed) or not kwargs.keys() <= set(plan.passed):
+    names = [name for name in plan.passed if name != ANY]
+    if not plan.passed or len(args) > len(names) or not plan.hands_on(kwargs):
         return None
-    given = {**dict(zip(plan.passed, args, strict=False)), **kwargs}
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     return {name: value for name, value in given.items() if asks(value)}
 
 
@@ -117,9 +118,13 @@ def wrapped_core(
 def attention_fused(block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Operators) -> torch.Tensor:
     """x + attention(norm1(x)) by `segmenter.layers.fused_attention`."""
     norm, attention = block._modules[plan.names["norm1"]], block._modules[plan.names["attn"]]._modules
+    scale = layer_scale(block, plan, "1")
+    if plan.style == "separate":
+        q, k, v, proj = (attention[plan.inner[role]] for role in ("q", "k", "v", "proj"))
+        return fused_separate_attention(x, norm, (q, k, v), plan.heads, proj, ops, scale)
     if plan.style == "packed":
         qkv = attention["qkv"]
-        return fused_attention(x, norm, qkv.weight, qkv.bias, plan.heads, attention["proj"], ops)
+        return fused_attention(x, norm, qkv.weight, qkv.bias, plan.heads, attention["proj"], ops, layer_scale=scale)
     inner = attention["attn"]
     out = inner._modules["out_proj"]
     return fused_attention(x, norm, inner.in_proj_weight, inner.in_proj_bias, plan.heads, out, ops)
@@ -128,10 +133,20 @@ def attention_fused(block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Ope
 def mlp_fused(block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Operators) -> torch.Tensor:
     """x + mlp(norm2(x)) by `segmenter.layers.fused_mlp`."""
     norm, mlp = block._modules[plan.names["norm2"]], block._modules[plan.names["mlp"]]._modules
-    if plan.style == "packed":
-        return fused_mlp(x, norm, mlp["fc1"], mlp["fc2"], ops)
+    if plan.style != "wrapped":
+        fc1, fc2 = (mlp[plan.inner.get(role, role)] for role in ("fc1", "fc2"))
+        return fused_mlp(x, norm, fc1, fc2, ops, layer_scale=layer_scale(block, plan, "2"))
     layers = mlp["layers"]._modules
     return fused_mlp(x, norm, layers["0"]._modules["0"], layers["1"], ops)
+
+
+def layer_scale(block: nn.Module, plan: BlockPlan, number: str) -> torch.Tensor | None:
+    """The vector (d,) that one half of a block (number "1" or "2") multiplies its branch by, or None."""
+    name = plan.names[f"ls{number}"]
+    if name in block._parameters:
+        return block._parameters[name]
+    held = block._modules[name]._parameters.values() if name else ()
+    return next((parameter for parameter in held if parameter is not None), None)
 
 
 def by_layers(
@@ -154,8 +169,10 @@ def by_layers(
         return inner(y, identity=x)
     y = inner(y, **(passed or {})) if ops is None else attention_core(inner, plan, y, ops)
     y = y[0] if isinstance(y, tuple) else y
+    if names[f"ls{number}"] in block._parameters:
+        y = y * block._parameters[names[f"ls{number}"]]
     for name in (names[f"ls{number}"], names[f"drop_path{number}"]):
-        y = layers[name](y) if name else y
+        y = layers[name](y) if name in layers else y
     return x + y
 
 
@@ -257,6 +274,8 @@ class FastBlock(Accelerated):
         if found.whole is not None:
             _must_be_fast(self, found.whole)
             return super().forward(x, *args, **kwargs)
+        if passed and plan.attention is not None:
+            _must_be_fast(self, f"attention: {why_not_tokens(self, x, args, kwargs)}")  # noted down for `why_not`, too
         y = by_layers(self, plan, x, "1", passed=passed) if passed else self._attention(plan, x, found)
         if plan.mlp is not None:
             if y.dtype != x.dtype:  # by layers of another type
@@ -351,7 +370,7 @@ def fast_class(mixin: type[Accelerated], original: type) -> type:
     functools.update_wrapper(forward, theirs)  # inspect.signature and torch.fx see the original's arguments
     namespace = {"_segmenter_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
     cls = type(f"Accelerated{original.__name__}", (mixin, original), {**namespace, "forward": forward})
-    METHODS[cls] = forward  # so that a later replacement shows
+    METHODS[cls] = cls.forward  # so that a later replacement shows; the original may wrap those of its subclasses
     return cls
 
 

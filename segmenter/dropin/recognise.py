@@ -3,16 +3,20 @@
 No class or module name of any project occurs here. What looks right is then tried out on random numbers
 (`segmenter.dropin.verify`), since two classes of the same parts may compute different things.
 
-    packed:  block(norm1, attn(qkv, proj, ...), norm2, mlp(fc1, act, fc2, ...))       published Segmenter, timm
+    packed:  block(norm1, attn(qkv, proj, ...), norm2, mlp(fc1, act, fc2, ...)), perhaps with two layers ls1 and ls2 or
+        two vectors of its own                                                        published Segmenter, timm
     wrapped: block(norm1, attn(attn = nn.MultiheadAttention), norm2, ffn(layers))     mmsegmentation
+    separate: block(two LayerNorms, one layer of four (q..., k..., v... and another), one of two linear layers and what
+        has no weights; perhaps two vectors and what has no weights)                  Hugging Face transformers
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
-from segmenter.dropin.calls import optional
+from segmenter.dropin.calls import ANY, further
 from segmenter.dropin.guard import Layer, Layers, Path, Unlike, find, record, record_linear, record_norm
 from segmenter.guard import qualified
 from segmenter.kernels.configs import MAX_HEAD_DIM
@@ -24,7 +28,7 @@ class AttentionPlan(NamedTuple):
     """How to compute an attention layer.
 
     Attributes:
-        style: "packed" or "wrapped". heads: how many.
+        style: "packed", "wrapped" or "separate". heads: how many.
         core: the layers that must stay as they are for softmax(q k^T) v to be ours, projections being called.
         fused: those for its projections to be read; None, with `reason`, if they cannot be.
         returns_tuple: the layer returns (tokens, attention map).
@@ -42,13 +46,15 @@ class BlockPlan(NamedTuple):
     """How to compute a pre-norm block.
 
     Attributes:
-        style: "packed" or "wrapped". heads: how many.
-        names: children by role: norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2; "" if there is none.
+        style: "packed", "wrapped" or "separate". heads: how many.
+        names: children by role: norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2; "" if there is none. ls1 and
+            ls2 may be parameters of the block.
+        inner: of "separate", children of attention and MLP by role: q, k, v, proj, fc1, fc2.
         attention, mlp: the layers that must stay as they are for each half to be fused; None if it cannot be.
         core: as in AttentionPlan, for blocks whose attention layer returns a tuple.
         reasons: why a half is not fused.
         passed: arguments besides the tokens that the block only hands on to its attention layer, and which therefore
-            do not keep the MLP from being fused; in the order of the block's own forward.
+            do not keep the MLP from being fused; in the order of the block's own forward, `calls.ANY` last.
     """
 
     style: str
@@ -58,7 +64,12 @@ class BlockPlan(NamedTuple):
     core: Layers | None
     mlp: Layers | None
     reasons: tuple[str, ...]
-    passed: tuple[str, ...] = ()
+    passed: tuple[str, ...]
+    inner: dict[str, str]
+
+    def hands_on(self, names: Iterable[str]) -> bool:
+        """Whether all these arguments are among `passed`."""
+        return ANY in self.passed or set(names) <= set(self.passed)
 
 
 class DecoderPlan(NamedTuple):
@@ -84,6 +95,8 @@ def kind_of(module: nn.Module) -> str | None:
         return "decoder"
     if "attn" in children and ("mlp" in children or "ffn" in children):
         return "block"
+    if any(_is_separate(child) for child in children.values()):
+        return "block"
     if "qkv" in children and "proj" in children:
         return "attention"
     return "attention" if "attn" in children and isinstance(children["attn"], nn.MultiheadAttention) else None
@@ -100,11 +113,13 @@ def plan(module: nn.Module, kind: str) -> Plan:
 
 def plan_attention(module: nn.Module) -> AttentionPlan:
     """Raises Unlike."""
-    return _attention(module, ())
+    return _attention(module, (), {})
 
 
-def _attention(root: nn.Module, at: Path) -> AttentionPlan:
+def _attention(root: nn.Module, at: Path, inner: dict[str, str]) -> AttentionPlan:
     attention = find(root, at)
+    if inner:
+        return AttentionPlan("separate", _heads(attention), None, _separate_projections(root, at, inner), None)
     if "qkv" not in attention._modules:
         core = _wrapped_core(root, at)
         return AttentionPlan("wrapped", _heads(attention), core, core, None)
@@ -163,25 +178,28 @@ def _wrapped_core(root: nn.Module, at: Path) -> Layers:
 
 def plan_block(block: nn.Module) -> BlockPlan:
     """Raises Unlike."""
-    wrapped = "ffn" in block._modules
-    names = _roles(block, wrapped)
-    itself = record(block, (), children=tuple(n for n in names.values() if n))
+    style = "wrapped" if "ffn" in block._modules else "packed" if "attn" in block._modules else "separate"
+    names, inner = separate_roles(block) if style == "separate" else (_roles(block, style == "wrapped"), {})
+    vectors = _own_vectors(block, names)
+    names |= vectors
+    children = tuple(name for role, name in names.items() if name and role not in vectors)
+    itself = record(block, (), tuple(vectors.values()), children)
     try:
-        attn = _attention(block, (names["attn"],))
+        attn = _attention(block, (names["attn"],), inner)
     except Unlike as reason:
-        attn = AttentionPlan("wrapped" if wrapped else "packed", 0, None, None, str(reason))
+        attn = AttentionPlan(style, 0, None, None, str(reason))
     reasons, halves = [], {}
     for half, number in (("attention", "1"), ("mlp", "2")):
         try:
             if half == "attention" and attn.fused is None:
                 raise Unlike(attn.reason)
-            inner = attn.fused if half == "attention" else _mlp(block, names["mlp"], wrapped)
+            read = attn.fused if half == "attention" else _mlp(block, names["mlp"], style, inner)
             around = [record_norm(block, (names[f"norm{number}"],))]
-            if names[f"ls{number}"]:
-                around.append(_record_identity(block, (names[f"ls{number}"],)))
+            if names[f"ls{number}"] and not vectors:
+                around.append(_record_scale(block, (names[f"ls{number}"],)))
             if names[f"drop_path{number}"]:
                 around.append(record(block, (names[f"drop_path{number}"],)))
-            halves[half] = (itself, *around, *inner)
+            halves[half] = (itself, *around, *read)
         except Unlike as reason:
             halves[half] = None
             reasons.append(f"{'MLP' if half == 'mlp' else half}: {reason}")
@@ -189,7 +207,7 @@ def plan_block(block: nn.Module) -> BlockPlan:
         raise Unlike("; ".join(reasons))
     core = None if attn.core is None else (itself, *attn.core)
     halves = halves["attention"], core, halves["mlp"]
-    return BlockPlan(attn.style, attn.heads, names, *halves, tuple(reasons), optional(block))
+    return BlockPlan(style, attn.heads, names, *halves, tuple(reasons), further(block), inner)
 
 
 def _roles(block: nn.Module, wrapped: bool) -> dict[str, str]:
@@ -210,9 +228,11 @@ def _roles(block: nn.Module, wrapped: bool) -> dict[str, str]:
     return names
 
 
-def _mlp(block: nn.Module, name: str, wrapped: bool) -> Layers:
-    if wrapped:
+def _mlp(block: nn.Module, name: str, style: str, inner: dict[str, str]) -> Layers:
+    if style == "wrapped":
         return _wrapped_mlp(block, name)
+    if style == "separate":
+        return _separate_mlp(block, name, inner)
     mlp = block._modules[name]
     drops = [n for n in ("drop", "drop1", "drop2") if mlp._modules.get(n) is not None]
     layers = [
@@ -242,6 +262,73 @@ def _wrapped_mlp(block: nn.Module, name: str) -> Layers:
         record(block, (name, "layers", "2")),
         record(block, (name, "dropout_layer")),
         *(_record_identity(block, (name, n)) for n in extra),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks with separate projections, whose layers have no common names
+
+
+def _is_separate(module: nn.Module | None) -> bool:
+    names = () if module is None else [name for name, child in module._modules.items() if child is not None]
+    return len(names) == 4 and all(sum(name.startswith(which) for name in names) == 1 for which in "qkv")
+
+
+def separate_roles(block: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Names of children by role, and of those of attention and MLP; layers of one kind are taken to be called in the
+    order in which they were made. Raises Unlike."""
+    kinds: dict[str, list[str]] = {kind: [] for kind in ("attention", "norm", "scale", "drop", "MLP")}
+    for name, child in block._modules.items():
+        if child is not None:
+            kinds[_separate_kind(child)].append(name)
+    for kind, counts in (("attention", (1,)), ("norm", (2,)), ("MLP", (1,)), ("scale", (0, 2)), ("drop", (0, 1, 2))):
+        if len(found := kinds[kind]) not in counts:
+            raise Unlike(f"of its layers {len(found)} look like {kind} ({', '.join(found) or 'none'})")
+    names = {"attn": kinds["attention"][0], "mlp": kinds["MLP"][0]}
+    for role, found in (("norm", kinds["norm"]), ("ls", kinds["scale"]), ("drop_path", kinds["drop"])):
+        first, second = (*found, *found, "", "")[:2]  # one that drops does so in both halves
+        names |= {f"{role}1": first, f"{role}2": second}
+    attention, mlp = (block._modules[names[role]]._modules for role in ("attn", "mlp"))
+    inner = {which: next(name for name in attention if name.startswith(which)) for which in "qkv"}
+    inner["proj"] = next(name for name, child in attention.items() if child is not None and name[0] not in "qkv")
+    linear = [name for name, child in mlp.items() if child is not None and _holds_weights(child)]
+    return names, {**inner, **dict(zip(("fc1", "fc2"), linear, strict=False))}
+
+
+def _separate_kind(child: nn.Module) -> str:
+    if _is_separate(child):
+        return "attention"
+    if isinstance(child, nn.LayerNorm):
+        return "norm"
+    if not _holds_weights(child):
+        return "drop"
+    return "MLP" if child._modules else "scale"
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    return any(state for layer in module.modules() for state in (layer._parameters, layer._buffers))
+
+
+def _separate_projections(root: nn.Module, at: Path, inner: dict[str, str]) -> Layers:
+    paths = [(*at, inner[role]) for role in ("q", "k", "v", "proj")]
+    layers = (record(root, at, children=tuple(path[-1] for path in paths)), *(record_linear(root, p) for p in paths))
+    widths = [find(root, path).weight.shape[0] for path in paths[:3]]
+    if len(set(widths)) != 1:
+        raise Unlike(f"its queries, keys and values have {', '.join(map(str, widths))} columns")
+    _check_head_dim(widths[0], _heads(find(root, at)))
+    return layers
+
+
+def _separate_mlp(block: nn.Module, name: str, inner: dict[str, str]) -> Layers:
+    children = [n for n, child in block._modules[name]._modules.items() if child is not None]
+    linear = [inner[role] for role in ("fc1", "fc2") if role in inner]
+    held = [n for n in children if _holds_weights(block._modules[name]._modules[n])]
+    if held != linear:
+        raise Unlike(f"{name} has {len(held)} layers with weights ({', '.join(held)}), not two")
+    return (
+        record(block, (name,), children=tuple(children)),
+        *(record_linear(block, (name, n), bias=True) for n in linear),
+        *(record(block, (name, n)) for n in children if n not in linear),
     )
 
 
@@ -276,9 +363,25 @@ def _record_identity(root: nn.Module, path: Path) -> Layer:
     return record(root, path)
 
 
+def _own_vectors(block: nn.Module, names: dict[str, str]) -> dict[str, str]:
+    """The names of ls1 and ls2 where they are not layers but two vectors of the block itself, the first made first."""
+    held = [name for name, parameter in block._parameters.items() if parameter is not None]
+    vectors = len(held) == 2 and all(block._parameters[name].ndim == 1 for name in held)
+    return {"ls1": held[0], "ls2": held[1]} if vectors and not (names["ls1"] or names["ls2"]) else {}
+
+
+def _record_scale(root: nn.Module, path: Path) -> Layer:
+    """`record` of a layer that may multiply by a vector, its only parameter, or do nothing."""
+    layer = find(root, path)
+    held = [name for name, parameter in layer._parameters.items() if parameter is not None]
+    if type(layer) is not nn.Identity and (len(held) != 1 or layer._parameters[held[0]].ndim != 1):
+        raise Unlike(f"{'.'.join(path)} ({qualified(type(layer))}) holds something else than one vector")
+    return record(root, path, tuple(held))
+
+
 def _heads(attention: nn.Module) -> int:
     state = attention.__dict__
-    heads = state.get("num_heads", state.get("heads"))
+    heads = next((state[name] for name in ("num_heads", "heads", "num_attention_heads") if name in state), None)
     if not isinstance(heads, int) or heads < 1:
         raise Unlike("its number of heads is unknown")
     return heads

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from segmenter.dropin import modules
-from segmenter.dropin.calls import given
+from segmenter.dropin.calls import ANY, given, required
 from segmenter.dropin.guard import OURS, RATES, Unlike, original_class, record_linear
 from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan
 from segmenter.errors import cause
@@ -140,8 +140,14 @@ def _width(attention: nn.Module, style: str) -> int:
     return attention.attn.embed_dim if style == "wrapped" else attention.qkv.weight.shape[1]
 
 
+def _called(block: nn.Module, x: torch.Tensor, **arguments: Any) -> Any:
+    """Its output for tokens, and None for whatever else it cannot do without."""
+    return block(x, **{**dict.fromkeys(required(block)), **arguments})
+
+
 def _block(copies: list[nn.Module], plan: BlockPlan) -> BlockPlan:
     x = _randn(2, 7, next(copies[0]._modules[plan.names["norm1"]].parameters()).shape[0])
+    plan = _with_attention(copies, plan, x)
 
     def first(block: nn.Module) -> torch.Tensor:
         return modules.by_layers(block, plan, x, "1")
@@ -149,8 +155,14 @@ def _block(copies: list[nn.Module], plan: BlockPlan) -> BlockPlan:
     def second(block: nn.Module) -> torch.Tensor:
         return modules.by_layers(block, plan, x, "2")
 
-    if not _same(copies, lambda m: modules.by_layers(m, plan, first(m), "2"), lambda m: m(x)):
+    if not _same(copies, lambda m: modules.by_layers(m, plan, first(m), "2"), lambda m: _called(m, x)):
         raise Unlike("its forward is not that of a pre-norm block")
+    if plan.style == "separate" and not _same(
+        [_marked(m, plan) for m in copies],
+        lambda m: modules.by_layers(m, plan, modules.by_layers(m, plan, x, "1"), "2"),
+        lambda m: _called(m, x),
+    ):
+        raise Unlike("it calls the layers without weights elsewhere than after each half")
     reasons, core = list(plan.reasons), None
     attention, mlp = plan.attention, plan.mlp
     if attention and not _same(copies, lambda m: modules.attention_fused(m, plan, x, EAGER), first):
@@ -160,13 +172,59 @@ def _block(copies: list[nn.Module], plan: BlockPlan) -> BlockPlan:
         mlp = None
         reasons.append("MLP: it computes something else than its parts say")
     inner = copies[0]._modules[plan.names["attn"]]
-    passed = plan.passed if plan.style == "packed" and _only_passed(copies[0], plan, x) else ()
+    passed = plan.passed if plan.style != "wrapped" and _only_passed(copies[0], plan, x) else ()
     returns_tuple = plan.core and plan.style == "packed" and isinstance(inner(x), tuple)
     if returns_tuple and _same(copies, lambda m: modules.by_layers(m, plan, x, "1", EAGER), first):
         core = plan.core  # its own forward cannot be replaced
     if attention is mlp is core is None:
         raise Unlike("; ".join(reasons))
     return plan._replace(attention=attention, mlp=mlp, core=core, reasons=tuple(reasons), passed=passed)
+
+
+def _with_attention(copies: list[nn.Module], plan: BlockPlan, x: torch.Tensor) -> BlockPlan:
+    """Puts another layer in the place of one that needs more than tokens, such as positions, and has no part in it."""
+    name = plan.names["attn"]
+    try:
+        copies[0]._modules[name](x)
+    except Exception as error:  # whatever somebody else's forward raises
+        if plan.style != "separate" or plan.mlp is None:
+            raise
+        for block in copies:
+            block._modules[name] = _AnyAttention(x.shape[2])
+        if plan.attention is not None:
+            reason = f"attention: with tokens alone it raises {type(error).__name__}: {cause(error, 120)}"
+            plan = plan._replace(attention=None, core=None, reasons=(reason, *plan.reasons))
+    return plan
+
+
+def _marked(block: nn.Module, plan: BlockPlan) -> nn.Module:
+    """A copy whose layers that may drop something, and now do nothing, multiply, so that it shows where they are."""
+    copy = block.__class__.__new__(block.__class__)
+    copy.__dict__.update(block.__dict__)
+    names = {plan.names["drop_path1"], plan.names["drop_path2"]} - {""}
+    factors = {name: _Factor(2.0 + i) for i, name in enumerate(sorted(names))}
+    copy._modules = {**block._modules, **factors}
+    return copy
+
+
+class _Factor(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+class _AnyAttention(nn.Module):
+    """In place of an attention layer: takes anything, and returns a pair as those of separate projections do."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.matrix = _randn(width, width) * width**-0.5
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return x @ self.matrix, None
 
 
 class _Listener(nn.Module):
@@ -179,7 +237,7 @@ class _Listener(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls.append(given(self.attention, args, kwargs))
         wrapped = {"identity": kwargs["identity"]} if "identity" in kwargs else {}
-        return self.attention(args[0], **wrapped)
+        return self.attention(args[0] if args else next(iter(kwargs.values())), **wrapped)
 
 
 def _listened(parent: nn.Module, name: str, x: torch.Tensor, **arguments: Any) -> tuple[Any, list[dict[str, Any]]]:
@@ -187,17 +245,17 @@ def _listened(parent: nn.Module, name: str, x: torch.Tensor, **arguments: Any) -
     listener = _Listener(parent._modules[name])
     parent._modules[name] = listener
     try:
-        return parent(x, **arguments), listener.calls
+        return _called(parent, x, **arguments), listener.calls
     finally:
         parent._modules[name] = listener.attention
 
 
 def _only_passed(block: nn.Module, plan: BlockPlan, x: torch.Tensor) -> bool:
     """Whether the block does nothing with its optional arguments but hand them on to its attention layer, by name."""
-    want = block(x)
+    want = _called(block, x)
     try:
         for name in plan.passed:
-            argument = object()  # nothing can be computed with it
+            argument, name = object(), "something_else" if name == ANY else name  # nothing can be computed with it
             got, calls = _listened(block, plan.names["attn"], x, **{name: argument})
             if calls != [{name: argument}] or not torch.equal(got, want):
                 return False

@@ -159,7 +159,7 @@ def test_our_own_model(kernels):
 ATTENTION, MLP = {"layernorm_linear", "attention", "linear"}, {"layernorm_mlp"}
 VISION = timm.models.vision_transformer
 VARIANTS = {  # what is special: (arguments, what the block becomes, what its attention layer becomes, what runs)
-    "layer scale": ({"init_values": 0.5}, None, "attention core", {"attention"}),
+    "layer scale": ({"init_values": 0.5}, "attention and MLP", "attention core", ATTENTION | MLP),
     "norms of q and k": ({"qk_norm": True}, "MLP", None, MLP),
     "norm after attention": ({"scale_attn_norm": True}, "MLP", "attention core", {"attention", *MLP}),
     "norm in the MLP": ({"scale_mlp_norm": True}, "attention", "attention core", ATTENTION),
@@ -372,7 +372,7 @@ def test_nothing_to_swap():
         report = accelerate(timm.create_model("resnet10t"))
     assert report.rows == []
     with pytest.warns(UserWarning, match="2 left alone, the first it.*scale|1 left alone|left alone, the first"):
-        accelerate(timm_vit(depth=1, qk_norm=True, init_values=0.1))
+        accelerate(timm_vit(depth=1, qk_norm=True, norm_layer="rmsnorm"))
 
 
 def test_strict(kernels, monkeypatch):
@@ -396,12 +396,12 @@ def test_strict(kernels, monkeypatch):
 
 
 def test_report_is_a_table():
-    text = str(accelerate(timm_vit(init_values=0.1)))
+    text = str(accelerate(timm_vit(norm_layer="rmsnorm")))
     lines = text.splitlines()
     assert lines[0].split() == ["modules", "was", "on", "the", "kernels", "left", "alone,", "because"]
     assert lines[1].startswith("blocks.*       2x  Block      -")
-    scale, identity = "timm.layers.layer_scale.LayerScale", "torch.nn.modules.linear.Identity"
-    assert f"attention: ls1 is {scale}, not {identity}; MLP: ls2 is {scale}, not {identity}" in lines[1]
+    norm, expected = "timm.layers.norm.RmsNorm", "torch.nn.modules.normalization.LayerNorm"
+    assert f"attention: norm1 is {norm}, not {expected}; MLP: norm2 is {norm}, not {expected}" in lines[1]
     assert lines[2].startswith("blocks.*.attn  2x  Attention  attention core")
     assert lines[3] == "2 swapped, 2 left alone"
     block = timm.models.vision_transformer.Block(64, 2)

@@ -9,7 +9,18 @@ pytest.importorskip("triton")
 from segmenter import ops
 from segmenter.dropin.accelerate import AccelerationError, accelerate, restore, why_not
 from tests.support import official
-from tests.support.blocks import ATTENTION, DEVICE, KINDS, MLP, TIGHT, block, original, tokens, where
+from tests.support.blocks import (
+    ATTENTION,
+    DEVICE,
+    KINDS,
+    MLP,
+    TIGHT,
+    attention_of,
+    block,
+    original,
+    tokens,
+    where,
+)
 from tests.support.spies import kernels_run
 
 
@@ -24,10 +35,10 @@ def kind(request):
     return request.param
 
 
-def test_all_three_are_fused_at_first(kind, kernels):
+def test_all_of_them_are_fused_at_first(kind, kernels):
     module, x = block(kind), tokens()
     torch.testing.assert_close(module(x), original(module)(x), **TIGHT)
-    assert kernels == ATTENTION + MLP
+    assert kernels == attention_of(kind) + MLP
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,9 +63,11 @@ def test_hooks_fire(kind, path, when, kernels):
         accelerate(module)
     with torch.no_grad():
         module(x)
-    assert len(calls) == (2 if (kind, path) in (("packed", "mlp.drop"), ("tuple", "mlp.drop")) else 1)
+    assert len(calls) == (
+        2 if (kind, path) in (("packed", "mlp.drop"), ("scaled", "mlp.drop"), ("tuple", "mlp.drop")) else 1
+    )
     assert f"{path} has hooks" in str(why_not(module))
-    other = ATTENTION if path.startswith(("mlp", "ffn", "norm2", "ln2")) else MLP
+    other = attention_of(kind) if path.startswith(("mlp", "ffn", "norm2", "ln2", "layernorm_after")) else MLP
     assert set(other) <= set(kernels)
     handle.remove()
     assert why_not(module) == {}
@@ -102,7 +115,7 @@ def test_active_dropout_is_the_originals(kind, rates, kernels):
     assert "drops at random in training" in str(why_not(module))
     kernels.clear()
     module.eval()(tokens())
-    assert kernels == ATTENTION + MLP
+    assert kernels == attention_of(kind) + MLP
 
 
 def test_dropout_left_on_in_evaluation(kernels):
@@ -192,7 +205,7 @@ def test_half_tokens_under_autocast(kind, kernels):
     module, x = block(kind), tokens(dtype=torch.bfloat16)
     with torch.autocast(DEVICE, torch.bfloat16):
         got, want = module(x), original(module)(x)
-    assert kernels == ATTENTION + MLP
+    assert kernels == attention_of(kind) + MLP
     assert got.dtype == want.dtype
     torch.testing.assert_close(got, want, atol=0.1, rtol=0.05)
 

@@ -20,6 +20,7 @@ from tests.support.blocks import (
     WIDTH,
     PlainAttention,
     PlainBlock,
+    attention_of,
     block,
     original,
     replace,
@@ -171,8 +172,8 @@ def test_odd_layers_in_all_structures(kind, path, kernels):
     torch.testing.assert_close(got, original(module)(x), **TIGHT)
     if path != "attn.proj" or kind != "wrapped":  # nn.MultiheadAttention reads its projection
         assert (got - plain).abs().max() > 0.05
-    fused = MLP if path in ("attn.proj", "norm1") else ATTENTION
-    assert [k for k in kernels if k in (*MLP, "layernorm_linear")] == [fused[0]]
+    fused = MLP if path in ("attn.proj", "norm1") else attention_of(kind)
+    assert [k for k in kernels if k in (*MLP, "layernorm_linear", "layernorm")] == [fused[0]]
 
 
 def test_weights_of_another_class(kernels):
@@ -219,7 +220,7 @@ def test_children_added_later_are_seen(kind, path, kernels):
     module, x = block(kind), tokens()
     module.get_submodule(where(kind, path)).add_module("adapter", nn.Identity())
     module(x)
-    assert kernels in ([*ATTENTION] if path == "mlp" else [*MLP],)
+    assert kernels == (attention_of(kind) if path == "mlp" else MLP)
     assert "has other layers than before" in str(why_not(module))
 
 

@@ -23,11 +23,13 @@ def make(B=2, N=17, d=32, heads=2, dtype=FP32, stream=None, bias=True):
     return [x, *norm, *qkv, *projection, heads, 1e-5]
 
 
-def definition(x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps):
+def definition(
+    x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps, keep_qkv=True, layer_scale=None
+):
     wide = torch.promote_types(x.dtype, norm_weight.dtype)
     normed = reference.layernorm(x.to(wide), norm_weight.to(wide), norm_bias.to(wide), eps).to(weight.dtype)
     qkv = reference.linear(normed, qkv_weight, qkv_bias)
-    return reference.linear(reference.explicit_attention(qkv, heads), weight, bias, residual=x)
+    return reference.linear(reference.explicit_attention(qkv, heads), weight, bias, x, False, layer_scale)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
@@ -37,6 +39,13 @@ def test_parity(N, d, heads, dtype, guarded_outputs):
     # as attention's own gradient, see test_attention_backward.py: float32, and fewer than 1,024 numbers in half types
     limits = {"max_ratio": 3.0, "frobenius": 6.0 if dtype == FP32 else 1.5, "terms": 2 * N}
     check_gradients(attention_half, definition, args, randn(2, N, d, seed=9, dtype=dtype), **limits)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(FP32, FP32), (FP16, FP16), (BF16, FP32)], ids=str)
+def test_layer_scale(dtype, scale, guarded_outputs):
+    args = [*make(d=48, heads=1, dtype=dtype, stream=scale), False, randn(48, seed=8, dtype=scale)]
+    limits = {"max_ratio": 3.0, "frobenius": 6.0 if dtype == FP32 else 1.5, "terms": 34}
+    check_gradients(attention_half, definition, args, randn(2, 17, 48, seed=9, dtype=scale), **limits)
 
 
 def test_a_wide_stream_has_its_residual_gradient_added_before_rounding():

@@ -50,6 +50,18 @@ def test_parity(m, d, strategy, dtype, guarded_outputs):
     check(on_guarded(args, strategy=strategy, config=SMALL), args)
 
 
+@by_dtype
+@pytest.mark.parametrize("strategy", ["single", "split"])
+@pytest.mark.parametrize("scale", [None, torch.float32], ids=["its type", "float32"])
+def test_layer_scale(strategy, scale, dtype, guarded_outputs):
+    """Of the branch with its bias; a wider one makes the result wider."""
+    for m, d in ((37, 48), (31, 64)):
+        args, scale_ = mlp_args(m, d, dtype, hidden=2 * d, seed=m), randn(d, seed=7, dtype=scale or dtype)
+        out = on_guarded(args, strategy=strategy, config=SMALL, layer_scale=guarded(scale_))
+        exact = reference.layernorm_mlp(*(t.double() for t in args), 1e-5, scale_.double())
+        assert_parity(out, exact, reference.layernorm_mlp(*args, 1e-5, scale_))
+
+
 @pytest.mark.parametrize("strategy", ["single", "split"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_wide_stream_narrow_weights(strategy, dtype):
@@ -103,7 +115,7 @@ def test_misaligned_operands_take_pointers(which, monkeypatch):
     flat[1:] = args[which].flatten()
     args[which] = flat[1:].view(args[which].shape)
     assert_bitwise_equal(on_guarded(args, strategy="single", config=SMALL), want)
-    assert plans[-1].tiles == (None,) * 13
+    assert plans[-1].tiles == (None,) * 14
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="reserves memory that it does not touch")
@@ -132,6 +144,8 @@ def test_strategies(monkeypatch):
     for architecture in configs.ARCHITECTURES:
         assert configs.layernorm_mlp(architecture, 2, 192) == "single"
         assert configs.layernorm_mlp(architecture, 4, 192) == "split"
+        full = architecture in ("sm_80", "sm_86", "sm_89")
+        assert configs.layernorm_mlp(architecture, 2, 192, scaled=True) == ("split" if full else "single")
         assert {configs.layernorm_mlp(architecture, 2, d) for d in (384, 768, 1024)} == {"split"}
     assert configs.layernorm_mlp("unknown", 2, 192) == "split"
     launched, run = [], launch.Plan.run
@@ -171,3 +185,7 @@ def test_errors():
         layernorm_mlp(x, gamma, beta, fc2, bias1, fc2, bias2)
     with pytest.raises(ValueError, match="LayerNorm's weight"):
         layernorm_mlp(x, gamma[1:], beta, fc1, bias1, fc2, bias2)
+    with pytest.raises(ValueError, match=r"layer_scale must be \(16,\), got \(64,\)"):
+        layernorm_mlp(*args, layer_scale=bias1)
+    with pytest.raises(launch.KernelError, match="layer_scale must be one of.*float64"):
+        layernorm_mlp(*args, layer_scale=bias2.double())

@@ -111,6 +111,34 @@ def test_parity(m, k, n, gelu, dtype, guarded_outputs):
         check(on_guarded(kernel.product, *args), reference.linear, args, **options)
 
 
+@by_dtype
+@pytest.mark.parametrize(("m", "k", "n"), [(37, 48, 80), (65, 80, 31), (7, 208, 67)])
+def test_layer_scale(m, k, n, dtype, guarded_outputs):
+    """Of the branch with its bias and GELU, not of the residual; of its own type."""
+    wide = torch.float32
+    for residual, scale, gelu in (
+        (dtype, wide, False),
+        (wide, wide, True),
+        (dtype, dtype, False),
+        (None, dtype, False),
+    ):
+        args = linear_args(m, k, n, dtype, residual, seed=m)
+        args = (*args, gelu, randn(n, seed=m + 9, dtype=scale))
+        check(on_guarded(kernel.product, *args), reference.linear, args, context=f"{residual=}, {scale=}, {gelu=}")
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_layer_scale_is_not_rounded(descriptors):
+    """A float32 one with half weights: products that float32 holds exactly, of factors that a half type does not."""
+    x, weight, bias = (randn(*shape, seed=i).round() for i, shape in enumerate(((40, 104), (24, 104), (24,))))
+    x, residual = x * (torch.arange(104, device=DEVICE) % 9 == 0), randn(40, 24, seed=4).round()
+    scale = 1 + torch.arange(24, device=DEVICE) / 1024
+    half = [t.bfloat16() for t in (x, weight, bias)]
+    config = configs.LinearConfig(32, 32, 32, 2, 4, 2, descriptors)
+    out = kernel.product(*half, residual, layer_scale=scale, config=config)
+    assert_bitwise_equal(out, reference.linear(*(t.double() for t in (*half, residual)), False, scale).float())
+
+
 @pytest.mark.parametrize("descriptors", [False, True])
 @by_dtype
 def test_integers_are_exact(dtype, descriptors):
@@ -121,10 +149,11 @@ def test_integers_are_exact(dtype, descriptors):
     )
     x = x * (torch.arange(104, device=DEVICE) % 5 == 0)  # so that the results fit bfloat16's 8 bits
     config = configs.LinearConfig(32, 32, 32, 2, 4, 2, descriptors)
-    for b, r in ((None, None), (bias, residual)):
-        exact = reference.linear(*(None if t is None else t.double() for t in (x, weight, b, r)))
+    signs = bias.sign()
+    for b, r, s in ((None, None, None), (bias, residual, None), (bias, residual, signs)):
+        exact = reference.linear(*(None if t is None else t.double() for t in (x, weight, b, r)), False, s)
         assert exact.abs().max() <= 256
-        assert_bitwise_equal(kernel.product(x, weight, b, r, config=config), exact.to(dtype))
+        assert_bitwise_equal(kernel.product(x, weight, b, r, False, s, config=config), exact.to(dtype))
 
 
 def shipped_linear_configs():
@@ -170,7 +199,7 @@ def test_misaligned_operands_take_pointers(which, monkeypatch):
         flat[1:] = args[which].flatten()
         args[which] = flat[1:].view(args[which].shape)
         check(on_guarded(kernel.product, *args), reference.linear, args)
-        assert plans[-1].tiles == (None,) * 8
+        assert plans[-1].tiles == (None,) * 9
 
 
 def test_leading_dimensions_and_strides():
@@ -215,8 +244,9 @@ def test_plain_products_are_the_librarys(monkeypatch):
     assert not ours
     linear(x, weight, bias, gelu=True)
     linear(x, weight, bias, residual)
+    linear(x, weight, bias, layer_scale=bias)
     layernorm_linear(x, bias[:16], bias[:16], weight, bias, gelu=True)
-    assert len(ours) == 3
+    assert len(ours) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,6 +351,7 @@ def test_errors():
         ((x, weight.bfloat16(), bias), "x must be one of bfloat16, got torch.float32"),
         ((x, weight, bias.bfloat16()), "bias must be one of float32"),
         ((x, weight, bias, residual.double()), "residual must be one of"),
+        ((x, weight, bias, residual, False, bias.double()), "layer_scale must be one of.*float64.*eager"),
     ):
         with pytest.raises(launch.KernelError, match=message):
             linear(*args)
@@ -330,6 +361,7 @@ def test_errors():
         ((x[:, :0], weight[:, :0], None), "weight must be"),
         ((x, weight, bias[1:]), r"bias must be \(32,\), got \(31,\)"),
         ((x, weight, bias, residual[:1]), r"residual must be \(3, 32\), got \(1, 32\)"),
+        ((x, weight, bias, residual, False, bias[:1]), r"layer_scale must be \(32,\), got \(1,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             linear(*args)

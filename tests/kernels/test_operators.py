@@ -93,7 +93,11 @@ def layernorm_backward_args(dtype, B=2, N=5):
 
 def linear_args(dtype, B=2, N=5):
     x, residual = randn(B, N, 32, dtype=dtype), randn(B, N, 48, seed=1, dtype=dtype)
-    return x, randn(48, 32, seed=2, dtype=dtype) / 6, randn(48, seed=3, dtype=dtype), residual, True
+    weight, bias, layer_scale = (
+        randn(48, 32, seed=2, dtype=dtype) / 6,
+        *(randn(48, seed=i, dtype=dtype) for i in (3, 4)),
+    )
+    return x, weight, bias, residual, True, layer_scale
 
 
 def layernorm_linear_args(dtype, B=2, N=5):
@@ -102,7 +106,7 @@ def layernorm_linear_args(dtype, B=2, N=5):
 
 
 def linear_backward_args(dtype, B=2, N=5):
-    x, weight, bias, _, gelu = linear_args(dtype, B, N)
+    x, weight, bias, _, gelu, _ = linear_args(dtype, B, N)
     return randn(B, N, 48, seed=4, dtype=dtype), x, weight, bias, gelu, [True] * 3
 
 
@@ -117,6 +121,10 @@ def layernorm_mlp_args(dtype, B=2, N=5):
     return x, w, b, fc1, randn(64, seed=5, dtype=dtype), fc2, randn(32, seed=6, dtype=dtype), 1e-5
 
 
+def scaled_mlp_args(dtype, B=2, N=5):
+    return *layernorm_mlp_args(dtype, B, N), randn(32, seed=7, dtype=dtype)
+
+
 def layernorm_mlp_backward_args(dtype, B=2, N=5):
     *tensors, _, eps = layernorm_mlp_args(dtype, B, N)
     return randn(B, N, 32, seed=8, dtype=dtype), *tensors, eps, [True] * 7
@@ -125,7 +133,7 @@ def layernorm_mlp_backward_args(dtype, B=2, N=5):
 def attention_half_args(dtype, B=2, N=5):
     *of_qkv, eps, _ = layernorm_linear_args(dtype, B, N)
     weight, bias = randn(32, 16, seed=5, dtype=dtype) / 4, randn(32, seed=6, dtype=dtype)
-    return *of_qkv, weight, bias, 2, eps, True
+    return *of_qkv, weight, bias, 2, eps, True, randn(32, seed=7, dtype=dtype)
 
 
 def mask_head_args(dtype, B=2, N=5):
@@ -188,7 +196,7 @@ SAMPLES = {
     "layernorm_linear_backward": Sample(
         layernorm_linear_backward_args, lambda B, N: 4 * B * N * 32 * 48, FP32, (0, 1, 9), bitwise=False
     ),
-    "layernorm_mlp": Sample(layernorm_mlp_args, lambda B, N: 4 * B * N * 32 * 64, FP32),  # as x, its residual
+    "layernorm_mlp": Sample(scaled_mlp_args, lambda B, N: 4 * B * N * 32 * 64, FP32),  # as x, its residual
     "layernorm_mlp_hidden": Sample(layernorm_mlp_args, lambda B, N: 4 * B * N * 32 * 64, FP32, bitwise=False),
     "layernorm_mlp_backward": Sample(
         layernorm_mlp_backward_args, lambda B, N: 8 * B * N * 32 * 64, FP32, (0, 1), bitwise=False

@@ -2,6 +2,7 @@
 
 from tests.mutants.mutant import Mutant, planted_in
 from tests.mutants.planted_backward import ATTENTION_BACKWARD
+from tests.mutants.planted_blocks import BLOCKS_OF_OTHERS
 from tests.mutants.planted_figures import FIGURES
 from tests.mutants.planted_first_hour import FIRST_HOUR
 from tests.mutants.planted_guard import GUARD
@@ -201,16 +202,16 @@ LINEAR = planted_in(
             "acc = acc * rstd[:, None] - mean[:, None] * row_sum[None, :]",
         ),
         "gelu_after_the_residual": (
-            "        acc = gelu(acc, GELU)\n    if DESCRIPTORS:  # the copy engine",
-            "        acc = acc * 1.0\n    if DESCRIPTORS:  # the copy engine",
+            "        acc = gelu(acc, GELU)\n    mask = ",
+            "        acc = acc * 1.0\n    mask = ",
         ),
         "residual_forgotten_by_descriptors": (
-            "            acc = acc + Residual.load([m_0, n_0]).to(tl.float32)",
-            "            acc = acc + 0.0",
+            "            residual = Residual.load([m_0, n_0])",
+            "            residual = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)",
         ),
         "residual_forgotten_by_pointers": (
-            "            acc = acc + residual.to(tl.float32)",
-            "            acc = acc + 0.0",
+            "residual = tl.load(Residual + x_rows[:, None] * stride_r + offs_n[None, :], mask=mask, other=0.0)",
+            "residual = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)",
         ),
         "unrounded_row_sum": (
             "row_sum += tl.sum(folded.to(tl.float32), 1)",
@@ -221,8 +222,8 @@ LINEAR = planted_in(
             "",
         ),
         "store_mask_missing": (
-            "mask = (offs_m < n_rows)[:, None] & mask_n[None, :]\n        if HAS_RESIDUAL:",
-            "mask = (offs_m >= 0)[:, None] & mask_n[None, :]\n        if HAS_RESIDUAL:",
+            "mask = (offs_m < n_rows)[:, None] & mask_n[None, :]\n    if HAS_RESIDUAL:",
+            "mask = (offs_m >= 0)[:, None] & mask_n[None, :]\n    if HAS_RESIDUAL:",
             "the same result: rows beyond the edge repeat the last one, and store its value there a second time",
         ),
         "second_columns_of_rows_forgotten": (
@@ -460,6 +461,7 @@ MUTANTS = [
     *LOADS,
     *BLOCKS,
     *LAYERNORM_MLP,
+    *BLOCKS_OF_OTHERS,
     *MASK_HEAD,
     *PIXELS_TO_TOKENS,
     *FOLDING,

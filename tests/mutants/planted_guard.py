@@ -106,8 +106,8 @@ GUARD = [
                 "and False:",
             ),
             "layers_not_asked_about": (
-                '    if reason := why_not_bypass(layer, (type(layer),)):\n        return f"{name} has {reason}"\n',
-                "",
+                "if layer is not root and (reason := why_not_bypass(layer, (type(layer),))):",
+                "if False:",
             ),
             "children_may_change": (
                 'if tuple(state["_modules"]) != noted.children:',

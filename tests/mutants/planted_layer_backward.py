@@ -151,11 +151,11 @@ LAYER_BACKWARD = [
         ("tests/kernels/test_layernorm_mlp_backward.py",),
         {
             "stream_does_not_pass_the_mlp": (
-                "types_of((x, *norm), needed[:3]), grad)\n",
+                "types_of((x, *norm), needed[:3]), of_residual)\n",
                 "types_of((x, *norm), needed[:3]), None)\n",
             ),
             "rounded_gradient_of_the_stream": (
-                "types_of((x, *norm), needed[:3]), grad)\n",
+                "types_of((x, *norm), needed[:3]), of_residual)\n",
                 "types_of((x, *norm), needed[:3]), rounded)\n",
             ),
             "product_for_the_bias_of_fc2": (

@@ -1,4 +1,4 @@
-"""Transformer blocks of the three structures that `accelerate` knows, for tests: of width 32 with two heads."""
+"""Transformer blocks of the structures that `accelerate` knows, for tests: of width 32 with two heads."""
 
 import copy
 
@@ -12,6 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TIGHT = {"atol": 1e-4, "rtol": 1e-4}
 WIDTH = 32
 ATTENTION, MLP = ["layernorm_linear", "attention", "linear"], ["layernorm_mlp"]
+SEPARATE = ["layernorm", *3 * ["linear"], "cross_attention", "attention", "linear"]  # the operator, and its kernel
 
 
 class PlainAttention(nn.Module):
@@ -34,6 +35,17 @@ class PlainAttention(nn.Module):
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, C)))
 
 
+class LayerScale(nn.Module):
+    """As timm's and DINOv2's: a factor for each column."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
 class PlainBlock(official.Block):
     """As timm's: masks reach the attention."""
 
@@ -46,8 +58,81 @@ class PlainBlock(official.Block):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-KINDS = {  # the three structures: (block, where its layers are)
+class ScaledBlock(PlainBlock):
+    """With a LayerScale in each half."""
+
+    def __init__(self, dropout=0.0, drop_path=0.0):
+        super().__init__(dropout, drop_path)
+        self.ls1, self.ls2 = LayerScale(), LayerScale()
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class Settings:
+    """As the configuration that layers of transformers hold: how scores become probabilities."""
+
+    def __init__(self):
+        self.probabilities, self.labels = "softmax", {0: "a"}
+
+
+class SeparateAttention(nn.Module):
+    """As transformers': a layer each for q, k (without bias) and v; returns the attention map too."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.config, self.num_attention_heads, self.attention_dropout = Settings(), 2, dropout
+        self.k_proj, self.v_proj = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
+        self.q_proj, self.o_proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden_states, attention_mask=None, is_causal=False):
+        layers = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (layer(hidden_states).unflatten(2, (2, -1)).transpose(1, 2) for layer in layers)
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        scores = scores if attention_mask is None else scores + attention_mask
+        weights = scores.softmax(-1) if self.config.probabilities == "softmax" else scores.sigmoid()
+        weights = nn.functional.dropout(weights, self.attention_dropout, self.training)
+        return self.o_proj((weights @ v).transpose(1, 2).flatten(2)), weights
+
+
+class SeparateMlp(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.activation_fn = config, nn.GELU()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, hidden_states):
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class SeparateBlock(nn.Module):
+    """As transformers'."""
+
+    def __init__(self, dropout=0.0, drop_path=0.0):
+        super().__init__()
+        self.attention = SeparateAttention(dropout)
+        self.layernorm_before, self.layernorm_after = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.mlp = SeparateMlp(self.attention.config)
+        self.layer_scale1, self.layer_scale2 = LayerScale(), LayerScale()
+        self.dropout = official.DropPath(drop_path) if drop_path else nn.Dropout(dropout)
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        hidden_states = self.dropout(self.layer_scale1(attended)) + hidden_states
+        return self.dropout(self.layer_scale2(self.mlp(self.layernorm_after(hidden_states)))) + hidden_states
+
+
+KINDS = {  # the structures: (block, where its layers are)
     "packed": (PlainBlock, {}),
+    "scaled": (ScaledBlock, {}),
+    "separate": (
+        SeparateBlock,
+        {
+            "attn": "attention", "attn.qkv": "attention.k_proj", "attn.proj": "attention.o_proj",
+            "mlp.act": "mlp.activation_fn", "norm1": "layernorm_before", "norm2": "layernorm_after",
+        },
+    ),
     "tuple": (lambda **kw: official.Block(WIDTH, 2, 2 * WIDTH, kw.get("dropout", 0.0), kw.get("drop_path", 0.0)), {}),
     "wrapped": (
         lambda **kw: mmseg_like.TransformerEncoderLayer(WIDTH, 2, kw.get("dropout", 0.0), kw.get("drop_path", 0.0)),
@@ -86,6 +171,11 @@ def replace(module, path, make):
     parent, _, name = path.rpartition(".")
     parent = module.get_submodule(parent)
     setattr(parent, name, make(getattr(parent, name)))
+
+
+def attention_of(kind):
+    """What runs where the attention half of a block of this structure is fused."""
+    return SEPARATE if kind == "separate" else ATTENTION
 
 
 def where(kind, path):

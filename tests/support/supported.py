@@ -1,0 +1,106 @@
+"""Models of other libraries that `accelerate` is tested with, tiny and random, and the table of them in the docs.
+
+python -m tests.support.supported        prints the table of docs/accelerate.md
+"""
+
+import dataclasses
+import importlib
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn as nn
+
+ALL, CORE = "attention and MLP", "attention core"
+TIMM = {"pretrained": False, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 7}
+HF = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
+EOMT = {**HF, "num_blocks": 1, "num_queries": 4, "num_upscale_blocks": 1}
+ROTARY = "rotary positions: the attention is the model's own"
+TANH = "GELU by tanh: the MLP is the model's own"
+
+
+@dataclasses.dataclass(frozen=True)
+class Supported:
+    """One kind of model.
+
+    Attributes:
+        name: for people. library: "timm" or "transformers".
+        made: what it is in the library: a name of timm, or (configuration, model) of transformers.
+        became: what its blocks become, in the words of a report. why: what does not, and why.
+        arguments: of timm.create_model or of the configuration, beside the small sizes. side: of images, in pixels.
+        example: whether `accelerate` needs one to see that blocks get tokens alone.
+    """
+
+    name: str
+    library: str
+    made: Any
+    became: str = ALL
+    why: str = ""
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    side: int = 32
+    example: bool = False
+
+    def build(self, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
+        """The model in evaluation mode, every parameter random (LayerScale starts at 1e-5 in some), and two images."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.library == "timm":
+            model = importlib.import_module("timm").create_model(
+                self.made, img_size=self.side, **TIMM, **self.arguments
+            )
+        else:
+            transformers = importlib.import_module("transformers")
+            config, cls = (getattr(transformers, name) for name in self.made)
+            modeling = importlib.import_module(cls.__module__)
+            with mock.patch.object(modeling, "EomtLoss", NoLoss, create=True):
+                model = cls(config(**{**HF, **self.arguments}))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                noise = torch.randn(p.shape, generator=generator)
+                p.copy_(noise * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3 * noise + ("bias" not in name))
+            if hasattr(model, "attn_mask_probs"):  # of EoMT: trained models come without masks in the end
+                model.attn_mask_probs.zero_()
+        return model.eval(), torch.randn(2, 3, self.side, self.side, generator=generator)
+
+
+class NoLoss:
+    """In place of EoMT's, which it makes even if it is not wanted, and which needs scipy."""
+
+    def __new__(cls, **kwargs: Any) -> nn.Module:
+        return nn.Identity()
+
+
+def _of(name: str, *more: Any, **options: Any) -> Supported:
+    return Supported(name, "transformers", (f"{more[0]}Config", f"{more[0]}Model"), **options)
+
+
+SUPPORTED = (
+    Supported("ViT, DeiT", "timm", "vit_tiny_patch16_224"),
+    Supported("ViT with registers, averaged", "timm", "vit_betwixt_patch16_reg4_gap_256"),
+    Supported("DeiT-III", "timm", "deit3_small_patch16_224"),
+    Supported("DINOv2", "timm", "vit_small_patch14_dinov2", side=56),
+    Supported("DINOv2 with registers", "timm", "vit_small_patch14_reg4_dinov2", side=56),
+    Supported("DINOv3", "timm", "vit_small_patch16_dinov3", became="MLP", why=ROTARY),
+    _of("ViT", "ViT"),
+    _of("DeiT", "DeiT"),
+    _of("ViT-MAE", "ViTMAE", arguments={"mask_ratio": 0.0}),
+    _of("DINOv2", "Dinov2"),
+    _of("DINOv2 with registers", "Dinov2WithRegisters"),
+    _of("SigLIP, image encoder", "SiglipVision", became="attention", why=TANH),
+    _of("DINOv3", "DINOv3ViT", became="MLP", why=ROTARY, arguments={"num_register_tokens": 2}),
+    Supported("EoMT", "transformers", ("EomtConfig", "EomtForUniversalSegmentation"), arguments=EOMT, example=True,
+              why="`example` shows that no mask is passed; with a mask, MLP"),
+)  # fmt: skip
+
+
+def table() -> str:
+    """The table for people, in Markdown."""
+    lines = ["| model | library | of each block, on the kernels | left |", "|---|---|---|---|"]
+    lines += [f"| {s.name} | {s.library} | {s.became} | {s.why} |" for s in SUPPORTED]
+    return "\n".join(line.replace("|  |", "| |") for line in lines)
+
+
+if __name__ == "__main__":
+    print(table())

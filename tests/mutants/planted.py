@@ -5,6 +5,7 @@ from tests.mutants.planted_backward import ATTENTION_BACKWARD
 from tests.mutants.planted_figures import FIGURES
 from tests.mutants.planted_first_hour import FIRST_HOUR
 from tests.mutants.planted_guard import GUARD
+from tests.mutants.planted_int8 import INT8
 from tests.mutants.planted_labels import (
     BY_THEMSELVES,
     CAPTURED,
@@ -465,6 +466,7 @@ MUTANTS = [
     *FOLDING,
     *CACHE,
     *GUARD,
+    *INT8,
     *RECOMPUTE,
     *REPEAT,
     *LABELS_KERNEL,

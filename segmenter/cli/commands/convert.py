@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> int:
     if os.path.isfile(args.output):
         raise CommandError(f"{args.output}: is a file; give a folder")
     request = {name: getattr(args, name) for name in ("decoder", "image_size", "patch_size", "grid", "n_heads")}
-    dtype = torch.float16 if args.half else None
+    dtype = torch.float16 if args.half else torch.int8 if args.int8 else None
     options = loading_options(args)
     with errors_of_loading():
         try:

@@ -5,7 +5,10 @@ names as int8, with a scale for each output, a row, under NAME.scale:
 
     scale = bfloat16(max |row| / 127),   q = round(row / scale),   weight = scale * q
 
-Everything else is float16: biases, norms, and what has a first dimension of 1, which are tokens and positions.
+Everything else is float16: biases, norms, what has a first dimension of 1, which are tokens and positions, and weights
+that were asked to be kept. Worth keeping is a matrix behind a norm that lets one channel through far larger than the
+others, which then multiplies rounding (Sun et al., "Massive Activations in Large Language Models", COLM 2024, find such
+channels in vision transformers, too).
 
 Why bfloat16: then nothing is ever rounded again. scale * q has at most 8 + 7 bits, so it is exact in float32. And
 bfloat16 moves 127 steps by at most a quarter of one, so every row has a q of 127 or -127, which gives back its scale: a

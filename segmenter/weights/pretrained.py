@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ def save_pretrained(
     folder: str | os.PathLike,
     *,
     dtype: torch.dtype | None = None,
+    keep: Collection[str] = (),
     classes: "str | os.PathLike | ClassSet | None" = None,
 ) -> None:
     """Writes a folder that `from_pretrained` reads; it is never left half-written, even by a kill or a full disk.
@@ -67,11 +69,12 @@ def save_pretrained(
         model: built by `create_segmenter` or loaded. folder: made if missing; an older save in it is replaced.
         dtype: how the weights are stored, torch.float16 for half the size, torch.int8 for a quarter (see
             `segmenter.weights.int8`); None: as they are. Loading makes them float32 again.
+        keep: with int8, names of weights that are stored as float16 all the same.
         classes: key of a class set, a class file or a ClassSet; default `model.info.classes`. A file is copied.
     Raises:
-        CheckpointError: weights overflow in `dtype`. ClassesError: the classes do not fit the model. ConfigError:
-            windows that loading would refuse. ValueError: the model has no configuration, or `dtype` stores no weights.
-            OSError: the folder cannot be written.
+        CheckpointError: weights overflow in `dtype`, or there are none of a name in `keep`. ClassesError: the classes
+            do not fit the model. ConfigError: windows that loading would refuse. ValueError: the model has no
+            configuration, or `dtype` stores no weights. OSError: the folder cannot be written.
     """
     from safetensors.torch import save
 
@@ -82,7 +85,7 @@ def save_pretrained(
     if dtype not in (None, torch.int8) and not dtype.is_floating_point:
         raise ValueError(f"weights are stored as a floating type or torch.int8, not {dtype}")
     check_windows(model.info.window_size, model.info.window_stride, model.config.image_size)
-    state = _stored(model.state_dict(), dtype)
+    state = _stored(model.state_dict(), dtype, keep)
     info = dataclasses.asdict(model.info)
     classes = classes if classes is not None else model.info.classes
     class_set = classes if classes is None or isinstance(classes, ClassSet) else load_classes(classes)
@@ -193,12 +196,18 @@ def _identities(directory: Path) -> list[tuple[int, ...] | None]:
     return found
 
 
-def _stored(state: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def _stored(
+    state: dict[str, torch.Tensor], dtype: torch.dtype | None, keep: Collection[str]
+) -> dict[str, torch.Tensor]:
     """What model.safetensors holds of a model's weights."""
+    if keep and dtype != torch.int8:
+        raise ValueError(f"keep is for dtype torch.int8, not {dtype}")
+    if unknown := [name for name in keep if name not in state]:
+        raise CheckpointError(f"weights to keep: the model has none called {listing(unknown)}")
     stored = {}
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
-        matrix = quantised(name, tensor) if dtype == torch.int8 else {}
+        matrix = quantised(name, tensor) if dtype == torch.int8 and name not in keep else {}
         stored |= matrix or {name: _converted(name, tensor, torch.float16 if dtype == torch.int8 else dtype)}
     return stored
 

@@ -63,6 +63,10 @@ INT8 = [
                 '{"schema": SCHEMA, _STORAGE',
                 '{"schema": 1, _STORAGE',
             ),
+            "kept_weights_are_int8_all_the_same": (
+                "dtype == torch.int8 and name not in keep else",
+                "dtype == torch.int8 else",
+            ),
             "unknown_storage_is_int8": (
                 "if content.get(_STORAGE, _INT8) != _INT8:",
                 "if None:",

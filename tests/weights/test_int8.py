@@ -80,6 +80,31 @@ def test_a_stored_model_that_was_read_is_stored_as_the_same_bytes(stored, tmp_pa
             assert (tmp_path / again / name).read_bytes() == (folder / name).read_bytes(), (again, name)
 
 
+def test_weights_that_are_kept_are_float16(stored, tmp_path, capsys):
+    folder, _ = stored
+    kept = ["encoder.blocks.0.mlp.fc1.weight", PATCHES]
+    before = from_pretrained(folder)
+    save_pretrained(before, tmp_path / "saved", dtype=torch.int8, keep=kept)
+    assert main(["convert", str(folder), str(tmp_path / "converted"), "--int8", "--keep", *kept]) == 0
+    whole, found = load_file(folder / WEIGHTS), load_file(tmp_path / "saved" / WEIGHTS)
+    assert set(whole) - set(found) == {name + SCALE for name in kept}
+    assert {name: found[name].dtype for name in kept} == dict.fromkeys(kept, torch.float16)
+    assert found[QKV].dtype == torch.int8
+    assert (tmp_path / "converted" / WEIGHTS).read_bytes() == (tmp_path / "saved" / WEIGHTS).read_bytes()
+    for name, tensor in from_pretrained(tmp_path / "saved").state_dict().items():
+        expected = before.state_dict()[name]
+        assert torch.equal(tensor, expected.half().float() if name in kept else expected), name
+    with pytest.raises(CheckpointError, match="weights to keep: the model has none called fc1"):
+        save_pretrained(before, tmp_path / "none", dtype=torch.int8, keep=["fc1"])
+    with pytest.raises(ValueError, match=r"keep is for dtype torch\.int8, not None"):
+        save_pretrained(before, tmp_path / "none", keep=kept)
+    capsys.readouterr()
+    assert main(["convert", str(folder), str(tmp_path / "none"), "--keep", QKV]) == 2
+    assert "give --int8, too" in capsys.readouterr().err
+    assert main(["convert", str(folder), str(tmp_path / "none"), "--int8", "--half"]) == 2
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 3e-5, 1.0, 3e38])
 def test_rows_of_every_size_come_back_bit_for_bit(size):
     """Random rows, one whose ends are its largest, one of zeros, and odd numbers of rows and columns."""

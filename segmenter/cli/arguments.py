@@ -113,7 +113,12 @@ def _add_convert(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser = commands.add_parser("convert", help="any checkpoint to our folder format", description=text)
     parser.add_argument("source", metavar="SOURCE", help="checkpoint file or folder")
     parser.add_argument("output", metavar="OUT", help="folder to write")
-    parser.add_argument("--half", action="store_true", help="store float16: half the size")
+    storage = parser.add_mutually_exclusive_group()
+    storage.add_argument("--half", action="store_true", help="store float16: half the size")
+    storage.add_argument("--int8", action="store_true", help="store int8 with a scale for each row: a quarter")
+    parser.add_argument(
+        "--keep", nargs="+", default=(), metavar="NAME", help="with --int8: weights that are stored as float16"
+    )
     parser.add_argument("--classes", metavar="KEY_OR_FILE", help="names and colours to store with the model")
     parser.add_argument("--decoder", choices=("linear", "mask_transformer"), help="to put on an encoder")
     parser.add_argument(

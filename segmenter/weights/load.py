@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,7 @@ def convert_checkpoint(
     out_folder: str | os.PathLike,
     *,
     dtype: torch.dtype | None = None,
+    keep: Collection[str] = (),
     classes: str | None = None,
     hub: bool = False,
     averaged: bool | None = None,
@@ -153,14 +154,14 @@ def convert_checkpoint(
     """Reads `source` as `load_any` does and writes a folder of our format.
 
     Args:
-        dtype: how the weights are stored, see `save_pretrained`. Others: as in `load_any`.
+        dtype, keep: how the weights are stored, see `save_pretrained`. Others: as in `load_any`.
     Raises:
-        CheckpointError, ConfigError: as `load_any`. OSError: the folder cannot be written.
+        CheckpointError, ConfigError: as `load_any`. ValueError, OSError: as `save_pretrained`.
     """
     options = {"allow_pickle": allow_pickle, "verify": verify, "allow_nonfinite": allow_nonfinite, "averaged": averaged}
     loaded = _load(source, "eager", hub, options, request)
     model = loaded.model
-    save_pretrained(model, out_folder, dtype=dtype, classes=classes)
+    save_pretrained(model, out_folder, dtype=dtype, keep=keep, classes=classes)
     name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
     return ConversionReport(
         source=name,

@@ -1,5 +1,8 @@
 """Our own format: a folder with model.safetensors, config.json and, for own classes, classes.json.
 
+Weights are stored as they are, as float16 or bfloat16, or as int8 with scales (`segmenter.weights.int8`); config.json
+says the last, in "storage" and by its schema, so that older versions do not take the integers for weights.
+
 config.json is what makes a save valid: it holds the sha256 of the files that belong to it, and its own. New files are
 first written beside the old ones under the names in `_NEW`; then config.json is replaced; then they are renamed. Killed
 at any point, the folder reads as before or as after: of two files, the one with the sum in config.json. Two saves at
@@ -12,6 +15,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +26,21 @@ from segmenter.errors import cause, printable
 from segmenter.files import flush, open_regular, write_atomically, write_text, writing_into
 from segmenter.model import Segmenter
 from segmenter.weights.build import build
+from segmenter.weights.int8 import quantised, restored
 from segmenter.weights.read import CheckpointError, listing, read_json_object, read_state_dict
 from segmenter.weights.recognise import Recognised
+from segmenter.weights.settings import naming
 
 if TYPE_CHECKING:
     from segmenter.classes import ClassSet
 
-SCHEMA = 1
+SCHEMA = 2  # 1: all but int8
 CONFIG, WEIGHTS, NEW_WEIGHTS, CLASSES = "config.json", "model.safetensors", "model.safetensors.new", "classes.json"
 NEW_CLASSES = "classes.new.json"
 _NEW = {WEIGHTS: NEW_WEIGHTS, CLASSES: NEW_CLASSES}
 _SUMS = {WEIGHTS: "sha256", CLASSES: "classes_sha256"}  # file -> where config.json has its sum
 _CONFIG_SUM = "config_sha256"  # of all else in config.json
+_STORAGE, _INT8 = "storage", "int8"
 _TURN = 300  # seconds that a save waits for another one into the same folder
 _READS = 50  # before a folder counts as one that is written all the time
 _STATES = ("random", "encoder", "trained")
@@ -53,18 +60,21 @@ def save_pretrained(
     folder: str | os.PathLike,
     *,
     dtype: torch.dtype | None = None,
+    keep: Collection[str] = (),
     classes: "str | os.PathLike | ClassSet | None" = None,
 ) -> None:
     """Writes a folder that `from_pretrained` reads; it is never left half-written, even by a kill or a full disk.
 
     Args:
         model: built by `create_segmenter` or loaded. folder: made if missing; an older save in it is replaced.
-        dtype: how the weights are stored, torch.float16 for half the size; loading makes them float32 again.
+        dtype: how the weights are stored, torch.float16 for half the size, torch.int8 for a quarter (see
+            `segmenter.weights.int8`); None: as they are. Loading makes them float32 again.
+        keep: with int8, names of weights that are stored as float16 all the same.
         classes: key of a class set, a class file or a ClassSet; default `model.info.classes`. A file is copied.
     Raises:
-        CheckpointError: weights overflow in `dtype`. ClassesError: the classes do not fit the model. ConfigError:
-            windows that loading would refuse. ValueError: the model has no configuration. OSError: the folder cannot be
-            written.
+        CheckpointError: weights overflow in `dtype`, or there are none of a name in `keep`. ClassesError: the classes
+            do not fit the model. ConfigError: windows that loading would refuse. ValueError: the model has no
+            configuration, or `dtype` stores no weights. OSError: the folder cannot be written.
     """
     from safetensors.torch import save
 
@@ -72,8 +82,10 @@ def save_pretrained(
 
     if model.config is None:
         raise ValueError("model.config is None; set it to the ModelConfig that builds this model, then save")
+    if dtype not in (None, torch.int8) and not dtype.is_floating_point:
+        raise ValueError(f"weights are stored as a floating type or torch.int8, not {dtype}")
     check_windows(model.info.window_size, model.info.window_stride, model.config.image_size)
-    state = {name: _stored(name, tensor, dtype) for name, tensor in model.state_dict().items()}
+    state = _stored(model.state_dict(), dtype, keep)
     info = dataclasses.asdict(model.info)
     classes = classes if classes is not None else model.info.classes
     class_set = classes if classes is None or isinstance(classes, ClassSet) else load_classes(classes)
@@ -87,7 +99,8 @@ def save_pretrained(
         colors = zip(class_set.names, class_set.palette, strict=True)
         entries = [{"id": i, "name": name, "color": list(color)} for i, (name, color) in enumerate(colors)]
         parts[CLASSES] = _json(entries).encode()
-    content = {"format": "segmenter", "schema": SCHEMA, "model": model.config.to_dict(), "info": info}
+    storage = {"schema": SCHEMA, _STORAGE: _INT8} if dtype == torch.int8 else {"schema": 1}
+    content = {"format": "segmenter", **storage, "model": model.config.to_dict(), "info": info}
     content |= {_SUMS[name]: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
     with writing_into(directory := Path(folder), wait=_TURN):
         _finish_interrupted_save(directory)
@@ -142,13 +155,18 @@ def _read(path: Path, impl: str, verify: bool, allow_nonfinite: bool) -> Segment
         raise CheckpointError(f"{path / CONFIG}: was not written by save_pretrained of segmenter")
     if content["schema"] > SCHEMA:
         raise CheckpointError(f"{path / CONFIG}: schema {content['schema']} is newer than this version reads; update")
-    known = {"format", "schema", "model", "info", *_SUMS.values(), _CONFIG_SUM}
+    known = {"format", "schema", _STORAGE, "model", "info", *_SUMS.values(), _CONFIG_SUM}
     if verify and (other := [name for name in content if name not in known]):  # perhaps the name of a sum, damaged
         raise CheckpointError(f"{path / CONFIG}: has unknown entries: {listing(other)} (verify=False passes them over)")
     weights = _file_of(path, WEIGHTS, content, verify)
     if weights is None:
         raise CheckpointError(f"{path}: has no {WEIGHTS}")
     state, _ = read_state_dict(weights, verify=verify, allow_nonfinite=allow_nonfinite)
+    if content.get(_STORAGE, _INT8) != _INT8:
+        raise CheckpointError(f"{path / CONFIG}: storage {content[_STORAGE]!r:.40} is unknown; {_INT8} is known")
+    if _STORAGE in content:
+        with naming(weights, CheckpointError):
+            state = restored(state)
     try:
         config = ModelConfig.from_dict(content.get("model"))
     except ConfigError as error:
@@ -178,8 +196,24 @@ def _identities(directory: Path) -> list[tuple[int, ...] | None]:
     return found
 
 
-def _stored(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    stored = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+def _stored(
+    state: dict[str, torch.Tensor], dtype: torch.dtype | None, keep: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """What model.safetensors holds of a model's weights."""
+    if keep and dtype != torch.int8:
+        raise ValueError(f"keep is for dtype torch.int8, not {dtype}")
+    if unknown := [name for name in keep if name not in state]:
+        raise CheckpointError(f"weights to keep: the model has none called {listing(unknown)}")
+    stored = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        matrix = quantised(name, tensor) if dtype == torch.int8 and name not in keep else {}
+        stored |= matrix or {name: _converted(name, tensor, torch.float16 if dtype == torch.int8 else dtype)}
+    return stored
+
+
+def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    stored = tensor.to(dtype or tensor.dtype)
     if dtype is not None and not torch.isfinite(stored).all() and torch.isfinite(tensor).all():
         raise CheckpointError(f"{name} overflows in {dtype}; store float32 or bfloat16")
     return stored

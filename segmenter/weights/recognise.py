@@ -59,6 +59,7 @@ _UNSUPPORTED = (  # what the Segmenter encoder has not, by a part of the name
     (r"patch_embed\.norm\.|patch_embed\.ln", "a norm in the patch embedding"),
     (r"attn_pool\.", "attention pooling"),
     (r"decoder_(embed|blocks|pos_embed)", "a decoder that restores masked images (MAE)"),
+    (r"\.(weight|proj_patch|proj_classes)\.scale$", "scales of int8 storage (give its folder, config.json included)"),
 )
 
 

@@ -6,6 +6,7 @@ from tests.mutants.planted_blocks import BLOCKS_OF_OTHERS
 from tests.mutants.planted_figures import FIGURES
 from tests.mutants.planted_first_hour import FIRST_HOUR
 from tests.mutants.planted_guard import GUARD
+from tests.mutants.planted_int8 import INT8
 from tests.mutants.planted_labels import (
     BY_THEMSELVES,
     CAPTURED,
@@ -467,6 +468,7 @@ MUTANTS = [
     *FOLDING,
     *CACHE,
     *GUARD,
+    *INT8,
     *RECOMPUTE,
     *REPEAT,
     *LABELS_KERNEL,

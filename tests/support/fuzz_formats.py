@@ -109,6 +109,14 @@ def _ours(directory: Path) -> None:
     small_model().save_pretrained(directory, classes=generic_classes(3))
 
 
+def _int8(directory: Path) -> None:
+    small_model().save_pretrained(directory, dtype=torch.int8)
+
+
+def _load_unsummed(directory: Path) -> dict[str, Any]:
+    return _facts(from_pretrained(directory, verify=False))
+
+
 def _load_ours(directory: Path) -> dict[str, Any]:
     model = from_pretrained(directory)
     classes = load_classes(model.info.classes) if model.info.classes else None
@@ -205,6 +213,7 @@ FORMATS = (
     Format("variant.yml", "variant.yml", _published, _load_published, LOADING, YAML, plausible=_finite),
     Format("own config.json", "config.json", _ours, _load_ours, (*LOADING, ClassesError), JSON, summed=True),
     Format("own weights", "model.safetensors", _ours, _load_ours, LOADING, JSON, summed=True),
+    Format("int8 weights", "model.safetensors", _int8, _load_unsummed, LOADING, JSON, plausible=_finite),
     Format("own classes.json", "classes.json", _ours, _load_ours, (*LOADING, ClassesError), JSON, summed=True),
     Format("training state", "checkpoint.pth", _training_state, _load_state, LOADING, PICKLE, summed=True),
     Format("recipe.yml", "recipe.yml", _recipe, lambda f: read_recipe(f / "recipe.yml"), (RecipeError,), YAML),

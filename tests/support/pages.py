@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/camvid-seg-s-mask-16/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "examples").rglob("README.md")),
     *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "bench" / "results").glob("README.md")]),
 ]
 

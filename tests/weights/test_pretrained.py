@@ -171,7 +171,7 @@ def edit(directory, **changes):
     [
         ({"format": "other"}, "was not written by save_pretrained of segmenter"),
         ({"schema": "x"}, "was not written by save_pretrained of segmenter"),
-        ({"schema": 2}, "schema 2 is newer than this version reads"),
+        ({"schema": 3}, "schema 3 is newer than this version reads"),
         ({"sha256": None}, "sha256 differs"),
         ({"model": None}, "net_kwargs must be a mapping"),
         ({"model": {"n_cls": 10**12}}, "n_cls 1000000000000 is out of range"),

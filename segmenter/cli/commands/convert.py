@@ -15,13 +15,15 @@ from segmenter.weights.load import convert_checkpoint
 def run(args: argparse.Namespace) -> int:
     if os.path.isfile(args.output):
         raise CommandError(f"{args.output}: is a file; give a folder")
+    if args.keep and not args.int8:
+        raise CommandError("--keep says what --int8 leaves as float16; give --int8, too")
     request = {name: getattr(args, name) for name in ("decoder", "image_size", "patch_size", "grid", "n_heads")}
-    dtype = torch.float16 if args.half else None
+    dtype = torch.float16 if args.half else torch.int8 if args.int8 else None
     options = loading_options(args)
     with errors_of_loading():
         try:
             report = convert_checkpoint(
-                args.source, args.output, dtype=dtype, classes=args.classes, **options, **request
+                args.source, args.output, dtype=dtype, keep=args.keep, classes=args.classes, **options, **request
             )
         except ClassesError as error:
             raise CommandError(str(error)) from error

@@ -172,7 +172,7 @@ def why_not_bypass(module: nn.Module, kinds: tuple[type, ...]) -> str | None:
         return "hooks"
     if "forward" in state or "_call_impl" in state:
         return "a replaced forward"
-    if cls.forward is not METHODS.get(cls) and (reason := replaced(cls)):
+    if reason := replaced(cls):  # asked of every layer: torch.compile may trace this twice, and has to find the same
         return reason
     if state["_modules"] and (reason := altered()):  # once for all: layers are asked about after what holds them
         return reason

@@ -34,7 +34,8 @@ def stochastic_depth(rate: float, n_layers: int) -> list[float]:
 def pad_to_multiple(im: torch.Tensor, patch_size: int, value: float = 0.0) -> torch.Tensor:
     """Pads (B, C, H, W) on the right and at the bottom so that H and W are multiples of `patch_size`."""
     H, W = im.shape[-2:]
-    pad_h, pad_w = -H % patch_size, -W % patch_size
+    # Not -H % patch_size: of sizes that vary, PyTorch's compiler fails at Python's remainder of a negative number.
+    pad_h, pad_w = -(-H // patch_size) * patch_size - H, -(-W // patch_size) * patch_size - W
     return F.pad(im, (0, pad_w, 0, pad_h), value=value) if pad_h or pad_w else im
 
 

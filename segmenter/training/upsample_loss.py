@@ -82,7 +82,9 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, masks: torch.Tensor, compute: Any, arguments: tuple) -> tuple[torch.Tensor, ...]:
-        (loss, weight), (valid, correct), gradient = compute(masks.permute(0, 2, 3, 1), *arguments, masks.requires_grad)
+        with torch.autocast(masks.device.type, enabled=False):  # else products of float32 would be in a half type
+            found = compute(masks.permute(0, 2, 3, 1), *arguments, masks.requires_grad)
+        (loss, weight), (valid, correct), gradient = found
         ctx.save_for_backward(gradient)
         ctx.dtype = masks.dtype
         ctx.mark_non_differentiable(weight, valid, correct)

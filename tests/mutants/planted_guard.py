@@ -7,6 +7,10 @@ GUARD = [
         "segmenter/guard.py",
         ("tests/test_guard.py",),
         {
+            "calls_replaced_on_known_classes_not_looked_at": (
+                "if reason := replaced(cls):",
+                "if cls.forward is not METHODS.get(cls) and (reason := replaced(cls)):",
+            ),
             "hooks_not_looked_at": (
                 '                    held["_forward_hooks"]\n                    or ',
                 "                    ",

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 pytest.importorskip("triton")
 
-from segmenter import layers
+from segmenter import guard, layers
 from tests.support.pages import ROOT
 from tests.support.sharded_step import data, distance, make, mean_loss, sharded_distance
 
@@ -95,3 +96,20 @@ def test_one_graph_has_the_plain_gradients(impl, level, whole):
     assert operators.keys() >= BACKWARD if impl == "triton" else not operators
     if impl == "triton":
         assert operators["attention_half"] == (6 if level == 3 else 3) and operators["upsample_cross_entropy"] == 1
+
+
+@pytest.mark.more
+def test_one_graph_for_sizes_that_vary(monkeypatch):
+    """Also as the first thing that a process does with a model: tracing starts again, and has to find what it found."""
+    for cls in [cls for cls in guard.METHODS if cls.__module__.startswith("segmenter.")]:
+        monkeypatch.delitem(guard.METHODS, cls)
+    plain, model = make("triton", 1), make("triton", 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(mean_loss, model, "triton"), backend="aot_eager", fullgraph=True, dynamic=True)
+    for height, width in ((32, 48), (37, 29)):
+        images, labels = torch.randn(2, 3, height, width), torch.randint(0, plain.n_cls, (2, height, width))
+        model.zero_grad(), plain.zero_grad()
+        loss, expected = compiled(images, labels), mean_loss(plain, "triton", images, labels)
+        loss.backward(), expected.backward()
+        torch.testing.assert_close(loss, expected)
+        assert distance(model, plain) < 1e-4

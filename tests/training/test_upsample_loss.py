@@ -84,6 +84,18 @@ def test_parity(dtype, n_cls):
     assert (ours - gradient).abs().max() <= limit
 
 
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_the_same_under_autocast(impl):
+    if impl == "triton":
+        pytest.importorskip("triton")
+    masks, labels = example(B=1, n_cls=5, h=2, w=2, patch_size=4, dtype=torch.float32)
+    plain = upsample_cross_entropy(masks, labels, 4, impl=impl).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        got = upsample_cross_entropy(masks, labels, 4, impl=impl).loss
+        (gradient,) = torch.autograd.grad(got, masks)
+    assert torch.equal(got, plain) and torch.equal(gradient, torch.autograd.grad(plain, masks)[0])
+
+
 def test_gradcheck():
     masks, labels = example(B=1, n_cls=3, h=2, w=2, patch_size=4)
     weight = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)

@@ -78,7 +78,9 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
 
     Each process keeps its share of weights, gradients and momenta, and has those of one block whole while it computes.
     Gradients are the mean over the processes, as `Group.parallel`'s. Kernels run as ever: within a block's forward pass
-    its weights are ordinary tensors. Call the model, its `masks`, or `forward` of its parts through the model.
+    its weights are ordinary tensors. Call the model or its `masks`, in all processes: encoder and decoder alone have no
+    whole weights. To save, every process takes `torch.distributed.checkpoint.state_dict.get_model_state_dict` with
+    StateDictOptions(full_state_dict=True, cpu_offload=True); the first loads it into `create_segmenter(model.config)`.
 
     Args:
         model: a `Segmenter`; wherever its blocks are `segmenter.layers.Block`, each is a group of its own.

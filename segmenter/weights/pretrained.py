@@ -74,7 +74,8 @@ def save_pretrained(
     Raises:
         CheckpointError: weights overflow in `dtype`, or there are none of a name in `keep`. ClassesError: the classes
             do not fit the model. ConfigError: windows that loading would refuse. ValueError: the model has no
-            configuration, or `dtype` stores no weights. OSError: the folder cannot be written.
+            configuration, its weights are split among processes, or `dtype` stores none. OSError: the folder cannot be
+            written.
     """
     from safetensors.torch import save
 
@@ -206,6 +207,8 @@ def _stored(
         raise CheckpointError(f"weights to keep: the model has none called {listing(unknown)}")
     stored = {}
     for name, tensor in state.items():
+        if hasattr(tensor, "full_tensor"):  # a DTensor
+            raise ValueError(f"{name} is split among processes; gather it first, see `segmenter.training.distributed`")
         tensor = tensor.detach().cpu().contiguous()
         matrix = quantised(name, tensor) if dtype == torch.int8 and name not in keep else {}
         stored |= matrix or {name: _converted(name, tensor, torch.float16 if dtype == torch.int8 else dtype)}

@@ -10,10 +10,13 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 pytest.importorskip("triton")
 
-from segmenter import guard, layers
+from segmenter import create_segmenter, guard, layers
+from segmenter.training.distributed import shard
+from segmenter.weights.load import from_pretrained
 from tests.support.pages import ROOT
 from tests.support.sharded_step import data, distance, make, mean_loss, sharded_distance
 
@@ -35,6 +38,18 @@ def test_one_process_has_the_plain_gradients(impl, level, one_process, monkeypat
     monkeypatch.setattr(layers, "fused_mlp", lambda *args: halves.append(args[1].weight) or fused(*args))
     assert sharded_distance(impl, level) == 0
     assert len(halves) >= 2 * 3 and all(type(weight) is torch.nn.Parameter for weight in halves)
+
+
+def test_saved_once_its_weights_are_gathered(one_process, tmp_path):
+    plain, model = make("eager", 1), shard(make("eager", 1), mesh=dist.init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="cls_token is split among processes"):
+        model.save_pretrained(tmp_path)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = create_segmenter(model.config)
+    whole.load_state_dict(state)
+    whole.save_pretrained(tmp_path)
+    for name, tensor in from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[name]), name
 
 
 @pytest.mark.more

@@ -70,14 +70,6 @@ def _by_name(name: str) -> Forward:
     return forward
 
 
-def _layernorm(provider: str, shape: Shape) -> Callable:
-    if provider != "triton":
-        return reference.layernorm
-    from segmenter.kernels.layernorm import layernorm  # imports Triton
-
-    return layernorm
-
-
 def _layernorm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
     d = shape.d_model
     norm = random_tensor((d,), dtype, device, 0.2, 1.0), random_tensor((d,), dtype, device, 0.2)
@@ -127,7 +119,11 @@ def _pixels_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Te
 
 
 LAYERNORM = _differentiated(
-    "layernorm-backward", _layernorm, _layernorm_inputs, _tokens, (shapes.layernorm, shapes.layernorm_backward)
+    "layernorm-backward",
+    _by_name("layernorm"),
+    _layernorm_inputs,
+    _tokens,
+    (shapes.layernorm, shapes.layernorm_backward),
 )
 LINEAR = _differentiated(
     "linear-backward",

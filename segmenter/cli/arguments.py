@@ -2,16 +2,26 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import segmenter
 from segmenter.cli import figures_arguments
+from segmenter.cli.argument_types import (
+    fraction,
+    im_size,
+    label_kinds,
+    one_size,
+    positive_int,
+    ratio,
+    rows_columns,
+    scales,
+    sizes,
+    words,
+)
 from segmenter.cli.attention_arguments import DESCRIPTION, add_attention
 from segmenter.cli.train_arguments import add_settings
 from segmenter.errors import printable
 
-LABEL_KINDS = ("png", "raw", "npy")
 EXPORT_FORMATS = ("torch", "onnx", "aoti")
 EXPORT_OUTPUTS = ("labels", "logits", "masks")
 
@@ -60,10 +70,10 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     what = parser.add_argument_group("what to write")
     what.add_argument("--overlay", action=argparse.BooleanOptionalAction, default=True, help="the overlay image")
     what.add_argument("--legend", action=argparse.BooleanOptionalAction, default=True, help="a legend beside it")
-    what.add_argument("--alpha", type=_fraction, default=0.5, help="strength of its colours, 0..1 (default: 0.5)")
+    what.add_argument("--alpha", type=fraction, default=0.5, help="strength of its colours, 0..1 (default: 0.5)")
     what.add_argument(
         "--labels",
-        type=_label_kinds,
+        type=label_kinds,
         default=("png",),
         metavar="KIND[,KIND]",
         help="png: with palette (default); raw: grey png of 8 or 16 bits; npy; or none",
@@ -82,19 +92,19 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     how.add_argument(
         "--images",
         "--pictures",  # the older spelling
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help="images of one size to run together (default: 1 on a CPU, else 8); halved when memory runs out",
     )
     how.add_argument(
         "--batch-size",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help="windows a forward call (default: --images, but at least 8 if not on a CPU)",
     )
     how.add_argument(
         "--workers",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help="threads that read images (default: one a processor, at most 4)",
     )
@@ -122,13 +132,13 @@ def _add_convert(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--classes", metavar="KEY_OR_FILE", help="names and colours to store with the model")
     parser.add_argument("--decoder", choices=("linear", "mask_transformer"), help="to put on an encoder")
     parser.add_argument(
-        "--image-size", type=_one_size, metavar="PIXELS|HxW", help="resample the position embedding to images of it"
+        "--image-size", type=one_size, metavar="PIXELS|HxW", help="resample the position embedding to images of it"
     )
     parser.add_argument(
-        "--grid", type=_rows_columns, metavar="RxC", help="rows and columns of the position embedding in the file"
+        "--grid", type=rows_columns, metavar="RxC", help="rows and columns of the position embedding in the file"
     )
-    parser.add_argument("--n-heads", type=_positive_int, metavar="N", help="of the encoder (default: width / 64)")
-    parser.add_argument("--patch-size", type=_positive_int, metavar="PIXELS", help="resample the patch embedding")
+    parser.add_argument("--n-heads", type=positive_int, metavar="N", help="of the encoder (default: width / 64)")
+    parser.add_argument("--patch-size", type=positive_int, metavar="PIXELS", help="resample the patch embedding")
     _add_loading(parser)
     return parser
 
@@ -161,7 +171,7 @@ def _add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
     )
     parser.add_argument(
         "--check-sizes",
-        type=_sizes,
+        type=sizes,
         metavar="HxW,HxW[,HxW]",
         help="compare at these sizes (default: the window, an odd size, and another grid of as many patches)",
     )
@@ -179,9 +189,9 @@ def _add_attention(commands: argparse._SubParsersAction) -> argparse.ArgumentPar
     _add_device(how)
     _add_dtype(how)
     text = "look within the sliding window of this size around each --point (default: the whole image at once)"
-    how.add_argument("--window-size", type=_positive_int, metavar="PIXELS", help=text)
+    how.add_argument("--window-size", type=positive_int, metavar="PIXELS", help=text)
     text = "(default: the model's, scaled with --window-size)"
-    how.add_argument("--window-stride", type=_positive_int, metavar="PIXELS", help=text)
+    how.add_argument("--window-stride", type=positive_int, metavar="PIXELS", help=text)
     return parser
 
 
@@ -223,7 +233,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     _add_device(how)
     _add_dtype(how)
     _add_windows(how)
-    how.add_argument("--repeats", type=_positive_int, default=5, metavar="N", help="timed runs (default: 5)")
+    how.add_argument("--repeats", type=positive_int, default=5, metavar="N", help="timed runs (default: 5)")
     return parser
 
 
@@ -268,7 +278,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     what.add_argument("--chart", action=argparse.BooleanOptionalAction, default=True, help="per_class.png")
     what.add_argument(
         "--overlays",
-        type=_positive_int,
+        type=positive_int,
         nargs="?",
         const=sys.maxsize,
         metavar="N",
@@ -279,21 +289,21 @@ def _add_eval(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     _add_dtype(how)
     how.add_argument(
         "--im-size",
-        type=_im_size,
+        type=im_size,
         metavar="PIXELS|own",
         help="resize the short side to this, or do not resize (default: as published for the data set, else own)",
     )
     how.add_argument(
         "--max-ratio",
-        type=_ratio,
+        type=ratio,
         metavar="R",
         help="the long side gets at most R times --im-size (default: as published, else 4)",
     )
     _add_windows(
         how, "as published, the window less 32, for ADE20K, Pascal Context and Cityscapes; for others the model's"
     )
-    how.add_argument("--batch-size", type=_positive_int, metavar="N", help="windows a forward call (default: 1 or 8)")
-    how.add_argument("--workers", type=_positive_int, metavar="N", help="threads that read and count (default: 1 to 4)")
+    how.add_argument("--batch-size", type=positive_int, metavar="N", help="windows a forward call (default: 1 or 8)")
+    how.add_argument("--workers", type=positive_int, metavar="N", help="threads that read and count (default: 1 to 4)")
     _add_cuda_graphs(how)
     scales = how.add_mutually_exclusive_group()
     _add_scales(scales)
@@ -319,11 +329,11 @@ def _add_data(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="KIND",
         help="ade20k, pascal_context, pascal_context_59, cityscapes, camvid or folder (default: told by its folders)",
     )
-    check.add_argument("--split", type=_words, metavar="S[,S]", help="such as train,val (default: all that are there)")
+    check.add_argument("--split", type=words, metavar="S[,S]", help="such as train,val (default: all that are there)")
     check.add_argument("--classes", metavar="KEY_OR_FILE", help="other names and colours, as for predict")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.add_argument(
-        "--workers", type=_positive_int, metavar="N", help="threads that read (default: one a processor, at most 4)"
+        "--workers", type=positive_int, metavar="N", help="threads that read (default: one a processor, at most 4)"
     )
     return check
 
@@ -336,7 +346,7 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     loading = parser.add_argument_group("loading of weights")
-    loading.add_argument("--n-cls", type=_positive_int, metavar="N", help="classes, for weights that have no decoder")
+    loading.add_argument("--n-cls", type=positive_int, metavar="N", help="classes, for weights that have no decoder")
     loading.add_argument("--hub", action="store_true", help="a model that is no path is one on the Hugging Face hub")
     loading.add_argument(
         "--averaged",
@@ -363,14 +373,14 @@ def _add_cuda_graphs(parser: argparse._ActionsContainer) -> None:
 
 
 def _add_windows(parser: argparse._ActionsContainer, stride: str = "the model's") -> None:
-    parser.add_argument("--window-size", type=_positive_int, metavar="PIXELS", help="(default: the model's)")
+    parser.add_argument("--window-size", type=positive_int, metavar="PIXELS", help="(default: the model's)")
     text = f"(default: {stride}, scaled with --window-size)"
-    parser.add_argument("--window-stride", type=_positive_int, metavar="PIXELS", help=text)
+    parser.add_argument("--window-stride", type=positive_int, metavar="PIXELS", help=text)
 
 
 def _add_scales(parser: argparse._ActionsContainer) -> None:
     text = "average over these sizes (default: 1)"
-    parser.add_argument("--scales", type=_scales, default=(1.0,), metavar="S[,S]", help=text)
+    parser.add_argument("--scales", type=scales, default=(1.0,), metavar="S[,S]", help=text)
 
 
 def _add_flip(parser: argparse._ActionsContainer) -> None:
@@ -390,67 +400,3 @@ def _add_data_set(parser: argparse._ActionsContainer, required: bool) -> None:
 
 def _add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")
-
-
-def _checked(check: Callable[[str], object], wanted: str) -> Callable[[str], object]:
-    """An argparse type whose error says what was wanted."""
-
-    def parse(text: str) -> object:
-        try:
-            return check(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}") from None
-
-    return parse
-
-
-def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-
-    return parse
-
-
-def _kinds(text: str) -> tuple[str, ...]:
-    kinds = () if text == "none" else tuple(dict.fromkeys(text.split(",")))
-    if not set(kinds) <= set(LABEL_KINDS):
-        raise ValueError
-    return kinds
-
-
-def _pair(text: str) -> tuple[int, int]:
-    rows, columns = map(_number(int, 1), text.split("x"))
-    return rows, columns
-
-
-def _hxw(text: str) -> tuple[tuple[int, int], ...]:
-    sizes = tuple(tuple(map(_number(int, 1), size.split("x"))) for size in text.split(","))
-    if len(sizes) < 2 or any(len(size) != 2 for size in sizes):
-        raise ValueError
-    return sizes
-
-
-_rows_columns = _checked(_pair, "two integers such as 14x16")
-_one_size = _checked(
-    lambda text: _pair(text) if "x" in text else _number(int, 1)(text), "an integer, or two as 224x256"
-)
-_im_size = _checked(lambda text: text if text == "own" else _number(int, 1)(text), "an integer from 1, or own")
-_ratio = _checked(_number(float, 1), "a number from 1")
-
-
-def _split_names(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    if not all(names):
-        raise ValueError
-    return names
-
-
-_positive_int = _checked(_number(int, 1), "an integer from 1")
-_fraction = _checked(_number(float, 0, 1), "a number in 0..1")
-_scales = _checked(lambda text: tuple(map(_number(float, 0.01, 100), text.split(","))), "numbers such as 0.75,1,1.25")
-_label_kinds = _checked(_kinds, f"none, or some of {', '.join(LABEL_KINDS)} with commas")
-_words = _checked(_split_names, "names with commas such as train,val")
-_sizes = _checked(_hxw, "two sizes or more such as 512x512,385x521")

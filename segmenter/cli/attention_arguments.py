@@ -1,7 +1,8 @@
 """Arguments of `segmenter attention`."""
 
 import argparse
-from collections.abc import Callable
+
+from segmenter.cli.argument_types import coordinate, fraction, index, numbers, positive_int
 
 DESCRIPTION = (
     "Draws where tokens attend to, over the whole image: those of points (--point), of classes (--class), or else the "
@@ -29,60 +30,14 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
     text = "the class token (encoder), or the token of one class by id or name, or of all (decoder)"
     one.add_argument("--cls", nargs="?", const="all", metavar="CLASS", help=text)
     text = "with --square: the patch in column X, row Y, from 0"
-    one.add_argument("--patch", nargs=2, type=_index, metavar=("X", "Y"), help=text)
+    one.add_argument("--patch", nargs=2, type=index, metavar=("X", "Y"), help=text)
     what = parser.add_argument_group("what to draw")
     what.add_argument("--rollout", action="store_true", help="attention rollout from each layer down to the first")
     text = "colours over the image, or one colour a patch alone (default: overlay)"
     what.add_argument("--view", choices=VIEWS, default="overlay", help=text)
-    what.add_argument("--alpha", type=_fraction, default=0.6, help="strength of the colours, 0..1 (default: 0.6)")
+    what.add_argument("--alpha", type=fraction, default=0.6, help="strength of the colours, 0..1 (default: 0.6)")
     what.add_argument("--npz", action="store_true", help="write the numbers too: attention.npz")
     what.add_argument("--square", action="store_true", help="the published square crop; needs --cls or --patch")
-    what.add_argument("--size", type=from_1, metavar="PIXELS", help="bring the short side of the image to this first")
-
-
-def _refusing(parse: Callable, wanted: str) -> Callable:
-    def checked(text: str) -> object:
-        try:
-            return parse(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}") from None
-
-    return checked
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise ValueError
-        return value
-
-    return parse
-
-
-def numbers(*words: str) -> Callable:
-    def parse(text: str) -> str | tuple[int, ...]:
-        return text if text in words else tuple(dict.fromkeys(map(_at_least(0), text.split(","))))
-
-    said = f", or {' or '.join(words)}" if words else ""
-    return _refusing(parse, f"an integer from 0, several with commas{said}")
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not abs(value) < 1e9:
-        raise ValueError
-    return value
-
-
-_index = _refusing(_at_least(0), "an integer from 0")
-from_1 = _refusing(_at_least(1), "an integer from 1")
-_fraction = _refusing(_share, "a number in 0..1")
-coordinate = _refusing(_finite, "a number of pixels")
+    what.add_argument(
+        "--size", type=positive_int, metavar="PIXELS", help="bring the short side of the image to this first"
+    )

@@ -2,7 +2,7 @@
 
 import argparse
 
-from segmenter.cli.attention_arguments import coordinate, from_1, numbers
+from segmenter.cli.argument_types import checked, coordinate, numbers, positive_int, some_of
 
 NAMES = (
     "patch-size",
@@ -21,9 +21,13 @@ DESCRIPTION = (
 
 def add_figures(parser: argparse.ArgumentParser) -> None:
     """All but the image, the model, the output folder, the device and the compute type."""
-    parser.add_argument("--only", type=_names, metavar="NAME[,NAME]", help="these figures (default: all that can be)")
+    parser.add_argument(
+        "--only", type=some_of(NAMES), metavar="NAME[,NAME]", help="these figures (default: all that can be)"
+    )
     parser.add_argument("--classes", metavar="KEY_OR_FILE", help="names and colours, as for predict")
-    parser.add_argument("--size", type=from_1, metavar="PIXELS", help="bring short sides to this to look at attention")
+    parser.add_argument(
+        "--size", type=positive_int, metavar="PIXELS", help="bring short sides to this to look at attention"
+    )
     where = parser.add_argument_group("where to look from, pixels of IMAGE (default: a large and a small object)")
     pair = {"nargs": 2, "type": coordinate, "metavar": ("X", "Y")}
     where.add_argument("--point", action="append", **pair, help="for attention-by-layer, several times if need be")
@@ -46,15 +50,11 @@ def add_figures(parser: argparse.ArgumentParser) -> None:
     beside.add_argument("--rows", nargs="+", metavar="FILE", help=text)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    found = tuple(dict.fromkeys(text.split(",")))
-    if not set(found) <= set(NAMES):
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(NAMES)} with commas, got {text!r}")
-    return found
-
-
-def _named(text: str) -> tuple[str, str]:
+def _name_and_folder(text: str) -> tuple[str, str]:
     name, _, folder = text.partition("=")
     if not name or not folder:
-        raise argparse.ArgumentTypeError(f"expected a name and a folder such as UperNet=labels, got {text!r}")
+        raise ValueError
     return name, folder
+
+
+_named = checked(_name_and_folder, "a name and a folder such as UperNet=labels")

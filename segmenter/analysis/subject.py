@@ -10,7 +10,7 @@ import torch.nn as nn
 from PIL import Image
 
 from segmenter.analysis.attention_layers import AnalysisError, Seen, attention_layers, watched
-from segmenter.classes import ClassesError, load_classes
+from segmenter.classes import fitting_classes
 from segmenter.decoder import DecoderLinear
 from segmenter.inference.images import read_image
 from segmenter.inference.precision import compute_dtype
@@ -81,12 +81,10 @@ class Subject:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Those of the model's class set; none where it names none."""
+        """Those of the model's class set; none where it names none that fits."""
         key = getattr(getattr(self.model, "info", None), "classes", None)
-        try:
-            return load_classes(key).names if key else ()
-        except ClassesError:
-            return ()
+        found = fitting_classes(key, getattr(self.model, "n_cls", 0))
+        return found.names if found is not None else ()
 
     def class_name(self, class_id: int) -> str:
         """Of a class by id: the id itself where it has no name."""

@@ -56,6 +56,15 @@ def load_classes(key_or_path: str | Path) -> ClassSet:
     return _read(Path(key))
 
 
+def fitting_classes(key_or_path: str | Path | None, n_cls: int) -> ClassSet | None:
+    """The class set that a model of `n_cls` classes names, if it can be read and has as many; else None."""
+    try:
+        found = load_classes(key_or_path) if key_or_path else None
+    except ClassesError:
+        return None
+    return found if found is not None and len(found) == n_cls else None
+
+
 def generic_classes(n: int) -> ClassSet:
     """Names "class 0" ... and generated colours for models with no class set.
 

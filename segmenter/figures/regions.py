@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from segmenter.classes import ClassesError, ClassSet, generic_classes, load_classes
+from segmenter.classes import ClassSet, fitting_classes, generic_classes
 from segmenter.evaluation.compare import border_pixels
 from segmenter.figures.page import Panel, haloed
 from segmenter.visualize import class_shares, colorize, enlarge, heat_colors, overlay
@@ -82,11 +82,7 @@ def patch_labels(labels: np.ndarray, patch_size: int) -> np.ndarray:
 
 def classes_of(model: Any) -> ClassSet:
     """Names and colours that the model names, or generated ones."""
-    try:
-        found = load_classes(model.info.classes) if model.info.classes else None
-    except ClassesError:
-        found = None
-    return found if found is not None and len(found) == model.n_cls else generic_classes(model.n_cls)
+    return fitting_classes(model.info.classes, model.n_cls) or generic_classes(model.n_cls)
 
 
 def legend(labels: np.ndarray, classes: ClassSet) -> list[tuple[tuple[int, int, int], str]]:

@@ -9,7 +9,6 @@ turns, so that other work on the machine meets all of them. Peak memory is what 
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -37,13 +36,8 @@ HEAD = "| patch | tokens | mIoU | boundary F | boundary IoU | mIoU before int8 |
 
 def tokens(model: Segmenter, height: int, width: int) -> int:
     """Patches of all windows of an image, class tokens not counted."""
-    cut = windows_of(
-        resized_shape(height, width, model.info.window_size),
-        model.info.window_size,
-        model.info.window_stride,
-        model.patch_size,
-    )
-    return len(cut.tops) * len(cut.lefts) * math.prod(side // model.patch_size for side in cut.size)
+    size, stride, P = model.info.window_size, model.info.window_stride, model.patch_size
+    return windows_of(resized_shape(height, width, size), size, stride, P).tokens(P)
 
 
 def measured(folders: Sequence[Path], image: np.ndarray, repeats: int, device: torch.device) -> dict[str, Any]:

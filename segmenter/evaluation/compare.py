@@ -89,7 +89,6 @@ def compare(
     parameter = next(model.parameters())
     shape = resized_shape(*pixels.shape[:2], protocol.window_size)
     cut = windows_of(shape, protocol.window_size, protocol.window_stride, model.patch_size)
-    windows = len(cut.tops) * len(cut.lefts)
     return Compared(
         name=name,
         patch_size=model.patch_size,
@@ -97,8 +96,8 @@ def compare(
         impl=model.impl,
         window_size=protocol.window_size,
         window_stride=protocol.window_stride,
-        windows=windows,
-        tokens=windows * math.prod(side // model.patch_size for side in cut.size),
+        windows=cut.count,
+        tokens=cut.tokens(model.patch_size),
         dtype=str(resolve_dtype(protocol.dtype, parameter.device, parameter.dtype)).removeprefix("torch."),
         weights=model.info.weights,
         warning=MEANINGLESS.get(model.info.weights),

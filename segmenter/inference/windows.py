@@ -3,6 +3,7 @@
 What follows, the masks' upsampling and merging, is in `merge` (scores) and `pruned_argmax` (labels) beside this file.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,6 +71,15 @@ class Windows:
     size: tuple[int, int]
     window: tuple[int, int]
     shape: tuple[int, int]
+
+    @property
+    def count(self) -> int:
+        """How many windows an image is cut into."""
+        return len(self.tops) * len(self.lefts)
+
+    def tokens(self, patch_size: int) -> int:
+        """Patches of all windows of an image; class tokens are not counted."""
+        return self.count * math.prod(side // patch_size for side in self.size)
 
     @property
     def geometry(self) -> tuple:

@@ -4,7 +4,7 @@ Each function takes models and images and gives a `Figure`; `segmenter figures` 
 """
 
 from segmenter.figures.attended_distance import distance_by_depth
-from segmenter.figures.attention_panels import attention_by_layer, class_embeddings, field_of_view
+from segmenter.figures.attention_panels import Scene, attention_by_layer, class_embeddings, field_of_view, scene
 from segmenter.figures.label_panels import patch_size, qualitative
 from segmenter.figures.page import Figure, FigureError, MissingInput
 
@@ -12,10 +12,12 @@ __all__ = [
     "Figure",
     "FigureError",
     "MissingInput",
+    "Scene",
     "attention_by_layer",
     "class_embeddings",
     "distance_by_depth",
     "field_of_view",
     "patch_size",
     "qualitative",
+    "scene",
 ]

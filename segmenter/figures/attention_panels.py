@@ -82,7 +82,12 @@ def scene(
     dtype: str | torch.dtype | None = None,
     classes: ClassSet | None = None,
 ) -> Scene:
-    """Labels the image. Raises FigureError for a model of another kind, and what `subject` raises."""
+    """Labels the image; of a `Scene` nothing is done again. Raises what `subject` raises, and FigureError for a model
+    of another kind, or a scene of another model."""
+    if isinstance(image, Scene):
+        if image.model is not model:
+            raise FigureError("the scene was made by another model")
+        return image
     if not isinstance(model, Segmenter):
         raise FigureError(f"{type(model).__name__} is no Segmenter; segmenter.load_any(model) makes one of many ViTs")
     of = subject(model, image, "encoder", size, dtype)
@@ -104,7 +109,8 @@ def attention_by_layer(
     prediction and the segmentation map.
 
     Args:
-        model: a `Segmenter` in evaluation mode. image: anything that `read_image` takes.
+        model: a `Segmenter` in evaluation mode. image: anything that `read_image` takes; or what `scene` makes of it,
+            to be labelled once for several figures, with its own size, compute type and classes.
         points: (x, y) in pixels of the image, at most four; by default deep inside a large and a small object of the
             prediction. layers: their numbers, negative ones from the end; by default the first, middle and last.
         size: pixels that the short side of the image is brought to first. dtype: compute type.
@@ -120,7 +126,7 @@ def attention_by_layer(
     layers = of.of.chosen(layers if layers is not None else (0, depth // 2, depth - 1))
     if len(layers) > 6:
         raise FigureError(f"{len(layers)} layers are too many for one page; give at most 6")
-    maps = attention(model, of.of.pixels, points=[of.centre(p) for p in patches], layers=layers, dtype=dtype)
+    maps = attention(model, of.of.pixels, points=[of.centre(p) for p in patches], layers=layers, dtype=of.dtype)
     P, letters = of.patch_size, "abcd"
 
     def marks(axes: Any) -> None:
@@ -191,8 +197,8 @@ def field_of_view(
         for point, region in zip((large, small), (found * 2)[:2], strict=True)
     ]
     centres = [of.centre(patch) for patch in patches]
-    maps = attention(model, of.of.pixels, points=centres, layers=number, dtype=dtype)
-    statistics = attention_statistics(model, of.of.pixels, layers=number, dtype=dtype)
+    maps = attention(model, of.of.pixels, points=centres, layers=number, dtype=of.dtype)
+    statistics = attention_statistics(model, of.of.pixels, layers=number, dtype=of.dtype)
     distances = statistics.of_patches(statistics.distance)[0] * P  # (heads, rows, columns), pixels
     page, looks = Page(MEANINGLESS.get(model.info.weights), rows=[[], []]), []
     for query, (kind, patch, centre) in enumerate(zip(("large", "small"), patches, centres, strict=True)):
@@ -251,12 +257,12 @@ def class_embeddings(
     if isinstance(getattr(model, "decoder", None), DecoderLinear):
         raise MissingInput("a linear decoder has no class tokens; give a model with a mask transformer")
     of = scene(model, image, size, dtype, classes)
-    decoder = subject(model, of.of.pixels, "decoder", dtype=dtype)
+    decoder = subject(model, of.of.pixels, "decoder", dtype=of.dtype)
     ids = decoder.class_ids(chosen) if chosen else [row["id"] for row in class_shares(of.labels, of.classes)[:3]]
     if len(ids) > 4:
         raise FigureError(f"{len(ids)} classes are too many for one page; give at most 4")
     (number,) = decoder.chosen(layer)
-    maps = attention(model, of.of.pixels, part="decoder", classes=ids, layers=number, dtype=dtype)
+    maps = attention(model, of.of.pixels, part="decoder", classes=ids, layers=number, dtype=of.dtype)
     with torch.inference_mode():
         masks = decoder.run()[0].float().softmax(0)[ids].cpu().numpy()
     P, looks = of.patch_size, []

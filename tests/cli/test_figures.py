@@ -8,6 +8,7 @@ from segmenter import figures
 from segmenter.analysis import attention_statistics
 from segmenter.cli import main
 from segmenter.cli.figures_arguments import NAMES
+from segmenter.figures import attention_panels
 from tests.cli.tools import files, image, load_json
 from tests.support.tiny import tiny_model
 
@@ -62,6 +63,13 @@ def test_what_needs_more_is_left_out_and_said(argv, out, capsys):
     assert "left out: patch-size: give --models" in said.err
     assert "left out: qualitative: give label files" in said.err
     assert "figures: 4" in said.out
+
+
+def test_the_image_is_labelled_once(argv, monkeypatch):
+    calls, segment = [], attention_panels.segment_image
+    monkeypatch.setattr(attention_panels, "segment_image", lambda *args, **kw: calls.append(1) or segment(*args, **kw))
+    assert main([*argv, "--only", "attention-by-layer,field-of-view,class-embeddings"]) == 0
+    assert len(calls) == 1
 
 
 def test_the_command_gives_what_the_functions_give(trained, argv, photos, out):

@@ -66,6 +66,14 @@ def test_attention_by_layer(model):
         assert f"{i} {names[i]}" in texts(figure), "the legend"
 
 
+def test_a_scene_stands_for_its_image(model):
+    scene = figures.scene(model, PIXELS, size=50)
+    for make in (figures.attention_by_layer, figures.field_of_view, figures.class_embeddings):
+        assert make(model, scene).data == make(model, PIXELS, size=50).data
+    with pytest.raises(figures.FigureError, match="another model"):
+        figures.field_of_view(tiny_model(), scene)
+
+
 def test_the_framed_patch_is_the_one_that_looks(model):
     figure = figures.attention_by_layer(model, PIXELS, points=[(20, 40)], layers=[0])
     for axes in (figure.picture.axes[0], figure.picture.axes[3]):

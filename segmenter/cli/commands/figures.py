@@ -1,6 +1,7 @@
 """`segmenter figures`: what a model sees in an image, as figures for print and as numbers."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,10 @@ def _makers(args: argparse.Namespace, pixels: np.ndarray, images: list) -> dict[
     dtype = {"dtype": args.dtype}
     look = {**dtype, "size": args.size}
 
+    @functools.cache
+    def scene() -> figures.Scene:
+        return figures.scene(model, pixels, classes=classes, **look)
+
     def patch_size() -> figures.Figure:
         if len(args.models) < 2:
             raise figures.MissingInput("give --models, two or more, of several patch sizes")
@@ -114,10 +119,10 @@ def _makers(args: argparse.Namespace, pixels: np.ndarray, images: list) -> dict[
     def field_of_view() -> figures.Figure:
         layer = args.layer[-1] if args.layer else -1
         points = {"large": args.large, "small": args.small}
-        return figures.field_of_view(model, pixels, **points, layer=layer, classes=classes, **look)
+        return figures.field_of_view(model, scene(), **points, layer=layer)
 
     def by_layer() -> figures.Figure:
-        return figures.attention_by_layer(model, pixels, points=args.point, layers=args.layer, classes=classes, **look)
+        return figures.attention_by_layer(model, scene(), points=args.point, layers=args.layer)
 
     def distance() -> figures.Figure:
         several = tqdm(images, unit="image", file=sys.stderr, disable=None, leave=False)
@@ -127,9 +132,7 @@ def _makers(args: argparse.Namespace, pixels: np.ndarray, images: list) -> dict[
         "patch-size": patch_size,
         "attention-by-layer": by_layer,
         "field-of-view": field_of_view,
-        "class-embeddings": lambda: figures.class_embeddings(
-            model, pixels, chosen=args.chosen, classes=classes, **look
-        ),
+        "class-embeddings": lambda: figures.class_embeddings(model, scene(), chosen=args.chosen),
         "distance-by-depth": distance,
         "qualitative": qualitative,
     }

@@ -135,7 +135,7 @@ def poisoned_outputs(monkeypatch):
 def guarded_outputs():
     with guarded_allocations() as allocated:
         yield allocated
-    assert allocated
+    assert any(tensor.numel() for tensor in allocated), "no kernel wrote anything"
 
 
 @pytest.fixture(autouse=True, scope="session")

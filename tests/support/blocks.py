@@ -15,6 +15,23 @@ ATTENTION, MLP = ["layernorm_linear", "attention", "linear"], ["layernorm_mlp"]
 SEPARATE = ["layernorm", *3 * ["linear"], "cross_attention", "attention", "linear"]  # the operator, and its kernel
 
 
+def assert_same_gradients(module, twin, frozen):
+    """Of two blocks of the same weights, in training, of which the layer `frozen` (or None) gets no gradient."""
+    x, grads = tokens(batch=2), []
+    for m in (module, twin):
+        if frozen:
+            m.get_submodule(frozen).requires_grad_(False)
+        y = m(x.requires_grad_())
+        (y * tokens(batch=2, seed=9)).sum().backward()
+        grads.append({"x": x.grad.clone(), **{n: p.grad for n, p in m.named_parameters()}})
+        x.grad = None
+    for name, want in grads[1].items():
+        assert (want is None) == (frozen is not None and name.startswith(frozen))
+        if want is not None:
+            torch.testing.assert_close(grads[0][name], want, atol=1e-4, rtol=1e-3, msg=name)
+            assert want.abs().max() > 0.01
+
+
 class PlainAttention(nn.Module):
     """As timm's: returns the tokens alone, takes a mask."""
 

@@ -13,7 +13,7 @@ from segmenter.kernels import direct, launch, repeat
 from segmenter.kernels.launch import Plan, Tiles
 from segmenter.kernels.operators import HOST_FUNCTIONS
 from segmenter.kernels.repeat import Repeated
-from tests.kernels.test_operators import SAMPLES
+from tests.support.operator_samples import SAMPLES
 from tests.support.parity import DEVICE
 
 

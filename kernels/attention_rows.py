@@ -100,7 +100,7 @@ def attention_rows(q: torch.Tensor, k: torch.Tensor, scale: float | None = None)
         q: (B, R, h, d), the chosen queries. k: (B, M, h, d), M >= 1. bfloat16, float16 or float32; any strides.
         scale: of the scores, by default d**-0.5.
     Returns:
-        (B, h, R, M) float32; rows sum to 1.
+        (B, h, R, M) float32; rows sum to 1, in float32 "high" and "medium" as far as TF32 goes.
     Raises:
         KernelError: another type, head_dim or device. ValueError: shapes that do not belong together.
     """

@@ -77,14 +77,14 @@ def _run(q: torch.Tensor, k: torch.Tensor, x: torch.Tensor, scale: float, config
     if out.numel() == 0:
         return out
     lse = log_sum_exp(q, k, scale)
-    precision, amd = launch.dot_precision(q.dtype), launch.architecture(q).startswith("gfx")
+    precision = launch.dot_precision(q.dtype)
     c = config or configs_maps.attention_transposed(launch.architecture(q), q.element_size(), precision)
     block_r = min(MAX_COLUMNS, max(16, triton.next_power_of_2(n_columns)))
     n_blocks = triton.cdiv(n_keys, c.block_n), triton.cdiv(n_columns, block_r)
     scalars = (
         *q.stride()[:3], *k.stride()[:3], *x.stride(), h, n_queries, n_keys, n_columns, lse_rows(n_queries), *n_blocks,
         scale * LOG2E.value, d, head_padding(d), c.block_m, c.block_n, block_r,
-        precision, precision if q.dtype == torch.float32 else "ieee" if amd else "tf32x3",
+        precision, precision if q.dtype == torch.float32 else launch.wide_precision(q),
     )  # fmt: skip
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
     grid = B * h * n_blocks[0] * n_blocks[1]

@@ -105,6 +105,12 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if float32_precision() == "highest" else "tf32"
 
 
+def wide_precision(like: torch.Tensor) -> str:
+    """`input_precision` of a product of float32 operands that has to lose nothing to what half types round: of three
+    TF32 ones on NVIDIA's tensor cores (TF32 alone cuts off more than float16 rounds), in float32 on AMD's."""
+    return "ieee" if architecture(like).startswith("gfx") else "tf32x3"
+
+
 def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if its last dimension is dense, which is all that kernels ask for; else a dense copy."""
     return tensor if tensor.stride(-1) == 1 else call(torch.Tensor.contiguous, tensor)

@@ -14,6 +14,7 @@ from bench.operations import Operation, Tensors, compiled, random_tensor
 from bench.shapes import Shape, Work
 from segmenter.inference.images import NORMALIZATION
 from segmenter.kernels import reference
+from segmenter.layers import attention_half
 from segmenter.ops import load_kernels
 
 WITHOUT_ATTENTION = ("eager", "compile", "triton")
@@ -87,16 +88,8 @@ def _fc1_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def _attention_half(provider: str, shape: Shape) -> Callable:
-    if provider == "triton":
-        half = load_kernels().attention_half
-        return lambda *tensors: half(*tensors, shape.n_heads)
     ops = providers.operators(provider)
-
-    def composed(x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias):
-        qkv = ops.layernorm_linear(x, norm_weight, norm_bias, qkv_weight, qkv_bias)
-        return ops.linear(ops.attention(qkv, shape.n_heads), weight, bias, residual=x)
-
-    return composed
+    return lambda *tensors: attention_half(ops, *tensors, shape.n_heads)
 
 
 def _attention_half_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:

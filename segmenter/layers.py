@@ -215,12 +215,13 @@ def fused_attention(
     column of what is added to x (Touvron et al., "Going deeper with image transformers", 2021), or None.
     """
     parameters = (*_weight_and_bias(norm), qkv_weight, qkv_bias, *_weight_and_bias(proj))
-    return ops.compose(_attention_half, x, *parameters, heads, norm.eps, keep_qkv, layer_scale)
+    return ops.compose(attention_half, x, *parameters, heads, norm.eps, keep_qkv, layer_scale)
 
 
-def _attention_half(
-    ops, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps, keep_qkv, layer_scale
+def attention_half(
+    ops, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps=1e-5, keep_qkv=True, layer_scale=None
 ) -> torch.Tensor:
+    """The formula of it, by these operators; with gradients, as one operator where there is one."""
     of_qkv, of_proj = (norm_weight, norm_bias, qkv_weight, qkv_bias), (weight, bias)
     if ops.attention_half is not None and torch.is_grad_enabled():
         return ops.attention_half(x, *of_qkv, *of_proj, heads, eps, keep_qkv, layer_scale)

@@ -104,6 +104,8 @@ class Automatic:
         on_cpu: whether tensors on the CPU get the kernels when Triton's interpreter is on, which is slow.
     """
 
+    __slots__ = ("name", "on_cpu")  # and no dictionary, which `guard.decision` would look through in every call
+
     def __init__(self, name: str, on_cpu: bool):
         self.name, self.on_cpu = name, on_cpu
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.support.pages import ROOT
+from tests.support.processes import torchrun
 from tests.support.tiny import tiny_model
 
 EXAMPLES = ROOT / "examples"
@@ -121,12 +122,8 @@ def test_train_sharded(capsys):
     alone = capsys.readouterr().out
     losses = [float(line.split()[-1]) for line in alone.splitlines()]
     assert len(losses) == 3 and losses[2] != losses[0]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(EXAMPLES / "train_sharded.py"), *STEPS]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pair = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert pair.returncode == 0, pair.stderr
-    assert [float(line.split()[-1]) for line in pair.stdout.splitlines()] == pytest.approx(losses, abs=3e-6)
+    pair = torchrun(str(EXAMPLES / "train_sharded.py"), *STEPS)
+    assert [float(line.split()[-1]) for line in pair.splitlines()] == pytest.approx(losses, abs=3e-6)
 
 
 def test_scripts_start_from_anywhere_and_say_what_they_do(tmp_path):

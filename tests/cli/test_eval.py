@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from segmenter.evaluation.evaluate import MULTISCALE, Protocol, evaluate
 from segmenter.evaluation.metrics import percent
 from tests.cli.tools import files, image, load_json
 from tests.support.data_sets import describe, make_data_set, rectangles, save
+from tests.support.processes import torchrun
 from tests.support.tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -398,11 +398,8 @@ def test_torchrun_goes_on_after_a_process_that_was_killed_while_it_wrote(out, ar
     want = scores(out)
     (tmp_path / "script.py").write_text(LOSES_A_PROCESS)
     argv[argv.index("-o") + 1] = str(out / "many")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", str(tmp_path / "script.py"), str(tmp_path / "once"), *argv]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    script = [str(tmp_path / "script.py"), str(tmp_path / "once")]
+    printed = torchrun("--max-restarts", "1", *script, *argv, cwd=tmp_path)
     assert (tmp_path / "once").exists()
     assert scores(out / "many") == want
-    assert result.stdout.count("mIoU ") == 1
+    assert printed.count("mIoU ") == 1

@@ -1,9 +1,6 @@
 """`segmenter predict` by several processes, and the options of its stream."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ from segmenter.cli.shards import DIRECTORY, Shard, SharedReport
 from segmenter.inference import stream as stream_module
 from tests.cli.conftest import VARIABLES
 from tests.cli.tools import files, image, labels_of, load_json
+from tests.support.processes import torchrun
 
 ROOT = Path(__file__).parents[2]
 
@@ -250,16 +248,12 @@ def test_torchrun_goes_on_after_a_killed_process(trained, many, out, argv, tmp_p
     """For real: two processes, one killed by a signal before it has finished its second image."""
     (tmp_path / "script.py").write_text(LOSES_A_PROCESS)
     log, once = tmp_path / "log", tmp_path / "once"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", str(tmp_path / "script.py"), str(log), str(once), *argv]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    printed = torchrun("--max-restarts", "1", str(tmp_path / "script.py"), str(log), str(once), *argv, cwd=tmp_path)
     assert once.exists()
     written = log.read_text().split()
     assert len(written) == len(set(written)), "none twice"
-    summaries = [line for line in result.stdout.splitlines() if " failed of 7 in " in line]
-    assert len(summaries) == 1, result.stdout
+    summaries = [line for line in printed.splitlines() if " failed of 7 in " in line]
+    assert len(summaries) == 1, printed
     counts = [int(word) for word in summaries[0].replace(",", "").split() if word.isdecimal()]
     assert counts[0] + counts[1] == 5
     assert counts[1] >= 1, "1.png was done before the loss"

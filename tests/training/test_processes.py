@@ -18,6 +18,7 @@ from segmenter.training.checkpoint import BEST, FINAL, write_yaml
 from segmenter.training.loop import train
 from tests.support import dying_runs
 from tests.support.data_sets import SIZE, save
+from tests.support.processes import torchrun
 from tests.support.tiny_runs import differences, read_checkpoint, tiny_recipe
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
@@ -154,19 +155,8 @@ def test_a_sample_that_one_process_cannot_read_ends_both(runs):
 @pytest.mark.more
 def test_torchrun_starts_the_same(runs):
     output = runs.folder / "torchrun"
-    train_it = [
-        "-m",
-        "segmenter",
-        "train",
-        "--recipe",
-        f"{runs.folder / 'pair.yml'}",
-        "-o",
-        str(output),
-        "--device",
-        "cpu",
-    ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *train_it]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    recipe = str(runs.folder / "pair.yml")
+    torchrun("-m", "segmenter", "train", "--recipe", recipe, "-o", str(output), "--device", "cpu")
     assert differences(read_checkpoint(output), read_checkpoint(runs.folder / "pair")) == []
 
 

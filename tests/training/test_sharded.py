@@ -1,9 +1,6 @@
 """Steps with weights split by FSDP2, and steps as one graph of torch.compile: the gradients of the plain step."""
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 
@@ -17,7 +14,7 @@ pytest.importorskip("triton")
 from segmenter import create_segmenter, guard, layers
 from segmenter.training.distributed import shard
 from segmenter.weights.load import from_pretrained
-from tests.support.pages import ROOT
+from tests.support.processes import torchrun
 from tests.support.sharded_step import data, distance, make, mean_loss, sharded_distance
 
 WAYS = [("eager", 1), ("triton", 1), *(pytest.param("triton", level, marks=pytest.mark.more) for level in (0, 2, 3))]
@@ -55,12 +52,8 @@ def test_saved_once_its_weights_are_gathered(one_process, tmp_path):
 @pytest.mark.more
 @pytest.mark.parametrize(("impl", "level"), [("eager", 1), ("triton", 2)])
 def test_two_processes_have_them(impl, level):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.support.sharded_step", impl, str(level)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    found = {rank: float(value) for value, rank in re.findall(r"distance (\S+) of (\d)", done.stdout)}
+    printed = torchrun("-m", "tests.support.sharded_step", impl, str(level))
+    found = {rank: float(value) for value, rank in re.findall(r"distance (\S+) of (\d)", printed)}
     assert found.keys() == {"0", "1"} and max(found.values()) < 1e-5
 
 

@@ -35,6 +35,7 @@ from segmenter.kernels.mask_head import mask_head
 from segmenter.kernels.mask_head_backward import mask_head_backward
 from segmenter.kernels.pixels_to_tokens import pixels_to_tokens
 from segmenter.kernels.pixels_to_tokens_backward import pixels_to_tokens_backward
+from segmenter.kernels.rotate import rotate
 from segmenter.kernels.upsample_argmax import upsample_argmax, windows_argmax
 from segmenter.kernels.upsample_cross_entropy import upsample_cross_entropy
 
@@ -133,6 +134,12 @@ def _attention_cases(add: Callable[..., None]) -> None:
     add(ARCHITECTURES, "attention", "bf16", n=1100, d=128)
     for n, m in ((1024, 150), (150, 1174)):
         add(True, "cross_attention", "bf16", n=n, m=m)
+    # Both conventions, packed queries and keys and separate ones, heads that fill tiles and not, tables by head.
+    for interleaved in (False, True):
+        add(ARCHITECTURES, "rotate", "bf16", n=1029, interleaved=interleaved)
+        add(True, "rotate", "bf16 fp32", n=1029, interleaved=interleaved, transposed=True)
+        add(True, "rotate", "bf16", n=1029, d=80, interleaved=interleaved)
+        add(True, "rotate", "fp16", n=1025, interleaved=interleaved, separate=True, by_head=True)
 
 
 def _map_cases(add: Callable[..., None]) -> None:
@@ -347,6 +354,16 @@ def _cross_attention_backward(dtype: torch.dtype, n: int, m: int) -> partial:
     return partial(cross_attention_backward, *tensors, torch.empty(2, 6, lse_rows(n)), None, 64**-0.5)
 
 
+def _rotate(
+    dtype: torch.dtype, n: int, d: int = 64, side: int = 32, interleaved=False, transposed=False, separate=False,
+    by_head=False,
+) -> partial:  # fmt: skip
+    """Of twelve heads, with tables in float32."""
+    x = torch.empty(2, n, 12, d, dtype=dtype) if separate else torch.empty(2, n, 36, d, dtype=dtype)[:, :, :24]
+    table = torch.empty(1, 12, side * side, d) if by_head else torch.empty(side * side, d)
+    return partial(rotate, x, table, table.clone(), interleaved, transposed)
+
+
 def _q_and_k(dtype: torch.dtype, n: int, d: int, r: int = 0) -> list[torch.Tensor]:
     """Of six heads, packed as in a model; `r`: of so many queries."""
     q, k, _ = torch.empty(2, n, 3, 6, d, dtype=dtype).unbind(2)
@@ -368,6 +385,7 @@ CALLS: dict[str, Callable[..., partial]] = {
     "cross_attention": lambda dtype, n, m: partial(
         cross_attention, *_empty(dtype, (2, n, 6, 64), (2, m, 6, 64), (2, m, 6, 64))
     ),
+    "rotate": _rotate,
     "attention_rows": lambda dtype, n, d=64, r=16: partial(attention_rows, *_q_and_k(dtype, n, d, r)),
     "attention_statistics": _attention_statistics,
     "attention_transposed": _attention_transposed,

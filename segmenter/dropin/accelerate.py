@@ -266,8 +266,12 @@ def _wanted(name: str, module: nn.Module, kind: str, run: _Run) -> Plan:
     call = run.call(name, module)
     if not call.tokens:
         raise Unlike("its model calls it with something else than tokens (B, N, d)")
+    rotary = found.rotary if isinstance(found, BlockPlan) else None
     if not call.arguments:
-        return found._replace(passed=()) if isinstance(found, BlockPlan) and found.style != "separate" else found
+        without = isinstance(found, BlockPlan) and found.style != "separate" and rotary is None
+        return found._replace(passed=()) if without else found
+    if rotary is not None and call.arguments == (rotary.argument,):
+        return found
     passes = f"its model {'passes' if call.sure else 'may pass'} {', '.join(call.arguments)} with every call"
     if not call.sure:
         passes += " (an example shows whether it does)"

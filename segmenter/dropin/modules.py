@@ -18,9 +18,9 @@ import torch.nn.functional as F
 
 from segmenter.dropin.calls import ANY, asks
 from segmenter.dropin.guard import unlike_before
-from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan
+from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan, own_biases
 from segmenter.guard import METHODS, PLAIN_TENSORS, decision, is_fake, qualified, replaced, why_not_bypass
-from segmenter.layers import fused_attention, fused_mlp, fused_separate_attention
+from segmenter.layers import Rotation, fused_attention, fused_mlp, fused_separate_attention
 from segmenter.ops import KERNELS, Operators, why_not_tensor
 
 
@@ -93,8 +93,10 @@ def _must_be_fast(module: nn.Module, reason: str) -> None:
 
 def attention_core(attention: nn.Module, plan: AttentionPlan | BlockPlan, x: torch.Tensor, ops: Operators) -> Any:
     """The attention layer without its residual: projections called as layers, the core by an operator."""
-    layers = attention._modules
-    x = layers["proj"](_normed(layers, ops.attention(layers["qkv"](x), plan.heads)))
+    layers, bias = attention._modules, own_bias(attention)
+    qkv = layers["qkv"](x)
+    qkv = qkv if bias is None else qkv + bias
+    x = layers["proj"](_normed(layers, ops.attention(qkv, plan.heads)))
     drop = layers.get("proj_drop")
     return x if drop is None else drop(x)
 
@@ -102,6 +104,14 @@ def attention_core(attention: nn.Module, plan: AttentionPlan | BlockPlan, x: tor
 def _normed(layers: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
     norm = layers.get("norm")
     return x if norm is None else norm(x)
+
+
+def own_bias(attention: nn.Module) -> torch.Tensor | None:
+    """(3*h*d,), the bias that an attention layer adds to its qkv itself, put together anew on every call."""
+    if not (attention._parameters or attention._buffers):
+        return None
+    held = [attention._parameters.get(n, attention._buffers.get(n)) for n in own_biases(attention)]
+    return torch.cat(held) if held else None
 
 
 def wrapped_core(
@@ -115,16 +125,19 @@ def wrapped_core(
     return identity + wrapper._modules["dropout_layer"](wrapper._modules["proj_drop"](y))
 
 
-def attention_fused(block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Operators) -> torch.Tensor:
+def attention_fused(
+    block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Operators, rotation: Rotation | None = None
+) -> torch.Tensor:
     """x + attention(norm1(x)) by `segmenter.layers.fused_attention`."""
-    norm, attention = block._modules[plan.names["norm1"]], block._modules[plan.names["attn"]]._modules
-    scale = layer_scale(block, plan, "1")
-    if plan.style == "separate":
+    norm, layer = block._modules[plan.names["norm1"]], block._modules[plan.names["attn"]]
+    attention, scale = layer._modules, layer_scale(block, plan, "1")
+    if "q" in plan.inner:
         q, k, v, proj = (attention[plan.inner[role]] for role in ("q", "k", "v", "proj"))
-        return fused_separate_attention(x, norm, (q, k, v), plan.heads, proj, ops, scale)
+        return fused_separate_attention(x, norm, (q, k, v), plan.heads, proj, ops, scale, rotation)
     if plan.style == "packed":
-        qkv = attention["qkv"]
-        return fused_attention(x, norm, qkv.weight, qkv.bias, plan.heads, attention["proj"], ops, layer_scale=scale)
+        qkv, bias, proj = attention["qkv"], own_bias(layer), attention["proj"]
+        bias = qkv.bias if bias is None else bias
+        return fused_attention(x, norm, qkv.weight, bias, plan.heads, proj, ops, layer_scale=scale, rotation=rotation)
     inner = attention["attn"]
     out = inner._modules["out_proj"]
     return fused_attention(x, norm, inner.in_proj_weight, inner.in_proj_bias, plan.heads, out, ops)
@@ -274,9 +287,13 @@ class FastBlock(Accelerated):
         if found.whole is not None:
             _must_be_fast(self, found.whole)
             return super().forward(x, *args, **kwargs)
-        if passed and plan.attention is not None:
-            _must_be_fast(self, f"attention: {why_not_tokens(self, x, args, kwargs)}")  # noted down for `why_not`, too
-        y = by_layers(self, plan, x, "1", passed=passed) if passed else self._attention(plan, x, found)
+        passed = passed or {}
+        rotation = self._rotation(plan, x, passed)
+        if isinstance(rotation, str) and plan.attention is not None:
+            if not torch.compiler.is_compiling():
+                self.__dict__["_segmenter_declined"] = rotation  # for `why_not`
+            _must_be_fast(self, f"attention: {rotation}")
+        y = self._attention(plan, x, found, rotation, passed)
         if plan.mlp is not None:
             if y.dtype != x.dtype:  # by layers of another type
                 found = self.decide(y)
@@ -285,14 +302,22 @@ class FastBlock(Accelerated):
             _must_be_fast(self, f"MLP: {found.whole or found.mlp}")
         return by_layers(self, plan, y, "2")
 
-    def _attention(self, plan: BlockPlan, x: torch.Tensor, found: Obstacles) -> torch.Tensor:
-        if plan.attention is not None:
+    def _rotation(self, plan: BlockPlan, x: torch.Tensor, passed: dict[str, Any]) -> Rotation | str | None:
+        """What turns queries and keys in a call, None if nothing; or why its attention is not for the kernels."""
+        if plan.rotary is not None and set(passed) <= {plan.rotary.argument}:
+            return plan.rotary.read(passed.get(plan.rotary.argument), x)
+        return f"arguments besides the tokens, such as {', '.join(passed)}" if passed else None
+
+    def _attention(
+        self, plan: BlockPlan, x: torch.Tensor, found: Obstacles, rotation: Rotation | str | None, passed: dict
+    ) -> torch.Tensor:
+        if plan.attention is not None and not isinstance(rotation, str):
             if found.attention is None:
-                return attention_fused(self, plan, x, KERNELS[0])
+                return attention_fused(self, plan, x, KERNELS[0], rotation)
             _must_be_fast(self, f"attention: {found.attention}")
-        if plan.core is not None and found.core is None:
+        if plan.core is not None and found.core is None and rotation is None:
             return by_layers(self, plan, x, "1", KERNELS[0])
-        return by_layers(self, plan, x, "1")
+        return by_layers(self, plan, x, "1", passed=passed)
 
     def decide(self, x: torch.Tensor) -> Obstacles:
         if reason := why_not_tensor(x) or replaced(self._segmenter_original):

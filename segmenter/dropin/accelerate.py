@@ -101,9 +101,9 @@ def accelerate(
     Parameters, state-dict keys, classes in the sense of isinstance, hooks, copying, saving and training stay as they
     are. Layers that hold anything unusual (LoRA, quantised or parametrised weights, norms of queries and keys) keep
     their own forward, and so do calls with a mask, a wish for attention maps, dropout in training, float64, or on a
-    device without kernels. Attention that gets rotary or relative positions with every call is left alone: an `example`
-    shows whether it does, without one it is taken to if its forward has such an argument. Calling it again takes up
-    what has changed since. If it raises, the model is as it was before.
+    device without kernels. Attention that gets something else than tokens and rotary positions with every call, such as
+    relative positions, is left alone: an `example` shows whether it does, without one it is taken to if its forward has
+    such an argument. Calling it again takes up what has changed since. If it raises, the model is as it was before.
 
     Args:
         model: any module.

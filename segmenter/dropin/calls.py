@@ -1,8 +1,8 @@
 """What the modules of a model are called with besides tokens.
 
-Kernels run for calls with tokens alone, or with rotary positions that are known. Whether a model calls its blocks so,
-or with relative positions or a mask each time, shows in a call of it (`observed`). Without one, only signatures tell: a module whose forward has
-further arguments is taken to get them (`expected`).
+Kernels run for calls with tokens alone, or with rotary positions of a known form. Whether a model calls its blocks so,
+or with relative positions or a mask each time, shows in a call of it (`observed`). Without one, only signatures tell: a
+module whose forward has further arguments is taken to get them (`expected`).
 """
 
 import inspect

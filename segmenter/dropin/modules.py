@@ -9,7 +9,7 @@ import copyreg
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +96,11 @@ def attention_core(attention: nn.Module, plan: AttentionPlan | BlockPlan, x: tor
     layers, bias = attention._modules, own_bias(attention)
     qkv = layers["qkv"](x)
     qkv = qkv if bias is None else qkv + bias
-    x = layers["proj"](_normed(layers, ops.attention(qkv, plan.heads)))
+    if _has_norms(layers):
+        y = _attended(layers, qkv.unflatten(2, (3, plan.heads, -1)).unbind(2), ops)
+    else:
+        y = ops.attention(qkv, plan.heads)
+    x = layers["proj"](_normed(layers, y))
     drop = layers.get("proj_drop")
     return x if drop is None else drop(x)
 
@@ -104,6 +108,22 @@ def attention_core(attention: nn.Module, plan: AttentionPlan | BlockPlan, x: tor
 def _normed(layers: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
     norm = layers.get("norm")
     return x if norm is None else norm(x)
+
+
+def _has_norms(layers: dict[str, Any]) -> bool:
+    """Whether an attention layer has norms of queries and keys that do something."""
+    return any(type(layers.get(name)) not in (type(None), nn.Identity) for name in ("q_norm", "k_norm"))
+
+
+def _attended(
+    layers: dict[str, Any], qkv: Sequence[torch.Tensor], ops: Operators, rotation: Rotation | None = None
+) -> torch.Tensor:
+    """Attention of q, k and v (B, N, h, d) whose norms are called as layers, whatever they are: (B, N, h*d)."""
+    names = ("q_norm", "k_norm")
+    q, k = (layers[n](t.transpose(1, 2)).transpose(1, 2) for n, t in zip(names, qkv, strict=False))
+    if rotation is not None:
+        q, k = (ops.rotate(t, *rotation) for t in (q, k))
+    return ops.cross_attention(q, k, qkv[2], q.shape[-1] ** -0.5)
 
 
 def own_bias(attention: nn.Module) -> torch.Tensor | None:
@@ -133,12 +153,28 @@ def attention_fused(
     attention, scale = layer._modules, layer_scale(block, plan, "1")
     if "q" in plan.inner:
         q, k, v, proj = (attention[plan.inner[role]] for role in ("q", "k", "v", "proj"))
-        return fused_separate_attention(x, norm, (q, k, v), plan.heads, proj, ops, scale, rotation)
-    if plan.style == "packed":
+        if not _has_norms(attention):
+            return fused_separate_attention(x, norm, (q, k, v), plan.heads, proj, ops, scale, rotation)
+        normed = ops.layernorm(x, norm.weight, norm.bias, norm.eps)
+        qkv = [ops.linear(normed, p.weight, p.bias).unflatten(2, (plan.heads, -1)) for p in (q, k, v)]
+    elif plan.style == "packed":
         qkv, bias, proj = attention["qkv"], own_bias(layer), attention["proj"]
         bias = qkv.bias if bias is None else bias
-        return fused_attention(x, norm, qkv.weight, bias, plan.heads, proj, ops, layer_scale=scale, rotation=rotation)
-    inner = attention["attn"]
+        if not _has_norms(attention):
+            return fused_attention(
+                x, norm, qkv.weight, bias, plan.heads, proj, ops, layer_scale=scale, rotation=rotation
+            )
+        qkv = ops.layernorm_linear(x, norm.weight, norm.bias, qkv.weight, bias, norm.eps)
+        qkv = qkv.unflatten(2, (3, plan.heads, -1)).unbind(2)
+    else:
+        return _wrapped_fused(x, norm, attention["attn"], plan, ops)
+    y = _attended(attention, qkv, ops, rotation)
+    return ops.linear(y, proj.weight, proj.bias, residual=x, layer_scale=scale)
+
+
+def _wrapped_fused(
+    x: torch.Tensor, norm: nn.LayerNorm, inner: nn.Module, plan: BlockPlan, ops: Operators
+) -> torch.Tensor:
     out = inner._modules["out_proj"]
     return fused_attention(x, norm, inner.in_proj_weight, inner.in_proj_bias, plan.heads, out, ops)
 

@@ -158,7 +158,7 @@ def _packed_core(root: nn.Module, at: Path) -> Layers:
     layers = [record(root, at, own_biases(attention), tuple(parts))]
     for name in ("q_norm", "k_norm"):
         if name in present:
-            layers.append(_record_identity(root, (*at, name)))
+            layers.append(_record_called(root, (*at, name)))
     if "attn_drop" in present:
         layers.append(record(root, (*at, "attn_drop")))
     weight = getattr(attention.qkv, "weight", None)  # adapters have the weight of what they wrap
@@ -344,7 +344,7 @@ def _separate_projections(root: nn.Module, at: Path, inner: dict[str, str]) -> L
     layers += [record_linear(root, path) for path in paths]
     for name in others:
         if find(root, at)._modules.get(name) is not None:
-            kind = _record_identity if name in _NORMS_OF_ATTENTION else record
+            kind = {"norm": _record_identity, "q_norm": _record_called, "k_norm": _record_called}.get(name, record)
             layers.append(kind(root, (*at, name)))
     widths = [find(root, path).weight.shape[0] for path in paths[:3]]
     if len(set(widths)) != 1:
@@ -395,6 +395,12 @@ def _record_identity(root: nn.Module, path: Path) -> Layer:
     if type(layer) is not nn.Identity:
         raise Unlike(f"{'.'.join(path)} is {qualified(type(layer))}, not {qualified(nn.Identity)}")
     return record(root, path)
+
+
+def _record_called(root: nn.Module, path: Path) -> Layer:
+    """`record` of a layer that is called, so that it may hold what it likes."""
+    layer = find(root, path)
+    return record(root, path, (*layer._parameters, *layer._buffers))
 
 
 def _own_vectors(block: nn.Module, names: dict[str, str]) -> dict[str, str]:

@@ -47,15 +47,20 @@ class Settings:
     """How the attention layers below turn what. As a plain object, whose values are compared on every call."""
 
     def __init__(self, **how):
-        self.joined, self.sines_first, self.interleaved, self.sign, self.values, self.extra = (
-            False,
-            False,
-            False,
-            1,
-            False,
-            None,
-        )
+        self.joined = self.sines_first = self.interleaved = self.values = self.normed = False
+        self.sign, self.extra = 1, None
         vars(self).update(how)
+
+
+class Norm(nn.Module):
+    """Of queries or keys, of no kind that the kernels know."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(COLUMNS))
+
+    def forward(self, x):
+        return self.weight * x / (1 + x.abs().amax(-1, keepdim=True))
 
 
 class Turning(nn.Module):
@@ -64,6 +69,8 @@ class Turning(nn.Module):
     def __init__(self, how, packed):
         super().__init__()
         self.num_heads, self.how = HEADS, how
+        if how.normed:
+            self.q_norm, self.k_norm = Norm(), Norm()
         if packed:
             self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
             self.num_prefix_tokens = EXTRA
@@ -75,6 +82,8 @@ class Turning(nn.Module):
         how, packed = self.how, "qkv" in self._modules
         qkv = self.qkv(x).chunk(3, -1) if packed else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (t.unflatten(2, (HEADS, -1)).transpose(1, 2) for t in qkv)
+        if how.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
         if positions is not None:
             first, second = positions.chunk(2, -1) if how.joined else positions
             cos, sin = (second, first) if how.sines_first else (first, second)
@@ -170,6 +179,37 @@ def test_other_rotations_are_the_models(cls, how, kernels):
     report = accelerate(module)
     torch.testing.assert_close(module(x, positions=positions), want, **TIGHT)
     assert kernels == ([] if cls is PackedBlock else MLP), report  # a call by itself with more than tokens
+
+
+def test_norms_of_queries_and_keys(kernels):
+    """Are called, in front of the rotation, whatever they compute; with hooks the model's own attention is."""
+    module, x, calls = block(PackedBlock, normed=True), tokens(), []
+    accelerate(module)
+    ran = ["layernorm_linear", "rotate", *ROTARY[1:]]
+    for positions, runs in ((tables(), ran), (None, [name for name in ran if name != "rotate"])):
+        kernels.clear()
+        torch.testing.assert_close(module(x, positions), original(module)(x, positions), **TIGHT)
+        assert kernels == runs + MLP
+    with torch.no_grad():
+        before = module(x, tables())
+        module.attn.k_norm.weight.mul_(-2)
+        assert (module(x, tables()) - before).abs().max() > 0.05
+    torch.testing.assert_close(module(x, tables()), original(module)(x, tables()), **TIGHT)
+    module.attn.q_norm.register_forward_hook(lambda *a: calls.append(1))
+    kernels.clear()
+    module(x, tables())
+    assert calls == [1] and kernels == MLP
+
+
+def test_norms_of_three_projections(kernels):
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 56, "depth": 1, "embed_dim": 64, "num_heads": 2}
+    model = timm.create_model("eva02_base_patch14_224", **sizes, qk_norm=True).to(DEVICE).eval()
+    twin, im = copy.deepcopy(model), torch.randn(1, 3, 56, 56, device=DEVICE)
+    accelerate(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(im), twin(im), **TIGHT)
+    assert kernels == SEPARATE_ROTARY
 
 
 @of_both

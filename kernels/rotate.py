@@ -144,7 +144,7 @@ def _run(
 
 
 def _rotate_host(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, transposed: bool
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False, transposed: bool = False
 ) -> torch.Tensor:
     launch.check_device(x, cos, sin)
     for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):

@@ -118,13 +118,22 @@ def record(root: nn.Module, path: Path, parameters: tuple[str, ...] = (), childr
     return Layer(path, kind, tuple(layer._modules), flags, rate)
 
 
-def record_linear(root: nn.Module, path: Path, bias: bool = False) -> Layer:
+def record_linear(root: nn.Module, path: Path, bias: bool = False, masked: bool = False) -> Layer:
     """`record` of a linear layer, with a bias if `bias`. Subclasses that add nothing may pass: `verify` tries them.
 
+    Args:
+        masked: it may hold a buffer of the shape of its bias, which the bias is multiplied by.
     Raises:
         Unlike: it is another kind of layer, such as an adapter around a linear layer.
     """
-    return _record_kind(root, path, nn.Linear, bias)
+    return _record_kind(root, path, nn.Linear, bias, mask_of_bias(find(root, path)) if masked else ())
+
+
+def mask_of_bias(layer: nn.Module | None) -> tuple[str, ...]:
+    """The name of what a linear layer's bias may be multiplied by, if there is one such buffer, else ()."""
+    held = () if layer is None else tuple(name for name, buffer in layer._buffers.items() if buffer is not None)
+    bias = None if layer is None else layer._parameters.get("bias")
+    return held if len(held) == 1 and bias is not None and layer._buffers[held[0]].shape == bias.shape else ()
 
 
 def record_norm(root: nn.Module, path: Path) -> Layer:
@@ -132,13 +141,13 @@ def record_norm(root: nn.Module, path: Path) -> Layer:
     return _record_kind(root, path, nn.LayerNorm, True)
 
 
-def _record_kind(root: nn.Module, path: Path, kind: type, bias: bool) -> Layer:
+def _record_kind(root: nn.Module, path: Path, kind: type, bias: bool, buffers: tuple[str, ...] = ()) -> Layer:
     layer, name = find(root, path), ".".join(path)
     if layer is None:
         raise Unlike(f"{name} is missing")
     if not isinstance(layer, kind):
         raise Unlike(f"{name} is {_class(layer)}, not {qualified(kind)}")
-    recorded = record(root, path, ("weight", "bias"))
+    recorded = record(root, path, ("weight", "bias", *buffers))
     needed = ("weight", "bias") if bias else ("weight",)
     if absent := [n for n in needed if layer._parameters.get(n) is None]:  # a parametrised weight is not there either
         raise Unlike(f"{name} has no parameter {', '.join(absent)}")

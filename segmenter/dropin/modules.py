@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from segmenter.dropin.calls import ANY, asks
-from segmenter.dropin.guard import unlike_before
+from segmenter.dropin.guard import mask_of_bias, unlike_before
 from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan, own_biases
 from segmenter.guard import METHODS, PLAIN_TENSORS, decision, is_fake, qualified, replaced, why_not_bypass
 from segmenter.layers import Rotation, fused_attention, fused_mlp, fused_separate_attention
@@ -134,6 +134,12 @@ def own_bias(attention: nn.Module) -> torch.Tensor | None:
     return torch.cat(held) if held else None
 
 
+def masked_bias(linear: nn.Linear) -> torch.Tensor | None:
+    """The bias of a linear layer, multiplied anew on every call if the layer has a mask for it (of keys, in DINOv3)."""
+    mask = mask_of_bias(linear) if linear._buffers else ()
+    return linear.bias * linear._buffers[mask[0]].to(linear.bias.dtype) if mask else linear.bias
+
+
 def wrapped_core(
     wrapper: nn.Module, plan: AttentionPlan, x: torch.Tensor, identity: torch.Tensor, ops: Operators
 ) -> Any:
@@ -159,7 +165,7 @@ def attention_fused(
         qkv = [ops.linear(normed, p.weight, p.bias).unflatten(2, (plan.heads, -1)) for p in (q, k, v)]
     elif plan.style == "packed":
         qkv, bias, proj = attention["qkv"], own_bias(layer), attention["proj"]
-        bias = qkv.bias if bias is None else bias
+        bias = masked_bias(qkv) if bias is None else bias
         if not _has_norms(attention):
             return fused_attention(
                 x, norm, qkv.weight, bias, plan.heads, proj, ops, layer_scale=scale, rotation=rotation
@@ -210,13 +216,15 @@ def by_layers(
 
     Args:
         ops: computes the core of the attention, for layers whose own forward cannot be replaced.
-        passed: arguments for the attention layer.
+        passed: arguments for the attention layer, by their names in the block.
     """
     layers, names = block._modules, plan.names
     y, inner = layers[names[f"norm{number}"]](x), layers[names["attn" if number == "1" else "mlp"]]
     if plan.style == "wrapped":
         return inner(y, identity=x)
-    y = inner(y, **(passed or {})) if ops is None else attention_core(inner, plan, y, ops)
+    renamed = dict(plan.renamed)
+    given = {renamed.get(name, name): value for name, value in (passed or {}).items()}
+    y = inner(y, **given) if ops is None else attention_core(inner, plan, y, ops)
     y = y[0] if isinstance(y, tuple) else y
     if names[f"ls{number}"] in block._parameters:
         y = y * block._parameters[names[f"ls{number}"]]
@@ -359,6 +367,9 @@ class FastBlock(Accelerated):
         if reason := why_not_tensor(x) or replaced(self._segmenter_original):
             return Obstacles(reason)
         plan, dtype = self.__dict__["_segmenter"].plan, parameter_dtype(x)
+        itself = next(part for part in (plan.attention, plan.core, plan.mlp) if part)[:1]
+        if reason := unlike_before(self, itself):  # what it does besides calling its layers may have changed, too
+            return Obstacles(reason)
         parts = ((plan.attention, dtype), (plan.core, None), (plan.mlp, dtype))
         return Obstacles(None, *(None if part is None else unlike_before(self, part, dtype) for part, dtype in parts))
 

@@ -59,7 +59,8 @@ class BlockPlan(NamedTuple):
         reasons: why a half is not fused.
         passed: arguments besides the tokens that the block only hands on to its attention layer, and which therefore
             do not keep the MLP from being fused; in the order of the block's own forward, `calls.ANY` last.
-        rotary: positions among these that fused attention takes. `verify` finds them.
+        rotary: positions among these that fused attention takes. renamed: (block's name, attention layer's name) of
+            those that the latter calls otherwise. `verify` finds both.
     """
 
     style: str
@@ -72,6 +73,7 @@ class BlockPlan(NamedTuple):
     passed: tuple[str, ...]
     inner: dict[str, str]
     rotary: Rotary | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def hands_on(self, names: Iterable[str]) -> bool:
         """Whether all these arguments are among `passed`."""
@@ -103,7 +105,7 @@ def kind_of(module: nn.Module) -> str | None:
         return "block"
     if any(_is_separate(child) for child in children.values()):
         return "block"
-    if children.get("qkv") is not None and "proj" in children:
+    if "qkv" in children and children["qkv"] is not None and "proj" in children:  # torch.jit's dictionaries have no get
         return "attention"
     return "attention" if "attn" in children and isinstance(children["attn"], nn.MultiheadAttention) else None
 
@@ -170,7 +172,7 @@ def _packed_core(root: nn.Module, at: Path) -> Layers:
 
 def _packed_projections(root: nn.Module, at: Path) -> Layers:
     attention = find(root, at)
-    layers = [record_linear(root, (*at, "qkv")), record_linear(root, (*at, "proj"))]
+    layers = [record_linear(root, (*at, "qkv"), masked=True), record_linear(root, (*at, "proj"))]
     if attention._modules.get("norm") is not None:
         layers.append(_record_identity(root, (*at, "norm")))
     if attention._modules.get("proj_drop") is not None:

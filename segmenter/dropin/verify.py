@@ -73,7 +73,7 @@ def _child_copy(module: nn.Module | None, training: bool) -> nn.Module | None:
 
 def _is_linear(module: nn.Module) -> bool:
     try:
-        record_linear(module, ())
+        record_linear(module, (), masked=True)
         return True
     except Unlike:
         return False
@@ -149,6 +149,7 @@ def _called(block: nn.Module, x: torch.Tensor, **arguments: Any) -> Any:
 
 
 def _block(copies: list[nn.Module], plan: BlockPlan) -> BlockPlan:
+    plan = plan._replace(renamed=_renamed(copies[0], plan))
     plan = plan._replace(rotary=_rotary(copies, plan))
     x, rotation, positions = _positions(copies[0], plan)
     if not positions:
@@ -326,6 +327,22 @@ def _listened(
         parent._modules[name] = listener.attention
 
 
+def _renamed(block: nn.Module, plan: BlockPlan) -> tuple[tuple[str, str], ...]:
+    """(its own name, the attention layer's name) of the arguments that a block hands on under another name."""
+    found, x = [], _randn(2, 7, _columns(block, plan))
+    for name in plan.passed:
+        argument = object()
+        if plan.style == "wrapped" or name == ANY:
+            continue
+        try:
+            _, calls = _listened(block, plan.names["attn"], x, {}, **{name: argument})
+        except Exception:  # whatever somebody else's forward raises
+            continue
+        names = (other for call in calls for other, value in call.items() if value is argument)
+        found += [(name, other) for other in names if other != name]
+    return tuple(dict.fromkeys(found))
+
+
 def _only_passed(block: nn.Module, plan: BlockPlan, x: torch.Tensor, needed: dict[str, Any]) -> bool:
     """Whether the block does nothing with its optional arguments but hand them on to its attention layer, by name."""
     want = _called(block, x, **needed)
@@ -333,7 +350,7 @@ def _only_passed(block: nn.Module, plan: BlockPlan, x: torch.Tensor, needed: dic
         for name in plan.passed:
             argument, name = object(), "something_else" if name == ANY else name  # nothing can be computed with it
             got, calls = _listened(block, plan.names["attn"], x, needed, **{name: argument})
-            if calls != [{name: argument}] or not torch.equal(got, want):
+            if calls != [{dict(plan.renamed).get(name, name): argument}] or not torch.equal(got, want):
                 return False
     except Exception:  # whatever somebody else's forward raises
         return False

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 pytest.importorskip("triton")
 
+from segmenter import ops
 from segmenter.dropin.accelerate import AccelerationError, accelerate, restore, why_not
 from tests.support.blocks import (
     DEVICE,
@@ -263,6 +264,24 @@ def test_any_number_of_extra_tokens_where_the_layer_names_none(kernels):
     assert kernels == 3 * (SEPARATE_ROTARY + MLP)
     with pytest.raises(TypeError, match="positions are needed"):
         module(x)
+
+
+@of_both
+def test_half_a_block_as_one_operator(cls):
+    """Without gradients it is repeated from notes: for other tokens, and tables that change."""
+    before = {formula: len(repeated.programs) for formula, repeated in ops._COMPOSED.items()}
+    for joined in (False, True):
+        module = block(cls, joined=joined)
+        how, twin = module.get_submodule("attn" if cls is PackedBlock else "attention").how, copy.deepcopy(module)
+        accelerate(module, strict=True)
+        with torch.no_grad():
+            for i in range(3):
+                x, positions = tokens() + i, tables(how=how, seed=i)
+                for _ in range(2):
+                    torch.testing.assert_close(module(x, positions=positions), twin(x, positions=positions), **TIGHT)
+                    (positions if joined else positions[1]).mul_(-0.5)
+    new = {formula.__name__ for formula, r in ops._COMPOSED.items() if len(r.programs) > before.get(formula, 0)}
+    assert ("_rotary_half" if cls is PackedBlock else "_separate_attention_half") in new
 
 
 @of_both

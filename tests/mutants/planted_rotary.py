@@ -135,11 +135,27 @@ ROTARY = [
     ),
     *planted_in(
         "segmenter/dropin/modules.py",
-        ("tests/dropin/test_rotary.py",),
+        ("tests/dropin/test_rotary.py", "tests/dropin/test_published_dinov3.py"),
         {
             "biases_of_their_own_forgotten": (
+                "        bias = masked_bias(qkv) if bias is None else bias\n",
+                "        bias = masked_bias(qkv)\n",
+            ),
+            "biases_of_keys_not_masked": (
+                "        bias = masked_bias(qkv) if bias is None else bias\n",
                 "        bias = qkv.bias if bias is None else bias\n",
-                "        bias = qkv.bias\n",
+            ),
+            "norms_of_queries_and_keys_passed_over": (
+                "type(layers.get(name)) not in (type(None), nn.Identity)",
+                "type(layers.get(name)) in ()",
+            ),
+            "keys_normed_as_queries": (
+                '    names = ("q_norm", "k_norm")\n',
+                '    names = ("q_norm", "q_norm")\n',
+            ),
+            "changes_of_the_block_itself_layer_by_layer": (
+                "            return Obstacles(reason)\n        parts = ",
+                "            pass\n        parts = ",
             ),
             "masks_forgotten_beside_positions": (
                 "if plan.rotary is not None and set(passed) <= {plan.rotary.argument}:",

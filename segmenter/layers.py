@@ -297,13 +297,14 @@ def fused_mlp(
     ops: Operators,
     keep_hidden: bool = False,
     layer_scale: torch.Tensor | None = None,
+    tanh: bool = False,
 ) -> torch.Tensor:
-    """The second half: x + fc2(gelu(fc1(norm(x)))), in one operator. keep_hidden: for the backward pass of kernels;
-    layer_scale: as above."""
+    """The second half: x + fc2(gelu(fc1(norm(x)))), in one operator. keep_hidden: for the backward pass of kernels, of
+    the exact GELU; layer_scale: as above; tanh: with the GELU by tanh."""
     parameters = (*_weight_and_bias(norm), *_weight_and_bias(fc1), *_weight_and_bias(fc2))
     if keep_hidden and ops.layernorm_mlp_hidden is not None and torch.is_grad_enabled():
         return ops.layernorm_mlp_hidden(x, *parameters, norm.eps, layer_scale)[0]
-    return ops.compose(_mlp_half, x, *parameters, norm.eps, layer_scale)
+    return ops.compose(_mlp_half, x, *parameters, norm.eps, layer_scale, tanh)
 
 
 def _weight_and_bias(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -171,16 +171,21 @@ def layernorm_mlp_case(draw: Draw) -> Case:
     fc2, fc2_bias = draw.tensor(d, hidden, dtype=dtype, scale=hidden**-0.5), draw.tensor(d, dtype=dtype)
     config = configs.MlpConfig(draw.choice((16, 32, 64)), 32, 4, 2, draw.maybe(0.5))
 
+    tanh = draw.maybe(0.3)
+
     def call(x, *parameters):
         if not single:
-            return layernorm_mlp.layernorm_mlp(x, *parameters)
-        dense = [launch.rows_contiguous(t) for t in parameters]
-        return layernorm_mlp.run(layernorm.as_rows(x), *dense, 1e-5, strategy="single", config=config).view(x.shape)
+            return layernorm_mlp.layernorm_mlp(x, *parameters, tanh=tanh)
+        dense, how = [launch.rows_contiguous(t) for t in parameters], {"strategy": "single", "config": config}
+        return layernorm_mlp.run(layernorm.as_rows(x), *dense, 1e-5, **how, tanh=tanh).view(x.shape)
 
-    what = f"{shape} d={d} hidden={hidden} {dtype} x={wide} {config if single else 'as chosen'}"
+    def definition(*t):
+        return reference.layernorm_mlp(*t, tanh=tanh)
+
+    what = f"{shape} d={d} hidden={hidden} {dtype} x={wide} tanh={tanh} {config if single else 'as chosen'}"
     args = (x, *norm, fc1, fc1_bias, fc2, fc2_bias)
     frobenius = 2.5 if dtype == torch.float32 else 1.1
-    return Case(args, call, reference.layernorm_mlp, what, frobenius=frobenius, terms=d + hidden)
+    return Case(args, call, definition, what, frobenius=frobenius, terms=d + hidden)
 
 
 def mask_head_case(draw: Draw) -> Case:

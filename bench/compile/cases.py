@@ -183,6 +183,8 @@ def _backward_cases(add: Callable[..., None]) -> None:
 def _layer_backward_cases(add: Callable[..., None]) -> None:
     for n in (*WIDTHS, 300, 10_000):
         add(n in (300, 384), "layernorm_backward", "bf16 fp32", n=n)
+    add(ARCHITECTURES, "layernorm_mlp_backward", "bf16", m=8200, d=768, tanh=True)
+    add(True, "layernorm_mlp_backward", "fp16 fp32", m=8200, d=768, tanh=True)
     for d in WIDTHS:
         for m in (257, 8200):
             add(m == 8200, "layernorm_mlp_backward", "bf16", m=m, d=d)
@@ -197,6 +199,9 @@ def _product_cases(add: Callable[..., None]) -> None:
     for op, sizes in (("linear", {"k": 1536, "n": 384, "residual": True}), ("layernorm_mlp", {"d": 192})):
         for m in (257, 8200, 65_600):
             add(ARCHITECTURES, op, "bf16", m=m, **sizes, scale=True)
+    for d in (192, 768):  # in one kernel and in two
+        add(ARCHITECTURES, "layernorm_mlp", "bf16", m=8200, d=d, tanh=True)
+        add(True, "layernorm_mlp", "fp16 fp32", m=8200, d=d, tanh=True)
     for kinds, stream in (("fp16 fp32 tf32", ""), ("bf16", "fp32")):
         add(True, "linear", kinds, m=8200, k=768, n=768, residual=True, stream=stream, scale=True)
         add(True, "layernorm_mlp", kinds, m=8200, d=192, stream=stream, scale=True)
@@ -292,16 +297,17 @@ def _layernorm_linear(dtype: torch.dtype, m: int, d: int, gelu: bool = False, st
     return partial(layernorm_linear, *normed, *_empty(dtype, (n, d), (n,)), gelu=gelu)
 
 
-def _layernorm_mlp(dtype: torch.dtype, m: int, d: int, stream: str = "", scale: bool = False) -> partial:
+def _layernorm_mlp(dtype: torch.dtype, m: int, d: int, stream="", scale=False, tanh=False) -> partial:
     *normed, factors = _empty(DTYPES.get(stream, dtype), (m, d), (d,), (d,), (d,))
     weights = _empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d), (d,))
-    return partial(layernorm_mlp, *normed, *weights, layer_scale=factors if scale else None)
+    return partial(layernorm_mlp, *normed, *weights, layer_scale=factors if scale else None, tanh=tanh)
 
 
-def _layernorm_mlp_backward(dtype: torch.dtype, m: int, d: int, stream: str = "") -> partial:
+def _layernorm_mlp_backward(dtype: torch.dtype, m: int, d: int, stream: str = "", tanh: bool = False) -> partial:
     wide = DTYPES.get(stream, dtype)
     normed = _empty(wide, (m, d), (m, d), (d,), (d,))
-    return partial(layernorm_mlp_backward, *normed, *_empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d)))
+    weights = _empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d))
+    return partial(layernorm_mlp_backward, *normed, *weights, tanh=tanh)
 
 
 def _mask_head(dtype: torch.dtype, n_cls: int, d: int = 768, batch: int = 2, patches: int = 1024) -> partial:

@@ -190,9 +190,9 @@ def mlp_fused(block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Operators
     norm, mlp = block._modules[plan.names["norm2"]], block._modules[plan.names["mlp"]]._modules
     if plan.style != "wrapped":
         fc1, fc2 = (mlp[plan.inner.get(role, role)] for role in ("fc1", "fc2"))
-        return fused_mlp(x, norm, fc1, fc2, ops, layer_scale=layer_scale(block, plan, "2"))
+        return fused_mlp(x, norm, fc1, fc2, ops, layer_scale=layer_scale(block, plan, "2"), tanh=plan.tanh)
     layers = mlp["layers"]._modules
-    return fused_mlp(x, norm, layers["0"]._modules["0"], layers["1"], ops)
+    return fused_mlp(x, norm, layers["0"]._modules["0"], layers["1"], ops, tanh=plan.tanh)
 
 
 def layer_scale(block: nn.Module, plan: BlockPlan, number: str) -> torch.Tensor | None:

@@ -60,7 +60,7 @@ class BlockPlan(NamedTuple):
         passed: arguments besides the tokens that the block only hands on to its attention layer, and which therefore
             do not keep the MLP from being fused; in the order of the block's own forward, `calls.ANY` last.
         rotary: positions among these that fused attention takes. renamed: (block's name, attention layer's name) of
-            those that the latter calls otherwise. `verify` finds both.
+            those that the latter calls otherwise. tanh: the MLP's GELU is the one by tanh. `verify` finds all three.
     """
 
     style: str
@@ -74,6 +74,7 @@ class BlockPlan(NamedTuple):
     inner: dict[str, str]
     rotary: Rotary | None = None
     renamed: tuple[tuple[str, str], ...] = ()
+    tanh: bool = False
 
     def hands_on(self, names: Iterable[str]) -> bool:
         """Whether all these arguments are among `passed`."""

@@ -175,7 +175,9 @@ def _block(copies: list[nn.Module], plan: BlockPlan) -> BlockPlan:
     if attention and not _same(copies, lambda m: modules.attention_fused(m, plan, x, EAGER, rotation), first):
         attention = None
         reasons.append("attention: it computes something else than its parts say")
-    if mlp and not _same(copies, lambda m: modules.mlp_fused(m, plan, x, EAGER), second):
+    forms = (plan._replace(tanh=tanh) for tanh in (False, True)) if mlp else ()
+    form = next((f for f in forms if _same(copies, lambda m, f=f: modules.mlp_fused(m, f, x, EAGER), second)), None)
+    if mlp and form is None:
         mlp = None
         reasons.append("MLP: it computes something else than its parts say")
     inner = copies[0]._modules[plan.names["attn"]]
@@ -187,7 +189,7 @@ def _block(copies: list[nn.Module], plan: BlockPlan) -> BlockPlan:
         raise Unlike("; ".join(reasons))
     rotary = plan.rotary if attention and passed else None
     found = plan._replace(attention=attention, mlp=mlp, core=core, reasons=tuple(reasons))
-    return found._replace(passed=passed, rotary=rotary)
+    return found._replace(passed=passed, rotary=rotary, tanh=form is not None and form.tanh)
 
 
 def _positions(block: nn.Module, plan: BlockPlan) -> tuple[torch.Tensor, Rotation | None, dict[str, Any]]:

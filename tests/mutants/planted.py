@@ -26,6 +26,7 @@ from tests.mutants.planted_memory import MEMORY
 from tests.mutants.planted_recompute import RECOMPUTE
 from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_rotary import ROTARY
+from tests.mutants.planted_tanh import TANH
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
 from tests.mutants.planted_tune import TUNE
 
@@ -473,6 +474,7 @@ MUTANTS = [
     *RECOMPUTE,
     *REPEAT,
     *ROTARY,
+    *TANH,
     *LABELS_KERNEL,
     *UPSAMPLE_TILES,
     *LABELS,

@@ -19,7 +19,6 @@ HF = {
 }  # fmt: skip
 EOMT = {**HF, "num_blocks": 1, "num_queries": 4, "num_upscale_blocks": 1}
 SWIGLU = "SwiGLU: the MLP is the model's own"
-TANH = "GELU by tanh: the MLP is the model's own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ SUPPORTED = (
     _of("ViT-MAE", "ViTMAE", arguments={"mask_ratio": 0.0}),
     _of("DINOv2", "Dinov2"),
     _of("DINOv2 with registers", "Dinov2WithRegisters"),
-    _of("SigLIP, image encoder", "SiglipVision", became="attention", why=TANH),
+    _of("SigLIP, image encoder", "SiglipVision"),
     _of("DINOv3", "DINOv3ViT", half="separate rotary", arguments={"num_register_tokens": 2}),
     Supported("EoMT", "transformers", ("EomtConfig", "EomtForUniversalSegmentation"), arguments=EOMT, example=True,
               half="separate", why="`example` shows that no mask is passed; with a mask, MLP"),

@@ -60,8 +60,8 @@ BLOCKS_OF_OTHERS = [
         ("tests/kernels/test_operators.py",),
         {
             "gradient_of_the_residual_scaled": (
-                "needed[:7], pre_activation, grad), None, of_scale",
-                "needed[:7], pre_activation), None, of_scale",
+                "needed[:7], pre_activation, grad, tanh)",
+                "needed[:7], pre_activation, None, tanh)",
             ),
             "layer_scale_without_gradient_of_its_branch": (
                 "of_branch = grad * layer_scale",

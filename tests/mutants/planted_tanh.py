@@ -73,7 +73,7 @@ TANH = [
     ),
     *planted_in(
         "segmenter/dropin/guard.py",
-        ("tests/dropin/test_supported.py",),
+        ("tests/dropin/test_separate.py",),
         {
             "functions_with_arguments_never_equal": (
                 "return (value.func, value.keywords) if isinstance(value, functools.partial) else value",

@@ -73,14 +73,14 @@ def run(
     pre_activation: torch.Tensor,
     with_h: bool,
     with_sums: bool,
-    tanh: bool = False,
     config: configs.LinearConfig | None = None,
+    tanh: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dA (M, N), gelu(a) (M, N) or None, the column sums of dA (N,) or None, all of weight's type.
 
     Args:
         grad: (M, K), weight: (K, N), of one type, dense rows. pre_activation: a (M, N), contiguous, of that type.
-        with_h, with_sums: whether those are needed. tanh: of the GELU by tanh. config: instead of the table's choice.
+        with_h, with_sums: whether those are needed. config: instead of the table's choice. tanh: of the GELU by tanh.
     """
     (m, n), dtype, device = pre_activation.shape, weight.dtype, weight.device
     d_a = launch.empty((m, n), dtype, device)

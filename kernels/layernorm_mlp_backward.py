@@ -62,7 +62,7 @@ def run(
     if not of_hidden:
         h = launch.call(F.gelu, pre_activation, approximate="tanh" if tanh else "none")
         return *of_norm, None, None, launch.call(torch.matmul, rounded.t(), h), d_fc2_bias
-    d_a, h, d_fc1_bias = gelu_backward.run(rounded, fc2_weight, pre_activation, needed[5], needed[4], tanh)
+    d_a, h, d_fc1_bias = gelu_backward.run(rounded, fc2_weight, pre_activation, needed[5], needed[4], tanh=tanh)
     d_fc2 = None if h is None else launch.call(torch.matmul, rounded.t(), h)
     d_fc1 = launch.call(torch.matmul, d_a.t(), normed) if needed[3] else None
     if of_rows:

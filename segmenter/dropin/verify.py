@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from segmenter.dropin import modules
-from segmenter.dropin.calls import ANY, given, required
+from segmenter.dropin.calls import ANY, given, is_wish, required
 from segmenter.dropin.guard import OURS, RATES, Unlike, original_class, record_linear
 from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan
 from segmenter.dropin.rotary import FORMS, Rotary
@@ -182,6 +182,8 @@ def _block(copies: list[nn.Module], plan: BlockPlan) -> BlockPlan:
         reasons.append("MLP: it computes something else than its parts say")
     inner = copies[0]._modules[plan.names["attn"]]
     passed = plan.passed if plan.style != "wrapped" and _only_passed(copies[0], plan, x, positions) else ()
+    if positions and not passed:
+        raise Unlike("it does more with its positions than hand them on")
     returns_tuple = plan.core and plan.style == "packed" and isinstance(inner(x), tuple)
     if returns_tuple and _same(copies, lambda m: modules.by_layers(m, plan, x, "1", EAGER), first):
         core = plan.core  # its own forward cannot be replaced
@@ -224,9 +226,10 @@ def _rotary(copies: list[nn.Module], plan: BlockPlan) -> Rotary | None:
     columns = rows // (plan.heads if "q" in plan.inner else 3 * plan.heads)
     extra = attention.__dict__.get("num_prefix_tokens")
     extra = extra if isinstance(extra, int) else None
-    for argument, form, interleaved in itertools.product(plan.passed, FORMS, (False, True)):
+    arguments = [name for name in plan.passed if name != ANY and not is_wish(name)]
+    for argument, form, interleaved in itertools.product(arguments, FORMS, (False, True)):
         rotary = Rotary(argument, *form, interleaved, plan.heads, columns, extra)
-        if argument != ANY and _turns(copies, plan, rotary) and _turns(copies, plan, rotary, more=1):
+        if _turns(copies, plan, rotary) and _turns(copies, plan, rotary, more=1):
             needed = not _runs(attention, _randn(2, 7, _columns(copies[0], plan)))
             return rotary._replace(by_head=_turns(copies, plan, rotary, by_head=True), needed=needed)
     return None

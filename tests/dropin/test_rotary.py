@@ -255,6 +255,17 @@ def test_calls_of_other_kinds(kernels):
         module(x, positions, mask)
 
 
+def test_blocks_that_use_positions_themselves_are_left_alone(kernels):
+    class Greedy(SeparateTurningBlock):
+        def forward(self, hidden_states, mask=None, positions=None):
+            return super().forward(hidden_states, mask, positions) + (0 if isinstance(positions, tuple) else 1)
+
+    module = block(Greedy)
+    with pytest.warns(UserWarning, match="nothing in"):
+        (row,) = accelerate(module).rows
+    assert row.reason == "it does more with its positions than hand them on"
+
+
 def test_any_number_of_extra_tokens_where_the_layer_names_none(kernels):
     module, positions = block(SeparateTurningBlock), tables()
     accelerate(module)

@@ -52,7 +52,7 @@ TANH = [
         ("tests/kernels/test_layernorm_mlp_backward.py",),
         {
             "slope_of_the_exact_gelu": (
-                "pre_activation, needed[5], needed[4], tanh)",
+                "pre_activation, needed[5], needed[4], tanh=tanh)",
                 "pre_activation, needed[5], needed[4])",
             ),
             "hidden_layer_of_the_exact_gelu": (

@@ -4,6 +4,9 @@ GELU is x Phi(x). `tl.erf` costs 34 instructions an element, more than a narrow 
 served well by a sigmoid with a fitted argument: gelu(x) = x / (1 + 2^(-x Q(x^2))), Q a polynomial fitted to the exact
 (erf) form. Its largest error over all x is 3.2e-6, a hundredth of the spacing of bfloat16 numbers near 0.1, at 12
 instructions with the conversion to the half type. float32 takes `tl.erf`.
+
+The approximation by tanh that some models are trained with, x / 2 (1 + tanh(k (x + c x^3))), has the same form without
+a fit, Q = 2 k log2(e) (1 + c x^2), in every type.
 """
 
 import torch
@@ -62,10 +65,24 @@ def program_block(n_blocks_m, N_BLOCKS_N: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid_of_tanh(x, FORM: tl.constexpr):
+    """s = (1 + tanh(k (x + c x^3))) / 2, and 1 - s without cancellation; k = sqrt(2 / pi), c = 0.044715."""
+    e = tl.exp2(tl.minimum(-x * (2.3022081981 + 0.1029432396 * x * x), 126.0))  # an infinity times 0 would be NaN
+    if FORM == "tanh rcp":
+        s = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], tl.float32, True, 1)
+    else:
+        s = 1.0 / (1.0 + e)
+    return s, e * s
+
+
+@triton.jit
 def gelu(x, FORM: tl.constexpr):
-    """Exact-form GELU of float32 x: "erf", or to within 3.2e-6 "rcp" (NVIDIA's approximate reciprocal) or "divide"."""
+    """GELU of float32 x: the exact one by "erf", or to within 3.2e-6 by "rcp" (NVIDIA's approximate reciprocal) or
+    "divide"; that by tanh by "tanh rcp" or "tanh divide"."""
     if FORM == "erf":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif FORM == "tanh rcp" or FORM == "tanh divide":
+        y = x * _sigmoid_of_tanh(x, FORM)[0]
     else:
         u = x * x
         q = -8.7909822e-5 + u * 3.2103803e-6
@@ -80,11 +97,22 @@ def gelu(x, FORM: tl.constexpr):
 
 @triton.jit
 def gelu_and_derivative(x, FORM: tl.constexpr):
-    """GELU of float32 x and its derivative Phi(x) + x phi(x), with the FORM that `gelu` has of it.
+    """GELU of float32 x and its derivative, Phi(x) + x phi(x) of the exact one, with the FORM that `gelu` has of it.
 
     In half types Phi is formula 7.1.26 of Abramowitz and Stegun, of the same exp2 as phi: errors of 7e-7 and 3e-7, a
     fifth of that of `gelu` there.
     """
+    if FORM == "tanh rcp" or FORM == "tanh divide":
+        s, rest = _sigmoid_of_tanh(x, FORM)
+        y = x * s
+        derivative = s + y * rest * (1.5957691216 + 0.2140644488 * x * x)
+    else:
+        y, derivative = _exact_gelu_and_derivative(x, FORM)
+    return y, derivative
+
+
+@triton.jit
+def _exact_gelu_and_derivative(x, FORM: tl.constexpr):
     e = tl.exp2(x * x * -0.7213475204444817)  # exp(-x^2 / 2)
     if FORM == "erf":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -100,11 +128,12 @@ def gelu_and_derivative(x, FORM: tl.constexpr):
     return x * cdf, cdf + x * e * 0.3989422804014327
 
 
-def gelu_form(dtype: torch.dtype, architecture: str) -> str:
+def gelu_form(dtype: torch.dtype, architecture: str, tanh: bool = False) -> str:
     """Which FORM of `gelu` to compile. Inline assembly exists neither in the interpreter nor on AMD."""
     if dtype == torch.float32:
-        return "erf"
-    return "rcp" if architecture.startswith("sm_") and not launch.INTERPRETED else "divide"
+        return "tanh divide" if tanh else "erf"
+    form = "rcp" if architecture.startswith("sm_") and not launch.INTERPRETED else "divide"
+    return f"tanh {form}" if tanh else form
 
 
 @triton.jit

@@ -121,6 +121,27 @@ def attention(architecture: str, element_size: int, head_pad: int, n_keys: int, 
     return look_up(ATTENTION, architecture, kind, head_pad=head_pad, n_keys=n_keys).config
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class RotateConfig:
+    """Elements of a head's tile (tokens times columns), heads and warps a program."""
+
+    elements: int
+    heads: int
+    num_warps: int
+
+
+ROTATE = (
+    Row(ANY, "all", "", RotateConfig(2048, 4, 4), {"n": 1029},
+        "16 bytes of a half type a thread and load, where halves are pairs. The tables, float32, are as many bytes as "
+        "the reads and writes of one head: read once for four."),
+)  # fmt: skip
+
+
+def rotate() -> RotateConfig:
+    """The configuration of rotary positions."""
+    return look_up(ROTATE, "").config
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks, from tokens and to labels
 
@@ -446,6 +467,7 @@ def mlp(architecture: str, m: int) -> MlpConfig:
 
 TABLES = {  # of the forward pass: table -> the operator that its examples call. configs_backward.py has all of them
     "attention": ATTENTION,
+    "rotate": ROTATE,
     "mask_head": MASK_HEAD,
     "upsample_argmax": UPSAMPLE_ARGMAX,
     "layernorm": LAYERNORM,

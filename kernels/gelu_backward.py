@@ -74,12 +74,13 @@ def run(
     with_h: bool,
     with_sums: bool,
     config: configs.LinearConfig | None = None,
+    tanh: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dA (M, N), gelu(a) (M, N) or None, the column sums of dA (N,) or None, all of weight's type.
 
     Args:
         grad: (M, K), weight: (K, N), of one type, dense rows. pre_activation: a (M, N), contiguous, of that type.
-        with_h, with_sums: whether those are needed. config: instead of the table's choice.
+        with_h, with_sums: whether those are needed. config: instead of the table's choice. tanh: of the GELU by tanh.
     """
     (m, n), dtype, device = pre_activation.shape, weight.dtype, weight.device
     d_a = launch.empty((m, n), dtype, device)
@@ -90,7 +91,7 @@ def run(
     c = config or configs_backward.gelu_backward(launch.architecture(grad), weight.element_size(), m, n, precision)
     n_blocks_m = triton.cdiv(m, c.block_m)
     parts = launch.empty((n_blocks_m, n), torch.float32, device) if with_sums else None
-    _plan(grad, weight, pre_activation, d_a, h, with_sums, precision, c).run(
+    _plan(grad, weight, pre_activation, d_a, h, with_sums, tanh, precision, c).run(
         grad, weight, pre_activation, d_a, h, parts
     )
     if parts is None:
@@ -98,7 +99,7 @@ def run(
     return d_a, h, partial_sums.add(parts, (n,), dtype)
 
 
-def _plan(grad, weight, pre_activation, d_a, h, with_sums, precision, c) -> launch.Plan:
+def _plan(grad, weight, pre_activation, d_a, h, with_sums, tanh, precision, c) -> launch.Plan:
     (m, n), k = pre_activation.shape, weight.shape[0]
     matrices = (grad, weight, pre_activation, d_a, h)
     descriptors = c.descriptors and all(t is None or launch.fits_descriptor(t) for t in matrices)
@@ -111,7 +112,7 @@ def _plan(grad, weight, pre_activation, d_a, h, with_sums, precision, c) -> laun
     n_blocks_m = triton.cdiv(m, c.block_m)
     scalars = (
         grad.stride(0), weight.stride(0), m, n_blocks_m, n, k, c.block_m, c.block_n, c.block_k, c.group_m,
-        gelu_form(weight.dtype, launch.architecture(grad)), h is not None, with_sums, descriptors, precision,
+        gelu_form(weight.dtype, launch.architecture(grad), tanh), h is not None, with_sums, descriptors, precision,
     )  # fmt: skip
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
     return launch.Plan(_gelu_bwd_kernel, n_blocks_m * triton.cdiv(n, c.block_n), tuple(tiles), scalars, options)

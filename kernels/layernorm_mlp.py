@@ -99,7 +99,7 @@ def _layernorm_mlp_fwd_kernel(
 # Launching. From here on x is (M, d) with dense rows.
 
 
-def _single(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, scale, c) -> torch.Tensor:
+def _single(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, scale, tanh, c) -> torch.Tensor:
     y = launch.empty(x.shape, result_type(x, fc2_weight, scale), x.device)
     (m, d), hidden, d_1 = x.shape, fc1_weight.shape[0], power_of_two_columns(x.shape[1])
     cut = (fc1_weight, fc2_weight, x, y)
@@ -115,7 +115,7 @@ def _single(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bia
                     tiles[1 + 2 * i + side] = launch.Tiles(tuple(tensor.shape), tensor.stride(), block_)
     scalars = (
         x.stride(0), fc1_weight.stride(0), fc2_weight.stride(0), m, eps, d, d_1, hidden, c.block_m, c.block_h,
-        gelu_form(fc1_weight.dtype, launch.architecture(x)), scale is not None, descriptors,
+        gelu_form(fc1_weight.dtype, launch.architecture(x), tanh), scale is not None, descriptors,
         launch.dot_precision(fc1_weight.dtype),
     )  # fmt: skip
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
@@ -137,6 +137,7 @@ def run(
     strategy: str | None = None,
     config: configs.MlpConfig | None = None,
     layer_scale: torch.Tensor | None = None,
+    tanh: bool = False,
 ) -> torch.Tensor:
     """The operator for x (M, d), dense rows.
 
@@ -150,8 +151,9 @@ def run(
     strategy = strategy or configs.layernorm_mlp(architecture, fc1_weight.element_size(), d, scaled)
     c = config or configs.mlp(architecture, m)
     if strategy == "single" and fits_rows(d) and hidden % c.block_h == 0:
-        return _single(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, layer_scale, c)
-    h = normalised_product(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, True)
+        of_fc2 = fc2_weight, fc2_bias, eps, layer_scale, tanh, c
+        return _single(x, norm_weight, norm_bias, fc1_weight, fc1_bias, *of_fc2)
+    h = normalised_product(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, "tanh" if tanh else True)
     return product(h, fc2_weight, fc2_bias, x, layer_scale=layer_scale)
 
 
@@ -184,12 +186,12 @@ def _dense(tensors) -> list[torch.Tensor | None]:
 
 
 def _layernorm_mlp_kernel(
-    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, layer_scale=None
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, layer_scale=None, tanh=False
 ) -> torch.Tensor:
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
     _check_all(x, *parameters)
     *parameters, layer_scale = _dense(parameters)
-    return run(as_rows(x), *parameters, eps, layer_scale=layer_scale).view(x.shape)
+    return run(as_rows(x), *parameters, eps, layer_scale=layer_scale, tanh=tanh).view(x.shape)
 
 
 def _layernorm_mlp_hidden_kernel(
@@ -225,7 +227,7 @@ def _layernorm_mlp_reference(x: torch.Tensor, norm_weight: torch.Tensor, norm_bi
     # x and the LayerNorm's parameters may have different types, which not every backend of PyTorch takes.
     wide = torch.promote_types(x.dtype, norm_weight.dtype)
     out = reference.layernorm_mlp(x.to(wide), norm_weight.to(wide), norm_bias.to(wide), *args)
-    return out.to(result_type(x, args[2], *args[5:])).contiguous()
+    return out.to(result_type(x, args[2], *args[5:6])).contiguous()
 
 
 def _layernorm_mlp_flops(
@@ -235,29 +237,32 @@ def _layernorm_mlp_flops(
 
 
 def _layernorm_mlp_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> tuple:
-    (*tensors, fc2_bias, eps, layer_scale), (grad, *_), (pre_activation,) = inputs, grads, outputs or (None,)
+    """Nothing for `eps` and `tanh`."""
+    (*tensors, fc2_bias, eps, layer_scale, tanh), (grad, *_), (pre_activation,) = inputs, grads, outputs or (None,)
     if layer_scale is None:
-        return *LAYERNORM_MLP_BACKWARD(grad, *tensors, eps, needed[:7], pre_activation), None, None
+        found = LAYERNORM_MLP_BACKWARD(grad, *tensors, eps, needed[:7], pre_activation, None, tanh)
+        return *found, None, None, None
     of_scale = None
     if needed[8]:  # the branch is computed again
         *of_fc1, fc2_weight = tensors
-        kept = pre_activation is not None
-        h = F.gelu(pre_activation) if kept else layernorm_linear(*of_fc1, eps, gelu=True)
+        a = layernorm_linear(*of_fc1, eps) if pre_activation is None else pre_activation
+        h = F.gelu(a, approximate="tanh" if tanh else "none")
         of_scale = of_layer_scale(grad, layer_scale, F.linear(h, fc2_weight, fc2_bias))
     of_branch = grad * layer_scale
-    return *LAYERNORM_MLP_BACKWARD(of_branch, *tensors, eps, needed[:7], pre_activation, grad), None, of_scale
+    found = LAYERNORM_MLP_BACKWARD(of_branch, *tensors, eps, needed[:7], pre_activation, grad, tanh)
+    return *found, None, of_scale, None
 
 
 def _layernorm_mlp_hidden_backward(inputs: tuple, outputs: tuple, grads: tuple, needed: tuple[bool, ...]) -> Any:
     grad, of_hidden = grads
     if grad is None or of_hidden is not None:
         return None
-    return _layernorm_mlp_backward(inputs, outputs, grads, needed)
+    return _layernorm_mlp_backward((*inputs, False), outputs, grads, needed)[:-1]
 
 
 _layernorm_mlp = define(
     "layernorm_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias,"
-    " Tensor fc2_weight, Tensor fc2_bias, float eps, Tensor? layer_scale=None) -> Tensor",
+    " Tensor fc2_weight, Tensor fc2_bias, float eps, Tensor? layer_scale=None, bool tanh=False) -> Tensor",
     kernel=_layernorm_mlp_kernel,
     reference=_layernorm_mlp_reference,
     fake=_layernorm_mlp_fake,
@@ -290,6 +295,7 @@ def layernorm_mlp(
     fc2_bias: torch.Tensor,
     eps: float = 1e-5,
     layer_scale: torch.Tensor | None = None,
+    tanh: bool = False,
 ) -> torch.Tensor:
     """x + layer_scale * fc2(gelu(fc1(layer_norm(x)))), with the exact (erf) GELU; x is kept for its gradient.
 
@@ -297,6 +303,7 @@ def layernorm_mlp(
         x: (..., d), bfloat16, float16 or float32. norm_weight, norm_bias: (d,), of any of these types.
         fc1_weight: (d_ff, d), fc1_bias: (d_ff,), fc2_weight: (d, d_ff), fc2_bias: (d,), all of one of these types.
         eps: added to the variance. layer_scale: (d,), of any of these types, or None for ones.
+        tanh: the approximation of the GELU by tanh, that of PyTorch's approximate="tanh".
     Returns:
         (..., d), the type of x, or if that is wider of the weights or of layer_scale.
     Raises:
@@ -307,7 +314,8 @@ def layernorm_mlp(
     """
     launch.check_device(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale)
     forbid_forward_mode()
-    return _layernorm_mlp(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, layer_scale)
+    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return _layernorm_mlp(x, *parameters, eps, layer_scale, tanh)
 
 
 def layernorm_mlp_hidden(

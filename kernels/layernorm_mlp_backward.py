@@ -41,13 +41,14 @@ def run(
     eps: float,
     needed: Sequence[bool],
     of_residual: torch.Tensor | None = None,
+    tanh: bool = False,
 ) -> Gradients:
     """The gradients of x, of LayerNorm's weight and bias, and of fc1's and fc2's, None of what is not needed.
 
     Args:
         grad, x: (M, d), dense rows. norm: weight and bias, fc1: weight and bias, fc2_weight: dense rows.
         pre_activation: a (M, d_ff), contiguous, if it was kept.
-        of_residual: (M, d), dense rows, if it is another than grad.
+        of_residual: (M, d), dense rows, if it is another than grad. tanh: of the GELU by tanh.
     """
     of_residual = grad if of_residual is None else of_residual
     dtype, of_rows, of_hidden = fc2_weight.dtype, any(needed[:3]), any(needed[:5])
@@ -59,9 +60,9 @@ def run(
         pre_activation = launch.call(F.linear, normed, *fc1)
     of_norm: Gradients = (None,) * 3
     if not of_hidden:
-        h = launch.call(F.gelu, pre_activation)
+        h = launch.call(F.gelu, pre_activation, approximate="tanh" if tanh else "none")
         return *of_norm, None, None, launch.call(torch.matmul, rounded.t(), h), d_fc2_bias
-    d_a, h, d_fc1_bias = gelu_backward.run(rounded, fc2_weight, pre_activation, needed[5], needed[4])
+    d_a, h, d_fc1_bias = gelu_backward.run(rounded, fc2_weight, pre_activation, needed[5], needed[4], tanh=tanh)
     d_fc2 = None if h is None else launch.call(torch.matmul, rounded.t(), h)
     d_fc1 = launch.call(torch.matmul, d_a.t(), normed) if needed[3] else None
     if of_rows:
@@ -76,7 +77,7 @@ def run(
 
 def _layernorm_mlp_backward_kernel(
     grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, eps, needed, pre_activation=None,
-    of_residual=None,
+    of_residual=None, tanh=False,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
     launch.check_device(grad, x, *parameters, pre_activation, of_residual)
@@ -94,7 +95,8 @@ def _layernorm_mlp_backward_kernel(
         if pre_activation.shape != hidden:
             raise ValueError(f"pre_activation must be {hidden}, got {tuple(pre_activation.shape)}")
         pre_activation = as_rows(launch.contiguous(pre_activation))
-    dx, *others = run(as_rows(grad), as_rows(x), norm, fc1, fc2_weight, pre_activation, eps, needed, of_residual)
+    kept = pre_activation, eps, needed, of_residual, tanh
+    dx, *others = run(as_rows(grad), as_rows(x), norm, fc1, fc2_weight, *kept)
     return or_empty((None if dx is None else dx.view(x.shape), *others), x)
 
 
@@ -117,7 +119,7 @@ def _layernorm_mlp_backward_flops(
 LAYERNORM_MLP_BACKWARD = define(
     "layernorm_mlp_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, "
     "Tensor fc1_bias, Tensor fc2_weight, float eps, bool[] needed, Tensor? pre_activation=None, "
-    "Tensor? of_residual=None) "
+    "Tensor? of_residual=None, bool tanh=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_layernorm_mlp_backward_kernel,
     reference=reference_backward.layernorm_mlp_backward,
@@ -139,6 +141,7 @@ def layernorm_mlp_backward(
     needed: Sequence[bool] = (True,) * 7,
     pre_activation: torch.Tensor | None = None,
     of_residual: torch.Tensor | None = None,
+    tanh: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of `layernorm_mlp`, which calls it by itself in a backward pass.
 
@@ -148,6 +151,7 @@ def layernorm_mlp_backward(
         needed: which of the gradients of x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight and fc2_bias are.
         pre_activation: fc1(layer_norm(x)), (..., d_ff), the type of the weights, or None to compute it again.
         of_residual: the gradient that x gets past the branch, (..., d), the type of grad; None: grad itself.
+        tanh: as forward.
     Returns:
         One gradient for each of these seven, of its shape and type; what is not needed has no elements.
     Raises:
@@ -156,4 +160,4 @@ def layernorm_mlp_backward(
     launch.check_device(grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, of_residual)
     forbid_forward_mode()
     args = (grad, x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight)
-    return LAYERNORM_MLP_BACKWARD(*args, eps, needed, pre_activation, of_residual)
+    return LAYERNORM_MLP_BACKWARD(*args, eps, needed, pre_activation, of_residual, tanh)

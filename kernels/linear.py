@@ -160,7 +160,7 @@ def product(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None = None,
-    gelu: bool = False,
+    gelu: bool | str = False,
     layer_scale: torch.Tensor | None = None,
     folded: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     config: configs.LinearConfig | None = None,
@@ -168,6 +168,7 @@ def product(
     """residual + layer_scale * act(x weight^T + bias) by our kernel, (M, N).
 
     Args:
+        gelu: True for the exact one, "tanh" for its approximation.
         folded: (mean, rstd, row_sum) if x is to be normalised and `weight` and `bias` come from `_fold`.
         config: instead of the table's choice.
     """
@@ -211,7 +212,7 @@ def _plan(matrices, bias, gelu, has_scale, folded, precision, config) -> launch.
     scalars = (
         x.stride(0), weight.stride(0), stride_r, m, n_blocks_m, n, k, c.block_m, c.block_n, c.block_k, c.group_m,
         bias is not None, residual is not None, folded is not None,
-        gelu_form(x.dtype, architecture) if gelu else None, has_scale, descriptors, precision,
+        gelu_form(x.dtype, architecture, gelu == "tanh") if gelu else None, has_scale, descriptors, precision,
     )  # fmt: skip
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
     return launch.Plan(_linear_fwd_kernel, n_blocks_m * triton.cdiv(n, c.block_n), tuple(tiles), scalars, options)
@@ -246,7 +247,8 @@ def _rows(x, norm_weight, norm_bias, weight, bias, eps, gelu, config) -> torch.T
     split = min(c.split, triton.cdiv(n, c.block_n))
     scalars = (
         x.stride(0), weight.stride(0), m, eps, n, k, k_1, c.block_m, c.block_n, split,
-        bias is not None, gelu_form(weight.dtype, architecture) if gelu else None, descriptors, precision,
+        bias is not None, gelu_form(weight.dtype, architecture, gelu == "tanh") if gelu else None, descriptors,
+        precision,
     )  # fmt: skip
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
     programs = triton.cdiv(m, c.block_m) * split
@@ -262,13 +264,14 @@ def normalised_product(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
-    gelu: bool,
+    gelu: bool | str,
     strategy: str | None = None,
     config: configs.LinearConfig | configs.RowsConfig | None = None,
 ) -> torch.Tensor:
     """act(layer_norm(x) weight^T + bias), (M, N).
 
     Args:
+        gelu: as for `product`.
         strategy, config: instead of the table's choice. "library" (without GELU), "separate", "fold" or "rows".
     """
     (m, k), n = x.shape, weight.shape[0]

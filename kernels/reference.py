@@ -213,14 +213,16 @@ def layernorm_mlp(
     fc2_bias: torch.Tensor,
     eps: float = 1e-5,
     layer_scale: torch.Tensor | None = None,
+    tanh: bool = False,
 ) -> torch.Tensor:
-    """x + layer_scale * fc2(gelu(fc1(layer_norm(x)))), with the exact (erf) GELU: (..., d), the dtype of x.
+    """x + layer_scale * fc2(gelu(fc1(layer_norm(x)))), with the exact (erf) GELU or that by tanh: (..., d), as x.
 
     Args:
         x: (..., d). norm_weight, norm_bias: (d,). fc1_weight: (d_ff, d), fc1_bias: (d_ff,). fc2_weight: (d, d_ff),
         fc2_bias: (d,). eps: added to the variance. layer_scale: (d,) or None for ones.
     """
-    h = layernorm_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, gelu=True)
+    h = layernorm_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps)
+    h = F.gelu(h, approximate="tanh" if tanh else "none")
     return linear(h, fc2_weight, fc2_bias, residual=x, layer_scale=layer_scale)
 
 
@@ -384,10 +386,8 @@ def windows_scores(
     window: tuple[int, int],
     shape: tuple[int, int],
 ) -> torch.Tensor:
-    """Masks of windows, upsampled, cropped and averaged where windows overlap: (B, K, *shape), float32 or wider.
-
-    Args: as for `windows_argmax`.
-    """
+    """Masks of windows, upsampled, cropped and averaged where windows overlap: (B, K, *shape), float32 or wider. Args:
+    as for `windows_argmax`."""
     masks = masks if masks.dtype == torch.float64 else masks.float()
     B, n, _, _, K = masks.shape
     # contiguous: on a CPU, F.interpolate of class-last memory rounds the last classes unlike the others

@@ -114,14 +114,16 @@ def layernorm_mlp_backward(
     needed: Sequence[bool] = (True,) * 7,
     pre_activation: torch.Tensor | None = None,
     of_residual: torch.Tensor | None = None,
+    tanh: bool = False,
 ) -> Gradients:
     """Of x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight and fc2_bias, for grad (..., d) of
     `reference.layernorm_mlp`, times layer_scale, and of_residual without it. The bias of fc2 has the type of its
     weight."""
     normed = _normed(x, norm_weight, norm_bias, eps, fc1_weight)
     a = F.linear(normed, fc1_weight, fc1_bias) if pre_activation is None else pre_activation
-    dh, *of_fc2 = linear_backward(grad, F.gelu(a), fc2_weight, fc1_bias)  # without a GELU, any bias
-    of_normed, *of_fc1 = linear_backward(torch.ops.aten.gelu_backward(dh, a), normed, fc1_weight, fc1_bias)
+    form = {"approximate": "tanh" if tanh else "none"}
+    dh, *of_fc2 = linear_backward(grad, F.gelu(a, **form), fc2_weight, fc1_bias)  # without a GELU, any bias
+    of_normed, *of_fc1 = linear_backward(torch.ops.aten.gelu_backward(dh, a, **form), normed, fc1_weight, fc1_bias)
     dx, *of_norm = layernorm_backward(of_normed.to(x.dtype), x, norm_weight, norm_bias.dtype, eps)
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_weight)
     dx = dx + (grad if of_residual is None else of_residual)

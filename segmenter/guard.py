@@ -153,11 +153,11 @@ def _around(x: torch.Tensor) -> tuple:
     )
 
 
-def why_not_bypass(module: nn.Module, kinds: tuple[type, ...]) -> str | None:
+def why_not_bypass(module: nn.Module, kinds: tuple[type, ...], approximate: bool = False) -> str | None:
     """Why `module` has to be called, or None if its parameters may be read in its place.
 
     Args:
-        kinds: the exact types that it may have. Subclasses are out.
+        kinds: the exact types that it may have. Subclasses are out. approximate: it may be the GELU by tanh.
     """
     cls, state = type(module), module.__dict__
     if cls not in kinds:
@@ -176,7 +176,7 @@ def why_not_bypass(module: nn.Module, kinds: tuple[type, ...]) -> str | None:
         return reason
     if state["_modules"] and (reason := altered()):  # once for all: layers are asked about after what holds them
         return reason
-    if cls is nn.GELU and state["approximate"] != "none":
+    if cls is nn.GELU and state["approximate"] != "none" and not approximate:
         return "the approximate GELU"
     if cls is nn.LayerNorm and len(state["normalized_shape"]) != 1:
         return "a mean over several dimensions"

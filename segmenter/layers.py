@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -196,6 +197,18 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
+class Rotation(NamedTuple):
+    """Rotary positions of queries and keys, as `kernels.reference_rotary.rotate` takes them.
+
+    Attributes:
+        cos, sin: (n, d) of the last n tokens, or (b, t, n, d). interleaved: which columns are pairs.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool = False
+
+
 def fused_attention(
     x: torch.Tensor,
     norm: nn.LayerNorm,
@@ -206,15 +219,19 @@ def fused_attention(
     ops: Operators,
     keep_qkv: bool = True,
     layer_scale: torch.Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> torch.Tensor:
     """The first half of every pre-norm block, ours or not: x + attention(norm(x)), (B, N, d), in three operators.
 
     Reads the parameters of the layers and calls none: whoever calls it has asked whether that is right.
 
     keep_qkv: for the backward pass of kernels, which compute it again otherwise. layer_scale: (d,), a factor for each
-    column of what is added to x (Touvron et al., "Going deeper with image transformers", 2021), or None.
+    column of what is added to x (Touvron et al., "Going deeper with image transformers", 2021), or None. rotation: of
+    queries and keys, a fourth operator.
     """
     parameters = (*_weight_and_bias(norm), qkv_weight, qkv_bias, *_weight_and_bias(proj))
+    if rotation is not None:
+        return ops.compose(_rotary_half, x, *parameters, heads, norm.eps, layer_scale, *rotation)
     return ops.compose(attention_half, x, *parameters, heads, norm.eps, keep_qkv, layer_scale)
 
 
@@ -229,6 +246,16 @@ def attention_half(
     return ops.linear(o, *of_proj, residual=x, layer_scale=layer_scale)
 
 
+def _rotary_half(
+    ops, x, norm_weight, norm_bias, qkv_weight, qkv_bias, weight, bias, heads, eps, layer_scale, cos, sin, interleaved
+) -> torch.Tensor:
+    qkv = ops.layernorm_linear(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps).unflatten(2, (3 * heads, -1))
+    qk, v = qkv.split((2 * heads, heads), 2)
+    q, k = ops.rotate(qk, cos, sin, interleaved).split(heads, 2)
+    o = ops.cross_attention(q, k, v, q.shape[-1] ** -0.5)
+    return ops.linear(o, weight, bias, residual=x, layer_scale=layer_scale)
+
+
 def fused_separate_attention(
     x: torch.Tensor,
     norm: nn.LayerNorm,
@@ -237,6 +264,7 @@ def fused_separate_attention(
     proj: nn.Linear,
     ops: Operators,
     layer_scale: torch.Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> torch.Tensor:
     """`fused_attention` for layers that project q, k and v each by itself: three products.
 
@@ -245,16 +273,18 @@ def fused_separate_attention(
     """
     of_qkv = (tensor for layer in projections for tensor in _weight_and_bias(layer))
     parameters = (*_weight_and_bias(norm), *of_qkv, *_weight_and_bias(proj))
-    return ops.compose(_separate_attention_half, x, *parameters, heads, norm.eps, layer_scale)
+    return ops.compose(_separate_attention_half, x, *parameters, heads, norm.eps, layer_scale, *(rotation or ()))
 
 
 def _separate_attention_half(
     ops, x, norm_weight, norm_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, weight, bias, heads, eps,
-    layer_scale,
+    layer_scale, cos=None, sin=None, interleaved=False,
 ) -> torch.Tensor:  # fmt: skip
     normed = ops.layernorm(x, norm_weight, norm_bias, eps)
     pairs = (q_weight, q_bias), (k_weight, k_bias), (v_weight, v_bias)
     q, k, v = (ops.linear(normed, *pair).unflatten(2, (heads, -1)) for pair in pairs)
+    if cos is not None:
+        q, k = (ops.rotate(t, cos, sin, interleaved) for t in (q, k))
     o = ops.cross_attention(q, k, v, q.shape[-1] ** -0.5)
     return ops.linear(o, weight, bias, residual=x, layer_scale=layer_scale)
 
@@ -267,13 +297,14 @@ def fused_mlp(
     ops: Operators,
     keep_hidden: bool = False,
     layer_scale: torch.Tensor | None = None,
+    tanh: bool = False,
 ) -> torch.Tensor:
-    """The second half: x + fc2(gelu(fc1(norm(x)))), in one operator. keep_hidden: for the backward pass of kernels;
-    layer_scale: as above."""
+    """The second half: x + fc2(gelu(fc1(norm(x)))), in one operator. keep_hidden: for the backward pass of kernels, of
+    the exact GELU; layer_scale: as above; tanh: with the GELU by tanh."""
     parameters = (*_weight_and_bias(norm), *_weight_and_bias(fc1), *_weight_and_bias(fc2))
     if keep_hidden and ops.layernorm_mlp_hidden is not None and torch.is_grad_enabled():
         return ops.layernorm_mlp_hidden(x, *parameters, norm.eps, layer_scale)[0]
-    return ops.compose(_mlp_half, x, *parameters, norm.eps, layer_scale)
+    return ops.compose(_mlp_half, x, *parameters, norm.eps, layer_scale, tanh)
 
 
 def _weight_and_bias(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:

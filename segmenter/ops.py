@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from segmenter.config import IMPLEMENTATIONS
 from segmenter.guard import altered
-from segmenter.kernels import reference, reference_maps
+from segmenter.kernels import reference, reference_maps, reference_rotary
 from segmenter.kernels.configs import FLOATS
 
 MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
@@ -42,6 +42,7 @@ class Operators(NamedTuple):
     attention_transposed: Callable
     layernorm: Callable
     cross_attention: Callable
+    rotate: Callable  # of `segmenter.kernels.reference_rotary`
     # what kernels have besides, for the sake of gradients: half a block, and an MLP with its hidden layer
     attention_half: Callable | None = None
     layernorm_mlp_hidden: Callable | None = None
@@ -93,6 +94,7 @@ EAGER = Operators(
     reference_maps.attention_transposed,
     reference.layernorm,
     reference.cross_attention,
+    reference_rotary.rotate,
 )
 
 
@@ -125,7 +127,7 @@ def _composed(formula: Callable) -> Callable:
     from segmenter.kernels.operators import HOST_FUNCTIONS
     from segmenter.kernels.repeat import Repeated
 
-    names = ("attention", "layernorm_linear", "linear", "layernorm_mlp", "layernorm", "cross_attention")
+    names = ("attention", "layernorm_linear", "linear", "layernorm_mlp", "layernorm", "cross_attention", "rotate")
     host = EAGER._replace(name="triton", **{name: HOST_FUNCTIONS[name] for name in names})
     return _COMPOSED.setdefault(formula, Repeated(functools.partial(formula, host)))
 
@@ -167,6 +169,7 @@ def load_kernels() -> Operators:
         from segmenter.kernels.linear import layernorm_linear, linear
         from segmenter.kernels.mask_head import mask_head
         from segmenter.kernels.pixels_to_tokens import normalized_pixels_to_tokens
+        from segmenter.kernels.rotate import rotate
         from segmenter.kernels.upsample_argmax import windows_argmax
 
         KERNELS.append(
@@ -184,6 +187,7 @@ def load_kernels() -> Operators:
                 attention_transposed,
                 layernorm,
                 cross_attention,
+                rotate,
                 attention_half,
                 layernorm_mlp_hidden,
             )

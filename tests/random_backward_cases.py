@@ -110,15 +110,15 @@ def layernorm_mlp_backward_case(draw: Draw) -> Case:
     norm = [draw.tensor(d, dtype=wide, scale=0.3, mean=mean) for mean in (1.0, 0.0)]
     fc1, fc1_bias = draw.tensor(hidden, d, dtype=dtype, scale=d**-0.5), draw.tensor(hidden, dtype=dtype)
     fc2 = draw.tensor(d, hidden, dtype=dtype, scale=hidden**-0.5)
-    needed = tuple(i == which or draw.maybe(0.5) for i in range(7))
+    needed, tanh = tuple(i == which or draw.maybe(0.5) for i in range(7)), draw.maybe(0.3)
 
     def call(*args):
-        return layernorm_mlp_backward.layernorm_mlp_backward(*args, needed=needed)[which]
+        return layernorm_mlp_backward.layernorm_mlp_backward(*args, needed=needed, tanh=tanh)[which]
 
     def definition(*args):
-        return reference_backward.layernorm_mlp_backward(*args)[which]
+        return reference_backward.layernorm_mlp_backward(*args, tanh=tanh)[which]
 
-    what = f"{shape} d={d} hidden={hidden} {dtype} x={wide} {needed} {which}"
+    what = f"{shape} d={d} hidden={hidden} {dtype} x={wide} tanh={tanh} {needed} {which}"
     frobenius = 3.0 if dtype == torch.float32 else 1.4
     args = (grad, x, *norm, fc1, fc1_bias, fc2)
     return Case(args, call, definition, what, max_ratio=4.0, frobenius=frobenius, terms=900)

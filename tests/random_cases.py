@@ -26,6 +26,8 @@ from segmenter.kernels import (
     mask_head,
     pixels_to_tokens,
     reference,
+    reference_rotary,
+    rotate,
     upsample_argmax,
 )
 from segmenter.kernels.blocks import fits_rows
@@ -73,6 +75,26 @@ def cross_attention_case(draw: Draw) -> Case:
     return Case(
         (q, k, v), lambda *t: attention.cross_attention(*t, scale=scale), lambda *t: explicit_cross(*t, scale),
         f"B={B} N={N} M={M} h={h} d={d} {dtype} scale={scale}", frobenius=frobenius, terms=d + M,
+    )  # fmt: skip
+
+
+def rotate_case(draw: Draw) -> Case:
+    dtype, tables, interleaved, transposed = draw.dtype(), draw.dtype(), draw.maybe(0.5), draw.maybe(0.3)
+    B, N, h, d = draw.choice((1, 2, 3)), draw.choice(LENGTHS), draw.choice((1, 2, 3, 6)), 2 * draw.choice(range(1, 41))
+    lead = (draw.choice((1, B)), draw.choice([t for t in (1, 2, 3, 6) if h % t == 0])) if draw.maybe(0.5) else ()
+    n = draw.choice(range(N + 1))
+    config = configs.RotateConfig(draw.choice((64, 512, 4096)), draw.choice((1, 2, 4)), 4) if draw.maybe(0.5) else None
+    args = draw.tensor(B, N, h, d, dtype=dtype), *(draw.tensor(*lead, n, d, dtype=tables) for _ in range(2))
+
+    def call(*t):
+        if config is None:
+            return rotate.rotate(*t, interleaved, transposed)
+        return rotate._run(*t, interleaved, transposed, config)
+
+    return Case(
+        args, call, lambda *t: reference_rotary.rotate(*t, interleaved, transposed),
+        f"B={B} N={N} n={n} h={h} d={d} {dtype} {lead} {tables} {interleaved} {transposed} {config}",
+        frobenius=2.0 if dtype == torch.float32 else 1.1,
     )  # fmt: skip
 
 
@@ -149,16 +171,21 @@ def layernorm_mlp_case(draw: Draw) -> Case:
     fc2, fc2_bias = draw.tensor(d, hidden, dtype=dtype, scale=hidden**-0.5), draw.tensor(d, dtype=dtype)
     config = configs.MlpConfig(draw.choice((16, 32, 64)), 32, 4, 2, draw.maybe(0.5))
 
+    tanh = draw.maybe(0.3)
+
     def call(x, *parameters):
         if not single:
-            return layernorm_mlp.layernorm_mlp(x, *parameters)
-        dense = [launch.rows_contiguous(t) for t in parameters]
-        return layernorm_mlp.run(layernorm.as_rows(x), *dense, 1e-5, strategy="single", config=config).view(x.shape)
+            return layernorm_mlp.layernorm_mlp(x, *parameters, tanh=tanh)
+        dense, how = [launch.rows_contiguous(t) for t in parameters], {"strategy": "single", "config": config}
+        return layernorm_mlp.run(layernorm.as_rows(x), *dense, 1e-5, **how, tanh=tanh).view(x.shape)
 
-    what = f"{shape} d={d} hidden={hidden} {dtype} x={wide} {config if single else 'as chosen'}"
+    def definition(*t):
+        return reference.layernorm_mlp(*t, tanh=tanh)
+
+    what = f"{shape} d={d} hidden={hidden} {dtype} x={wide} tanh={tanh} {config if single else 'as chosen'}"
     args = (x, *norm, fc1, fc1_bias, fc2, fc2_bias)
     frobenius = 2.5 if dtype == torch.float32 else 1.1
-    return Case(args, call, reference.layernorm_mlp, what, frobenius=frobenius, terms=d + hidden)
+    return Case(args, call, definition, what, frobenius=frobenius, terms=d + hidden)
 
 
 def mask_head_case(draw: Draw) -> Case:
@@ -238,6 +265,7 @@ FORWARD: dict[str, Callable[[Draw], Case]] = {
     "attention_rows": attention_rows_case,
     "attention_statistics": attention_statistics_case,
     "attention_transposed": attention_transposed_case,
+    "rotate": rotate_case,
 }
 BACKWARD: dict[str, Callable[[Draw], Case]] = {
     "attention_backward": attention_backward_case,

@@ -233,6 +233,7 @@ def test_definitions_and_tables_need_no_triton():
         "reference.py",
         "reference_backward.py",
         "reference_maps.py",
+        "reference_rotary.py",
         "upsample_tiles.py",
     }
 

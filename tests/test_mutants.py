@@ -37,7 +37,7 @@ def test_a_bug_is_found_and_its_absence_passes():
     """The machinery itself, on the definition of a GELU and the quickest test of it."""
     pytest.importorskip("triton")
     tests = ("tests/kernels/test_reference.py",)
-    bug = Mutant("no_gelu", "kernels/reference.py", "y = F.gelu(y) if gelu else y", "y = y", tests)
+    bug = Mutant("no_gelu", "kernels/reference.py", "    h = F.gelu(h, ", "    h = (lambda h, **_: h)(h, ", tests)
     assert try_mutant(None, tests)[0] == 0
     assert try_mutant(bug, tests)[0] == 1
 

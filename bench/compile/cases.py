@@ -35,6 +35,7 @@ from segmenter.kernels.mask_head import mask_head
 from segmenter.kernels.mask_head_backward import mask_head_backward
 from segmenter.kernels.pixels_to_tokens import pixels_to_tokens
 from segmenter.kernels.pixels_to_tokens_backward import pixels_to_tokens_backward
+from segmenter.kernels.rotate import rotate
 from segmenter.kernels.upsample_argmax import upsample_argmax, windows_argmax
 from segmenter.kernels.upsample_cross_entropy import upsample_cross_entropy
 
@@ -133,6 +134,12 @@ def _attention_cases(add: Callable[..., None]) -> None:
     add(ARCHITECTURES, "attention", "bf16", n=1100, d=128)
     for n, m in ((1024, 150), (150, 1174)):
         add(True, "cross_attention", "bf16", n=n, m=m)
+    # Both conventions, packed queries and keys and separate ones, heads that fill tiles and not, tables by head.
+    for interleaved in (False, True):
+        add(ARCHITECTURES, "rotate", "bf16", n=1029, interleaved=interleaved)
+        add(True, "rotate", "bf16 fp32", n=1029, interleaved=interleaved, transposed=True)
+        add(True, "rotate", "bf16", n=1029, d=80, interleaved=interleaved)
+        add(True, "rotate", "fp16", n=1025, interleaved=interleaved, separate=True, by_head=True)
 
 
 def _map_cases(add: Callable[..., None]) -> None:
@@ -176,6 +183,8 @@ def _backward_cases(add: Callable[..., None]) -> None:
 def _layer_backward_cases(add: Callable[..., None]) -> None:
     for n in (*WIDTHS, 300, 10_000):
         add(n in (300, 384), "layernorm_backward", "bf16 fp32", n=n)
+    add(ARCHITECTURES, "layernorm_mlp_backward", "bf16", m=8200, d=768, tanh=True)
+    add(True, "layernorm_mlp_backward", "fp16 fp32", m=8200, d=768, tanh=True)
     for d in WIDTHS:
         for m in (257, 8200):
             add(m == 8200, "layernorm_mlp_backward", "bf16", m=m, d=d)
@@ -190,6 +199,9 @@ def _product_cases(add: Callable[..., None]) -> None:
     for op, sizes in (("linear", {"k": 1536, "n": 384, "residual": True}), ("layernorm_mlp", {"d": 192})):
         for m in (257, 8200, 65_600):
             add(ARCHITECTURES, op, "bf16", m=m, **sizes, scale=True)
+    for d in (192, 768):  # in one kernel and in two
+        add(ARCHITECTURES, "layernorm_mlp", "bf16", m=8200, d=d, tanh=True)
+        add(True, "layernorm_mlp", "fp16 fp32", m=8200, d=d, tanh=True)
     for kinds, stream in (("fp16 fp32 tf32", ""), ("bf16", "fp32")):
         add(True, "linear", kinds, m=8200, k=768, n=768, residual=True, stream=stream, scale=True)
         add(True, "layernorm_mlp", kinds, m=8200, d=192, stream=stream, scale=True)
@@ -285,16 +297,17 @@ def _layernorm_linear(dtype: torch.dtype, m: int, d: int, gelu: bool = False, st
     return partial(layernorm_linear, *normed, *_empty(dtype, (n, d), (n,)), gelu=gelu)
 
 
-def _layernorm_mlp(dtype: torch.dtype, m: int, d: int, stream: str = "", scale: bool = False) -> partial:
+def _layernorm_mlp(dtype: torch.dtype, m: int, d: int, stream="", scale=False, tanh=False) -> partial:
     *normed, factors = _empty(DTYPES.get(stream, dtype), (m, d), (d,), (d,), (d,))
     weights = _empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d), (d,))
-    return partial(layernorm_mlp, *normed, *weights, layer_scale=factors if scale else None)
+    return partial(layernorm_mlp, *normed, *weights, layer_scale=factors if scale else None, tanh=tanh)
 
 
-def _layernorm_mlp_backward(dtype: torch.dtype, m: int, d: int, stream: str = "") -> partial:
+def _layernorm_mlp_backward(dtype: torch.dtype, m: int, d: int, stream: str = "", tanh: bool = False) -> partial:
     wide = DTYPES.get(stream, dtype)
     normed = _empty(wide, (m, d), (m, d), (d,), (d,))
-    return partial(layernorm_mlp_backward, *normed, *_empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d)))
+    weights = _empty(dtype, (4 * d, d), (4 * d,), (d, 4 * d))
+    return partial(layernorm_mlp_backward, *normed, *weights, tanh=tanh)
 
 
 def _mask_head(dtype: torch.dtype, n_cls: int, d: int = 768, batch: int = 2, patches: int = 1024) -> partial:
@@ -347,6 +360,16 @@ def _cross_attention_backward(dtype: torch.dtype, n: int, m: int) -> partial:
     return partial(cross_attention_backward, *tensors, torch.empty(2, 6, lse_rows(n)), None, 64**-0.5)
 
 
+def _rotate(
+    dtype: torch.dtype, n: int, d: int = 64, side: int = 32, interleaved=False, transposed=False, separate=False,
+    by_head=False,
+) -> partial:  # fmt: skip
+    """Of twelve heads, with tables in float32."""
+    x = torch.empty(2, n, 12, d, dtype=dtype) if separate else torch.empty(2, n, 36, d, dtype=dtype)[:, :, :24]
+    table = torch.empty(1, 12, side * side, d) if by_head else torch.empty(side * side, d)
+    return partial(rotate, x, table, table.clone(), interleaved, transposed)
+
+
 def _q_and_k(dtype: torch.dtype, n: int, d: int, r: int = 0) -> list[torch.Tensor]:
     """Of six heads, packed as in a model; `r`: of so many queries."""
     q, k, _ = torch.empty(2, n, 3, 6, d, dtype=dtype).unbind(2)
@@ -368,6 +391,7 @@ CALLS: dict[str, Callable[..., partial]] = {
     "cross_attention": lambda dtype, n, m: partial(
         cross_attention, *_empty(dtype, (2, n, 6, 64), (2, m, 6, 64), (2, m, 6, 64))
     ),
+    "rotate": _rotate,
     "attention_rows": lambda dtype, n, d=64, r=16: partial(attention_rows, *_q_and_k(dtype, n, d, r)),
     "attention_statistics": _attention_statistics,
     "attention_transposed": _attention_transposed,

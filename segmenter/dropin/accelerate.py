@@ -101,9 +101,9 @@ def accelerate(
     Parameters, state-dict keys, classes in the sense of isinstance, hooks, copying, saving and training stay as they
     are. Layers that hold anything unusual (LoRA, quantised or parametrised weights, norms of queries and keys) keep
     their own forward, and so do calls with a mask, a wish for attention maps, dropout in training, float64, or on a
-    device without kernels. Attention that gets rotary or relative positions with every call is left alone: an `example`
-    shows whether it does, without one it is taken to if its forward has such an argument. Calling it again takes up
-    what has changed since. If it raises, the model is as it was before.
+    device without kernels. Attention that gets something else than tokens and rotary positions with every call, such as
+    relative positions, is left alone: an `example` shows whether it does, without one it is taken to if its forward has
+    such an argument. Calling it again takes up what has changed since. If it raises, the model is as it was before.
 
     Args:
         model: any module.
@@ -266,8 +266,12 @@ def _wanted(name: str, module: nn.Module, kind: str, run: _Run) -> Plan:
     call = run.call(name, module)
     if not call.tokens:
         raise Unlike("its model calls it with something else than tokens (B, N, d)")
+    rotary = found.rotary if isinstance(found, BlockPlan) else None
     if not call.arguments:
-        return found._replace(passed=()) if isinstance(found, BlockPlan) and found.style != "separate" else found
+        without = isinstance(found, BlockPlan) and found.style != "separate" and rotary is None
+        return found._replace(passed=()) if without else found
+    if rotary is not None and call.arguments == (rotary.argument,):
+        return found
     passes = f"its model {'passes' if call.sure else 'may pass'} {', '.join(call.arguments)} with every call"
     if not call.sure:
         passes += " (an example shows whether it does)"

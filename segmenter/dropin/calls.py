@@ -1,8 +1,8 @@
 """What the modules of a model are called with besides tokens.
 
-Kernels run for calls with tokens alone. Whether a model calls its blocks so, or with rotary or relative positions or a
-mask each time, shows in a call of it (`observed`). Without one, only signatures tell: a module whose forward has
-further arguments is taken to get them (`expected`).
+Kernels run for calls with tokens alone, or with rotary positions of a known form. Whether a model calls its blocks so,
+or with relative positions or a mask each time, shows in a call of it (`observed`). Without one, only signatures tell: a
+module whose forward has further arguments is taken to get them (`expected`).
 """
 
 import inspect
@@ -52,14 +52,19 @@ def _further(module: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(original_class(type(module)).forward).parameters.values())[2:]
 
 
+def is_wish(name: str) -> bool:
+    """Whether an argument of this name is one that models by default do not pass."""
+    return _WISHES.search(name) is not None
+
+
 def expected(module: nn.Module, parents: list[nn.Module]) -> Call:
     """What a module has to be taken to be called with.
 
     Args:
         parents: the modules that hold it, the model first. Without any the caller is who accelerates it.
     """
-    names = [name for name in optional(module) if parents and not _WISHES.search(name)]
-    names += [name for name in optional(module) if _WISHES.search(name) and any(_grants(p, name) for p in parents)]
+    names = [name for name in optional(module) if parents and not is_wish(name)]
+    names += [name for name in optional(module) if is_wish(name) and any(_grants(p, name) for p in parents)]
     return Call(tuple(names), sure=False)
 
 

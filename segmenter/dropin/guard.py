@@ -6,6 +6,7 @@ weights. Layers get replaced (LoRA, quantisation), hooked and switched later, so
 through `segmenter.guard.decision`).
 """
 
+import functools
 from types import BuiltinFunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -104,7 +105,7 @@ def record(root: nn.Module, path: Path, parameters: tuple[str, ...] = (), childr
         raise Unlike(f"{name} ({_class(layer)}) holds {', '.join(extra)}")
     if extra := sorted({n for n, child in layer._modules.items() if child is not None} - set(children)):
         raise Unlike(f"{name} ({_class(layer)}) has a layer {', '.join(extra)}")
-    if (reason := why_not_bypass(layer, (type(layer),))) not in (None, "hooks"):  # hooks come and go
+    if (reason := why_not_bypass(layer, (type(layer),), True)) not in (None, "hooks"):  # hooks come and go
         raise Unlike(f"{name} has {reason}")
     kind = original_class(type(layer))
     replaced(kind)  # notes down its forward
@@ -113,18 +114,29 @@ def record(root: nn.Module, path: Path, parameters: tuple[str, ...] = (), childr
         if not (_is_plain(value) or _is_function(value) or _is_data(value)):
             raise Unlike(f"{name} ({_class(layer)}) holds {attribute}, a {qualified(type(value))}")
     rate = next((n for n in RATES if isinstance(attributes.get(n), (int, float))), None)
-    noted = {n: Held(v, dict(vars(v))) if attributes_of(v) is not None else v for n, v in attributes.items()}
+    noted = {
+        n: Held(v, dict(vars(v))) if attributes_of(v) is not None else _comparable(v) for n, v in attributes.items()
+    }
     flags = () if kind in _WITHOUT_FLAGS else tuple((n, v) for n, v in noted.items() if n != rate)
     return Layer(path, kind, tuple(layer._modules), flags, rate)
 
 
-def record_linear(root: nn.Module, path: Path, bias: bool = False) -> Layer:
+def record_linear(root: nn.Module, path: Path, bias: bool = False, masked: bool = False) -> Layer:
     """`record` of a linear layer, with a bias if `bias`. Subclasses that add nothing may pass: `verify` tries them.
 
+    Args:
+        masked: it may hold a buffer of the shape of its bias, which the bias is multiplied by.
     Raises:
         Unlike: it is another kind of layer, such as an adapter around a linear layer.
     """
-    return _record_kind(root, path, nn.Linear, bias)
+    return _record_kind(root, path, nn.Linear, bias, mask_of_bias(find(root, path)) if masked else ())
+
+
+def mask_of_bias(layer: nn.Module | None) -> tuple[str, ...]:
+    """The name of what a linear layer's bias may be multiplied by, if there is one such buffer, else ()."""
+    held = () if layer is None else tuple(name for name, buffer in layer._buffers.items() if buffer is not None)
+    bias = None if layer is None else layer._parameters.get("bias")
+    return held if len(held) == 1 and bias is not None and layer._buffers[held[0]].shape == bias.shape else ()
 
 
 def record_norm(root: nn.Module, path: Path) -> Layer:
@@ -132,13 +144,13 @@ def record_norm(root: nn.Module, path: Path) -> Layer:
     return _record_kind(root, path, nn.LayerNorm, True)
 
 
-def _record_kind(root: nn.Module, path: Path, kind: type, bias: bool) -> Layer:
+def _record_kind(root: nn.Module, path: Path, kind: type, bias: bool, buffers: tuple[str, ...] = ()) -> Layer:
     layer, name = find(root, path), ".".join(path)
     if layer is None:
         raise Unlike(f"{name} is missing")
     if not isinstance(layer, kind):
         raise Unlike(f"{name} is {_class(layer)}, not {qualified(kind)}")
-    recorded = record(root, path, ("weight", "bias"))
+    recorded = record(root, path, ("weight", "bias", *buffers))
     needed = ("weight", "bias") if bias else ("weight",)
     if absent := [n for n in needed if layer._parameters.get(n) is None]:  # a parametrised weight is not there either
         raise Unlike(f"{name} has no parameter {', '.join(absent)}")
@@ -165,7 +177,7 @@ def _unlike_before(root: nn.Module, noted: Layer, dtype: torch.dtype | None) -> 
         return f"{name} is gone"
     if reason := _changed(layer, noted):
         return reason
-    if layer is not root and (reason := why_not_bypass(layer, (type(layer),))):  # the root's own hooks run anyway
+    if layer is not root and (reason := why_not_bypass(layer, (type(layer),), True)):  # the root's own hooks run anyway
         return f"{name} has {reason}"
     if noted.rate is not None and layer.__dict__.get(noted.rate) and (root.training or layer.training):
         return f"{name} drops at random in training"
@@ -190,7 +202,7 @@ def _changed(layer: nn.Module, noted: Layer) -> str | None:
         if isinstance(value, Held):
             if change := value.change(flag, state.get(flag)):
                 return f"{name} has {change}"
-        elif state.get(flag) != value:
+        elif _comparable(state.get(flag)) != value:
             return f"{name} has {flag}={state.get(flag)!r}, it was {value!r}"
     return None
 
@@ -200,8 +212,15 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_function(value: Any) -> bool:
-    """Whether it is a function written in C, which holds nothing: a method of an object does."""
+    """Whether it is a function written in C, perhaps with plain arguments by name: a method of an object holds more."""
+    if isinstance(value, functools.partial):
+        return not value.args and all(map(_is_plain, value.keywords.values())) and _is_function(value.func)
     return isinstance(value, BuiltinFunctionType) and isinstance(value.__self__, ModuleType)
+
+
+def _comparable(value: Any) -> Any:
+    """The value, or of a function with arguments both, since two such are never equal."""
+    return (value.func, value.keywords) if isinstance(value, functools.partial) else value
 
 
 def _is_data(value: Any, depth: int = 4) -> bool:

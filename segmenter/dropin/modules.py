@@ -9,7 +9,7 @@ import copyreg
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from segmenter.dropin.calls import ANY, asks
-from segmenter.dropin.guard import unlike_before
-from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan
+from segmenter.dropin.guard import mask_of_bias, unlike_before
+from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan, own_biases
 from segmenter.guard import METHODS, PLAIN_TENSORS, decision, is_fake, qualified, replaced, why_not_bypass
-from segmenter.layers import fused_attention, fused_mlp, fused_separate_attention
+from segmenter.layers import Rotation, fused_attention, fused_mlp, fused_separate_attention
 from segmenter.ops import KERNELS, Operators, why_not_tensor
 
 
@@ -93,8 +93,14 @@ def _must_be_fast(module: nn.Module, reason: str) -> None:
 
 def attention_core(attention: nn.Module, plan: AttentionPlan | BlockPlan, x: torch.Tensor, ops: Operators) -> Any:
     """The attention layer without its residual: projections called as layers, the core by an operator."""
-    layers = attention._modules
-    x = layers["proj"](_normed(layers, ops.attention(layers["qkv"](x), plan.heads)))
+    layers, bias = attention._modules, own_bias(attention)
+    qkv = layers["qkv"](x)
+    qkv = qkv if bias is None else qkv + bias
+    if _has_norms(layers):
+        y = _attended(layers, qkv.unflatten(2, (3, plan.heads, -1)).unbind(2), ops)
+    else:
+        y = ops.attention(qkv, plan.heads)
+    x = layers["proj"](_normed(layers, y))
     drop = layers.get("proj_drop")
     return x if drop is None else drop(x)
 
@@ -102,6 +108,36 @@ def attention_core(attention: nn.Module, plan: AttentionPlan | BlockPlan, x: tor
 def _normed(layers: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
     norm = layers.get("norm")
     return x if norm is None else norm(x)
+
+
+def _has_norms(layers: dict[str, Any]) -> bool:
+    """Whether an attention layer has norms of queries and keys that do something."""
+    return any(type(layers.get(name)) not in (type(None), nn.Identity) for name in ("q_norm", "k_norm"))
+
+
+def _attended(
+    layers: dict[str, Any], qkv: Sequence[torch.Tensor], ops: Operators, rotation: Rotation | None = None
+) -> torch.Tensor:
+    """Attention of q, k and v (B, N, h, d) whose norms are called as layers, whatever they are: (B, N, h*d)."""
+    names = ("q_norm", "k_norm")
+    q, k = (layers[n](t.transpose(1, 2)).transpose(1, 2) for n, t in zip(names, qkv, strict=False))
+    if rotation is not None:
+        q, k = (ops.rotate(t, *rotation) for t in (q, k))
+    return ops.cross_attention(q, k, qkv[2], q.shape[-1] ** -0.5)
+
+
+def own_bias(attention: nn.Module) -> torch.Tensor | None:
+    """(3*h*d,), the bias that an attention layer adds to its qkv itself, put together anew on every call."""
+    if not (attention._parameters or attention._buffers):
+        return None
+    held = [attention._parameters.get(n, attention._buffers.get(n)) for n in own_biases(attention)]
+    return torch.cat(held) if held else None
+
+
+def masked_bias(linear: nn.Linear) -> torch.Tensor | None:
+    """The bias of a linear layer, multiplied anew on every call if the layer has a mask for it (of keys, in DINOv3)."""
+    mask = mask_of_bias(linear) if linear._buffers else ()
+    return linear.bias * linear._buffers[mask[0]].to(linear.bias.dtype) if mask else linear.bias
 
 
 def wrapped_core(
@@ -115,17 +151,36 @@ def wrapped_core(
     return identity + wrapper._modules["dropout_layer"](wrapper._modules["proj_drop"](y))
 
 
-def attention_fused(block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Operators) -> torch.Tensor:
+def attention_fused(
+    block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Operators, rotation: Rotation | None = None
+) -> torch.Tensor:
     """x + attention(norm1(x)) by `segmenter.layers.fused_attention`."""
-    norm, attention = block._modules[plan.names["norm1"]], block._modules[plan.names["attn"]]._modules
-    scale = layer_scale(block, plan, "1")
-    if plan.style == "separate":
+    norm, layer = block._modules[plan.names["norm1"]], block._modules[plan.names["attn"]]
+    attention, scale = layer._modules, layer_scale(block, plan, "1")
+    if "q" in plan.inner:
         q, k, v, proj = (attention[plan.inner[role]] for role in ("q", "k", "v", "proj"))
-        return fused_separate_attention(x, norm, (q, k, v), plan.heads, proj, ops, scale)
-    if plan.style == "packed":
-        qkv = attention["qkv"]
-        return fused_attention(x, norm, qkv.weight, qkv.bias, plan.heads, attention["proj"], ops, layer_scale=scale)
-    inner = attention["attn"]
+        if not _has_norms(attention):
+            return fused_separate_attention(x, norm, (q, k, v), plan.heads, proj, ops, scale, rotation)
+        normed = ops.layernorm(x, norm.weight, norm.bias, norm.eps)
+        qkv = [ops.linear(normed, p.weight, p.bias).unflatten(2, (plan.heads, -1)) for p in (q, k, v)]
+    elif plan.style == "packed":
+        qkv, bias, proj = attention["qkv"], own_bias(layer), attention["proj"]
+        bias = masked_bias(qkv) if bias is None else bias
+        if not _has_norms(attention):
+            return fused_attention(
+                x, norm, qkv.weight, bias, plan.heads, proj, ops, layer_scale=scale, rotation=rotation
+            )
+        qkv = ops.layernorm_linear(x, norm.weight, norm.bias, qkv.weight, bias, norm.eps)
+        qkv = qkv.unflatten(2, (3, plan.heads, -1)).unbind(2)
+    else:
+        return _wrapped_fused(x, norm, attention["attn"], plan, ops)
+    y = _attended(attention, qkv, ops, rotation)
+    return ops.linear(y, proj.weight, proj.bias, residual=x, layer_scale=scale)
+
+
+def _wrapped_fused(
+    x: torch.Tensor, norm: nn.LayerNorm, inner: nn.Module, plan: BlockPlan, ops: Operators
+) -> torch.Tensor:
     out = inner._modules["out_proj"]
     return fused_attention(x, norm, inner.in_proj_weight, inner.in_proj_bias, plan.heads, out, ops)
 
@@ -135,9 +190,9 @@ def mlp_fused(block: nn.Module, plan: BlockPlan, x: torch.Tensor, ops: Operators
     norm, mlp = block._modules[plan.names["norm2"]], block._modules[plan.names["mlp"]]._modules
     if plan.style != "wrapped":
         fc1, fc2 = (mlp[plan.inner.get(role, role)] for role in ("fc1", "fc2"))
-        return fused_mlp(x, norm, fc1, fc2, ops, layer_scale=layer_scale(block, plan, "2"))
+        return fused_mlp(x, norm, fc1, fc2, ops, layer_scale=layer_scale(block, plan, "2"), tanh=plan.tanh)
     layers = mlp["layers"]._modules
-    return fused_mlp(x, norm, layers["0"]._modules["0"], layers["1"], ops)
+    return fused_mlp(x, norm, layers["0"]._modules["0"], layers["1"], ops, tanh=plan.tanh)
 
 
 def layer_scale(block: nn.Module, plan: BlockPlan, number: str) -> torch.Tensor | None:
@@ -161,13 +216,15 @@ def by_layers(
 
     Args:
         ops: computes the core of the attention, for layers whose own forward cannot be replaced.
-        passed: arguments for the attention layer.
+        passed: arguments for the attention layer, by their names in the block.
     """
     layers, names = block._modules, plan.names
     y, inner = layers[names[f"norm{number}"]](x), layers[names["attn" if number == "1" else "mlp"]]
     if plan.style == "wrapped":
         return inner(y, identity=x)
-    y = inner(y, **(passed or {})) if ops is None else attention_core(inner, plan, y, ops)
+    renamed = dict(plan.renamed)
+    given = {renamed.get(name, name): value for name, value in (passed or {}).items()}
+    y = inner(y, **given) if ops is None else attention_core(inner, plan, y, ops)
     y = y[0] if isinstance(y, tuple) else y
     if names[f"ls{number}"] in block._parameters:
         y = y * block._parameters[names[f"ls{number}"]]
@@ -274,9 +331,13 @@ class FastBlock(Accelerated):
         if found.whole is not None:
             _must_be_fast(self, found.whole)
             return super().forward(x, *args, **kwargs)
-        if passed and plan.attention is not None:
-            _must_be_fast(self, f"attention: {why_not_tokens(self, x, args, kwargs)}")  # noted down for `why_not`, too
-        y = by_layers(self, plan, x, "1", passed=passed) if passed else self._attention(plan, x, found)
+        passed = passed or {}
+        rotation = self._rotation(plan, x, passed)
+        if isinstance(rotation, str) and plan.attention is not None:
+            if not torch.compiler.is_compiling():
+                self.__dict__["_segmenter_declined"] = rotation  # for `why_not`
+            _must_be_fast(self, f"attention: {rotation}")
+        y = self._attention(plan, x, found, rotation, passed)
         if plan.mlp is not None:
             if y.dtype != x.dtype:  # by layers of another type
                 found = self.decide(y)
@@ -285,19 +346,30 @@ class FastBlock(Accelerated):
             _must_be_fast(self, f"MLP: {found.whole or found.mlp}")
         return by_layers(self, plan, y, "2")
 
-    def _attention(self, plan: BlockPlan, x: torch.Tensor, found: Obstacles) -> torch.Tensor:
-        if plan.attention is not None:
+    def _rotation(self, plan: BlockPlan, x: torch.Tensor, passed: dict[str, Any]) -> Rotation | str | None:
+        """What turns queries and keys in a call, None if nothing; or why its attention is not for the kernels."""
+        if plan.rotary is not None and set(passed) <= {plan.rotary.argument}:
+            return plan.rotary.read(passed.get(plan.rotary.argument), x)
+        return f"arguments besides the tokens, such as {', '.join(passed)}" if passed else None
+
+    def _attention(
+        self, plan: BlockPlan, x: torch.Tensor, found: Obstacles, rotation: Rotation | str | None, passed: dict
+    ) -> torch.Tensor:
+        if plan.attention is not None and not isinstance(rotation, str):
             if found.attention is None:
-                return attention_fused(self, plan, x, KERNELS[0])
+                return attention_fused(self, plan, x, KERNELS[0], rotation)
             _must_be_fast(self, f"attention: {found.attention}")
-        if plan.core is not None and found.core is None:
+        if plan.core is not None and found.core is None and rotation is None:
             return by_layers(self, plan, x, "1", KERNELS[0])
-        return by_layers(self, plan, x, "1")
+        return by_layers(self, plan, x, "1", passed=passed)
 
     def decide(self, x: torch.Tensor) -> Obstacles:
         if reason := why_not_tensor(x) or replaced(self._segmenter_original):
             return Obstacles(reason)
         plan, dtype = self.__dict__["_segmenter"].plan, parameter_dtype(x)
+        itself = next(part for part in (plan.attention, plan.core, plan.mlp) if part)[:1]
+        if reason := unlike_before(self, itself):  # what it does besides calling its layers may have changed, too
+            return Obstacles(reason)
         parts = ((plan.attention, dtype), (plan.core, None), (plan.mlp, dtype))
         return Obstacles(None, *(None if part is None else unlike_before(self, part, dtype) for part, dtype in parts))
 

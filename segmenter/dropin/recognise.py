@@ -18,10 +18,13 @@ import torch.nn as nn
 
 from segmenter.dropin.calls import ANY, further
 from segmenter.dropin.guard import Layer, Layers, Path, Unlike, find, record, record_linear, record_norm
+from segmenter.dropin.rotary import Rotary
 from segmenter.guard import qualified
 from segmenter.kernels.configs import MAX_HEAD_DIM
 
 _NORMS_OF_ATTENTION = ("q_norm", "k_norm", "norm")
+_DROPS_OF_ATTENTION = ("attn_drop", "proj_drop")
+_UNPACKED = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "proj"}
 
 
 class AttentionPlan(NamedTuple):
@@ -49,12 +52,15 @@ class BlockPlan(NamedTuple):
         style: "packed", "wrapped" or "separate". heads: how many.
         names: children by role: norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2; "" if there is none. ls1 and
             ls2 may be parameters of the block.
-        inner: of "separate", children of attention and MLP by role: q, k, v, proj, fc1, fc2.
+        inner: children of attention and MLP by role: of "separate" q, k, v, proj, fc1, fc2; of "packed" the first four
+            if its attention has no qkv.
         attention, mlp: the layers that must stay as they are for each half to be fused; None if it cannot be.
         core: as in AttentionPlan, for blocks whose attention layer returns a tuple.
         reasons: why a half is not fused.
         passed: arguments besides the tokens that the block only hands on to its attention layer, and which therefore
             do not keep the MLP from being fused; in the order of the block's own forward, `calls.ANY` last.
+        rotary: positions among these that fused attention takes. renamed: (block's name, attention layer's name) of
+            those that the latter calls otherwise. tanh: the MLP's GELU is the one by tanh. `verify` finds all three.
     """
 
     style: str
@@ -66,6 +72,9 @@ class BlockPlan(NamedTuple):
     reasons: tuple[str, ...]
     passed: tuple[str, ...]
     inner: dict[str, str]
+    rotary: Rotary | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
+    tanh: bool = False
 
     def hands_on(self, names: Iterable[str]) -> bool:
         """Whether all these arguments are among `passed`."""
@@ -97,7 +106,7 @@ def kind_of(module: nn.Module) -> str | None:
         return "block"
     if any(_is_separate(child) for child in children.values()):
         return "block"
-    if "qkv" in children and "proj" in children:
+    if "qkv" in children and children["qkv"] is not None and "proj" in children:  # torch.jit's dictionaries have no get
         return "attention"
     return "attention" if "attn" in children and isinstance(children["attn"], nn.MultiheadAttention) else None
 
@@ -130,14 +139,29 @@ def _attention(root: nn.Module, at: Path, inner: dict[str, str]) -> AttentionPla
         return AttentionPlan("packed", _heads(attention), core, None, str(reason))
 
 
+def own_biases(attention: nn.Module) -> tuple[str, ...]:
+    """Names of the vectors that an attention layer holds itself as biases of its qkv, in this order; () if it does
+    not hold one for each."""
+    held = [name for kind in (attention._parameters, attention._buffers) for name in kind if kind[name] is not None]
+    found = sorted(held, key=lambda name: "qkv".find(name[0]))
+    return tuple(found) if [name[0] for name in found] == ["q", "k", "v"] else ()
+
+
+def _unpacked(attention: nn.Module) -> dict[str, str]:
+    """Children by role of an attention layer that could have qkv and has three layers instead; {} of others."""
+    children = attention._modules
+    there = all(children.get(name) is not None for name in _UNPACKED.values())
+    return dict(_UNPACKED) if there and children.get("qkv") is None else {}
+
+
 def _packed_core(root: nn.Module, at: Path) -> Layers:
     attention = find(root, at)
     present = {name for name, child in attention._modules.items() if child is not None}
     parts = {"qkv", "proj", "attn_drop", "proj_drop", *_NORMS_OF_ATTENTION}
-    layers = [record(root, at, children=tuple(parts))]
+    layers = [record(root, at, own_biases(attention), tuple(parts))]
     for name in ("q_norm", "k_norm"):
         if name in present:
-            layers.append(_record_identity(root, (*at, name)))
+            layers.append(_record_called(root, (*at, name)))
     if "attn_drop" in present:
         layers.append(record(root, (*at, "attn_drop")))
     weight = getattr(attention.qkv, "weight", None)  # adapters have the weight of what they wrap
@@ -149,7 +173,7 @@ def _packed_core(root: nn.Module, at: Path) -> Layers:
 
 def _packed_projections(root: nn.Module, at: Path) -> Layers:
     attention = find(root, at)
-    layers = [record_linear(root, (*at, "qkv")), record_linear(root, (*at, "proj"))]
+    layers = [record_linear(root, (*at, "qkv"), masked=True), record_linear(root, (*at, "proj"))]
     if attention._modules.get("norm") is not None:
         layers.append(_record_identity(root, (*at, "norm")))
     if attention._modules.get("proj_drop") is not None:
@@ -179,7 +203,11 @@ def _wrapped_core(root: nn.Module, at: Path) -> Layers:
 def plan_block(block: nn.Module) -> BlockPlan:
     """Raises Unlike."""
     style = "wrapped" if "ffn" in block._modules else "packed" if "attn" in block._modules else "separate"
-    names, inner = separate_roles(block) if style == "separate" else (_roles(block, style == "wrapped"), {})
+    if style == "separate":
+        names, inner = separate_roles(block)
+    else:
+        names = _roles(block, style == "wrapped")
+        inner = {} if style == "wrapped" else _unpacked(block._modules["attn"])
     vectors = _own_vectors(block, names)
     names |= vectors
     children = tuple(name for role, name in names.items() if name and role not in vectors)
@@ -244,6 +272,9 @@ def _mlp(block: nn.Module, name: str, style: str, inner: dict[str, str]) -> Laye
     ]
     if mlp._modules.get("norm") is not None:
         layers.append(_record_identity(block, (name, "norm")))
+    hidden, taken = mlp.fc1.weight.shape[0], mlp.fc2.weight.shape[1]
+    if hidden != taken:
+        raise Unlike(f"{name}.fc1 gives {hidden} columns and {name}.fc2 takes {taken}: a gated MLP")
     return tuple(layers)
 
 
@@ -311,12 +342,18 @@ def _holds_weights(module: nn.Module) -> bool:
 
 def _separate_projections(root: nn.Module, at: Path, inner: dict[str, str]) -> Layers:
     paths = [(*at, inner[role]) for role in ("q", "k", "v", "proj")]
-    layers = (record(root, at, children=tuple(path[-1] for path in paths)), *(record_linear(root, p) for p in paths))
+    others = (*_NORMS_OF_ATTENTION, *_DROPS_OF_ATTENTION)
+    layers = [record(root, at, children=(*(path[-1] for path in paths), *others))]
+    layers += [record_linear(root, path) for path in paths]
+    for name in others:
+        if find(root, at)._modules.get(name) is not None:
+            kind = {"norm": _record_identity, "q_norm": _record_called, "k_norm": _record_called}.get(name, record)
+            layers.append(kind(root, (*at, name)))
     widths = [find(root, path).weight.shape[0] for path in paths[:3]]
     if len(set(widths)) != 1:
         raise Unlike(f"its queries, keys and values have {', '.join(map(str, widths))} columns")
     _check_head_dim(widths[0], _heads(find(root, at)))
-    return layers
+    return tuple(layers)
 
 
 def _separate_mlp(block: nn.Module, name: str, inner: dict[str, str]) -> Layers:
@@ -361,6 +398,12 @@ def _record_identity(root: nn.Module, path: Path) -> Layer:
     if type(layer) is not nn.Identity:
         raise Unlike(f"{'.'.join(path)} is {qualified(type(layer))}, not {qualified(nn.Identity)}")
     return record(root, path)
+
+
+def _record_called(root: nn.Module, path: Path) -> Layer:
+    """`record` of a layer that is called, so that it may hold what it likes."""
+    layer = find(root, path)
+    return record(root, path, (*layer._parameters, *layer._buffers))
 
 
 def _own_vectors(block: nn.Module, names: dict[str, str]) -> dict[str, str]:

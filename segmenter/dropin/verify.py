@@ -5,6 +5,7 @@ of nn.Linear that only has another name from one that rounds its weights. So a c
 in float64 on the CPU, runs its original forward, and the formulas that would replace it have to give the same.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 import torch.nn as nn
 
 from segmenter.dropin import modules
-from segmenter.dropin.calls import ANY, given, required
+from segmenter.dropin.calls import ANY, given, is_wish, required
 from segmenter.dropin.guard import OURS, RATES, Unlike, original_class, record_linear
 from segmenter.dropin.recognise import AttentionPlan, BlockPlan, DecoderPlan, Plan
+from segmenter.dropin.rotary import FORMS, Rotary
 from segmenter.errors import cause
+from segmenter.layers import Rotation
 from segmenter.ops import EAGER
 
 TOLERANCE = 1e-6  # relative; the tanh form of GELU is off by 1e-4, LayerNorm in float32 by 1e-7
@@ -70,7 +73,7 @@ def _child_copy(module: nn.Module | None, training: bool) -> nn.Module | None:
 
 def _is_linear(module: nn.Module) -> bool:
     try:
-        record_linear(module, ())
+        record_linear(module, (), masked=True)
         return True
     except Unlike:
         return False
@@ -146,39 +149,115 @@ def _called(block: nn.Module, x: torch.Tensor, **arguments: Any) -> Any:
 
 
 def _block(copies: list[nn.Module], plan: BlockPlan) -> BlockPlan:
-    x = _randn(2, 7, next(copies[0]._modules[plan.names["norm1"]].parameters()).shape[0])
-    plan = _with_attention(copies, plan, x)
+    plan = plan._replace(renamed=_renamed(copies[0], plan))
+    plan = plan._replace(rotary=_rotary(copies, plan))
+    x, rotation, positions = _positions(copies[0], plan)
+    if not positions:
+        plan = _with_attention(copies, plan, x)
 
     def first(block: nn.Module) -> torch.Tensor:
-        return modules.by_layers(block, plan, x, "1")
+        return modules.by_layers(block, plan, x, "1", passed=positions)
 
     def second(block: nn.Module) -> torch.Tensor:
         return modules.by_layers(block, plan, x, "2")
 
-    if not _same(copies, lambda m: modules.by_layers(m, plan, first(m), "2"), lambda m: _called(m, x)):
+    def called(block: nn.Module) -> torch.Tensor:
+        return _called(block, x, **positions)
+
+    if not _same(copies, lambda m: modules.by_layers(m, plan, first(m), "2"), called):
         raise Unlike("its forward is not that of a pre-norm block")
     if plan.style == "separate" and not _same(
-        [_marked(m, plan) for m in copies],
-        lambda m: modules.by_layers(m, plan, modules.by_layers(m, plan, x, "1"), "2"),
-        lambda m: _called(m, x),
+        [_marked(m, plan) for m in copies], lambda m: modules.by_layers(m, plan, first(m), "2"), called
     ):
         raise Unlike("it calls the layers without weights elsewhere than after each half")
     reasons, core = list(plan.reasons), None
     attention, mlp = plan.attention, plan.mlp
-    if attention and not _same(copies, lambda m: modules.attention_fused(m, plan, x, EAGER), first):
+    if attention and not _same(copies, lambda m: modules.attention_fused(m, plan, x, EAGER, rotation), first):
         attention = None
         reasons.append("attention: it computes something else than its parts say")
-    if mlp and not _same(copies, lambda m: modules.mlp_fused(m, plan, x, EAGER), second):
+    forms = (plan._replace(tanh=tanh) for tanh in (False, True)) if mlp else ()
+    form = next((f for f in forms if _same(copies, lambda m, f=f: modules.mlp_fused(m, f, x, EAGER), second)), None)
+    if mlp and form is None:
         mlp = None
         reasons.append("MLP: it computes something else than its parts say")
     inner = copies[0]._modules[plan.names["attn"]]
-    passed = plan.passed if plan.style != "wrapped" and _only_passed(copies[0], plan, x) else ()
+    passed = plan.passed if plan.style != "wrapped" and _only_passed(copies[0], plan, x, positions) else ()
+    if positions and not passed:
+        raise Unlike("it does more with its positions than hand them on")
     returns_tuple = plan.core and plan.style == "packed" and isinstance(inner(x), tuple)
     if returns_tuple and _same(copies, lambda m: modules.by_layers(m, plan, x, "1", EAGER), first):
         core = plan.core  # its own forward cannot be replaced
     if attention is mlp is core is None:
         raise Unlike("; ".join(reasons))
-    return plan._replace(attention=attention, mlp=mlp, core=core, reasons=tuple(reasons), passed=passed)
+    rotary = plan.rotary if attention and passed else None
+    found = plan._replace(attention=attention, mlp=mlp, core=core, reasons=tuple(reasons))
+    return found._replace(passed=passed, rotary=rotary, tanh=form is not None and form.tanh)
+
+
+def _positions(block: nn.Module, plan: BlockPlan) -> tuple[torch.Tensor, Rotation | None, dict[str, Any]]:
+    """(tokens, what turns their queries and keys, arguments that say so) to try a block with: if it cannot be called
+    without positions, else of the latter two nothing."""
+    if plan.rotary is None or not plan.rotary.needed:
+        return _randn(2, 7, _columns(block, plan)), None, {}
+    x, rotation = _turned(block, plan, plan.rotary)
+    return x, rotation, {plan.rotary.argument: plan.rotary.value(rotation)}
+
+
+def _columns(block: nn.Module, plan: BlockPlan) -> int:
+    return next(block._modules[plan.names["norm1"]].parameters()).shape[0]
+
+
+def _turned(
+    block: nn.Module, plan: BlockPlan, rotary: Rotary, more: int = 0, by_head: bool = False
+) -> tuple[torch.Tensor, Rotation]:
+    """Six tokens that are to be turned, behind others (one and `more` if any number will do), and tables of which no
+    column equals another."""
+    extra = 1 + more if rotary.extra is None else rotary.extra
+    tables = (_randn(*((2, plan.heads) if by_head else ()), 6, rotary.columns) for _ in range(2))
+    return _randn(2, extra + 6, _columns(block, plan)), Rotation(*tables, rotary.interleaved)
+
+
+def _rotary(copies: list[nn.Module], plan: BlockPlan) -> Rotary | None:
+    """What the block does with rotary positions, or None if it takes none that the operators know."""
+    if plan.attention is None or plan.style == "wrapped":
+        return None
+    attention = copies[0]._modules[plan.names["attn"]]
+    rows = attention._modules[plan.inner.get("q", "qkv")].weight.shape[0]
+    columns = rows // (plan.heads if "q" in plan.inner else 3 * plan.heads)
+    extra = attention.__dict__.get("num_prefix_tokens")
+    extra = extra if isinstance(extra, int) else None
+    arguments = [name for name in plan.passed if name != ANY and not is_wish(name)]
+    for argument, form, interleaved in itertools.product(arguments, FORMS, (False, True)):
+        rotary = Rotary(argument, *form, interleaved, plan.heads, columns, extra)
+        if _turns(copies, plan, rotary) and _turns(copies, plan, rotary, more=1):
+            needed = not _runs(attention, _randn(2, 7, _columns(copies[0], plan)))
+            return rotary._replace(by_head=_turns(copies, plan, rotary, by_head=True), needed=needed)
+    return None
+
+
+def _turns(copies: list[nn.Module], plan: BlockPlan, rotary: Rotary, **how: Any) -> bool:
+    """Whether the block and its parts compute the same with positions of this form. `how`: as for `_turned`."""
+    x, rotation = _turned(copies[0], plan, rotary, **how)
+    positions = {rotary.argument: rotary.value(rotation)}
+
+    def first(block: nn.Module) -> torch.Tensor:
+        return modules.by_layers(block, plan, x, "1", passed=positions)
+
+    try:
+        return _same(copies, lambda m: modules.attention_fused(m, plan, x, EAGER, rotation), first) and _same(
+            copies, lambda m: modules.by_layers(m, plan, first(m), "2"), lambda m: _called(m, x, **positions)
+        )
+    except Exception:  # whatever somebody else's forward raises
+        return False
+
+
+def _runs(attention: nn.Module, x: torch.Tensor) -> bool:
+    """Whether an attention layer can be called with tokens alone."""
+    try:
+        attention(x)
+    except Exception:  # whatever somebody else's forward raises
+        return False
+    return True
 
 
 def _with_attention(copies: list[nn.Module], plan: BlockPlan, x: torch.Tensor) -> BlockPlan:
@@ -228,21 +307,24 @@ class _AnyAttention(nn.Module):
 
 
 class _Listener(nn.Module):
-    """In place of an attention layer: notes what else it is called with, and calls it with tokens alone."""
+    """In place of an attention layer: notes what else it is called with, and calls it with tokens and what it needs."""
 
-    def __init__(self, attention: nn.Module):
+    def __init__(self, attention: nn.Module, needed: dict[str, Any]):
         super().__init__()
-        self.attention, self.calls = attention, []
+        self.attention, self.needed, self.calls = attention, needed, []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls.append(given(self.attention, args, kwargs))
         wrapped = {"identity": kwargs["identity"]} if "identity" in kwargs else {}
-        return self.attention(args[0] if args else next(iter(kwargs.values())), **wrapped)
+        return self.attention(args[0] if args else next(iter(kwargs.values())), **wrapped, **self.needed)
 
 
-def _listened(parent: nn.Module, name: str, x: torch.Tensor, **arguments: Any) -> tuple[Any, list[dict[str, Any]]]:
-    """(output, what the child `name` got besides tokens in each call) of a call of its parent."""
-    listener = _Listener(parent._modules[name])
+def _listened(
+    parent: nn.Module, name: str, x: torch.Tensor, needed: dict[str, Any], **arguments: Any
+) -> tuple[Any, list[dict[str, Any]]]:
+    """(output, what the child `name` got besides tokens in each call) of a call of its parent. `needed`: arguments
+    that the child cannot do without, whatever it gets."""
+    listener = _Listener(parent._modules[name], needed)
     parent._modules[name] = listener
     try:
         return _called(parent, x, **arguments), listener.calls
@@ -250,14 +332,30 @@ def _listened(parent: nn.Module, name: str, x: torch.Tensor, **arguments: Any) -
         parent._modules[name] = listener.attention
 
 
-def _only_passed(block: nn.Module, plan: BlockPlan, x: torch.Tensor) -> bool:
+def _renamed(block: nn.Module, plan: BlockPlan) -> tuple[tuple[str, str], ...]:
+    """(its own name, the attention layer's name) of the arguments that a block hands on under another name."""
+    found, x = [], _randn(2, 7, _columns(block, plan))
+    for name in plan.passed:
+        argument = object()
+        if plan.style == "wrapped" or name == ANY:
+            continue
+        try:
+            _, calls = _listened(block, plan.names["attn"], x, {}, **{name: argument})
+        except Exception:  # whatever somebody else's forward raises
+            continue
+        names = (other for call in calls for other, value in call.items() if value is argument)
+        found += [(name, other) for other in names if other != name]
+    return tuple(dict.fromkeys(found))
+
+
+def _only_passed(block: nn.Module, plan: BlockPlan, x: torch.Tensor, needed: dict[str, Any]) -> bool:
     """Whether the block does nothing with its optional arguments but hand them on to its attention layer, by name."""
-    want = _called(block, x)
+    want = _called(block, x, **needed)
     try:
         for name in plan.passed:
             argument, name = object(), "something_else" if name == ANY else name  # nothing can be computed with it
-            got, calls = _listened(block, plan.names["attn"], x, **{name: argument})
-            if calls != [{name: argument}] or not torch.equal(got, want):
+            got, calls = _listened(block, plan.names["attn"], x, needed, **{name: argument})
+            if calls != [{dict(plan.renamed).get(name, name): argument}] or not torch.equal(got, want):
                 return False
     except Exception:  # whatever somebody else's forward raises
         return False
@@ -272,7 +370,7 @@ def received(parent: nn.Module, name: str) -> tuple[str, ...] | None:
             copy = random_copy(parent, training=False)
             attention = copy._modules[name]
             style = "packed" if "qkv" in attention._modules else "wrapped"
-            _, calls = _listened(copy, name, _randn(2, 7, _width(attention, style)))
+            _, calls = _listened(copy, name, _randn(2, 7, _width(attention, style)), {})
     except Exception:  # whatever somebody else's forward raises
         return None
     return tuple(dict.fromkeys(n for call in calls for n in call)) if calls else None

@@ -160,10 +160,16 @@ ATTENTION, MLP = {"layernorm_linear", "attention", "linear"}, {"layernorm_mlp"}
 VISION = timm.models.vision_transformer
 VARIANTS = {  # what is special: (arguments, what the block becomes, what its attention layer becomes, what runs)
     "layer scale": ({"init_values": 0.5}, "attention and MLP", "attention core", ATTENTION | MLP),
-    "norms of q and k": ({"qk_norm": True}, "MLP", None, MLP),
+    "norms of q and k": (
+        {"qk_norm": True},
+        "attention and MLP",
+        "attention core",
+        ATTENTION | MLP | {"cross_attention"},
+    ),
     "norm after attention": ({"scale_attn_norm": True}, "MLP", "attention core", {"attention", *MLP}),
     "norm in the MLP": ({"scale_mlp_norm": True}, "attention", "attention core", ATTENTION),
-    "GELU by tanh": ({"act_layer": "gelu_tanh"}, "attention", "attention core", ATTENTION),
+    "GELU by tanh": ({"act_layer": "gelu_tanh"}, "attention and MLP", "attention core", ATTENTION | MLP),
+    "quick GELU": ({"act_layer": "quick_gelu"}, "attention", "attention core", ATTENTION),
     "SwiGLU": ({"mlp_layer": timm.layers.SwiGLU}, "attention", "attention core", ATTENTION),
     "RMS norm": ({"norm_layer": "rmsnorm"}, None, "attention core", {"attention"}),
     "registers": ({"reg_tokens": 2, "qkv_bias": False}, "attention and MLP", "attention core", ATTENTION | MLP),
@@ -342,7 +348,7 @@ def test_twice_is_harmless_and_takes_up_changes(kernels):
     model.blocks[0].mlp.act = nn.ReLU()
     third = accelerate(model)
     assert {row.name: row.became for row in third.swapped} == {"blocks.0": "attention"}
-    model.blocks[1].attn.q_norm = model.blocks[1].attn.k_norm = nn.LayerNorm(32)
+    model.blocks[1].attn.gate = nn.Linear(64, 64)
     fourth = accelerate(model)
     assert {row.name: row.became for row in fourth.rows if row.name.startswith("blocks.1")} == {
         "blocks.1": "MLP", "blocks.1.attn": None,
@@ -372,7 +378,9 @@ def test_nothing_to_swap():
         report = accelerate(timm.create_model("resnet10t"))
     assert report.rows == []
     with pytest.warns(UserWarning, match="2 left alone, the first it.*scale|1 left alone|left alone, the first"):
-        accelerate(timm_vit(depth=1, qk_norm=True, norm_layer="rmsnorm"))
+        gated = timm_vit(depth=1, norm_layer="rmsnorm")
+        gated.blocks[0].attn.gate = nn.Linear(64, 64)
+        accelerate(gated)
 
 
 def test_strict(kernels, monkeypatch):

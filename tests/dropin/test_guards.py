@@ -248,7 +248,7 @@ def test_a_class_made_from_an_accelerated_one_is_not_undone():
 def test_strict_names_the_module(kernels):
     module = nn.Sequential(block(accelerated=False))
     accelerate(module, strict=True)
-    with pytest.raises(AccelerationError, match="^0: attention: it has other layers than before"):
+    with pytest.raises(AccelerationError, match="^0: it has other layers than before"):
         del module[0]._modules["norm1"]
         module(tokens())
 

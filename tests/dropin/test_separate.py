@@ -258,6 +258,19 @@ def test_wishes_of_transformers(kernels):
     assert set(map(str, why_not(model).values())) == {"['attention: attention has hooks']"}  # which stay
 
 
+def test_activations_that_hold_a_function_with_arguments(kernels):
+    """SigLIP's GELU by tanh: each block has one of its own, and two such are never equal."""
+    pytest.importorskip("transformers")
+    (model, im), (twin, _) = (model_of("SigLIP, image encoder") for _ in range(2))
+    accelerate(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(im)[0], twin(im)[0], **TIGHT)
+    assert kernels == 2 * (SEPARATE + MLP) and why_not(model) == {}
+    act = model.encoder.layers[1].mlp.activation_fn
+    act.act = type(act.act)(act.act.func, approximate="none")
+    assert "has act=" in str(why_not(model)["encoder.layers.1"])
+
+
 def test_other_attention_implementations(kernels):
     """One that somebody registers is used, whatever `accelerate` was told before."""
     transformers = pytest.importorskip("transformers")

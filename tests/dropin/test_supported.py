@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from segmenter.dropin.accelerate import accelerate, restore, why_not
-from tests.support.blocks import ATTENTION, DEVICE, MLP, SEPARATE, TIGHT
+from tests.support.blocks import DEVICE, HALVES, MLP, TIGHT
 from tests.support.spies import kernels_run
 from tests.support.supported import CORE, SUPPORTED, table
 
@@ -49,8 +49,7 @@ def test_models_equal_their_library(kind, kernels):
     blocks = blocks_of(report, model)
     assert [row.became for row in report.swapped if row.name in blocks] == 2 * [kind.became]
     got = output(model, im)
-    fused = ATTENTION if kind.library == "timm" else SEPARATE
-    assert kernels == 2 * ([*fused] * ("attention" in kind.became) + MLP * ("MLP" in kind.became))
+    assert kernels == 2 * ([*HALVES[kind.half]] * ("attention" in kind.became) + MLP * ("MLP" in kind.became))
     torch.testing.assert_close(got, want, **TIGHT)
     assert want.abs().max() > 0.5
     for name in blocks:

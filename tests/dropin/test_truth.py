@@ -32,7 +32,7 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "segmenter":
-            self.ran.append((func._opname, tuple(self.inside)))
+            self.ran.append((func._opname.removeprefix("cross_"), tuple(self.inside)))  # of packed qkv or of three
         return func(*args, **(kwargs or {}))
 
 
@@ -155,13 +155,13 @@ MODELS = {  # name -> (what the first block becomes, what its attention layer be
     "vit_tiny_patch16_224": ("attention and MLP", "attention core"),
     "vit_small_patch14_reg4_dinov2": ("attention and MLP", "attention core"),
     "deit3_small_patch16_224": ("attention and MLP", "attention core"),
-    "vit_small_patch16_dinov3": ("MLP", None),
-    "vit_pe_core_tiny_patch16_384": ("MLP", None),
-    "vit_small_patch16_rope_224": ("MLP", None),
-    "vit_small_patch16_rope_mixed_224": ("MLP", None),
+    "vit_small_patch16_dinov3": ("attention and MLP", "attention core"),
+    "vit_pe_core_tiny_patch16_384": ("attention and MLP", "attention core"),
+    "vit_small_patch16_rope_224": ("attention and MLP", "attention core"),
+    "vit_small_patch16_rope_mixed_224": ("attention and MLP", "attention core"),
     "vit_srelpos_small_patch16_224": ("MLP", None),
     "vit_relpos_small_patch16_224": (None, None),
-    "eva02_tiny_patch14_224": (None, None),
+    "eva02_tiny_patch14_224": ("attention", "attention core"),
     "beitv2_base_patch16_224": (None, None),
 }
 

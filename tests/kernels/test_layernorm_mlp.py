@@ -62,6 +62,19 @@ def test_layer_scale(strategy, scale, dtype, guarded_outputs):
         assert_parity(out, exact, reference.layernorm_mlp(*args, 1e-5, scale_))
 
 
+@by_dtype
+@pytest.mark.parametrize("strategy", ["single", "split"])
+def test_gelu_by_tanh(strategy, dtype, guarded_outputs):
+    """The approximation itself, which the exact GELU is not."""
+    args = mlp_args(37, 48, dtype, hidden=96)
+    out = on_guarded(args, strategy=strategy, config=SMALL, tanh=True)
+    exact = reference.layernorm_mlp(*(t.double() for t in args), 1e-5, None, True)
+    assert_parity(out, exact, reference.layernorm_mlp(*args, 1e-5, None, True))
+    if dtype == torch.float32:
+        with pytest.raises(AssertionError, match="error"):
+            check(out, args)
+
+
 @pytest.mark.parametrize("strategy", ["single", "split"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_wide_stream_narrow_weights(strategy, dtype):

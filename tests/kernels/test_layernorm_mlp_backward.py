@@ -56,6 +56,40 @@ def test_parity(m, d, hidden, dtype, guarded_outputs):
     check_gradients(layernorm_mlp, definition, args, randn(m, d, seed=9, dtype=dtype), terms=m + hidden, max_ratio=3.0)
 
 
+@by_dtype
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gelu_by_tanh(scaled, dtype, guarded_outputs):
+    """With the derivative of the approximation; LayerScale's gradient, too."""
+    args, grad = mlp_args(37, 48, dtype, hidden=96), randn(37, 48, seed=9, dtype=dtype)
+    args = (*args, randn(48, seed=8, dtype=dtype)) if scaled else args
+
+    def by_tanh(function):
+        return lambda *t: function(*t[:7], 1e-5, t[7] if scaled else None, True)
+
+    check_gradients(by_tanh(layernorm_mlp), by_tanh(definition), args, grad, terms=130, max_ratio=3.0)
+    if dtype == FP32:
+        for only in range(7):  # each by itself, of which some need no product with the derivative
+            ours, exact = (
+                gradients(by_tanh(f), a, grad, [only]) for f, a in ((layernorm_mlp, args), (definition, doubled(args)))
+            )
+            torch.testing.assert_close(ours[only].double(), exact[only], rtol=1e-4, atol=1e-4)
+
+
+def test_derivative_of_the_approximation(guarded_outputs):
+    """Far out, where an exponential overflows or is none; and where the two forms differ most."""
+    a = torch.linspace(-30, 30, 4001, device=DEVICE).view(-1, 1).repeat(1, 16)
+    for dtype in (FP32, FP16):
+        x, ones = a.to(dtype), torch.ones(4001, 1, dtype=dtype, device=DEVICE)
+        weight = torch.ones(1, 16, dtype=dtype, device=DEVICE)
+        d_a, h, _ = gelu_backward.run(ones, weight, x, True, False, tanh=True)
+        exact = x.double().requires_grad_()
+        want = torch.nn.functional.gelu(exact, approximate="tanh")
+        (slope,) = torch.autograd.grad(want.sum(), exact)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(h.double(), want.detach(), rtol=4 * eps, atol=4e-6)
+        torch.testing.assert_close(d_a.double(), slope, rtol=4 * eps, atol=4e-6)
+
+
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 def test_wide_stream_narrow_weights(dtype, guarded_outputs):
     """Under autocast x, and so the result and its gradient, stay float32: dx has the whole of both."""

@@ -49,8 +49,12 @@ def test_layernorm_mlp():
     w1, b1, w2, b2 = randn(48, 12, seed=3), randn(48, seed=4), randn(12, 48, seed=5), randn(12, seed=6)
     mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
     h = ((x - mean) / (var + 0.1).sqrt() * g + b) @ w1.T + b1
-    h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
-    torch.testing.assert_close(reference.layernorm_mlp(x, g, b, w1, b1, w2, b2, eps=0.1), x + h @ w2.T + b2)
+    exact = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+    torch.testing.assert_close(reference.layernorm_mlp(x, g, b, w1, b1, w2, b2, eps=0.1), x + exact @ w2.T + b2)
+    by_tanh = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    got = reference.layernorm_mlp(x, g, b, w1, b1, w2, b2, eps=0.1, tanh=True)
+    torch.testing.assert_close(got, x + by_tanh @ w2.T + b2)
+    assert (by_tanh - exact).abs().max() > 1e-4
 
 
 def test_mask_head_is_layer_norm_of_cosines():

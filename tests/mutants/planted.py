@@ -25,6 +25,8 @@ from tests.mutants.planted_masks_and_pixels import MASKS_AND_PIXELS
 from tests.mutants.planted_memory import MEMORY
 from tests.mutants.planted_recompute import RECOMPUTE
 from tests.mutants.planted_repeat import REPEAT
+from tests.mutants.planted_rotary import ROTARY
+from tests.mutants.planted_tanh import TANH
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
 from tests.mutants.planted_tune import TUNE
 
@@ -471,6 +473,8 @@ MUTANTS = [
     *INT8,
     *RECOMPUTE,
     *REPEAT,
+    *ROTARY,
+    *TANH,
     *LABELS_KERNEL,
     *UPSAMPLE_TILES,
     *LABELS,

@@ -60,8 +60,8 @@ BLOCKS_OF_OTHERS = [
         ("tests/kernels/test_operators.py",),
         {
             "gradient_of_the_residual_scaled": (
-                "needed[:7], pre_activation, grad), None, of_scale",
-                "needed[:7], pre_activation), None, of_scale",
+                "needed[:7], pre_activation, grad, tanh)",
+                "needed[:7], pre_activation, None, tanh)",
             ),
             "layer_scale_without_gradient_of_its_branch": (
                 "of_branch = grad * layer_scale",
@@ -98,8 +98,8 @@ BLOCKS_OF_OTHERS = [
                 'name = plan.names[f"ls{3 - int(number)}"]',
             ),
             "attention_without_its_layer_scale": (
-                'scale = layer_scale(block, plan, "1")',
-                "scale = None",
+                'attention, scale = layer._modules, layer_scale(block, plan, "1")',
+                "attention, scale = layer._modules, None",
             ),
         },
     ),
@@ -122,8 +122,8 @@ BLOCKS_OF_OTHERS = [
                 "pairs = (q_weight, q_bias), (v_weight, k_bias), (k_weight, v_bias)",
             ),
             "separate_attention_without_its_layer_scale": (
-                "return ops.compose(_separate_attention_half, x, *parameters, heads, norm.eps, layer_scale)",
-                "return ops.compose(_separate_attention_half, x, *parameters, heads, norm.eps, None)",
+                "_separate_attention_half, x, *parameters, heads, norm.eps, layer_scale, *",
+                "_separate_attention_half, x, *parameters, heads, norm.eps, None, *",
             ),
         },
     ),

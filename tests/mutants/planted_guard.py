@@ -110,7 +110,7 @@ GUARD = [
                 "and False:",
             ),
             "layers_not_asked_about": (
-                "if layer is not root and (reason := why_not_bypass(layer, (type(layer),))):",
+                "if layer is not root and (reason := why_not_bypass(layer, (type(layer),), True)):",
                 "if False:",
             ),
             "children_may_change": (

@@ -12,7 +12,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TIGHT = {"atol": 1e-4, "rtol": 1e-4}
 WIDTH = 32
 ATTENTION, MLP = ["layernorm_linear", "attention", "linear"], ["layernorm_mlp"]
-SEPARATE = ["layernorm", *3 * ["linear"], "cross_attention", "attention", "linear"]  # the operator, and its kernel
+OF_THREE = ["cross_attention", "attention", "linear"]  # the operator, and its kernel
+SEPARATE = ["layernorm", *3 * ["linear"], *OF_THREE]
+ROTARY, SEPARATE_ROTARY = ["layernorm_linear", "rotate", *OF_THREE], [*SEPARATE[:4], *2 * ["rotate"], *OF_THREE]
+HALVES = {
+    "packed": ATTENTION, "packed rotary": ROTARY, "packed normed": ["layernorm_linear", *OF_THREE],
+    "separate": SEPARATE, "separate rotary": SEPARATE_ROTARY,
+}  # fmt: skip
 
 
 def assert_same_gradients(module, twin, frozen):

@@ -55,6 +55,12 @@ def cross_attention_backward_args(dtype, B=2, N=5):
     return randn(B, N, 16, seed=3, dtype=dtype), q, k, v, o, lse, randn(*lse.shape, seed=4), scale, True, True
 
 
+def rotate_args(dtype, B=2, N=5):
+    """Up to two extra tokens before the patches."""
+    tables = (randn(max(0, N - 2), 8, seed=i, dtype=dtype) for i in (1, 2))
+    return randn(B, N, 4, 8, dtype=dtype), *tables, False, False
+
+
 def attention_rows_args(dtype, B=2, N=5):
     return randn(B, N, 2, 8, dtype=dtype), randn(B, N, 2, 8, seed=1, dtype=dtype), 0.3
 
@@ -165,6 +171,7 @@ SAMPLES = {
     "cross_attention_lse": Sample(
         cross_attention_args, lambda B, N: 4 * B * 2 * N * N * 8, BF16, (0, 1, 2), trimmed=True
     ),
+    "rotate": Sample(rotate_args, lambda B, N: 3 * B * (N - 2) * 4 * 8, FP32, (0,), (1, 2)),
     "attention_rows": Sample(attention_rows_args, lambda B, N: 2 * B * 2 * N * N * 8, FP32, (0, 1), traced=False),
     "attention_statistics": Sample(
         attention_statistics_args, lambda B, N: 2 * B * 2 * N * N * 8, FP32, (0, 1), traced=False

@@ -6,16 +6,16 @@ from segmenter import ops
 from segmenter.dropin import modules
 from segmenter.kernels import launch
 
-ALWAYS_KERNELS = ("attention", "mask_head")  # the others may give a product to a library
+ALWAYS_KERNELS = ("attention", "mask_head", "rotate")  # the others may give a product to a library
 
 
 def kernels_run(monkeypatch):
-    """A list to which is added from now on: the names of attention and mask-head kernels as they are launched, and of
-    the other operators as accelerated modules call them."""
+    """A list to which is added from now on: the names of the kernels above as they are launched, and of the other
+    operators as accelerated modules call them."""
     ran, run = [], launch.Plan.run
 
     def spy(plan, *tensors):
-        name = plan.kernel.fn.__name__.removeprefix("_").removesuffix("_fwd_kernel")
+        name = plan.kernel.fn.__name__.removeprefix("_").removesuffix("_kernel").removesuffix("_fwd")
         if name in ALWAYS_KERNELS:
             ran.append(name)
         return run(plan, *tensors)

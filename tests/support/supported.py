@@ -18,8 +18,7 @@ HF = {
     "patch_size": 8,
 }  # fmt: skip
 EOMT = {**HF, "num_blocks": 1, "num_queries": 4, "num_upscale_blocks": 1}
-ROTARY = "rotary positions: the attention is the model's own"
-TANH = "GELU by tanh: the MLP is the model's own"
+SWIGLU = "SwiGLU: the MLP is the model's own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Supported:
         became: what its blocks become, in the words of a report. why: what does not, and why.
         arguments: of timm.create_model or of the configuration, beside the small sizes. side: of images, in pixels.
         example: whether `accelerate` needs one to see that blocks get tokens alone.
+        half: how the attention half is computed, a name in `blocks.HALVES`.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Supported:
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     side: int = 32
     example: bool = False
+    half: str = "packed"
 
     def build(self, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
         """The model in evaluation mode, every parameter random (LayerScale starts at 1e-5 in some), and two images."""
@@ -73,25 +74,40 @@ class NoLoss:
 
 
 def _of(name: str, *more: Any, **options: Any) -> Supported:
-    return Supported(name, "transformers", (f"{more[0]}Config", f"{more[0]}Model"), **options)
+    return Supported(name, "transformers", (f"{more[0]}Config", f"{more[0]}Model"), **{"half": "separate", **options})
+
+
+def _rotary(name: str, made: str, **options: Any) -> Supported:
+    """Of timm."""
+    return Supported(name, "timm", made, **{"half": "packed rotary", **options})
 
 
 SUPPORTED = (
     Supported("ViT, DeiT", "timm", "vit_tiny_patch16_224"),
     Supported("ViT with registers, averaged", "timm", "vit_betwixt_patch16_reg4_gap_256"),
+    Supported("ViT with norms of q and k", "timm", "vit_tiny_patch16_224", arguments={"qk_norm": True},
+              half="packed normed"),
     Supported("DeiT-III", "timm", "deit3_small_patch16_224"),
     Supported("DINOv2", "timm", "vit_small_patch14_dinov2", side=56),
     Supported("DINOv2 with registers", "timm", "vit_small_patch14_reg4_dinov2", side=56),
-    Supported("DINOv3", "timm", "vit_small_patch16_dinov3", became="MLP", why=ROTARY),
+    _rotary("DINOv3", "vit_small_patch16_dinov3"),
+    _rotary("DINOv3 with biases of q, k, v", "vit_small_patch16_dinov3_qkvb"),
+    _rotary("DINOv3+", "vit_small_plus_patch16_dinov3", became="attention", why=SWIGLU),
+    _rotary("EVA-02, tiny and small", "eva02_tiny_patch14_224", side=56, became="attention", why=SWIGLU),
+    _rotary("EVA-02, base and large", "eva02_base_patch14_224", side=56, half="separate rotary", became="attention",
+            why=SWIGLU),
+    _rotary("ViT with rotary positions", "vit_medium_patch16_rope_reg1_gap_256"),
+    _rotary("RoPE-ViT, axial", "vit_small_patch16_rope_224"),
+    _rotary("RoPE-ViT, mixed", "vit_small_patch16_rope_mixed_224"),
     _of("ViT", "ViT"),
     _of("DeiT", "DeiT"),
     _of("ViT-MAE", "ViTMAE", arguments={"mask_ratio": 0.0}),
     _of("DINOv2", "Dinov2"),
     _of("DINOv2 with registers", "Dinov2WithRegisters"),
-    _of("SigLIP, image encoder", "SiglipVision", became="attention", why=TANH),
-    _of("DINOv3", "DINOv3ViT", became="MLP", why=ROTARY, arguments={"num_register_tokens": 2}),
+    _of("SigLIP, image encoder", "SiglipVision"),
+    _of("DINOv3", "DINOv3ViT", half="separate rotary", arguments={"num_register_tokens": 2}),
     Supported("EoMT", "transformers", ("EomtConfig", "EomtForUniversalSegmentation"), arguments=EOMT, example=True,
-              why="`example` shows that no mask is passed; with a mask, MLP"),
+              half="separate", why="`example` shows that no mask is passed; with a mask, MLP"),
 )  # fmt: skip
 
 

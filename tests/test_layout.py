@@ -227,12 +227,16 @@ def needs_triton(path):
 
 def test_definitions_and_tables_need_no_triton():
     assert {p.name for p in (ROOT / "kernels").glob("*.py") if not needs_triton(p)} == {
+        "canvas_axis.py",
         "configs.py",
         "configs_backward.py",
         "configs_maps.py",
+        "configs_queries.py",
+        "device_tables.py",
         "reference.py",
         "reference_backward.py",
         "reference_maps.py",
+        "reference_queries.py",
         "upsample_tiles.py",
     }
 

@@ -204,6 +204,7 @@ def test_autocast(name):
         assert not torch.equal(o.float(), want.float()) or name in (
             "layernorm",
             "windows_argmax",
+            "queries_argmax",
             "upsample_cross_entropy",
         )
 

@@ -23,6 +23,7 @@ from tests.mutants.planted_loss import LOSS
 from tests.mutants.planted_maps import MAPS
 from tests.mutants.planted_masks_and_pixels import MASKS_AND_PIXELS
 from tests.mutants.planted_memory import MEMORY
+from tests.mutants.planted_queries import QUERIES
 from tests.mutants.planted_recompute import RECOMPUTE
 from tests.mutants.planted_repeat import REPEAT
 from tests.mutants.planted_training import DURABILITY, SCHEDULE
@@ -490,6 +491,7 @@ MUTANTS = [
     *MASKS_AND_PIXELS,
     *MEMORY,
     *MAPS,
+    *QUERIES,
 ]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -31,6 +31,7 @@ ROOMS = (
     "inference",
     "analysis",
     "dropin",
+    "eomt",
     "data",
     "evaluation",
     "figures",

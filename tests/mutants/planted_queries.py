@@ -3,6 +3,7 @@
 from tests.mutants.mutant import planted_in
 
 _TESTS = ("tests/kernels/test_queries_argmax.py",)
+_EOMT = ("tests/eomt/test_eomt.py",)
 QUERIES = [
     *planted_in(
         "kernels/queries_argmax.py",
@@ -113,6 +114,52 @@ QUERIES = [
             "queries_tables_of_any_shape": (
                 "    tables = _TABLES.get(key) or",
                 "    tables = next(iter(_TABLES.values()), None) or",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/eomt/preprocessing.py",
+        _EOMT,
+        {
+            "eomt_windows_do_not_overlap": (
+                "tuple(int(i * (window - overlap)) for i in range(n))",
+                "tuple(int(i * window) for i in range(n))",
+            ),
+            "eomt_windows_rounded_to_nearest": ("int(i * (window - overlap))", "round(i * (window - overlap))"),
+            "eomt_windows_along_the_short_side": (
+                "if self.split and canvas[0] > canvas[1]:",
+                "if self.split and canvas[0] < canvas[1]:",
+            ),
+            "eomt_windows_before_images": ("torch.stack(windows, 1)", "torch.stack(windows, 0)"),
+            "eomt_padding_is_grey": (
+                "x = F.pad(x, (0, w - canvas[1], 0, h - canvas[0]))",
+                "x = F.pad(x, (0, w - canvas[1], 0, h - canvas[0]), value=128)",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/eomt/model.py",
+        _EOMT,
+        {
+            "eomt_masks_decided_as_off": (
+                "tuple(network.attn_mask_probs.tolist())",
+                "(0.0,) * len(network.attn_mask_probs)",
+            ),
+            "eomt_masks_decided_by_a_tensor": (
+                "    network.attn_mask_probs = probabilities\n",
+                "    network.attn_mask_probs = torch.tensor(probabilities)\n",
+            ),
+            "eomt_kernels_for_eager_alone": (
+                'if self.ops.name != "eager" and why_not_on',
+                'if self.ops.name == "eager" and why_not_on',
+            ),
+            "eomt_masks_in_half_types": (
+                "queries_argmax(masks, classes, *geometry), largest",
+                "queries_argmax(masks.bfloat16(), classes.bfloat16(), *geometry), largest",
+            ),
+            "eomt_options_ignored": (
+                "        if options:\n            raise",
+                "        if not self:\n            raise",
             ),
         },
     ),

@@ -156,9 +156,8 @@ class EomtLabels:
         self.parameters = sum(p.numel() for p in network.parameters())
         self.model = None
         if impl is not None:
-            self.network.attn_mask_probs = torch.tensor(self.network.attn_mask_probs)  # as in a folder
-            classes = generic_classes(N_CLS)
-            self.model = Eomt(self.network, self.processor, classes, impl=impl).to(device).eval().accelerate()
+            model = Eomt(self.network, self.processor, generic_classes(N_CLS), impl=impl)
+            self.model = model.to(device).eval().accelerate()
 
     @torch.inference_mode()
     def scores(self, pixels):

@@ -59,8 +59,8 @@ class Eomt(nn.Module):
 
     @property
     def config(self) -> "Settings":
-        """The configurations of network and preprocessing."""
-        return Settings({"network": self.network.config.to_dict(), "preprocessing": self.preprocessing.settings()})
+        """The configuration of the network, and as "preprocessing" what the folder says of that."""
+        return Settings({**self.network.config.to_dict(), "preprocessing": self.preprocessing.settings()})
 
     def accelerate(self) -> "Eomt":
         """Puts the kernels into the network, if they can run where it is; called again after it has moved to a GPU.
@@ -188,6 +188,6 @@ def _decide_masks(network: nn.Module) -> None:
     They are 0 once training has ended. The network looks at them in every call, and each look at a buffer would wait
     for the device, which no CUDA graph can; of what they decide nothing changes.
     """
-    probabilities: Sequence[float] = tuple(network.attn_mask_probs.tolist())
+    probabilities: Sequence[float] = tuple(torch.as_tensor(network.attn_mask_probs).tolist())
     del network.attn_mask_probs
     network.attn_mask_probs = probabilities

@@ -94,7 +94,7 @@ def test_info(eomt_folder, capsys):
     assert main(["info", "-m", eomt_folder, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)["model"]
     assert facts["impl"] == "eager" and facts["window_size"] == 32 and facts["weights"] == "trained"
-    assert facts["config"]["network"]["num_queries"] == 9
+    assert facts["config"]["num_queries"] == 9
     assert facts["config"]["preprocessing"]["do_split_image"] is True
     assert main(["info", "-m", eomt_folder]) == 0
     assert "eomt" in capsys.readouterr().out

@@ -142,7 +142,7 @@ QUERIES = [
         _EOMT,
         {
             "eomt_masks_decided_as_off": (
-                "tuple(network.attn_mask_probs.tolist())",
+                "tuple(torch.as_tensor(network.attn_mask_probs).tolist())",
                 "(0.0,) * len(network.attn_mask_probs)",
             ),
             "eomt_masks_decided_by_a_tensor": (

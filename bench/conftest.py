@@ -20,7 +20,7 @@ from bench.harness import Harness
 # Most telling first: a run that is cut short has these.
 ORDER = (
     "bench_model", "bench_waterfall", "bench_attention", "bench_attention_backward", "bench_layernorm_mlp",
-    "bench_mask_head", "bench_masks_to_labels", "bench_noise_to_labels", "bench_peers", "bench_loss",
+    "bench_mask_head", "bench_masks_to_labels", "bench_noise_to_labels", "bench_peers", "bench_eomt", "bench_loss",
     "bench_train_step", "bench_attention_half_backward", "bench_layernorm_mlp_backward", "bench_linear_backward",
     "bench_layernorm_backward", "bench_mask_head_backward", "bench_pixels_to_tokens_backward",
 )  # fmt: skip

@@ -9,7 +9,7 @@ Nothing is downloaded. timm, transformers and segmentation-models-pytorch are im
 one is an ImportError that says what to install.
 
 A row has the network whose mIoU it shows, not a cheaper one of the same name. Auxiliary heads, which only training
-uses, are left out, and so is work that inference with the published weights does not do (see `_eomt`).
+uses, are left out, and so is work that inference with the published weights does not do (see `eomt`).
 """
 
 import functools
@@ -304,18 +304,25 @@ def _mask2former_swin(n_cls: int, image_size: int) -> nn.Module:
     return Scores(network, _query_scores)
 
 
-def _eomt(prefix: str, n_cls: int, image_size: int) -> nn.Module:
-    """ViT-L/16 with 100 queries in its last four layers, as published for ADE20K, and without masked attention.
+def eomt(prefix: str, n_cls: int, image_size: int, **smaller: int) -> nn.Module:
+    """EoMT of transformers: ViT-L/16 with 100 queries in its last four layers, as published for ADE20K.
 
     A new model has masked attention on: it predicts masks before each of those layers, a fifth of the multiply-adds.
     Training anneals that away, published weights hold zeros there, and the authors' code skips it in inference. A
     plain tuple instead of the buffer also spares one transfer from the device for each layer.
+
+    Args:
+        prefix: of its classes, "Eomt" or "EomtDinov3". smaller: sizes of its configuration, for smoke tests.
     """
-    kwargs = {"num_labels": n_cls, "image_size": image_size, "num_queries": 100}
+    kwargs = {"num_labels": n_cls, "image_size": image_size, "num_queries": 100, **smaller}
     model = _transformers(f"{prefix}Config", f"{prefix}ForUniversalSegmentation", **kwargs)
     del model.attn_mask_probs
     model.attn_mask_probs = (0.0,) * model.config.num_blocks
-    return Scores(model, _query_scores)
+    return model
+
+
+def _eomt(prefix: str, n_cls: int, image_size: int) -> nn.Module:
+    return Scores(eomt(prefix, n_cls, image_size), _query_scores)
 
 
 OURS = "segmenter"

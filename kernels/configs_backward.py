@@ -5,7 +5,7 @@ All of these rows are estimates, by registers, shared memory and reads from L2: 
 
 import dataclasses
 
-from segmenter.kernels import configs, configs_maps
+from segmenter.kernels import configs, configs_maps, configs_queries
 from segmenter.kernels.configs import AMD, ANY, BLACKWELL, MULTIPROCESSORS, NEW, AttentionConfig, LinearConfig, Row
 
 
@@ -326,6 +326,7 @@ def _cut(config: SumsConfig, m: int, n: int) -> SumsConfig:
 TABLES = {  # what is compiled row by row
     **configs.TABLES,
     **configs_maps.TABLES,
+    **configs_queries.TABLES,
     "attention_delta": ATTENTION_DELTA,
     "attention_dkdv": ATTENTION_DKDV,
     "attention_dq": ATTENTION_DQ,

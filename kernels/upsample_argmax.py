@@ -27,18 +27,16 @@ tests/kernels/test_upsample_argmax.py.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from segmenter.kernels import configs, launch, reference, upsample_tiles
+from segmenter.kernels.device_tables import kept
 from segmenter.kernels.operators import define, forbid_forward_mode
 from segmenter.kernels.upsample_tiles import MAX_CLASSES, MAX_SLOTS, Axis
-
-# Shapes whose tables are kept on the device, and as many again: 40 bytes a pixel of height and width, more per window.
-MAX_TABLES = 256
 
 _ROUNDING = tl.constexpr(upsample_tiles.ROUNDING)
 _SUBNORMAL = tl.constexpr(upsample_tiles.SUBNORMAL)
@@ -200,10 +198,6 @@ def _upsample_argmax_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 # Launching
 
-_TABLES: dict[Any, tuple[torch.Tensor, ...]] = {}
-_OLD_TABLES: dict[Any, tuple[torch.Tensor, ...]] = {}  # of before _TABLES was full: kernels may still read them
-_CAPTURED: dict[Any, tuple[torch.Tensor, ...]] = {}  # CUDA graphs have their addresses: never freed
-
 
 def _axes(
     tops: tuple[int, ...],
@@ -218,21 +212,10 @@ def _axes(
     return tuple(upsample_tiles.axis(anchors, window[i], grid[i], size[i], shape[i], rounded) for i, anchors in pairs)
 
 
-def _tables(key: tuple, axes: tuple[Axis, Axis], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """(row tiles, column tiles, row weights, column weights) on the device, made once for a shape."""
-    tables = _TABLES.get(key) or _OLD_TABLES.get(key)
-    if tables is None:
-        (rows, row_weights), (cols, col_weights) = (axis.table() for axis in axes)
-        tables = tuple(x.to(device) for x in (rows, cols, row_weights, col_weights))
-    if key not in _TABLES:
-        if len(_TABLES) >= MAX_TABLES:
-            _OLD_TABLES.clear()
-            _OLD_TABLES.update(_TABLES)
-            _TABLES.clear()
-        _TABLES[key] = tables
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _CAPTURED[key] = tables
-    return tables
+def _tables(axes: tuple[Axis, Axis], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """(row tiles, column tiles, row weights, column weights) on the device."""
+    (rows, row_weights), (cols, col_weights) = (axis.table() for axis in axes)
+    return tuple(x.to(device) for x in (rows, cols, row_weights, col_weights))
 
 
 def _run(
@@ -255,7 +238,8 @@ def _run(
         raise launch.KernelError(
             f"{slots[0] * slots[1]} windows over one pixel, more than {MAX_SLOTS}; use a larger window_stride"
         )
-    tables = launch.call(_tables, (geometry, masks.device), axes, masks.device)
+    key = ("upsample_argmax", geometry, masks.device)
+    tables = launch.call(kept, key, _tables, axes, masks.device)
     k_pad, block_x = triton.next_power_of_2(K), triton.next_power_of_2(axes[1].longest)
     c = config or configs.upsample_argmax(launch.architecture(masks), block_x, k_pad)
     n_tiles = [len(axis.starts) - 1 for axis in axes]

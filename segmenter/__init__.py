@@ -15,6 +15,7 @@ _PUBLIC = {
     "attention_statistics": "segmenter.analysis.statistics",
     "Segmenter": "segmenter.model",
     "create_segmenter": "segmenter.model",
+    "load_eomt": "segmenter.eomt.load",
     "load_model": "segmenter.weights.load",
     "load_any": "segmenter.weights.load",
     "segment_image": "segmenter.inference.segment",
@@ -63,6 +64,7 @@ __all__ = [
     "gather_data",
     "init_weights",
     "load_any",
+    "load_eomt",
     "load_model",
     "merge_windows",
     "num_params",
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from segmenter.decoder import DecoderLinear, MaskTransformer
     from segmenter.dropin.accelerate import accelerate, restore
     from segmenter.encoder import VisionTransformer
+    from segmenter.eomt.load import load_eomt
     from segmenter.inference.segment import segment_image
     from segmenter.inference.stream import segment_stream
     from segmenter.model import Segmenter, create_decoder, create_segmenter, create_vit

@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from segmenter.config import IMPLEMENTATIONS
 from segmenter.guard import altered
-from segmenter.kernels import reference, reference_maps, reference_rotary
+from segmenter.kernels import reference, reference_maps, reference_queries, reference_rotary
 from segmenter.kernels.configs import FLOATS
 
 MIN_TRITON = (3, 6)  # the oldest that the kernels are tested with
@@ -36,6 +36,7 @@ class Operators(NamedTuple):
     mask_head: Callable
     pixels_to_tokens: Callable
     windows_argmax: Callable
+    queries_argmax: Callable  # of `segmenter.kernels.reference_queries`
     # of `segmenter.kernels.reference_maps`: what attention is looked at by
     attention_rows: Callable
     attention_statistics: Callable
@@ -89,6 +90,7 @@ EAGER = Operators(
     reference.mask_head,
     _eager_pixels_to_tokens,
     reference.windows_argmax,  # labels are made by its equal without full-resolution logits: `inference.pruned_argmax`
+    reference_queries.queries_argmax,
     reference_maps.attention_rows,
     reference_maps.attention_statistics,
     reference_maps.attention_transposed,
@@ -169,6 +171,7 @@ def load_kernels() -> Operators:
         from segmenter.kernels.linear import layernorm_linear, linear
         from segmenter.kernels.mask_head import mask_head
         from segmenter.kernels.pixels_to_tokens import normalized_pixels_to_tokens
+        from segmenter.kernels.queries_argmax import queries_argmax
         from segmenter.kernels.rotate import rotate
         from segmenter.kernels.upsample_argmax import windows_argmax
 
@@ -182,6 +185,7 @@ def load_kernels() -> Operators:
                 mask_head,
                 normalized_pixels_to_tokens,
                 windows_argmax,
+                queries_argmax,
                 attention_rows,
                 attention_statistics,
                 attention_transposed,

@@ -30,7 +30,7 @@ from tests.support.parity import check_guards, guarded
 from tests.support.tiny import tiny_model
 
 NO_KERNELS = ops.why_no_triton()
-DEFINITIONS = ("reference", "reference_backward", "reference_maps", "reference_rotary")
+DEFINITIONS = ("reference", "reference_backward", "reference_maps", "reference_rotary", "reference_queries")
 NOT_POISONED = {f"segmenter.kernels.{name}" for name in ("configs", "operators", *DEFINITIONS)}
 
 

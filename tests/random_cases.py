@@ -9,6 +9,7 @@ the first few hundred.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Collection
 
@@ -25,7 +26,9 @@ from segmenter.kernels import (
     linear,
     mask_head,
     pixels_to_tokens,
+    queries_argmax,
     reference,
+    reference_queries,
     reference_rotary,
     rotate,
     upsample_argmax,
@@ -252,6 +255,43 @@ def windows_argmax_case(draw: Draw) -> Case:
     return Case(args, call, lambda masks: expected_labels(masks, *geometry).to(DEVICE), what, labels=True)
 
 
+def queries_argmax_case(draw: Draw) -> Case:
+    """What is compared is the exact score of each pixel's label."""
+    dtype, B, Q, C = (
+        draw.dtype(),
+        draw.choice((1, 1, 2)),
+        draw.choice((1, 3, 16, 17, 33)),
+        draw.choice((1, 2, 5, 17, 33)),
+    )
+    window, starts, canvas, shape = (draw.choice((4, 6, 9)), draw.choice((5, 8))), [], [], []
+    for axis, n in enumerate(window):
+        more = draw.choice((0, 0, 1, 2)) if axis == 0 else draw.choice((0, 1))
+        starts.append(tuple(itertools.accumulate([0, *(draw.choice((1, n // 2 + 1, n + 1)) for _ in range(more))])))
+        canvas.append(max(starts[-1][-1] + 1, starts[-1][-1] + n + draw.choice((0, 0, 1, -1))))
+        shape.append(draw.choice((canvas[-1], 2 * canvas[-1] + 1, max(1, canvas[-1] // 2))))
+    n, grid = len(starts[0]) * len(starts[1]), (draw.choice((1, 2, 3)), draw.choice((1, 2)))
+    geometry = *starts, window, tuple(canvas), tuple(shape)
+    masks = draw.tensor(B, n, Q, *grid, dtype=dtype, scale=draw.choice((1.0, 4.0)))
+    classes = draw.tensor(B, n, Q, C + 1, dtype=dtype, scale=draw.choice((0.1, 2.0)))
+
+    def exact(*queries):
+        return reference_queries.queries_scores(*(t.double() for t in queries), *geometry)
+
+    def of_labels(labels, *queries):
+        return exact(*queries).gather(1, labels.long().unsqueeze(1)).squeeze(1).to(dtype)
+
+    def definition(*queries):
+        if queries[0].dtype == torch.float64:
+            return exact(*queries).amax(1)
+        return of_labels(reference_queries.queries_argmax(*queries, *geometry), *queries)
+
+    def call(*queries):
+        return of_labels(queries_argmax.queries_argmax(*queries, *geometry), *queries)
+
+    what = f"B={B} Q={Q} C={C} grid={grid} {geometry} {dtype}"
+    return Case((masks, classes), call, definition, what, frobenius=4.0, terms=Q)
+
+
 FORWARD: dict[str, Callable[[Draw], Case]] = {
     "attention": attention_case,
     "cross_attention": cross_attention_case,
@@ -262,6 +302,7 @@ FORWARD: dict[str, Callable[[Draw], Case]] = {
     "mask_head": mask_head_case,
     "pixels_to_tokens": pixels_to_tokens_case,
     "windows_argmax": windows_argmax_case,
+    "queries_argmax": queries_argmax_case,
     "attention_rows": attention_rows_case,
     "attention_statistics": attention_statistics_case,
     "attention_transposed": attention_transposed_case,

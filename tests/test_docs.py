@@ -26,7 +26,7 @@ import segmenter
 from segmenter.cli import main
 from segmenter.cli.arguments import build_parser
 from segmenter.weights.settings import as_published
-from tests.support import pages
+from tests.support import eomt, pages
 from tests.support.data_sets import make_data_set, paths
 from tests.support.pages import PAGES, ROOT
 from tests.support.tiny import tiny_model
@@ -68,6 +68,9 @@ def place(tmp_path_factory):
     save_file(encoder, root / "timm_vit.safetensors")
     make_data_set(root / "CAMVID", "camvid", n=1)
     (root / "script.py").touch()
+    if eomt.why_not() is None:
+        eomt.write(root / "EOMT")
+        eomt.write(root / "EOMT_PANOPTIC", split=False)
     return root
 
 
@@ -184,12 +187,18 @@ def to_run(page: Path) -> list[list[str]]:
     return [words for words in found if words[0] in ("sed", "segmenter") and words not in before]
 
 
+def skip_without_libraries(page: Path) -> None:
+    if page.name == "eomt.md" and (reason := eomt.why_not()) is not None:
+        pytest.skip(reason)
+
+
 @by_page
 def test_commands_run(page, place, monkeypatch, tmp_path):
     if ROOT / "examples" in page.parents:
         pytest.skip("a model card: needs the model's training run")
     if not (ROOT / "examples" / "camvid-seg-s-mask-16" / "model.safetensors").exists():
         pytest.skip("the source archive holds no weights; the repository does")
+    skip_without_libraries(page)
     monkeypatch.chdir(shutil.copytree(place, tmp_path / "place", symlinks=True))
     for words in to_run(page):
         words = [SAMPLE if word == "NAME" else word for word in words]
@@ -239,6 +248,7 @@ def python_of(page: Path) -> list[pages.Block]:
 
 @pytest.mark.parametrize("page", [*filter(python_of, PAGES)], ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, place, monkeypatch, tmp_path):
+    skip_without_libraries(page)
     monkeypatch.chdir(shutil.copytree(place, tmp_path / "place", symlinks=True))
     names = {}
     for block in python_of(page):

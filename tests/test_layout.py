@@ -31,6 +31,7 @@ ROOMS = (
     "inference",
     "analysis",
     "dropin",
+    "eomt",
     "data",
     "evaluation",
     "figures",
@@ -227,13 +228,17 @@ def needs_triton(path):
 
 def test_definitions_and_tables_need_no_triton():
     assert {p.name for p in (ROOT / "kernels").glob("*.py") if not needs_triton(p)} == {
+        "canvas_axis.py",
         "configs.py",
         "configs_backward.py",
         "configs_maps.py",
+        "configs_queries.py",
+        "device_tables.py",
         "reference.py",
         "reference_backward.py",
         "reference_maps.py",
         "reference_rotary.py",
+        "reference_queries.py",
         "upsample_tiles.py",
     }
 

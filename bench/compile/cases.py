@@ -35,6 +35,7 @@ from segmenter.kernels.mask_head import mask_head
 from segmenter.kernels.mask_head_backward import mask_head_backward
 from segmenter.kernels.pixels_to_tokens import pixels_to_tokens
 from segmenter.kernels.pixels_to_tokens_backward import pixels_to_tokens_backward
+from segmenter.kernels.queries_argmax import queries_argmax
 from segmenter.kernels.rotate import rotate
 from segmenter.kernels.upsample_argmax import upsample_argmax, windows_argmax
 from segmenter.kernels.upsample_cross_entropy import upsample_cross_entropy
@@ -234,6 +235,11 @@ def _mask_cases(add: Callable[..., None]) -> None:
         for n_cls in CLASSES:
             add(patch == 16 or (n_cls == 150 and patch != 14), "upsample_argmax", "bf16", patch=patch, n_cls=n_cls)
     add(ARCHITECTURES, "windows_argmax", "bf16", n_cls=150)
+    add(ARCHITECTURES, "queries_argmax", "bf16", n_cls=150)
+    for n_cls in (*CLASSES, 133):
+        add(n_cls in (19, 133), "queries_argmax", "bf16", n_cls=n_cls)
+        add(n_cls == 300, "queries_argmax", "fp16", n_cls=n_cls)
+    add(True, "queries_argmax", "bf16 fp32 tf32", n_cls=150, resized=False)
     add(ARCHITECTURES, "upsample_cross_entropy", "bf16", n_cls=150)
     for patch in (8, 16, 32, 14):
         for n_cls in CLASSES:
@@ -336,6 +342,15 @@ def _loss(dtype: torch.dtype, n_cls: int, patch: int = 16, side: int = 512, weig
     return partial(upsample_cross_entropy, masks, labels, weight, patch, label_smoothing=smoothing)
 
 
+def _queries(dtype: torch.dtype, n_cls: int, resized: bool = True) -> partial:
+    """Of EoMT for ADE20K: an image of 384 x 683 pixels, resized to 512 x 910, in two windows."""
+    masks, classes = _empty(dtype, (2, 2, 100, 128, 128), (2, 2, 100, n_cls + 1))
+    canvas = (512, 910)
+    return partial(
+        queries_argmax, masks, classes, (0,), (0, 398), (512, 512), canvas, (384, 683) if resized else canvas
+    )
+
+
 def _pixels(dtype: torch.dtype, batch: int = 32, side: int = 512, patch: int = 16, d: int = 768, stream="") -> partial:
     tokens = _empty(DTYPES.get(stream, dtype), (2, d), (2 + (-(-side // patch)) ** 2, d))
     pixels, weight = torch.empty(batch, side, side, 3, dtype=torch.uint8), torch.empty(d, 3 * patch**2, dtype=dtype)
@@ -409,6 +424,7 @@ CALLS: dict[str, Callable[..., partial]] = {
     "mask_head": _mask_head,
     **dict.fromkeys(("mask_head_backward", "unit_rows", "partial_sums"), _mask_head_backward),
     "upsample_argmax": _labels,
+    "queries_argmax": _queries,
     "upsample_cross_entropy": _loss,
     "windows_argmax": lambda dtype, n_cls: partial(
         windows_argmax,

@@ -12,6 +12,7 @@ from segmenter.classes import ClassesError, ClassSet, generic_classes, load_clas
 from segmenter.cli.errors import CHECKPOINT, DEVICE, CommandError
 from segmenter.cli.output import err
 from segmenter.config import ConfigError
+from segmenter.eomt import Eomt, is_eomt, load_eomt
 from segmenter.model import Segmenter
 from segmenter.ops import ImplementationError
 from segmenter.weights.load import load_any
@@ -21,7 +22,14 @@ WEIGHTS_WARNING = {
     "random": "RANDOM WEIGHTS: the labels and maps mean nothing; give a trained checkpoint to --model",
     "encoder": "RANDOM DECODER: only the encoder is trained, the labels mean nothing; train it or use another model",
 }
-LOADING = ("n_cls", "hub", "averaged", "allow_pickle", "allow_nonfinite", "verify")
+LOADING = {  # arguments of `load_any` that are options here -> what they are unless given
+    "n_cls": None,
+    "hub": False,
+    "averaged": None,
+    "allow_pickle": False,
+    "allow_nonfinite": False,
+    "verify": True,
+}
 _FLAGS = {  # what messages of the library call an argument -> its name here
     "allow_pickle=True": "--allow-pickle",
     "allow_nonfinite=True": "--allow-nonfinite",
@@ -57,6 +65,17 @@ def load(args: argparse.Namespace, device: torch.device, quiet: bool = False) ->
     return model
 
 
+def load_for_labels(args: argparse.Namespace, device: torch.device, quiet: bool = False) -> Segmenter | Eomt:
+    """As `load`, of any model that makes labels of images: a folder of EoMT too."""
+    if not is_eomt(args.model):
+        return load(args, device, quiet)
+    if given := [name for name, usual in LOADING.items() if getattr(args, name) != usual]:
+        flags = ", ".join("--" + ("no-verify" if name == "verify" else name.replace("_", "-")) for name in given)
+        raise CommandError(f"{args.model}: is EoMT, which has no {flags}")
+    with errors_of_loading():
+        return load_eomt(args.model, impl=args.impl, device=device)
+
+
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for the functions of `segmenter.weights.load`."""
     return {name: getattr(args, name) for name in LOADING}
@@ -82,8 +101,10 @@ def errors_of_loading() -> Iterator[None]:
         raise CommandError(str(error), DEVICE) from error
 
 
-def choose_classes(asked: str | None, model: Segmenter) -> ClassSet:
+def choose_classes(asked: str | None, model: Segmenter | Eomt) -> ClassSet:
     """Names and colours that `asked` (--classes) or else the model names; generated ones if there are none that fit."""
+    if asked is None and isinstance(model, Eomt):
+        return model.classes
     key = asked or model.info.classes
     if key is None:
         return generic_classes(model.n_cls)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from segmenter.classes import ClassSet
+from segmenter.eomt import Eomt
 from segmenter.errors import InputError
 from segmenter.model import Segmenter
 from segmenter.text_files import read_json
@@ -19,7 +20,7 @@ _MAX_RESULT = 10_000_000  # bytes: of thousands of classes
 _OPTIONS = ("overlay", "legend", "alpha", "labels", "dtype", "window_size", "window_stride", "scales", "flip", "model")
 
 
-def run_settings(args: argparse.Namespace, model: Segmenter, classes: ClassSet) -> dict[str, Any]:
+def run_settings(args: argparse.Namespace, model: Segmenter | Eomt, classes: ClassSet) -> dict[str, Any]:
     """All that the results depend on besides the image, as it reads back from JSON."""
     settings = {name: getattr(args, name) for name in _OPTIONS}
     settings |= {
@@ -33,7 +34,7 @@ def run_settings(args: argparse.Namespace, model: Segmenter, classes: ClassSet) 
     return json.loads(json.dumps(settings))
 
 
-def model_fingerprint(model: Segmenter) -> str:
+def model_fingerprint(model: Segmenter | Eomt) -> str:
     """CRC-32, in hex, of configuration, information and the bytes of every tensor: other weights, another one."""
     crc = zlib.crc32(repr((model.config, model.info)).encode(errors="surrogateescape"))
     for tensor in model.state_dict().values():

@@ -43,6 +43,7 @@ class CompiledInference(Graphs):
             raise RuntimeError("the model is in training mode; call model.eval() before compile_inference")
         super().__init__(dtype, max_shapes)
         self.model = model
+        segment.refuse_options(model, window_size=window_size, window_stride=window_stride)
         self._windows = (*segment.window_of(model, window_size, window_stride), window_batch_size)
         check_sizes(self._windows[0], window_batch_size)
         compute_dtype(model, dtype)  # raises for one that this model cannot run in
@@ -131,6 +132,8 @@ class CompiledInference(Graphs):
     def _function(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Labels (B, H, W), and a number that is finite if all scores are."""
         with self._surroundings():
+            if hasattr(self._network, "labels_of_pixels"):  # a model of another kind than Segmenter
+                return self._network.labels_of_pixels(pixels, self._windows[-1])
             masks, windows = segment.predict(self._network, pixels, *self._windows)
             labels = segment.labels_of_views(self._network, [(masks, windows, False)], tuple(pixels.shape[1:3]))
             return labels, masks.abs().max().float()

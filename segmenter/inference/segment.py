@@ -1,4 +1,8 @@
-"""Images to labels, for people: any image in, labels at the image's own size out."""
+"""Images to labels, for people: any image in, labels at the image's own size out.
+
+A model of another kind than `Segmenter` runs here, and wherever this module is used (streams, `predict`), if it has
+`labels_of_pixels` and `refuse`; `segmenter.eomt.model.Eomt` says what they are.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -99,6 +103,7 @@ def segment_pixels(
     options = (scales, flip, window_size, window_stride, batch_size, dtype)
     if not return_probabilities:
         return enqueue(model, pixels, *options, cuda_graphs).fetch()
+    refuse_options(model, return_probabilities=True)
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         views = _views(model, pixels, *options, cuda_graphs)
@@ -125,9 +130,12 @@ def enqueue(
     Args:
         give_way: whether graphs give way if memory does not suffice; False: it raises.
     """
+    options = (scales, flip, window_size, window_stride)
 
     def run() -> Download:
-        views = _views(model, pixels, scales, flip, window_size, window_stride, batch_size, dtype, cuda_graphs)
+        if hasattr(model, "labels_of_pixels"):
+            return Download(*_labels_of_its_own(model, pixels, *options, batch_size, dtype))
+        views = _views(model, pixels, *options, batch_size, dtype, cuda_graphs)
         with torch.inference_mode():
             return Download(labels_of_views(model, views, tuple(pixels.shape[1:3])), largest_score(views))
 
@@ -144,6 +152,55 @@ def beside_graphs(model: torch.nn.Module, run: Callable[[], T]) -> T:
     return run()
 
 
+def refuse_options(
+    model: torch.nn.Module,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window_size: int | None = None,
+    window_stride: int | None = None,
+    return_probabilities: bool = False,
+) -> None:
+    """Raises ValueError if one of these options makes no sense, or is none of the model's.
+
+    A `Segmenter` has all of them. A model of another kind is asked, by `model.refuse`, about those that differ from
+    what is usual.
+    """
+    if not scales or not all(scale > 0 for scale in scales):
+        raise ValueError(f"scales must be positive and at least one, got {scales!r}")
+    if hasattr(model, "refuse"):
+        given = {"window_size": window_size, "window_stride": window_stride}
+        given = {name: value for name, value in given.items() if value is not None}
+        given |= {"scales": scales} if tuple(scales) != (1.0,) else {}
+        given |= {name: True for name, on in (("flip", flip), ("return_probabilities", return_probabilities)) if on}
+        model.refuse(given)
+
+
+def _check(model: torch.nn.Module, pixels: torch.Tensor) -> None:
+    if model.training:
+        raise RuntimeError("the model is in training mode: dropout would make the labels random; call model.eval()")
+    if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != torch.uint8 or 0 in pixels.shape:
+        raise ValueError(f"expected images (B, H, W, 3) uint8, got {pixels.dtype} {tuple(pixels.shape)}")
+
+
+def _labels_of_its_own(
+    model: torch.nn.Module,
+    pixels: torch.Tensor,
+    scales: Sequence[float],
+    flip: bool,
+    window_size: int | None,
+    window_stride: int | None,
+    batch_size: int | None,
+    dtype: str | torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels, largest score) of a model of another kind."""
+    _check(model, pixels)
+    refuse_options(model, scales, flip, window_size, window_stride)
+    batch_size = usual_batch_size(next(model.parameters()).device) if batch_size is None else batch_size
+    check_sizes(1, batch_size)
+    with compute_dtype(model, dtype), torch.inference_mode():
+        return model.labels_of_pixels(upload(pixels, next(model.parameters()).device), batch_size)
+
+
 def _views(
     model: torch.nn.Module,
     pixels: torch.Tensor,
@@ -155,12 +212,8 @@ def _views(
     dtype: str | torch.dtype | None,
     cuda_graphs: bool,
 ) -> "Views":
-    if model.training:
-        raise RuntimeError("the model is in training mode: dropout would make the labels random; call model.eval()")
-    if not scales or not all(scale > 0 for scale in scales):
-        raise ValueError(f"scales must be positive and at least one, got {scales!r}")
-    if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != torch.uint8 or 0 in pixels.shape:
-        raise ValueError(f"expected images (B, H, W, 3) uint8, got {pixels.dtype} {tuple(pixels.shape)}")
+    _check(model, pixels)
+    refuse_options(model, scales, flip, window_size, window_stride)
     device = next(model.parameters()).device
     window_size, window_stride = window_of(model, window_size, window_stride)
     batch_size = usual_batch_size(device) if batch_size is None else batch_size

@@ -22,7 +22,7 @@ from segmenter.errors import cause, is_out_of_memory, printable
 from segmenter.inference.images import ImageError, read_image
 from segmenter.inference.precision import compute_dtype
 from segmenter.inference.read_ahead import Call, ReadAhead, usual_workers
-from segmenter.inference.segment import enqueue, usual_batch_size
+from segmenter.inference.segment import enqueue, refuse_options, usual_batch_size
 from segmenter.inference.transfers import Download
 
 OnError = str | Callable[[int, Any, ImageError], None]
@@ -170,8 +170,7 @@ def results(
     if lookahead < batch_size:
         raise ValueError(f"lookahead={lookahead} images can never fill a batch of {batch_size}")
     # each image would be refused for these, one by one
-    if not scales or not all(scale > 0 for scale in scales):
-        raise ValueError(f"scales must be positive and at least one, got {scales!r}")
+    refuse_options(model, scales, flip, window_size, window_stride)
     window = model.info.window_size if window_size is None else window_size
     if window < 1 or (window_stride is not None and not 1 <= window_stride <= window):
         raise ValueError(f"need 1 <= window_stride <= window_size, got {window_stride} and {window}")

@@ -116,8 +116,9 @@ def hugging_face_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     model_type, act = config.get("model_type") or "vit", config.get("hidden_act", "gelu")
     if model_type not in _HF_TYPES:
+        hint = "; segmenter.load_eomt and `segmenter predict` take it" if "eomt" in str(model_type) else ""
         raise CheckpointError(
-            f"model_type {model_type!r} is none of the plain ViTs known here ({', '.join(_HF_TYPES)})"
+            f"model_type {model_type!r} is none of the plain ViTs known here ({', '.join(_HF_TYPES)}){hint}"
         )
     if act != "gelu":
         raise CheckpointError(f"hidden_act is {act!r}; the Segmenter encoder needs the exact gelu")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from segmenter import create_segmenter, preset
 from segmenter.inference.windows import windows_of
-from segmenter.kernels import reference
+from segmenter.kernels import device_tables, reference
 from segmenter.kernels.upsample_argmax import upsample_argmax, windows_argmax
 from tests.gpu.conftest import size
 from tests.support.upsampling import MASKS, expected_labels, near_masks, random_masks, smooth_masks
@@ -115,15 +115,13 @@ def test_graph_capture_and_replay_with_changed_masks(device):
 @pytest.mark.card
 def test_a_graph_keeps_the_tables_it_points_to(device, monkeypatch):
     """Even when so many shapes come that tables are thrown away."""
-    from segmenter.kernels import upsample_argmax as kernel
-
     masks = smooth_masks(1, 8, 8, 19).to(device)
     upsample_argmax(masks, (128, 128))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = upsample_argmax(masks, (128, 128))
     want = interpolated(masks, (128, 128))
-    monkeypatch.setattr(kernel, "MAX_TABLES", 1)
+    monkeypatch.setattr(device_tables, "MAX_TABLES", 1)
     for side in range(129, 140):
         upsample_argmax(masks, (side, side))
     torch.full((1 << 24,), 7, dtype=torch.int32, device=device)  # takes what was given back

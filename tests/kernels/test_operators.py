@@ -205,6 +205,7 @@ def test_autocast(name):
             "layernorm",
             "rotate",
             "windows_argmax",
+            "queries_argmax",
             "upsample_cross_entropy",
         )
 

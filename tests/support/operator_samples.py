@@ -157,6 +157,12 @@ def windows_argmax_args(dtype, B=2, N=5):
     return randn(B, 1, 1, 2, 3, dtype=dtype), [0], [0], [8, 8], [7, 8], [7, 8]
 
 
+def queries_argmax_args(dtype, B=2, N=5):
+    """Three queries, two windows that overlap, and an image of another size than the canvas. N says nothing."""
+    masks, classes = (randn(B, 2, 3, *rest, seed=i, dtype=dtype) for i, rest in enumerate(((2, 2), (4,))))
+    return masks, classes, [0], [0, 3], [4, 4], [4, 7], [5, 6]
+
+
 def upsample_cross_entropy_args(dtype, B=2, N=5):
     """One patch of 4 x 4 pixels. N says nothing: labels vary with the batch alone."""
     labels = torch.randint(0, 3, (B, 4, 3), generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -211,6 +217,15 @@ SAMPLES = {
     ),
     "windows_argmax": Sample(
         windows_argmax_args, lambda B, N: 0, torch.uint8, batch_like=(), classes_like=(0,), differentiable=False
+    ),
+    "queries_argmax": Sample(
+        queries_argmax_args,
+        lambda B, N: 2 * B * 2 * 3 * 3 * 16,
+        torch.uint8,
+        batch_like=(),
+        classes_like=(0, 1),
+        differentiable=False,
+        traced=False,
     ),
     "upsample_cross_entropy": Sample(
         upsample_cross_entropy_args, lambda B, N: 11 * B * 12 * 3, FP32, (), (0, 1), differentiable=False

@@ -11,7 +11,7 @@ import torch
 
 import segmenter
 from segmenter.cli.errors import OK
-from segmenter.cli.loading import load
+from segmenter.cli.loading import load_for_labels
 from segmenter.cli.output import out
 from segmenter.inference.precision import cpu_has_bfloat16
 from segmenter.ops import IMPLEMENTATIONS, explain, parts
@@ -48,7 +48,7 @@ def machine_facts() -> dict[str, Any]:
 
 def model_facts(args: argparse.Namespace) -> dict[str, Any]:
     """Configuration, size and origin of a model."""
-    model = load(args, torch.device("cpu"))
+    model = load_for_labels(args, torch.device("cpu"))
     return {
         "path": args.model,
         "impl": model.impl,

@@ -21,15 +21,17 @@ from tqdm import tqdm
 
 from segmenter.classes import ClassSet
 from segmenter.cli.errors import DEVICE, FAILURE, CommandError
-from segmenter.cli.loading import choose_classes, load
+from segmenter.cli.loading import choose_classes, load_for_labels
 from segmenter.cli.report import FAILED, Tally, say, write_failed, write_json
 from segmenter.cli.resume import image_facts, is_done, run_settings
 from segmenter.cli.shards import Shard, run_part
+from segmenter.eomt import Eomt
 from segmenter.errors import cause
 from segmenter.files import remove_leftovers, same_form, walk, write_atomically
 from segmenter.inference.images import suffixes
 from segmenter.inference.precision import compute_dtype
 from segmenter.inference.read_ahead import Call, ReadAhead, usual_workers
+from segmenter.inference.segment import refuse_options
 from segmenter.inference.stream import ImageMemoryError, Result, results
 from segmenter.model import Segmenter
 from segmenter.visualize import class_shares, overlay, save_label_png, save_png, with_legend
@@ -51,7 +53,7 @@ class Batch:
     """What all images of a run share, and how far it is. `directories`: those that results have been put into."""
 
     args: argparse.Namespace
-    model: Segmenter
+    model: Segmenter | Eomt
     classes: ClassSet
     settings: dict[str, Any]
     output: Path
@@ -72,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     shard = Shard.of_this_process()
     jobs = plan(args.inputs, output)
     _refuse_to_overwrite(jobs, output, args)
-    model = load(args, shard.device(args.device), quiet=shard.rank > 0)
+    model = load_for_labels(args, shard.device(args.device), quiet=shard.rank > 0)
+    _refuse_options(args, model)
     window = args.window_size or model.info.window_size
     if args.window_stride and args.window_stride > window:
         raise CommandError(f"--window-stride {args.window_stride} beyond the window of {window} would leave pixels out")
@@ -85,6 +88,13 @@ def run(args: argparse.Namespace) -> int:
     batch = Batch(args, model, classes, settings, output, args.resume or shard.restarts > 0)
     with shard.writing_into(output):
         return _run(jobs, batch, shard)
+
+
+def _refuse_options(args: argparse.Namespace, model: Segmenter | Eomt) -> None:
+    try:
+        refuse_options(model, args.scales, args.flip, args.window_size, args.window_stride)
+    except ValueError as error:
+        raise CommandError(f"{args.model}: {error}") from error
 
 
 def _run(jobs: list[Job], batch: Batch, shard: Shard) -> int:

@@ -52,6 +52,8 @@ _SETTINGS = {
         "warmup_steps": "linear rise of the rate (default: 0)",
         "clip_grad": "largest norm of the gradients (default: not clipped)",
         "class_weighting": "classes weigh their share of pixels to the power of minus this (default: 0)",
+        "loss": "a name or sum such as 'cross_entropy + 0.5 dice(smooth=1)', of cross_entropy, ohem, dice, jaccard, "
+        "tversky, focal, lovasz (default: cross_entropy)",
         "lovasz": "weight of an added Lovasz-softmax loss (default: 0)",
         "ema": "decay of an average of the weights, which is then what is evaluated and saved (default: 0, none)",
         "impl": "eager, triton or auto (default: eager)",

@@ -19,7 +19,7 @@ from segmenter.cli.argument_types import (
     words,
 )
 from segmenter.cli.attention_arguments import DESCRIPTION, add_attention
-from segmenter.cli.train_arguments import add_settings
+from segmenter.cli.train_arguments import DATA_KINDS, add_settings
 from segmenter.errors import printable
 
 EXPORT_FORMATS = ("torch", "onnx", "aoti")
@@ -82,8 +82,8 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         "--classes",
         "--palette",
         metavar="KEY_OR_FILE",
-        help="names and colours: ade20k, pascal_context, pascal_context_59, cityscapes, camvid, or a YAML or JSON file "
-        "with a list of {id, name, color} (default: what the model says)",
+        help="names and colours: ade20k, cityscapes, voc2012 ... (segmenter.classes.CLASS_SETS), or a YAML or JSON "
+        "file with a list of {id, name, color} (default: what the model says)",
     )
     how = parser.add_argument_group("how to run")
     _add_device(how)
@@ -318,7 +318,7 @@ def _add_data(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser("data", help="check a data set", description="Data sets.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = (
-        "Reads every image and label of a data set: ADE20K, Pascal Context, Cityscapes, CamVid, or a folder of your "
+        "Reads every image and label of a data set: one of the public ones that --kind names, or a folder of your "
         "own with images/, annotations/ and dataset.yml. Reports sizes, the share of each class, images that are the "
         "same in several splits, and every file that cannot be used; if there are any, the exit status is 3."
     )
@@ -327,7 +327,7 @@ def _add_data(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     check.add_argument(
         "--kind",
         metavar="KIND",
-        help="ade20k, pascal_context, pascal_context_59, cityscapes, camvid or folder (default: told by its folders)",
+        help=f"{DATA_KINDS} (default: told by its folders)",
     )
     check.add_argument("--split", type=words, metavar="S[,S]", help="such as train,val (default: all that are there)")
     check.add_argument("--classes", metavar="KEY_OR_FILE", help="other names and colours, as for predict")

@@ -2,11 +2,16 @@
 
 import argparse
 
+DATA_KINDS = (  # `segmenter.data.datasets.KINDS`, which imports numpy
+    "ade20k, pascal_context, pascal_context_59, cityscapes, camvid, voc2012, voc2012_aug, coco_stuff, mapillary_v1.2, "
+    "mapillary_v2.0, loveda, potsdam, potsdam_no_boundary, folder"
+)
+
 # setting -> what it says in --help; defaults are those of the recipe, or of the data set as published
 _SETTINGS = {
     "data": {
         "data": "folder of the data set",
-        "kind": "ade20k, pascal_context, pascal_context_59, cityscapes, camvid, folder (default: recognised)",
+        "kind": f"{DATA_KINDS} (default: recognised)",
         "split": "split to train on (default: train)",
         "val_split": "split to evaluate on (default: val; none: no evaluation)",
         "workers": "processes that read samples (default: 4)",

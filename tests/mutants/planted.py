@@ -3,6 +3,7 @@
 from tests.mutants.mutant import Mutant, planted_in
 from tests.mutants.planted_backward import ATTENTION_BACKWARD
 from tests.mutants.planted_blocks import BLOCKS_OF_OTHERS
+from tests.mutants.planted_data import DATA
 from tests.mutants.planted_figures import FIGURES
 from tests.mutants.planted_first_hour import FIRST_HOUR
 from tests.mutants.planted_guard import GUARD
@@ -485,6 +486,7 @@ MUTANTS = [
     *TUNE,
     *FIGURES,
     *FIRST_HOUR,
+    *DATA,
     *LOSS,
     *LAYER_BACKWARD,
     *MASKS_AND_PIXELS,

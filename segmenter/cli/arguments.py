@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="segmenter", description="Semantic segmentation with plain vision transformers.")
     parser.add_argument("--version", action="version", version=f"segmenter {segmenter.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    using = _add_predict, _add_convert, _add_export, _add_attention, _add_figures, _add_compare
+    using = _add_predict, _add_convert, _add_push, _add_export, _add_attention, _add_figures, _add_compare
     for add in (_add_info, *using, _add_eval, _add_train, _add_data):
         add(commands).add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -140,6 +140,22 @@ def _add_convert(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--n-heads", type=positive_int, metavar="N", help="of the encoder (default: width / 64)")
     parser.add_argument("--patch-size", type=positive_int, metavar="PIXELS", help="resample the patch embedding")
     _add_loading(parser)
+    return parser
+
+
+def _add_push(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    text = (
+        "Uploads a model folder to the Hugging Face hub in one commit: config.json, model.safetensors, classes.json if "
+        "there is one, and a model card (the folder's README.md, or one that is made), but nothing else that lies "
+        "there. The repository is made if need be. The token is that of `hf auth login`, or of the environment. "
+        "--model NAME --hub reads it back."
+    )
+    parser = commands.add_parser("push", help="a model folder to the Hugging Face hub", description=text)
+    parser.add_argument("folder", metavar="FOLDER", help="folder that convert or train has written")
+    parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub")
+    parser.add_argument("--private", action="store_true", default=None, help="make it a private one")
+    parser.add_argument("--license", metavar="ID", help="for the card, such as mit (default: the card says nothing)")
+    parser.add_argument("--message", default="Upload a Segmenter model", metavar="TEXT", help="of the commit")
     return parser
 
 

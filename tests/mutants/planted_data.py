@@ -1,4 +1,4 @@
-"""The planted bugs of data sets: what their label files hold; see `tests.mutants.planted`."""
+"""The planted bugs of data sets, and of what is uploaded to the hub; see `tests.mutants.planted`."""
 
 from tests.mutants.mutant import planted_in
 
@@ -82,6 +82,41 @@ DATA = [
             "a_tile_of_val_in_train": (
                 "6: range(7, 13), 7: range(7, 13)}",
                 "6: range(7, 13), 7: range(7, 14)}",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/weights/hub.py",
+        ("tests/weights/test_hub.py",),
+        {
+            "files_beside_the_save_are_uploaded": (
+                "files = dict(files_of(source))",
+                "files = {path.name: path for path in Path(source).iterdir() if path.is_file()}",
+            ),
+            "damaged_folders_are_uploaded": (
+                'model = from_pretrained(source, impl="eager")',
+                'model = from_pretrained(source, impl="eager", verify=False)',
+                "files_of compares the sums, too",
+            ),
+            "private_models_go_into_public_repositories": (
+                "if private and not api.model_info(repo_id).private:",
+                "if False:",
+            ),
+            "cards_on_the_hub_are_replaced": (
+                "if card is None and not api.file_exists(repo_id, CARD):",
+                "if card is None:",
+            ),
+            "cards_of_the_folder_get_no_header": (
+                "return header + text",
+                "return text",
+            ),
+            "private_is_not_passed_on": (
+                "private=private, exist_ok=True",
+                "private=None, exist_ok=True",
+            ),
+            "names_without_owner_are_not_completed": (
+                "repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id",
+                "api.create_repo(repo_id, private=private, exist_ok=True)",
             ),
         },
     ),

@@ -273,7 +273,8 @@ def pair(part: Part) -> tuple[list[Sample], list[DataError]]:
     images = _named_files(part.images, part.image_ending, part.image_folder)
     labels = _named_files(part.labels, part.label_ending, part.label_folder, part.other_ending)
     names = sorted(images.keys() | labels.keys())
-    if part.listed:
+    if part.listed:  # wherever they lie: archives have a folder of their own in them, or not
+        images, labels = (_by_last_name(files) for files in (images, labels))
         names = list(part.listed)
     elif part.names is not None:
         names = _read_names(part.names, images.keys() | labels.keys())
@@ -337,6 +338,16 @@ def _named_files(directory: Path, ending: str, folder: str = "", other_ending: s
         if name in found:
             raise DataError(f"{path}: {found[name].name} has the same name; one of them has to go", path)
         found[name] = path
+    return found
+
+
+def _by_last_name(files: dict[str, Path]) -> dict[str, Path]:
+    """The same without the folders in their names."""
+    found: dict[str, Path] = {}
+    for name, path in files.items():
+        if (last := name.split("/")[-1]) in found:
+            raise DataError(f"{path}: {found[last]} has the same name; one of them has to go", path)
+        found[last] = path
     return found
 
 

@@ -232,6 +232,18 @@ class TestPotsdam:
         with pytest.raises(DataError, match=r"top_potsdam_2_10_RGB\.\*: no such image, but its name is listed"):
             open_dataset(tmp_path)
 
+    def test_archives_may_have_a_folder_of_their_own(self, tmp_path):
+        make_data_set(tmp_path, "potsdam")
+        before = [sample.name for sample in open_dataset(tmp_path).samples]
+        (tmp_path / "2_Ortho_RGB").rename(tmp_path / "inner")
+        (tmp_path / "2_Ortho_RGB").mkdir()
+        (tmp_path / "inner").rename(tmp_path / "2_Ortho_RGB/2_Ortho_RGB")
+        data = open_dataset(tmp_path)
+        assert [sample.name for sample in data.samples] == before
+        save(tmp_path / "2_Ortho_RGB/top_potsdam_2_10_RGB.tif", smooth_noise((24, 32), 0))
+        with pytest.raises(DataError, match=r"top_potsdam_2_10_RGB\.tif: .* has the same name; one of them has to go"):
+            open_dataset(tmp_path)
+
     @pytest.mark.more
     def test_memory_of_a_whole_tile(self, tmp_path):
         """6000 x 6000 pixels of three bytes are 108 MB; looking them up takes 36 MB for the result and little else."""

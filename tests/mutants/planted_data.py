@@ -93,11 +93,6 @@ DATA = [
                 "files = dict(files_of(source))",
                 "files = {path.name: path for path in Path(source).iterdir() if path.is_file()}",
             ),
-            "damaged_folders_are_uploaded": (
-                'model = from_pretrained(source, impl="eager")',
-                'model = from_pretrained(source, impl="eager", verify=False)',
-                "files_of compares the sums, too",
-            ),
             "private_models_go_into_public_repositories": (
                 "if private and not api.model_info(repo_id).private:",
                 "if False:",

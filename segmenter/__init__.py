@@ -18,6 +18,7 @@ _PUBLIC = {
     "load_eomt": "segmenter.eomt.load",
     "load_model": "segmenter.weights.load",
     "load_any": "segmenter.weights.load",
+    "push_to_hub": "segmenter.weights.hub",
     "segment_image": "segmenter.inference.segment",
     "segment_stream": "segmenter.inference.stream",
     "preset": "segmenter.config",
@@ -71,6 +72,7 @@ __all__ = [
     "padding",
     "preset",
     "preset_names",
+    "push_to_hub",
     "resize",
     "resize_pos_embed",
     "restore",
@@ -105,6 +107,7 @@ if TYPE_CHECKING:
         sliding_window,
         unpadding,
     )
+    from segmenter.weights.hub import push_to_hub
     from segmenter.weights.load import load_any, load_model
 
 

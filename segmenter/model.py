@@ -212,6 +212,12 @@ class Segmenter(OperatorModule):
 
         save_pretrained(self, folder, **kwargs)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Uploads what `save_pretrained` would write, with a model card; see `segmenter.weights.hub.push_to_hub`."""
+        from segmenter.weights.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
     @classmethod
     def from_pretrained(cls, folder: Any, **kwargs: Any) -> "Segmenter":
         """Reads what `save_pretrained` wrote; see `segmenter.weights.load.from_pretrained`."""

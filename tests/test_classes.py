@@ -16,6 +16,21 @@ FACTS = {  # key -> classes, {id: (name, colour)}
     "pascal_context_59": (59, {0: ("aeroplane", (180, 120, 120)), 36: ("person", None), 58: ("wood", (31, 0, 255))}),
     "cityscapes": (19, {0: ("road", (128, 64, 128)), 10: ("sky", (70, 130, 180)), 18: ("bicycle", (119, 11, 32))}),
     "camvid": (11, {0: ("Sky", (128, 128, 128)), 3: ("Road", (128, 64, 128)), 10: ("Bicyclist", (0, 128, 192))}),
+    "voc2012": (21, {0: ("background", (0, 0, 0)), 1: ("aeroplane", (128, 0, 0)), 15: ("person", (192, 128, 128)),
+                     20: ("tvmonitor", (0, 64, 128))}),
+    "coco_stuff": (171, {0: ("person", (0, 192, 64)), 11: ("stop sign", None), 24: ("backpack", None),
+                         79: ("toothbrush", None), 80: ("banner", None), 170: ("wood", None)}),
+    "mapillary_v1.2": (65, {0: ("Bird", (165, 42, 42)), 13: ("Road", (128, 64, 128)), 55: ("Car", (0, 0, 142)),
+                            64: ("Ego Vehicle", (120, 10, 10))}),
+    "mapillary_v2.0": (123, {0: ("Bird", (165, 42, 42)), 21: ("Road", (128, 64, 128)), 108: ("Car", (0, 0, 142)),
+                             119: ("Dynamic", (111, 74, 0)), 122: ("Static", (111, 111, 0))}),
+    "loveda": (7, {0: ("background", (255, 255, 255)), 3: ("water", (0, 0, 255)),
+                   6: ("agricultural", (255, 195, 128))}),
+    "potsdam": (6, {0: ("impervious_surface", (255, 255, 255)), 1: ("building", (0, 0, 255)),
+                    4: ("car", (255, 255, 0)), 5: ("clutter", (255, 0, 0))}),
+}  # fmt: skip
+SHARED = {  # colours that another class has, too
+    "ade20k": 1, "pascal_context": 1, "pascal_context_59": 1, "coco_stuff": 9, "mapillary_v2.0": 25,
 }  # fmt: skip
 
 
@@ -29,8 +44,8 @@ def test_shipped_sets(key):
         assert classes.names[i] == name
         assert color in (None, classes.palette[i])
     assert all(name == name.strip() and name for name in classes.names)
-    assert (0, 0, 0) not in classes.palette, "black is for ignored pixels"
-    assert len(set(classes.palette)) >= n - 1  # two ADE20K classes share a colour
+    assert (0, 0, 0) not in classes.palette[int(key == "voc2012") :], "black is for ignored pixels"
+    assert len(set(classes.palette)) == n - SHARED.get(key, 0)
 
 
 def test_pascal_context_is_alphabetical_and_coloured_like_ade20k():
@@ -38,6 +53,15 @@ def test_pascal_context_is_alphabetical_and_coloured_like_ade20k():
     assert list(context.names[1:]) == sorted(context.names[1:])
     assert context.palette == load_classes("ade20k").palette[:60]
     assert load_classes("pascal_context_59").names == context.names[1:]
+
+
+def voc_color(i):
+    """The colour map of VOC's development kit: the bits of i, three at a time, are the highest of red, green, blue."""
+    return tuple(sum((i >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3))
+
+
+def test_voc_has_its_colour_map():
+    assert load_classes("voc2012").palette == tuple(voc_color(i) for i in range(21))
 
 
 def test_palette_array_is_black_beyond_the_classes():

@@ -10,7 +10,19 @@ import numpy as np
 from segmenter.errors import InputError
 from segmenter.text_files import read_json, read_yaml
 
-CLASS_SETS = ("ade20k", "pascal_context", "pascal_context_59", "cityscapes", "camvid")
+CLASS_SETS = (
+    "ade20k",
+    "pascal_context",
+    "pascal_context_59",
+    "cityscapes",
+    "camvid",
+    "voc2012",
+    "coco_stuff",
+    "mapillary_v1.2",
+    "mapillary_v2.0",
+    "loveda",
+    "potsdam",
+)
 
 
 class ClassesError(InputError):

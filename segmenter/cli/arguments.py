@@ -19,7 +19,7 @@ from segmenter.cli.argument_types import (
     words,
 )
 from segmenter.cli.attention_arguments import DESCRIPTION, add_attention
-from segmenter.cli.train_arguments import add_settings
+from segmenter.cli.train_arguments import DATA_KINDS, add_settings
 from segmenter.errors import printable
 
 EXPORT_FORMATS = ("torch", "onnx", "aoti")
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="segmenter", description="Semantic segmentation with plain vision transformers.")
     parser.add_argument("--version", action="version", version=f"segmenter {segmenter.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    using = _add_predict, _add_convert, _add_export, _add_attention, _add_figures, _add_compare
+    using = _add_predict, _add_convert, _add_push, _add_export, _add_attention, _add_figures, _add_compare
     for add in (_add_info, *using, _add_eval, _add_train, _add_data):
         add(commands).add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -82,8 +82,8 @@ def _add_predict(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         "--classes",
         "--palette",
         metavar="KEY_OR_FILE",
-        help="names and colours: ade20k, pascal_context, pascal_context_59, cityscapes, camvid, or a YAML or JSON file "
-        "with a list of {id, name, color} (default: what the model says)",
+        help="names and colours: ade20k, cityscapes, voc2012 ... (segmenter.classes.CLASS_SETS), or a YAML or JSON "
+        "file with a list of {id, name, color} (default: what the model says)",
     )
     how = parser.add_argument_group("how to run")
     _add_device(how)
@@ -140,6 +140,22 @@ def _add_convert(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--n-heads", type=positive_int, metavar="N", help="of the encoder (default: width / 64)")
     parser.add_argument("--patch-size", type=positive_int, metavar="PIXELS", help="resample the patch embedding")
     _add_loading(parser)
+    return parser
+
+
+def _add_push(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    text = (
+        "Uploads a model folder to the Hugging Face hub in one commit: config.json, model.safetensors, classes.json if "
+        "there is one, and a model card (the folder's README.md, or one that is made), but nothing else that lies "
+        "there. The repository is made if need be. The token is that of `hf auth login`, or of the environment. "
+        "--model NAME --hub reads it back."
+    )
+    parser = commands.add_parser("push", help="a model folder to the Hugging Face hub", description=text)
+    parser.add_argument("folder", metavar="FOLDER", help="folder that convert or train has written")
+    parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub")
+    parser.add_argument("--private", action="store_true", default=None, help="make it a private one")
+    parser.add_argument("--license", metavar="ID", help="for the card, such as mit (default: the card says nothing)")
+    parser.add_argument("--message", default="Upload a Segmenter model", metavar="TEXT", help="of the commit")
     return parser
 
 
@@ -318,7 +334,7 @@ def _add_data(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = commands.add_parser("data", help="check a data set", description="Data sets.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = (
-        "Reads every image and label of a data set: ADE20K, Pascal Context, Cityscapes, CamVid, or a folder of your "
+        "Reads every image and label of a data set: one of the public ones that --kind names, or a folder of your "
         "own with images/, annotations/ and dataset.yml. Reports sizes, the share of each class, images that are the "
         "same in several splits, and every file that cannot be used; if there are any, the exit status is 3."
     )
@@ -327,7 +343,7 @@ def _add_data(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     check.add_argument(
         "--kind",
         metavar="KIND",
-        help="ade20k, pascal_context, pascal_context_59, cityscapes, camvid or folder (default: told by its folders)",
+        help=f"{DATA_KINDS} (default: told by its folders)",
     )
     check.add_argument("--split", type=words, metavar="S[,S]", help="such as train,val (default: all that are there)")
     check.add_argument("--classes", metavar="KEY_OR_FILE", help="other names and colours, as for predict")

@@ -2,11 +2,16 @@
 
 import argparse
 
+DATA_KINDS = (  # `segmenter.data.datasets.KINDS`, which imports numpy
+    "ade20k, pascal_context, pascal_context_59, cityscapes, camvid, voc2012, voc2012_aug, coco_stuff, mapillary_v1.2, "
+    "mapillary_v2.0, loveda, potsdam, potsdam_no_boundary, folder"
+)
+
 # setting -> what it says in --help; defaults are those of the recipe, or of the data set as published
 _SETTINGS = {
     "data": {
         "data": "folder of the data set",
-        "kind": "ade20k, pascal_context, pascal_context_59, cityscapes, camvid, folder (default: recognised)",
+        "kind": f"{DATA_KINDS} (default: recognised)",
         "split": "split to train on (default: train)",
         "val_split": "split to evaluate on (default: val; none: no evaluation)",
         "workers": "processes that read samples (default: 4)",
@@ -52,6 +57,8 @@ _SETTINGS = {
         "warmup_steps": "linear rise of the rate (default: 0)",
         "clip_grad": "largest norm of the gradients (default: not clipped)",
         "class_weighting": "classes weigh their share of pixels to the power of minus this (default: 0)",
+        "loss": "a name or sum such as 'cross_entropy + 0.5 dice(smooth=1)', of cross_entropy, ohem, dice, jaccard, "
+        "tversky, focal, lovasz (default: cross_entropy)",
         "lovasz": "weight of an added Lovasz-softmax loss (default: 0)",
         "ema": "decay of an average of the weights, which is then what is evaluated and saved (default: 0, none)",
         "impl": "eager, triton or auto (default: eager)",

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from segmenter.classes import ClassSet
 from segmenter.data.advice import advice, nothing_to_learn, value_counts
 from segmenter.data.datasets import CUSTOM, Dataset, Source
-from segmenter.data.label_files import DataError, read_ids
+from segmenter.data.label_files import DataError
 from segmenter.data.layouts import Sample, in_short
 from segmenter.inference.read_ahead import Call, ReadAhead, behind
 
@@ -134,7 +134,7 @@ def glance(dataset: Dataset, n: int = 64, seconds: float = 10.0) -> list[str]:
             break
         looked += 1
         with contextlib.suppress(DataError):  # training tells of it
-            values.update(value_counts(read_ids(sample.label)))
+            values.update(value_counts(dataset.ids.read(sample.label)))
     where = f"{dataset.root}: split {dataset.split}, {looked} of {len(dataset)} label files looked at"
     texts = advice(values, dataset.ids, dataset.classes.names, dataset.key == CUSTOM)
     if looked == len(dataset) and nothing_to_learn(values, dataset.ids, dataset.n_cls):
@@ -190,7 +190,7 @@ def _examine_all(dataset: Dataset, workers: int) -> Iterator[_Facts]:
 def _examine(dataset: Dataset, sample: Sample) -> _Facts:
     facts = _Facts()
     pixels = facts.tried(dataset.read_pixels, sample)
-    values = facts.tried(read_ids, sample.label)
+    values = facts.tried(dataset.ids.read, sample.label)
     labels = None
     if values is not None:
         facts.values = value_counts(values)

@@ -1,4 +1,4 @@
-"""ADE20K, Pascal Context, Cityscapes, CamVid and folders of one's own as samples of pixels and labels.
+"""Public data sets (`IDS` names them) and folders of one's own as samples of pixels and labels.
 
 `open_dataset("ADEChallengeData2016", "val")` finds and pairs the files; `read` gives one sample as arrays.
 """
@@ -11,10 +11,16 @@ import numpy as np
 
 from segmenter.classes import ClassesError, ClassSet, load_classes
 from segmenter.data.custom import FILE, description, read_custom
-from segmenter.data.label_files import DataError, Ids, ignore_index, read_ids
+from segmenter.data.label_files import DataError, Ids, ignore_index
 from segmenter.data.layouts import LAYOUTS, Layout, Part, Sample, in_short, pair
 from segmenter.inference.image_files import ImageError, orientation
 from segmenter.inference.images import read_image
+
+# The 171 of 0..181 that occur in COCO-Stuff's label files: of the first 91, the things of COCO, 11 have never been
+# labelled (README.md and labels.txt of github.com/nightrome/cocostuff).
+_COCO_STUFF = tuple(i for i in range(182) if i not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90))
+# The last one, of boundaries that the labels without boundaries leave out, is no class.
+_POTSDAM = ((255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0), (0, 0, 0))
 
 IDS = {  # kind of data set -> what the values in its label files mean
     "ade20k": Ids(reduce_zero=True),  # 0 is "other"
@@ -22,10 +28,19 @@ IDS = {  # kind of data set -> what the values in its label files mean
     "pascal_context_59": Ids(reduce_zero=True),  # background does not count
     "cityscapes": Ids(),
     "camvid": Ids(ignored=(11,)),  # 11 is "unlabelled"
+    "voc2012": Ids(),
+    "voc2012_aug": Ids(),
+    "coco_stuff": Ids(stored=_COCO_STUFF),
+    "mapillary_v1.2": Ids(ignored=(65,)),  # "Unlabeled"
+    "mapillary_v2.0": Ids(ignored=(123,)),  # "Unlabeled"
+    "loveda": Ids(reduce_zero=True),  # 0 is "no data"
+    "potsdam": Ids(ignored=(6,), colors=_POTSDAM),
+    "potsdam_no_boundary": Ids(ignored=(6,), colors=_POTSDAM),
 }
 CUSTOM = "folder"
 KINDS = (*IDS, CUSTOM)
 _LAYOUT = {"pascal_context_59": "pascal_context"}  # kinds that lie on the disk as another does
+_CLASSES = {"voc2012_aug": "voc2012", "potsdam_no_boundary": "potsdam"}  # kinds that have the classes of another
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,7 @@ class Dataset:
 
     def read_labels(self, sample: Sample) -> np.ndarray:
         """The labels alone, as of `read`; the size is not compared with the image's."""
-        return self.ids.to_labels(read_ids(sample.label), self.n_cls, sample.label)
+        return self.ids.to_labels(self.ids.read(sample.label), self.n_cls, sample.label)
 
     def check_sizes(self, sample: Sample, pixels: np.ndarray, labels: np.ndarray) -> None:
         """Raises DataError: the image (H, W, 3) and the labels (H, W) of a sample are not of the same size."""
@@ -173,7 +188,8 @@ def open_dataset(
         split: train, val, test or trainval, which is both with "train/" or "val/" before the names; or one of
             dataset.yml. Some data sets have no public labels for test.
         kind: one of KINDS; None: recognised by its folders. Pascal Context is taken as that of 60 classes unless
-            "pascal_context_59" is said.
+            "pascal_context_59" is said, VOC 2012 without the labels of SBD unless "voc2012_aug" is, and Potsdam with
+            boundaries unless "potsdam_no_boundary" is.
         classes: other names and colours: a ClassSet, or what `load_classes` takes.
     Raises:
         DataError: not found or of several kinds, no such split, images without label, labels without image.
@@ -196,14 +212,15 @@ def find_source(root: str | Path, kind: str | None = None, classes: ClassSet | s
         return _custom_source(root, _load(classes))
     layout, base = _find_layout(root, kind)
     key = kind or layout.key
-    names = _fitting(_load(classes), load_classes(key), base)
+    names = _fitting(_load(classes), load_classes(_CLASSES.get(key, key)), base)
     return Source(key, base, names, IDS[key], _with_trainval(layout.parts(base), key), layout.unlabelled)
 
 
 def _find_layout(root: Path, kind: str | None) -> tuple[Layout, Path]:
     wanted = _LAYOUT.get(kind, kind)
     layouts = [layout for layout in LAYOUTS if wanted in (None, layout.key)]
-    found = [(layout, base) for layout in layouts for base in layout.bases(root, recognise=kind is None)]
+    tried = [layout for layout in layouts if kind or not layout.on_demand]
+    found = [(layout, base) for layout in tried for base in layout.bases(root, recognise=kind is None)]
     if not found:
         looked = "; ".join(f"{layout.key}: {layout.in_words()}" for layout in layouts)
         custom = f"; of your own: {FILE} beside images/ and annotations/" if kind is None else ""

@@ -125,7 +125,8 @@ class Run:
         if group.sums([self.step])[0] != self.step * group.world:
             raise CheckpointError(f"{checkpoint}: the processes find different ones; let them share the output folder")
         weight = None if self.class_weights is None else self.class_weights.to(group.device)
-        self.loss = SegmentationLoss(dataset.ignore_index, weight, recipe.lovasz, self.model.patch_size, recipe.impl)
+        of_pixels = (self.model.patch_size, recipe.impl)
+        self.loss = SegmentationLoss(dataset.ignore_index, weight, recipe.loss_terms(), *of_pixels)
         self.parallel = group.parallel(_Masks(self.model))
 
     def run(self, stop: threading.Event) -> Outcome:
@@ -138,6 +139,8 @@ class Run:
         bar = tqdm(total=self.total, initial=self.step, desc="training", unit="step", disable=not self.progress)
         meter, stopped, saved = _Meter(), False, time.monotonic()
         with bar:
+            if self.progress:
+                bar.write(f"loss: {self.loss.implementations(self.trained[0])}")
             self._evaluate_if_due(log, bar)  # what a run that was killed had still to do
             for batch in self._batches():
                 meter.add(self.training_step(batch))

@@ -12,6 +12,7 @@ from typing import Any
 from segmenter.config import IMPLEMENTATIONS, NORMALIZATIONS
 from segmenter.errors import InputError
 from segmenter.text_files import read_yaml
+from segmenter.training.loss_terms import CROSS_ENTROPY, LossError, LossTerm, parse_loss
 
 OPTIMIZERS = ("sgd", "adamw")
 AMP = ("none", "bfloat16", "float16")
@@ -48,7 +49,8 @@ class Recipe:
         weight_decay: not of biases, norms, positions and tokens. min_lr, power, warmup_steps: polynomial decay after a
             linear warm-up, per step. clip_grad: largest norm of all gradients together; None: not clipped.
         class_weighting: each class counts as its share of the pixels to the power of minus this (0: all the same).
-        lovasz: this times the Lovász-softmax loss is added (Berman et al., CVPR 2018).
+        loss: a name or a weighted sum such as "cross_entropy + 0.5 dice(smooth=1)": `segmenter.training.loss_terms`.
+        lovasz: this times the Lovász-softmax loss is added; the same as "+ X lovasz" in `loss`.
         ema: decay of the average of weights that is evaluated and saved, 0: none.
         amp: "bfloat16" or "float16" autocast. impl: "eager", "triton" or "auto"; eager until the kernels have been
             measured in training. seed: of weights, order and augmentation.
@@ -97,6 +99,7 @@ class Recipe:
     warmup_steps: int = 0
     clip_grad: float | None = None
     class_weighting: float = 0.0
+    loss: str = CROSS_ENTROPY
     lovasz: float = 0.0
     ema: float = 0.0
     amp: str = "none"
@@ -131,8 +134,25 @@ class Recipe:
                 raise RecipeError(f"{name} must lie in {low}..{high}, found {value}")
         if not 0 < self.scale[0] <= self.scale[1] <= 16:
             raise RecipeError(f"scale must be two rising numbers up to 16, found {list(self.scale)}")
+        self.loss_terms()
         if self.impl == "eager" and self.recompute in (0, 1, 2):
             raise RecipeError(f'recompute {self.recompute} needs kernels: impl "triton" or "auto"; 3 works without')
+
+    def loss_terms(self) -> tuple[LossTerm, ...]:
+        """What `loss` and `lovasz` add up.
+
+        Raises:
+            RecipeError: `loss` cannot be read, or both name Lovász-softmax.
+        """
+        try:
+            terms = parse_loss(self.loss)
+        except LossError as error:
+            raise RecipeError(str(error)) from error
+        if not self.lovasz:
+            return terms
+        if any(term.name == "lovasz" for term in terms):
+            raise RecipeError(f"loss {self.loss!r} has lovasz, and so has the setting lovasz {self.lovasz}; say one")
+        return (*terms, LossTerm("lovasz", self.lovasz))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; `Recipe(**that)` is the same again."""

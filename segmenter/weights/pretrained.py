@@ -77,6 +77,26 @@ def save_pretrained(
             configuration, its weights are split among processes, or `dtype` stores none. OSError: the folder cannot be
             written.
     """
+    parts = contents(model, dtype=dtype, keep=keep, classes=classes)
+    config = parts.pop(CONFIG)
+    with writing_into(directory := Path(folder), wait=_TURN):
+        _finish_interrupted_save(directory)
+        try:
+            for name, data in parts.items():
+                _write_new(directory, name, data)
+            write_text(directory / CONFIG, config.decode())
+        finally:  # also after Ctrl-C just when config.json was replaced
+            _finish_interrupted_save(directory)
+
+
+def contents(
+    model: Segmenter,
+    *,
+    dtype: torch.dtype | None = None,
+    keep: Collection[str] = (),
+    classes: "str | os.PathLike | ClassSet | None" = None,
+) -> dict[str, bytes]:
+    """Name -> content of the files that `save_pretrained` writes, whose arguments and errors it has."""
     from safetensors.torch import save
 
     from segmenter.classes import CLASS_SETS, ClassesError, ClassSet, load_classes
@@ -103,14 +123,28 @@ def save_pretrained(
     storage = {"schema": SCHEMA, _STORAGE: _INT8} if dtype == torch.int8 else {"schema": 1}
     content = {"format": "segmenter", **storage, "model": model.config.to_dict(), "info": info}
     content |= {_SUMS[name]: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
-    with writing_into(directory := Path(folder), wait=_TURN):
-        _finish_interrupted_save(directory)
-        try:
-            for name, data in parts.items():
-                _write_new(directory, name, data)
-            write_text(directory / CONFIG, _json(content | {_CONFIG_SUM: _config_sum(content)}))
-        finally:  # also after Ctrl-C just when config.json was replaced
-            _finish_interrupted_save(directory)
+    return {**parts, CONFIG: _json(content | {_CONFIG_SUM: _config_sum(content)}).encode()}
+
+
+def files_of(folder: str | os.PathLike) -> dict[str, Path]:
+    """Name -> file, of the files of a save and no others; one that was interrupted may have them under other names.
+
+    Raises:
+        CheckpointError: no save of this format, or a file of it is missing or damaged.
+    """
+    path = Path(folder)
+    content = read_json_object(path / CONFIG)
+    if content.get("format") != "segmenter":
+        raise CheckpointError(f"{path / CONFIG}: was not written by save_pretrained of segmenter")
+    info = content.get("info")
+    names = [WEIGHTS, CLASSES] if isinstance(info, dict) and info.get("classes") == CLASSES else [WEIGHTS]
+    found: dict[str, Path] = {CONFIG: path / CONFIG}
+    for name in names:
+        file = _file_of(path, name, content, verify=True)
+        if file is None:
+            raise CheckpointError(f"{path}: has no {name}")
+        found[name] = file
+    return found
 
 
 def from_pretrained(

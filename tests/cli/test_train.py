@@ -61,9 +61,19 @@ def test_flags_alone(made, tmp_path):
     assert {"final", "checkpoint.pth"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
+def test_a_loss_by_flag(argv, tmp_path, capsys):
+    pytest.importorskip("segmentation_models_pytorch")
+    assert main([*argv, "--loss", "cross_entropy + 0.5 dice(smooth=1) + 2 ohem", "--val-split", "none"]) == 0
+    expected = "loss: cross_entropy by PyTorch in chunks + 0.5 dice(smooth=1.0) by segmentation_models_pytorch of all"
+    assert expected in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(line["loss"] > 3 * 1.5 for line in lines), "cross-entropy of 5 classes is 1.6"
+
+
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
+        (["--loss", "cross_entropy + dise"], 2, "loss 'dise' is unknown; choose of cross_entropy, ohem, dice"),
         (["--optimizer", "adam"], 2, "optimizer 'adam' is unknown"),
         (["--recipe", "nothing.yml"], 2, "nothing.yml: cannot be read"),
         (["--data", "nowhere"], 1, "nowhere: no such folder"),

@@ -13,7 +13,17 @@ from segmenter.classes import generic_classes
 from segmenter.data.check import check_dataset
 from segmenter.data.datasets import IDS, PUBLISHED, DataError, find_source, open_dataset
 from segmenter.data.label_files import read_ids
-from tests.support.data_sets import N_CLS, SIZE, describe, make_data_set, paths, save, smooth_noise
+from tests.support.data_sets import (
+    COLORS,
+    N_CLS,
+    SIZE,
+    UNUSED,
+    describe,
+    make_data_set,
+    paths,
+    save,
+    smooth_noise,
+)
 
 PLACES = {  # as published, and as the published code's $DATASET folder has it
     "ade20k": ("", "ADEChallengeData2016", "ade20k/ADEChallengeData2016"),
@@ -22,7 +32,17 @@ PLACES = {  # as published, and as the published code's $DATASET folder has it
     "camvid": ("", "camvid"),
     "segnet": ("", "CamVid"),
     "folder": ("",),
+    "voc2012": ("", "VOC2012", "VOCdevkit/VOC2012"),
+    "voc2012_aug": ("", "VOCdevkit/VOC2012"),
+    "coco_stuff": ("", "coco_stuff164k", "dataset"),
+    "mapillary_v1.2": ("", "mapillary"),
+    "mapillary_v2.0": ("", "mapillary"),
+    "loveda": ("", "LoveDA"),
+    "potsdam": ("", "Potsdam"),
+    "potsdam_no_boundary": ("",),
 }
+ON_DEMAND = ("voc2012_aug", "potsdam_no_boundary")  # another kind lies in the same folders
+N = {"potsdam": (24, 14), "potsdam_no_boundary": (24, 14)}
 NAMES = {
     "ade20k": ("ADE_train_00000001", "ADE_val_00000001"),
     "pascal_context": ("2008_000000", "2009_000000"),
@@ -30,6 +50,14 @@ NAMES = {
     "camvid": ("0001TP_00000", "0001TP_00000"),
     "segnet": ("0001TP_00000", "0001TP_00000"),
     "folder": ("train_0", "val_0"),
+    "voc2012": ("2011_000000", "2012_000000"),
+    "voc2012_aug": ("2011_000000", "2012_000000"),
+    "coco_stuff": ("000000000000", "000000000000"),
+    "mapillary_v1.2": ("0" * 22, "0" * 22),
+    "mapillary_v2.0": ("0" * 22, "0" * 22),
+    "loveda": ("Rural/0", "Rural/0"),
+    "potsdam": ("top_potsdam_2_10", "top_potsdam_2_13"),
+    "potsdam_no_boundary": ("top_potsdam_2_10", "top_potsdam_2_13"),
 }
 
 
@@ -41,7 +69,14 @@ def stored(path):
 def expected(kind, values):
     """What labels must be, written down for each kind apart."""
     values = values.astype(int)
-    if kind in ("ade20k", "pascal_context_59"):
+    if kind.startswith("potsdam"):
+        classes = {color: i for i, color in enumerate(COLORS)} | {(0, 0, 0): 255}
+        return np.array([[classes[tuple(color)] for color in row] for row in values.tolist()])
+    if kind == "coco_stuff":
+        return np.vectorize(lambda v: 255 if v == 255 else v - sum(unused < v for unused in UNUSED))(values)
+    if kind.startswith("mapillary"):
+        return np.where(values == N_CLS[kind], 255, values)
+    if kind in ("ade20k", "pascal_context_59", "loveda"):
         return np.where((values == 0) | (values == 255), 255, values - 1)
     return np.where(values == 11, 255, values) if kind in ("camvid", "segnet") else values
 
@@ -50,9 +85,9 @@ def expected(kind, values):
 def test_layouts_are_recognised_and_read(tmp_path, kind, place):
     base = make_data_set(tmp_path / place, kind)
     key = "camvid" if kind == "segnet" else kind
-    for split, name in zip(("train", "val"), NAMES[kind], strict=True):
-        data = open_dataset(tmp_path, split)
-        assert (data.key, data.split, data.n_cls, data.ignore_index, len(data)) == (key, split, N_CLS[key], 255, 2)
+    for split, name, n in zip(("train", "val"), NAMES[kind], N.get(kind, (2, 2)), strict=True):
+        data = open_dataset(tmp_path, split, kind if kind in ON_DEMAND else None)
+        assert (data.key, data.split, data.n_cls, data.ignore_index, len(data)) == (key, split, N_CLS[key], 255, n)
         assert data.root == base
         first = data.samples[0]
         assert (first.name, first.image, first.label) == (name, *(base / path for path in paths(kind, split, 0)))
@@ -73,7 +108,7 @@ def test_pascal_context_of_59_classes_ignores_background(tmp_path):
     np.testing.assert_array_equal(data.read(data.samples[0])[1], expected("pascal_context_59", values))
 
 
-@pytest.mark.parametrize("kind", ["ade20k", "cityscapes", "camvid", "segnet", "folder"])
+@pytest.mark.parametrize("kind", ["ade20k", "cityscapes", "camvid", "segnet", "folder", "voc2012", "loveda"])
 def test_trainval_is_train_and_val_with_names_that_differ(tmp_path, kind):
     make_data_set(tmp_path, kind)
     names = [s.name for s in open_dataset(tmp_path, "trainval").samples]

@@ -114,4 +114,56 @@ LOSS = [
             ),
         },
     ),
+    *planted_in(
+        "segmenter/training/losses.py",
+        ("tests/training/test_losses.py",),
+        {
+            "losses_of_the_library_ignore_another_label": (
+                '"multiclass", ignore_index=self.ignore_index',
+                '"multiclass", ignore_index=0',
+            ),
+            "hard_pixels_of_ignored_labels": (
+                "counted = labels != ignore_index",
+                "counted = labels != 0",
+            ),
+            "weights_of_a_sum_left_out": (
+                "sum(term.weight * compute(",
+                "sum(compute(",
+            ),
+            "weight_of_cross_entropy_left_out": (
+                "else self._cross_entropy.weight * loss",
+                "else loss",
+            ),
+            "arguments_left_out": (
+                "ignore_index=self.ignore_index, **term.arguments)",
+                "ignore_index=self.ignore_index)",
+            ),
+            "smoothing_left_out": (
+                'self._cross_entropy.argument("label_smoothing")',
+                "0.0",
+            ),
+            "added_losses_in_half_types": (
+                "logits = masks.float()",
+                "logits = masks",
+            ),
+            "easy_pixels_are_hard": (
+                "(losses.detach() > -math.log",
+                "(losses.detach() < -math.log",
+            ),
+            "no_least_number_of_hard_pixels": (
+                "max(n_hard, round(min_share * len(y)), 1)",
+                "max(n_hard, 1)",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/training/loss_terms.py",
+        ("tests/training/test_losses.py",),
+        {
+            "weights_of_terms_not_read": (
+                'float(match["weight"] or 1)',
+                "1.0",
+            ),
+        },
+    ),
 ]

@@ -35,9 +35,9 @@ DURABILITY = [
         "segmenter/training/losses.py",
         ("tests/training/test_loop.py",),
         {
-            "lovasz_of_every_part_counts_whole": (
-                "part * self.lovasz * ",
-                "self.lovasz * ",
+            "added_losses_of_every_part_count_whole": (
+                "loss + part * added",
+                "loss + added",
             ),
         },
     ),

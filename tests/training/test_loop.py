@@ -14,6 +14,7 @@ from segmenter.data.datasets import open_dataset
 from segmenter.data.loader import Batch
 from segmenter.training.distributed import Group
 from segmenter.training.loop import Run, TrainingError
+from segmenter.training.loss_terms import parse_loss
 from segmenter.training.losses import SegmentationLoss, class_weights
 from segmenter.training.optimizer import averaged, gradient_norm, make_optimizer, parameter_groups
 from segmenter.training.recipe import Recipe, RecipeError
@@ -182,7 +183,7 @@ class TestLoss:
         losses = SimpleNamespace(LovaszLoss=made)
         monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", SimpleNamespace(losses=losses))
         monkeypatch.setitem(sys.modules, "segmentation_models_pytorch.losses", losses)
-        plain, added = SegmentationLoss(255), SegmentationLoss(255, lovasz=0.5)
+        plain, added = SegmentationLoss(255), SegmentationLoss(255, terms=parse_loss("cross_entropy + 0.5 lovasz"))
         n = plain.denominator(self.labels)
         difference = added(self.logits, self.labels, n) - plain(self.logits, self.labels, n)
         torch.testing.assert_close(difference, torch.tensor(3.5))
@@ -196,7 +197,7 @@ class TestLoss:
         labels = torch.tensor([[[0, 0, 1, 1, 255]]])
         predicted = torch.tensor([[[0, 0, 0, 1, 1]]])
         logits = 200.0 * F.one_hot(predicted, 2).permute(0, 3, 1, 2)
-        plain, added = SegmentationLoss(255), SegmentationLoss(255, lovasz=1.0)
+        plain, added = SegmentationLoss(255), SegmentationLoss(255, terms=parse_loss("cross_entropy + lovasz"))
         difference = added(logits, labels, 4.0) - plain(logits, labels, 4.0)
         torch.testing.assert_close(difference, torch.tensor(1 - (2 / 3 + 1 / 2) / 2), rtol=1e-4, atol=0)
 

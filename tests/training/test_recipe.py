@@ -19,6 +19,7 @@ OTHERS = {  # a value other than the default for every setting
     "optimizer": "adamw", "learning_rate": 3e-4, "momentum": 0.8, "backbone_rate": 0.5, "layer_decay": 0.75,
     "weight_decay": 0.05,
     "min_lr": 0.0, "power": 1.0, "warmup_steps": 100, "clip_grad": 1.0, "class_weighting": 0.5, "lovasz": 1.0,
+    "loss": "cross_entropy(label_smoothing=0.1) + 0.5 dice",
     "ema": 0.999, "amp": "bfloat16", "impl": "auto", "recompute": 2,
     "seed": 5, "eval_freq": 2, "save_minutes": 1.5, "log_steps": 5, "overlays": 0,
     "tensorboard": True, "workers": 0, "bad_samples": "skip", "window_size": 224, "window_stride": 112,
@@ -54,7 +55,7 @@ def test_defaults_are_the_published_recipe():
         "clip_grad": None, "drop_path": 0.1, "dropout": 0.0, "decoder_dropout": 0.1, "scale": (0.5, 2.0),
         "cat_max_ratio": 0.75, "flip": 0.5, "photometric": True, "amp": "none", "ema": 0.0, "layer_decay": 1.0,
         "backbone_rate": 1.0,
-        "class_weighting": 0.0, "lovasz": 0.0,
+        "class_weighting": 0.0, "loss": "cross_entropy", "lovasz": 0.0,
     }  # fmt: skip
     assert {name: getattr(recipe, name) for name in published} == published
 
@@ -132,6 +133,11 @@ def test_flags_win_over_the_file(tmp_path):
         ({"photometric": 1}, "photometric must be true or false, found 1"),
         ({"model": 3}, "model must be text, found 3"),
         ({"model": None}, "model must be text, found None"),
+        ({"loss": "cross_entropy + dicee"}, "loss 'dicee' is unknown; choose of cross_entropy, ohem, dice"),
+        ({"loss": "dice(smoth=1)"}, "dice has no argument 'smoth'; allowed are, with their defaults: smooth=0, log_lo"),
+        ({"loss": "lovasz(a=1)"}, "lovasz has no argument 'a'; allowed are, with their defaults: none"),
+        ({"loss": "lovasz", "lovasz": 1.0}, "loss 'lovasz' has lovasz, and so has the setting lovasz 1.0; say one"),
+        ({"loss": 3}, "loss must be text, found 3"),
         ({"optimizer": "adam"}, "optimizer 'adam' is unknown; choose one of sgd, adamw"),
         ({"amp": "fp8"}, "amp 'fp8' is unknown; choose one of none, bfloat16, float16"),
         ({"drop_path": 1.0}, "drop_path must lie in 0.0..0.99999, found 1.0"),

@@ -143,8 +143,10 @@ def _canvas_scores(
             x = across[(across >= left) & (across < left + cols.window)] - left
             if len(y) and len(x):
                 k = i * len(cols.anchors) + j
-                upsampled = _between(masks[k], 2, cols.cell_low[x], cols.cell_high[x], cols.cell_weight[x])
-                upsampled = _between(upsampled, 1, rows.cell_low[y], rows.cell_high[y], rows.cell_weight[y])
+                low, high = rows.cell_low[y], rows.cell_high[y]
+                cells = masks[k][:, low[0] : high[-1] + 1]
+                upsampled = _between(cells, 2, cols.cell_low[x], cols.cell_high[x], cols.cell_weight[x])
+                upsampled = _between(upsampled, 1, low - low[0], high - low[0], rows.cell_weight[y])
                 of_window = probabilities[k] @ upsampled.sigmoid().flatten(1)  # (C, Q) @ (Q, pixels)
                 y_0, x_0 = np.searchsorted(down, y[0] + top), np.searchsorted(across, x[0] + left)
                 total[:, y_0 : y_0 + len(y), x_0 : x_0 + len(x)] += of_window.unflatten(1, (len(y), len(x)))

@@ -97,8 +97,8 @@ QUERIES = [
             "queries_softmax_over_queries": ("wide.softmax(-1)[", "wide.softmax(-2)["),
             "queries_definition_without_sigmoid": ("upsampled.sigmoid().flatten(1)", "upsampled.flatten(1)"),
             "queries_sigmoid_before_upsampling": (
-                "_between(masks[k], 2, cols.cell_low[x]",
-                "_between(4 * masks[k].sigmoid() - 2, 2, cols.cell_low[x]",
+                "_between(cells, 2, cols.cell_low[x]",
+                "_between(4 * cells.sigmoid() - 2, 2, cols.cell_low[x]",
             ),
             "queries_definition_sums_windows": ("    return total / covering\n", "    return total\n"),
             "queries_rows_of_the_first_block": (

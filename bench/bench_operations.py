@@ -1,13 +1,13 @@
 """The operations that are timed alone, each by every provider that has it.
 
-bench/operations.py and bench/gradients.py say what they are.
+bench/operations.py, bench/gradients.py and bench/maps.py say what they are.
 """
 
 from collections.abc import Callable
 
 import pytest
 
-from bench import gradients, operations
+from bench import gradients, maps, operations
 
 
 def _benchmark(operation: operations.Operation) -> Callable:
@@ -21,6 +21,7 @@ def _benchmark(operation: operations.Operation) -> Callable:
 bench_attention = _benchmark(operations.ATTENTION)
 bench_attention_backward = _benchmark(operations.ATTENTION_BACKWARD)
 bench_layernorm_mlp = _benchmark(operations.LAYERNORM_MLP)
+bench_layernorm_mlp_scaled = _benchmark(operations.LAYERNORM_MLP_SCALED)
 bench_mask_head = _benchmark(operations.MASK_HEAD)
 bench_masks_to_labels = _benchmark(operations.MASKS_TO_LABELS)
 bench_noise_to_labels = _benchmark(operations.NOISE_TO_LABELS)
@@ -31,3 +32,6 @@ bench_layernorm_mlp_backward = _benchmark(gradients.LAYERNORM_MLP)
 bench_mask_head_backward = _benchmark(gradients.MASK_HEAD)
 bench_pixels_to_tokens_backward = _benchmark(gradients.PIXELS_TO_TOKENS)
 bench_attention_half_backward = _benchmark(gradients.ATTENTION_HALF)
+bench_maps_rows = _benchmark(maps.ROWS)
+bench_maps_statistics = _benchmark(maps.STATISTICS_OF_ROWS)
+bench_maps_transposed = _benchmark(maps.TRANSPOSED)

@@ -15,7 +15,14 @@ class GateError(AssertionError):
     """A provider's result is wrong, so it is not timed."""
 
 
-def check(provider: str, actual: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, max_ratio: float = 2.0) -> str:
+def check(
+    provider: str,
+    actual: torch.Tensor,
+    exact: torch.Tensor,
+    eager: torch.Tensor,
+    max_ratio: float = 2.0,
+    frobenius: float = 2.0,
+) -> str:
     """Says how the largest error compares with eager's.
 
     Raises:
@@ -24,7 +31,7 @@ def check(provider: str, actual: torch.Tensor, exact: torch.Tensor, eager: torch
     try:
         # Every provider counts as eager here, also against itself; the whole may be off by a little more than eager's
         # because library kernels add in an order of their own.
-        assert_parity(actual, exact, eager, max_ratio=max_ratio, frobenius=2.0)
+        assert_parity(actual, exact, eager, max_ratio=max_ratio, frobenius=frobenius)
     except AssertionError as error:
         raise GateError(f"{provider} is wrong and is not timed: {error}") from None
     ours, theirs = (largest_error(x, exact) for x in (actual, eager))

@@ -120,12 +120,22 @@ def _mask_head_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) ->
     return *tokens, *projections, random_tensor((K,), dtype, device, 0.2, 1.0), random_tensor((K,), dtype, device, 0.2)
 
 
-def _fused(kind: str, name: str, inputs: Callable[..., Tensors], work: Callable[[Shape, int], Work]) -> Operation:
-    """An operation that the reference defines under the name that our kernel has."""
-    definition = getattr(reference, name)
+def _scaled_mlp_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensors:
+    return *_mlp_inputs(shape, dtype, device), random_tensor((shape.d_model,), dtype, device, 0.2, 1.0)
+
+
+def _fused(
+    kind: str, name: str, inputs: Callable[..., Tensors], work: Callable[[Shape, int], Work], last: str = ""
+) -> Operation:
+    """An operation that the reference defines under the name that our kernel has. last: the last input's keyword."""
+
+    def by(function: Callable) -> Callable:
+        return (lambda *tensors: function(*tensors[:-1], **{last: tensors[-1]})) if last else function
+
+    definition = by(getattr(reference, name))
 
     def call(provider: str, shape: Shape) -> Callable:
-        return getattr(load_kernels(), name) if provider == "triton" else compiled(provider, definition)
+        return by(getattr(load_kernels(), name)) if provider == "triton" else compiled(provider, definition)
 
     def check(provider: str, shape: Shape, out: torch.Tensor, inputs: Tensors) -> str:
         ends = [_ends(t) if t.ndim == 3 else t for t in inputs]
@@ -135,6 +145,8 @@ def _fused(kind: str, name: str, inputs: Callable[..., Tensors], work: Callable[
 
 
 LAYERNORM_MLP = _fused("layernorm-mlp", "layernorm_mlp", _mlp_inputs, shapes.layernorm_mlp)
+_LAYER_SCALE = _scaled_mlp_inputs, shapes.layernorm_mlp_scaled, "layer_scale"  # a factor a column, as in DINOv2
+LAYERNORM_MLP_SCALED = _fused("layernorm-mlp-scaled", "layernorm_mlp", *_LAYER_SCALE)
 MASK_HEAD = _fused("mask-head", "mask_head", _mask_head_inputs, shapes.mask_head)
 
 # ---------------------------------------------------------------------------------------------------------------------

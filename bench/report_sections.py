@@ -27,6 +27,10 @@ OPERATIONS = {
     "layernorm-backward": ("LayerNorm with its gradients", "Of x, weight and bias."),
     "mask-head-backward": ("Mask head with its gradients", "Of tokens, projections and the LayerNorm over classes."),
     "pixels-to-tokens-backward": ("Bytes to tokens with gradients", "Of all but the bytes."),
+    "layernorm-mlp-scaled": ("LayerNorm and MLP with LayerScale", "x + s fc2(gelu(fc1(layer_norm(x)))), as in DINOv2."),
+    "attention-statistics": ("Attention statistics", "Six numbers of every row of the attention matrix."),
+    "attention-transposed": ("Sums over queries", "The transposed attention matrix times 16 columns."),
+    "attention-rows": ("Attention rows", "Those of 16 queries of each head."),
     "train-step": ("Training step", "Forward, loss, backward, SGD with momentum; a whole batch, by the wall clock."),
 }
 TAIL = ("masks-to-labels", "noise-to-labels", "loss")  # of inference and training: the model's width is not in them

@@ -18,6 +18,7 @@ WIDTHS = {  # d_model and layers; heads have 64 columns
 }
 HEAD_DIM = 64
 DECODER_LAYERS = 2
+MAP_ROWS = 16  # queries whose attention rows are looked at, and columns of what is summed over queries
 PATCHES = (8, 16, 32)
 SIZES = (512, 640, 768, 1024)
 
@@ -105,6 +106,29 @@ def mask_head(shape: Shape, item: int) -> Work:
     B, n, d, K = shape.batch, shape.patches, shape.d_model, shape.n_cls
     flops = 2 * B * n * d * d + 2 * B * K * d * d + 2 * B * n * K * d
     return Work(flops, item * (B * n * d + B * K * d + 2 * d * d + 2 * K + B * n * K))
+
+
+def attention_rows(shape: Shape, item: int) -> Work:
+    """Rows of the attention matrix, float32, of MAP_ROWS queries (if there are as many) an image and head."""
+    B, N, d, R = shape.batch, shape.tokens, shape.d_model, min(MAP_ROWS, shape.tokens)
+    return Work(2 * B * R * N * d, item * B * (R + N) * d + 4 * B * shape.n_heads * R * N)
+
+
+def attention_statistics(shape: Shape, item: int) -> Work:
+    """Six numbers of each row, float32; their sums are no matrix products."""
+    B, N, d = shape.batch, shape.tokens, shape.d_model
+    return Work(2 * B * N * N * d, item * 2 * B * N * d + 6 * 4 * B * shape.n_heads * N)
+
+
+def attention_transposed(shape: Shape, item: int) -> Work:
+    """The transposed matrix times MAP_ROWS columns, float32 in and out."""
+    B, N, d, columns = shape.batch, shape.tokens, shape.d_model, shape.n_heads * MAP_ROWS
+    return Work(2 * B * N * N * (d + columns), item * 2 * B * N * d + 2 * 4 * B * N * columns)
+
+
+def layernorm_mlp_scaled(shape: Shape, item: int) -> Work:
+    """`layernorm_mlp` whose branch has a factor a column."""
+    return layernorm_mlp(shape, item) + Work(0, item * shape.d_model)
 
 
 def layernorm(shape: Shape, item: int) -> Work:

@@ -6,7 +6,6 @@ and through, or that anybody listens in to, runs without, and so does every call
 """
 
 import functools
-import itertools
 import operator
 import threading
 import weakref
@@ -18,7 +17,7 @@ import torch.nn as nn
 
 from segmenter.cache import Cache
 from segmenter.guard import DECISION, OF_EVERY_MODULE, altered, hooks_of_all, qualified, replaced
-from segmenter.inference.cuda_graphs import PATIENCE, Graphs, Watched, same
+from segmenter.inference.cuda_graphs import PATIENCE, Graphs, Watched, first_parameter, same
 from segmenter.inference.windows import masks_of
 from segmenter.ops import unobserved_but_for_autocast
 
@@ -35,7 +34,7 @@ def network_of(model: nn.Module, cuda_graphs: bool = True) -> Callable[[torch.Te
         a function of windows (B, 3, h, w), normalised, or (B, h, w, 3) bytes; its results are the caller's.
     """
     direct = functools.partial(masks_of, model)
-    parameter = next(model.parameters(), None)
+    parameter = first_parameter(model)
     if not cuda_graphs or parameter is None or not _may_have_graphs(parameter):
         return direct
     half = torch.is_autocast_enabled(parameter.device.type)
@@ -96,7 +95,7 @@ class NetworkGraphs(Graphs):
         model = self.model
         if not unobserved_but_for_autocast(windows) or torch.cuda.is_current_stream_capturing():
             return masks_of(model, windows)
-        key = Key(tuple(windows.shape), windows.dtype, model.info.normalization, _settings())
+        key = Key(windows.shape, windows.dtype, model.info.normalization, _settings())
         with self._lock, self._on_device():
             masks = self._replay(key, windows) or self._capture_in_time(key, windows)
             if masks is not None:
@@ -213,8 +212,11 @@ class _Everything(Watched):
         self.parents = [module._modules for module in modules if module._modules]
         self.children = list(map(dict, self.parents))
         self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.holders, self.names = zip(*map(self._watched_attributes, modules), strict=True)
-        self.holders, self.names = map(list, map(itertools.chain.from_iterable, (self.holders, self.names)))
+        by_names: dict[tuple[str, ...], list[dict]] = {}  # most modules are of a few kinds: one look for each kind
+        for module in modules:
+            by_names.setdefault(self._watched_attributes(module), []).append(module.__dict__)
+        by_names.pop((), None)
+        self.getters = [(operator.itemgetter(*names), states) for names, states in by_names.items()]
         self.layers = [layer for layers in self.children for layer in layers.values()]
         self.kinds, self.sizes = list(map(type, self.layers)), list(map(len, self.states))
         self.attributes = self._attributes()
@@ -239,13 +241,18 @@ class _Everything(Watched):
         )
 
     @staticmethod
-    def _watched_attributes(module: nn.Module) -> tuple[list[dict], list[str]]:
+    def _watched_attributes(module: nn.Module) -> tuple[str, ...]:
         left_out = {*OF_EVERY_MODULE - {"training"}, DECISION, *_WITHOUT_EFFECT.get(type(module), ())}
-        names = [name for name in module.__dict__ if name not in left_out]
-        return [module.__dict__] * len(names), names
+        return tuple(name for name in module.__dict__ if name not in left_out)
 
-    def _attributes(self) -> list[Any]:
-        return list(map(dict.get, self.holders, self.names))
+    def _attributes(self) -> list[Any] | None:
+        found: list[Any] = []
+        try:
+            for get, states in self.getters:
+                found += map(get, states)
+        except KeyError:  # one has gone
+            return None
+        return found
 
     def _cleared(self) -> list[int]:
         return [cache.cleared for cache in self.caches]
@@ -253,4 +260,4 @@ class _Everything(Watched):
 
 def _settings() -> tuple:
     """Switches of PyTorch that decide what an operator launches."""
-    return tuple(switch() for switch in _SWITCHES)
+    return tuple([switch() for switch in _SWITCHES])

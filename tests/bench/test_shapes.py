@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import gradients, models, operations, shapes
+from bench import gradients, maps, models, operations, shapes
 from bench.providers import PUBLISHED, using
 from bench.shapes import Shape, Work
 from bench.timing import tensor_bytes
@@ -46,8 +46,11 @@ def test_training_operations(shape):
 OPERATIONS = [
     operations.ATTENTION,
     operations.LAYERNORM_MLP,
+    operations.LAYERNORM_MLP_SCALED,
     operations.MASK_HEAD,
     operations.MASKS_TO_LABELS,
+    maps.ROWS,
+    maps.TRANSPOSED,
 ]
 
 
@@ -59,6 +62,16 @@ def test_work_of_operations(operation, shape):
     with FlopCounterMode(display=False) as counter:
         out = fn(*inputs)
     assert operation.work(shape, 4) == Work(counter.get_total_flops(), tensor_bytes(inputs) + tensor_bytes(out))
+
+
+@pytest.mark.parametrize("shape", SMALL[:2], ids=lambda s: s.id)
+def test_work_of_statistics(shape):
+    """Its sums are no matrix products, but eager has one for the centre."""
+    inputs = maps.STATISTICS_OF_ROWS.inputs(shape, torch.float32, CPU)
+    work, fn = maps.STATISTICS_OF_ROWS.work(shape, 4), maps.STATISTICS_OF_ROWS.call("eager", shape)
+    centre = 2 * shape.batch * shape.n_heads * shape.tokens * shape.patches * 2
+    assert counted(lambda: fn(*inputs)) == work.flops + centre
+    assert work.bytes == tensor_bytes(inputs) + tensor_bytes(fn(*inputs))
 
 
 @pytest.mark.parametrize("shape", SMALL[:2], ids=lambda s: s.id)

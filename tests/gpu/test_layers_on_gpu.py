@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from segmenter.kernels import configs, layernorm, layernorm_mlp, linear, mask_head, reference
+from segmenter.layers import fused_separate_attention
+from segmenter.ops import EAGER, load_kernels
 from tests.gpu.conftest import size
 from tests.support.parity import assert_parity
 
@@ -54,6 +56,49 @@ def test_operators_at_the_widths_of_the_model(rows, d, dtype, device):
     check(linear.linear(*proj), reference.linear, proj, context)
     check(layernorm_mlp.layernorm_mlp(*inputs), reference.layernorm_mlp, inputs, context, size(3, 1),
           lambda: layernorm_mlp.layernorm_mlp(*inputs))  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [torch.float32, None], ids=str)
+@pytest.mark.parametrize("dtype", TYPES[:2], ids=str)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_layer_scale(d, dtype, scale, device):
+    """A factor for each column of what is added, of the weights' type or, as under autocast, wider."""
+    inputs = mlp_inputs(size(8200, 70), d, dtype, device)
+    scale = randn(d, device=device, seed=7, scale=0.2).to(scale or dtype)
+    proj = (inputs[0], inputs[3][:d], inputs[4][:d], inputs[0])
+
+    def product(function):
+        return lambda *a: function(*a[:-1], layer_scale=a[-1])
+
+    context = f"d={d} {dtype} scale {scale.dtype}"
+    for of, function, tensors in ((linear.linear, reference.linear, proj),
+                                  (layernorm_mlp.layernorm_mlp, reference.layernorm_mlp, inputs)):  # fmt: skip
+        tensors = (*tensors, scale)
+        run = product(of)
+        check(run(*tensors), product(function), tensors, context, size(3, 1), lambda r=run, t=tensors: r(*t))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("dtype", TYPES[:2], ids=str)
+def test_attention_of_separate_projections(dtype, scaled, device):
+    """As in ViTs of transformers, with LayerScale as in DINOv2: three products, and the whole as one operator."""
+    N, d, heads = size((1370, 768, 12), (27, 64, 2))
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList([torch.nn.LayerNorm(d), *(torch.nn.Linear(d, d) for _ in range(4))]).to(device)
+    x = randn(2, N, d, device=device).to(dtype)
+    scale = randn(d, device=device, seed=1, scale=0.2).to(dtype) if scaled else None
+
+    def half(ops, kind):
+        norm, *projections, proj = layers.to(kind)
+        factor = scale if scale is None else scale.to(kind)
+        return fused_separate_attention(x.to(kind), norm, projections, heads, proj, ops, factor)
+
+    with torch.inference_mode():
+        layers.to(dtype)  # rounded once for all, as x and scale are
+        found, exact = half(load_kernels(), dtype), half(EAGER, torch.float64)
+        assert_parity(found, exact, half(EAGER, dtype), frobenius=1.1, context=f"{dtype} scaled={scaled}")
+        for _ in range(size(20, 1)):
+            assert torch.equal(half(load_kernels(), dtype), found)
 
 
 def runs_here(config, device):

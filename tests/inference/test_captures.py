@@ -120,3 +120,34 @@ def test_calls_follow_each_other_on_any_stream_of_a_device(model, monkeypatch):
         with two[i % 2]._on_device():
             pass
     assert waits == [("1 default", "1 other")]
+
+
+def test_a_model_on_another_device_than_the_current_one(model, monkeypatch):
+    """Its turn is on its own device, and the caller's is the current one again afterwards; errors leave it too."""
+    at, turns = [0], []
+
+    @contextlib.contextmanager
+    def device(index):
+        at.append(index)
+        yield
+        at.pop()
+
+    class Event:
+        def record(self, stream):
+            turns.append(stream)
+
+    compiled = CompiledInference(model)
+    monkeypatch.setattr(cuda_graphs._Turns, "on", functools.cache(cuda_graphs._Turns.on.__wrapped__))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: at[-1])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: f"stream of {at[-1]}")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(cuda_graphs, "stream_handle", lambda index: 0)
+    monkeypatch.setattr(cuda_graphs.Graphs, "device", torch.device("cuda:1"))
+    with compiled._on_device(), compiled._on_device():  # as a call within a call
+        assert at == [0, 1]
+    assert at == [0] and turns == ["stream of 1"] * 2
+    with pytest.raises(ZeroDivisionError), compiled._on_device():
+        raise ZeroDivisionError
+    assert len(turns) == 3
+    assert cuda_graphs._Turns.on(1).lock.acquire(blocking=False) and not cuda_graphs._Turns.on(1).begun

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import segmenter
 from segmenter.encoder import VisionTransformer
 from segmenter.inference import cuda_graphs, network_graphs, segment
-from segmenter.inference.cuda_graphs import PATIENCE, half_weights
+from segmenter.inference.cuda_graphs import PATIENCE, first_parameter, half_weights
 from segmenter.inference.network_graphs import MAX_SHAPES, graphs_of, release, why_not
 from segmenter.layers import Block
 from tests.inference.test_segment import image
@@ -169,6 +169,15 @@ def test_writes_that_nobody_counts_are_seen_after_eval(model, graphs):
     assert torch.equal(model.segment(pixels, dtype="bfloat16"), want) and used(model) == 2
 
 
+def test_an_attribute_in_place_of_another_ends_graphs(model, graphs):
+    pixels, _ = captured(model, graphs)
+    del model.encoder.blocks[0].attn.scale
+    model.encoder.blocks[0].attn.factor = 1.0
+    with pytest.raises(AttributeError, match="scale"):
+        model.segment(pixels)
+    assert used(model) == 2
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_a_model_that_changes_ends_its_graphs(model, graphs, change, dtype):
@@ -290,6 +299,12 @@ for precision in ("ieee", "tf32"):
 assert len(found) == 2
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_first_parameter(model):
+    layers = [nn.Identity(), nn.Linear(3, 2, bias=False), nn.LayerNorm(2), nn.LayerNorm(2, elementwise_affine=False)]
+    for module in (model, model.decoder, nn.Sequential(*layers), nn.Sequential(layers[3], layers[2]), layers[0]):
+        assert first_parameter(module) is next(module.parameters(), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -338,12 +338,13 @@ CAPTURED = planted_in(
             "if False:",
         ),
         "default_streams_of_two_devices_are_one": (
-            "_Turns.on(device.index).next():",
-            "_Turns.on(0).next():",
+            "turns = _Turns.on(device.index)",
+            "turns = _Turns.on(0)",
         ),
+        "turns_on_the_current_device": ("if torch.cuda.current_device() == device.index else", "or"),
         "models_do_not_take_turns": (
-            "_Turns.on(device.index).next():",
-            "_Turns().next():",
+            "turns = _Turns.on(device.index)",
+            "turns = _Turns()",
         ),
         "tried_once_only": (
             "ATTEMPTS = 3 ",
@@ -452,7 +453,7 @@ BY_THEMSELVES = planted_in(
             "return masks[0]",
         ),
         "switches_share_a_graph": (
-            "return tuple(switch() for switch in _SWITCHES)",
+            "return tuple([switch() for switch in _SWITCHES])",
             "return ()",
         ),
         "statistics_share_a_graph": (

@@ -181,7 +181,10 @@ def test_distance_by_depth(model, tmp_path):
         assert row["image"] == name
         close(row["mean_distance"], expected)
     dots = figure.picture.axes[0].collections[0].get_offsets()
-    close(dots, [[layer, float(mean[layer, head])] for layer in (0, 1) for head in (0, 1)])
+    close(dots[:, 1], mean.flatten())
+    places = np.asarray(dots[:, 0])
+    assert len(set(places)) == 4, "heads that are equally far do not hide each other"
+    close(places.round(), [0, 0, 1, 1])
     even = [even_distances(grid).mean() * 16 for grid in ((5, 6), (3, 4))]
     assert figure.data["mean_distance_if_even"] == pytest.approx(np.mean(even))
     lines = {line.get_label(): line.get_ydata() for line in figure.picture.axes[1].lines}
@@ -240,6 +243,7 @@ def test_patch_size(sisters):
         assert look["bF"] == pytest.approx(100 * boundary_scores(labels.numpy(), truth, 11)["bF"], abs=0.006)
         assert any(f"mIoU {look['mIoU']:.1f} %" in text for text in texts(figure))
     assert {"patch 32", "patch 16", "patch 8", "ground truth"} <= set(texts(figure))
+    assert any("Black: not labelled" in text for text in texts(figure))
     box, zoom = figure.data["enlarged"], figure.picture.axes[5].images[0].get_array()
     np.testing.assert_array_equal(zoom, PIXELS[box["top"] :, box["left"] :][: box["height"], : box["width"]])
 

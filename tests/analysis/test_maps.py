@@ -62,8 +62,8 @@ def test_points_layers_and_classes_may_be_arrays_or_one_alone():
 
 
 def test_the_last_fraction_of_a_pixel_is_in_the_last_patch():
-    """By rounding it is beyond: 91 pixels brought to 32."""
-    found = attention(tiny_model(), image(91, 91), points=[(np.nextafter(91, 0), np.nextafter(91, 0))], size=32)
+    """By rounding it is beyond: 105 pixels brought to 32."""
+    found = attention(tiny_model(), image(105, 105), points=[(np.nextafter(105, 0),) * 2], size=32)
     assert found.patches == ((1, 1),)
 
 

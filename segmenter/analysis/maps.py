@@ -96,10 +96,7 @@ def attention(
     """
     seen_by = subject(model, image, part, size, dtype)
     numbers = seen_by.chosen(layers if layers is not None or not rollout else -1)
-    queries = [
-        *_points(seen_by, () if points is None else points),
-        *_classes(seen_by, () if classes is None else classes),
-    ]
+    queries = [*_points(seen_by, points), *_classes(seen_by, classes)]
     asked = points is not None or classes is not None
     if asked and not queries:
         raise AnalysisError("there are no points and no classes to look from")
@@ -142,7 +139,7 @@ def point_name(x: float, y: float) -> str:
     return f"point {x:g} {y:g}"
 
 
-def _points(of: Subject, points: Sequence[Point]) -> list[_Query]:
+def _points(of: Subject, points: Sequence[Point] | None) -> list[_Query]:
     found = []
     for point in pairs(points):
         row, column = of.patch_at(point)
@@ -150,7 +147,7 @@ def _points(of: Subject, points: Sequence[Point]) -> list[_Query]:
     return found
 
 
-def _classes(of: Subject, classes: Sequence[int | str] | int | str) -> list[_Query]:
+def _classes(of: Subject, classes: Sequence[int | str] | int | str | None) -> list[_Query]:
     ids = of.class_ids(classes)
     if of.part == "decoder":
         return [_Query(f"class {of.class_name(i)}", torch.tensor([of.n_patches + i])) for i in ids]

@@ -96,10 +96,10 @@ class Subject:
         names = self.class_names
         return names[class_id] if class_id < len(names) else str(class_id)
 
-    def class_ids(self, classes: Sequence[int | str] | int | str) -> list[int]:
-        """Ids of classes by id or name. Raises AnalysisError for one that the model does not have."""
+    def class_ids(self, classes: Sequence[int | str] | int | str | None) -> list[int]:
+        """Ids of classes by id or name, of None none. Raises AnalysisError for one that the model does not have."""
         names, n_cls, found = [name.casefold() for name in self.class_names], getattr(self.model, "n_cls", 0), []
-        for wanted in _several(classes):
+        for wanted in () if classes is None else _several(classes):
             text = str(operator.index(wanted) if hasattr(wanted, "__index__") else wanted).casefold()
             if text in names:
                 found.append(names.index(text))
@@ -169,10 +169,11 @@ def subject(
     return Subject(model, part, layers, pixels, shape, grid, P, scale, run)
 
 
-def pairs(points: Sequence[Point]) -> list[Point]:
-    """Points, also those of an array or a tensor (n, 2). Raises AnalysisError for what is no pairs of numbers."""
+def pairs(points: Sequence[Point] | None) -> list[Point]:
+    """Points, also those of an array or a tensor (n, 2); of None none. Raises AnalysisError for what is no pairs of
+    numbers."""
     try:
-        found = np.asarray(points, float)
+        found = np.asarray(() if points is None else points, float)
         if found.size and (found.ndim != 2 or found.shape[1] != 2):
             raise ValueError
     except (TypeError, ValueError):

@@ -118,8 +118,7 @@ def attention_by_layer(
         FigureError, AnalysisError, ImageError: what is asked for does not exist, or cannot be read.
     """
     of = scene(model, image, size, dtype, classes)
-    chosen = [of.of.patch_at(point) for point in pairs(() if points is None else points)]
-    patches = chosen or [region.deepest for region in of.objects()]
+    patches = [of.of.patch_at(point) for point in pairs(points)] or [region.deepest for region in of.objects()]
     if len(patches) > 4:
         raise FigureError(f"{len(patches)} points are too many for one page; give at most 4")
     depth = len(of.of.layers)
@@ -258,7 +257,7 @@ def class_embeddings(
         raise MissingInput("a linear decoder has no class tokens; give a model with a mask transformer")
     of = scene(model, image, size, dtype, classes)
     decoder = subject(model, of.of.pixels, "decoder", dtype=of.dtype)
-    ids = decoder.class_ids(chosen) if chosen else [row["id"] for row in class_shares(of.labels, of.classes)[:3]]
+    ids = decoder.class_ids(chosen) or [row["id"] for row in class_shares(of.labels, of.classes)[:3]]
     if len(ids) > 4:
         raise FigureError(f"{len(ids)} classes are too many for one page; give at most 4")
     (number,) = decoder.chosen(layer)

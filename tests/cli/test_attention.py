@@ -162,7 +162,7 @@ def test_points_and_classes_over_the_whole_image(trained, folder, photos, out):
 def test_what_is_asked_for_twice_is_drawn_once(folder, photos, out, capsys):
     argv = ["attention", str(photos / "a.png"), "-m", folder, "-o", str(out), "--npz", "--layer", "0,0"]
     assert main([*argv, "--point", "3", "3", "--point", "3.0", "3", "--point", "90", "3"]) == 0
-    assert files(out) == ["attention.npz", "enc_layer0/point_3_3/mean.png", "enc_layer0/point_90_3/mean.png", "input.png"]
+    assert files(out) == ["attention.npz", *(f"enc_layer0/point_{x}_3/mean.png" for x in (3, 90)), "input.png"]
     assert "attention maps: 2 ->" in capsys.readouterr().out
     with np.load(out / "attention.npz") as numbers:
         assert numbers["queries"].tolist() == ["point 3 3", "point 90 3"] and numbers["maps"].shape[:2] == (1, 2)

@@ -103,6 +103,20 @@ def test_layers_and_points_are_chosen(model):
         figures.attention_by_layer(torch.nn.Identity(), PIXELS)
 
 
+def test_points_may_be_arrays_and_must_be_pairs(model):
+    scene = figures.scene(model, PIXELS)
+    found = figures.attention_by_layer(model, scene, points=np.array([[20, 40]]), layers=[0]).data
+    assert found["looks"][0]["patch"] == {"row": 2, "column": 1}
+    found = figures.field_of_view(model, scene, large=np.array([20, 40]), small=torch.tensor([85, 66])).data
+    assert [look["patch"]["column"] for look in found["looks"]] == [1, 5]
+    for make in (
+        lambda: figures.attention_by_layer(model, scene, points=(20, 40)),
+        lambda: figures.field_of_view(model, scene, large=(1, 2, 3), small=(3, 3)),
+    ):
+        with pytest.raises(AnalysisError, match="points must be pairs"):
+            make()
+
+
 def test_field_of_view(model):
     figure = figures.field_of_view(model, PIXELS, large=(20, 40), small=(85, 66), layer=0)
     numbers = attention_statistics(model, PIXELS, layers=0)

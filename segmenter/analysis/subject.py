@@ -199,8 +199,8 @@ def _patch_size(model: nn.Module) -> int:
 def _input_of(model: nn.Module, image: Any, size: int | None) -> torch.Tensor:
     if not isinstance(image, torch.Tensor) or not image.is_floating_point() or image.ndim not in (3, 4):
         raise AnalysisError(
-            f"{type(model).__name__} is no Segmenter: give its own input, a float tensor (1, 3, H, W), normalised; or "
-            "segmenter.load_any(model, n_cls=1), which takes any image"
+            f"{type(model).__name__} is no Segmenter: give its own input, a float tensor (1, 3, H, W), normalised; or, "
+            "of a plain ViT, segmenter.load_any(model, n_cls=1, decoder='linear'), which takes any image"
         )
     if size is not None:
         raise AnalysisError("size is for images; resize the tensor")

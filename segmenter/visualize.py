@@ -151,7 +151,7 @@ def with_color_bar(image: np.ndarray, high: float, unit: str = "") -> np.ndarray
     height, width = image.shape[:2]
     size = min(max(min(height, width) // 24, 11), 60)
     font, margin, bar = _font(size), size, round(1.4 * size)
-    texts = [f"{high * i / 4:.2g}" for i in range(4, -1, -1)]
+    texts = _bar_numbers(high)
     panel_width = 2 * margin + bar + size // 2 + math.ceil(max(font.getlength(text) for text in (*texts, unit)))
     top = round(2.4 * size) if unit else margin
     length = max(height - top - margin, 8 * size)
@@ -169,6 +169,13 @@ def with_color_bar(image: np.ndarray, high: float, unit: str = "") -> np.ndarray
     canvas[:height, :width] = image
     canvas[:, width:] = panel
     return canvas
+
+
+def _bar_numbers(high: float) -> list[str]:
+    """Five numbers from `high` to 0, of as many digits that a quarter of `high` has two."""
+    digits = max(0, 1 - math.floor(math.log10(high / 4))) if high > 0 else 0
+    form = f".{digits}f" if digits < 7 else ".1e"
+    return [*(format(high * i / 4, form) for i in (4, 3, 2, 1)), "0"]
 
 
 def frame_patch(image: np.ndarray, row: int, column: int, patch_size: int) -> np.ndarray:
@@ -204,7 +211,7 @@ def attention_grid(tiles: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     font = _font(min(max(w // 20, 11), 40))
     longest = max(font.getlength(text) for text, _ in tiles)
     gap, header = max(w // 32, 4), math.ceil(font.getbbox("Ag")[3] * 1.4)
-    step_x, step_y = max(w, math.ceil(longest)) + gap, h + header + gap
+    step_x, step_y = max(w, math.ceil(longest + font.size / 2)) + gap, h + header + gap
     canvas = Image.new("RGB", (gap + columns * step_x, gap + math.ceil(len(tiles) / columns) * step_y), "white")
     draw = ImageDraw.Draw(canvas)
     for i, (text, tile) in enumerate(tiles):

@@ -9,6 +9,8 @@ import yaml
 from bench import patch_sizes
 from segmenter.classes import load_classes
 from segmenter.cli.resume import model_fingerprint
+from segmenter.evaluation.compare import image_scores
+from segmenter.figures.label_panels import labels_beside
 from segmenter.weights.load import from_pretrained
 from tests.support.pages import ROOT
 
@@ -91,3 +93,16 @@ def test_the_finest_sees_the_street():
     sky, road = labels[: height // 8, width // 5 : width * 3 // 5], labels[height * 3 // 4 :, width // 2 :]
     assert np.mean(sky == NAMES.index("Sky")) > 0.9
     assert np.mean(road == NAMES.index("Road")) > 0.8
+
+
+def test_the_pages_have_the_scores_of_the_photograph():
+    """Of its ground truth, in which what CamVid has no class for does not count."""
+    truth, photograph = labels_beside("street.jpg", ROOT / "examples", 11), ROOT / "examples" / "street.jpg"
+    assert truth.shape == (300, 400) and set(np.unique(truth)) == {*range(7), 8, 255}
+    labels = [from_pretrained(folder).segment(photograph).numpy() for folder in patch_sizes.FOLDERS]
+    each = [image_scores(found, truth, 11) for found in labels]
+    first, second, third = (f"{scores['bF']:.0f}" for scores in each)
+    assert f"{first}, {second} and {third}" in PAGE
+    figures = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    assert f"goes from {first} to {second} to {third}" in figures
+    assert min(each, key=lambda scores: scores["mIoU"]) is each[2] and "the lowest mIoU here" in figures

@@ -160,6 +160,12 @@ def test_attention_grid_keeps_long_text_apart():
     assert (grid[:, -2:] == 255).all()
 
 
+def test_texts_of_small_tiles_do_not_touch():
+    dark = (visualize.attention_grid([("M" * 9, np.zeros((90, 1, 3), np.uint8))] * 2)[:16] < 128).all(2).any(0)
+    columns = np.flatnonzero(dark)
+    assert np.sort(np.diff(columns))[-2:].tolist()[1] >= 8
+
+
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
     visualize.write_atomically(path, lambda file: file.write(b"old"))
@@ -206,6 +212,20 @@ def test_color_bar_stands_right_of_the_image(h, w):
         assert (bar == color).all(-1).any()
     rows = (got[:, w:] == [253, 231, 37]).all(-1).any(1).nonzero()[0]
     assert rows[0] < (got[:, w:] == [68, 1, 84]).all(-1).any(1).nonzero()[0][0], "the largest is at the top"
+
+
+@pytest.mark.parametrize(
+    ("high", "numbers"),
+    [
+        (0.04, ["0.040", "0.030", "0.020", "0.010", "0"]),
+        (1.0, ["1.00", "0.75", "0.50", "0.25", "0"]),
+        (2e-9, ["2.0e-09", "1.5e-09", "1.0e-09", "5.0e-10", "0"]),
+        (0.0, ["0", "0", "0", "0", "0"]),
+        (float("nan"), ["nan", "nan", "nan", "nan", "0"]),
+    ],
+)
+def test_numbers_of_the_color_bar_are_those_of_its_quarters(high, numbers):
+    assert visualize._bar_numbers(high) == numbers
 
 
 def test_frames_leave_the_patch_visible():

@@ -45,8 +45,8 @@ def attention_layers(module: nn.Module) -> list[nn.Module]:
     found = [m for m in module.modules() if {"qkv", "proj"} <= m._modules.keys() and _heads(m)]
     if not found:
         raise AnalysisError(
-            f"{type(module).__name__} has no attention layers with qkv and proj; segmenter.load_any(model) reads ViTs "
-            "of transformers and others as a model that has"
+            f"{type(module).__name__} has no attention layers with qkv and proj; segmenter.load_any(model, n_cls=1, "
+            "decoder='linear') makes a model that has of plain ViTs of transformers and others"
         )
     return found
 

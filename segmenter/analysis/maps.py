@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from segmenter.analysis.attention_layers import AnalysisError, Seen
-from segmenter.analysis.subject import Subject, subject
+from segmenter.analysis.subject import Point, Subject, pairs, subject
 from segmenter.model import Segmenter
 
 
@@ -58,8 +58,8 @@ def attention(
     model: nn.Module,
     image: Any,
     *,
-    points: Sequence[tuple[float, float]] | None = None,
-    classes: Sequence[int | str] | None = None,
+    points: Sequence[Point] | None = None,
+    classes: Sequence[int | str] | int | str | None = None,
     layers: Sequence[int] | int | None = None,
     part: str = "encoder",
     rollout: bool = False,
@@ -75,11 +75,12 @@ def attention(
             layers of `qkv` and `proj` (timm, the published code). Its hooks, and what they change, are honoured.
         image: a path, a PIL image, an array or a tensor, see `segmenter.inference.images.read_image`; it is padded to
             whole patches. For a model that is no `Segmenter` its own input, a float tensor (1, 3, H, W), normalised.
-        points: (x, y) in pixels of the image: attention of the patches that hold them.
+        points: (x, y) in pixels of the image, in a list or an array (n, 2): attention of the patches that hold them.
         classes: ids or names. In the decoder attention of their class tokens; in the encoder the mean over the patches
             that the model gives this class, for which it runs once more. Without points and classes: the tokens before
             the patches (class token, registers) in the encoder, all classes in the decoder.
-        layers: their numbers from 0, negative ones from the end; all if None, of a rollout the last.
+        layers: their numbers from 0, negative ones from the end, each looked at once; all if None, of a rollout the
+            last.
         part: "encoder" or "decoder" (of a mask transformer).
         rollout: attention rollout from each of the layers down to the first (Abnar and Zuidema, "Quantifying Attention
             Flow in Transformers", 2020): products of (A + I) / 2, A the mean over heads. Keeps queries and keys of all
@@ -95,7 +96,7 @@ def attention(
     """
     seen_by = subject(model, image, part, size, dtype)
     numbers = seen_by.chosen(layers if layers is not None or not rollout else -1)
-    queries = [*_points(seen_by, points or ()), *_classes(seen_by, classes or ())]
+    queries = [*_points(seen_by, points), *_classes(seen_by, classes)]
     asked = points is not None or classes is not None
     if asked and not queries:
         raise AnalysisError("there are no points and no classes to look from")
@@ -138,16 +139,16 @@ def point_name(x: float, y: float) -> str:
     return f"point {x:g} {y:g}"
 
 
-def _points(of: Subject, points: Sequence[tuple[float, float]]) -> list[_Query]:
+def _points(of: Subject, points: Sequence[Point] | None) -> list[_Query]:
     found = []
-    for x, y in points:
-        row, column = of.patch_at(x, y)
-        found.append(_Query(point_name(x, y), torch.tensor([row * of.grid[1] + column]), (row, column)))
+    for point in pairs(points):
+        row, column = of.patch_at(point)
+        found.append(_Query(point_name(*point), torch.tensor([row * of.grid[1] + column]), (row, column)))
     return found
 
 
-def _classes(of: Subject, classes: Sequence[int | str]) -> list[_Query]:
-    ids = of.class_ids(classes) if classes else []
+def _classes(of: Subject, classes: Sequence[int | str] | int | str | None) -> list[_Query]:
+    ids = of.class_ids(classes)
     if of.part == "decoder":
         return [_Query(f"class {of.class_name(i)}", torch.tensor([of.n_patches + i])) for i in ids]
     labels = of.labels().flatten() if ids else torch.empty(0)

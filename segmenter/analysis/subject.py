@@ -1,6 +1,7 @@
 """A model and an image, ready to be looked at: what is called with what, and where in its tokens the patches are."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from segmenter.inference.precision import compute_dtype
 from segmenter.model import Segmenter
 
 PARTS = ("encoder", "decoder")
+Point = tuple[float, float]  # x, y in pixels of the image given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +64,25 @@ class Subject:
             self.run()
 
     def chosen(self, layers: Sequence[int] | int | None) -> tuple[int, ...]:
-        """Numbers of layers, all if None. Raises AnalysisError if one does not exist; negative ones count from the
-        end."""
+        """Numbers of layers, each once, all if None. Raises AnalysisError if one does not exist; negative ones count
+        from the end."""
         n = len(self.layers)
-        if layers is None:
-            return tuple(range(n))
-        wanted = [layers] if isinstance(layers, int) else list(layers)
+        try:
+            wanted = list(range(n)) if layers is None else [operator.index(layer) for layer in _several(layers)]
+        except TypeError:
+            raise AnalysisError(f"layers must be whole numbers, got {layers!r}") from None
         if not wanted or any(not -n <= layer < n for layer in wanted):
             raise AnalysisError(f"layers {wanted} are out of range: the {self.part} has layers 0..{n - 1}")
         return tuple(dict.fromkeys(layer % n for layer in wanted))
 
-    def patch_at(self, x: float, y: float) -> tuple[int, int]:
+    def patch_at(self, point: Point) -> tuple[int, int]:
         """(row, column) of the patch that has a pixel of the image given. Raises AnalysisError if none has."""
-        height, width = (side / scale for side, scale in zip(self.size, self.scale, strict=True))
+        ((x, y),) = pairs([point])
+        height, width = (round(side / scale) for side, scale in zip(self.size, self.scale, strict=True))
         if not (0 <= x < width and 0 <= y < height):
-            raise AnalysisError(f"point ({x}, {y}) is outside the image of {width:.0f} x {height:.0f} pixels")
-        return int(y * self.scale[0]) // self.patch_size, int(x * self.scale[1]) // self.patch_size
+            raise AnalysisError(f"point ({x:g}, {y:g}) is outside the image of {width} x {height} pixels")
+        row, column = (int(at * scale) // self.patch_size for at, scale in zip((y, x), self.scale, strict=True))
+        return min(row, self.grid[0] - 1), min(column, self.grid[1] - 1)  # the product may be rounded up to the border
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -91,11 +96,11 @@ class Subject:
         names = self.class_names
         return names[class_id] if class_id < len(names) else str(class_id)
 
-    def class_ids(self, classes: Sequence[int | str]) -> list[int]:
-        """Ids of classes by id or name. Raises AnalysisError for one that the model does not have."""
+    def class_ids(self, classes: Sequence[int | str] | int | str | None) -> list[int]:
+        """Ids of classes by id or name, of None none. Raises AnalysisError for one that the model does not have."""
         names, n_cls, found = [name.casefold() for name in self.class_names], getattr(self.model, "n_cls", 0), []
-        for wanted in classes:
-            text = str(wanted).casefold()
+        for wanted in () if classes is None else _several(classes):
+            text = str(operator.index(wanted) if hasattr(wanted, "__index__") else wanted).casefold()
             if text in names:
                 found.append(names.index(text))
             elif text.isdecimal() and int(text) < n_cls:
@@ -164,6 +169,23 @@ def subject(
     return Subject(model, part, layers, pixels, shape, grid, P, scale, run)
 
 
+def pairs(points: Sequence[Point] | None) -> list[Point]:
+    """Points, also those of an array or a tensor (n, 2); of None none. Raises AnalysisError for what is no pairs of
+    numbers."""
+    try:
+        found = np.asarray(() if points is None else points, float)
+        if found.size and (found.ndim != 2 or found.shape[1] != 2):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise AnalysisError(f"points must be pairs (x, y) in pixels such as [(40, 60)], got {points!r}") from None
+    return list(map(tuple, found.tolist()))
+
+
+def _several(values: Any) -> Any:
+    """Values of a sequence, or one alone, which may be a text."""
+    return values if np.iterable(values) and not isinstance(values, str) else [values]
+
+
 def _patch_size(model: nn.Module) -> int:
     for module in (model, getattr(model, "patch_embed", None), *model.modules()):
         size = getattr(module, "patch_size", None)
@@ -177,8 +199,8 @@ def _patch_size(model: nn.Module) -> int:
 def _input_of(model: nn.Module, image: Any, size: int | None) -> torch.Tensor:
     if not isinstance(image, torch.Tensor) or not image.is_floating_point() or image.ndim not in (3, 4):
         raise AnalysisError(
-            f"{type(model).__name__} is no Segmenter: give its own input, a float tensor (1, 3, H, W), normalised; or "
-            "segmenter.load_any(model, n_cls=1), which takes any image"
+            f"{type(model).__name__} is no Segmenter: give its own input, a float tensor (1, 3, H, W), normalised; or, "
+            "of a plain ViT, segmenter.load_any(model, n_cls=1, decoder='linear'), which takes any image"
         )
     if size is not None:
         raise AnalysisError("size is for images; resize the tensor")

@@ -90,10 +90,8 @@ def _drawn(mean: np.ndarray, even: float, n_images: int, fields: dict[str, list[
     figure.set_layout_engine("constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.25, 1))
     layers = np.arange(len(mean))
-    dots = left.scatter(
-        np.repeat(layers, mean.shape[1]), mean.ravel(), s=26, color="#0072b2", edgecolor="white", zorder=3
-    )
-    dots.set_linewidth(0.5)
+    beside = layers[:, None] + np.linspace(-0.25, 0.25, mean.shape[1] + 2)[1:-1]  # heads may be equally far
+    left.scatter(beside.ravel(), mean.ravel(), s=18, color="#0072b2", edgecolor="white", linewidth=0.5, zorder=3)
     left.plot(layers, mean.mean(1), color="#0072b2", linewidth=1.2, zorder=2)
     left.axhline(even, color=GREY, linewidth=1, linestyle=":")
     left.text(layers[-1] + 0.25, even * 1.08, f"even attention: {even:.0f}", fontsize=TEXT, color=GREY, ha="right")

@@ -9,7 +9,7 @@ import torch
 
 from segmenter.analysis.maps import attention
 from segmenter.analysis.statistics import attention_statistics
-from segmenter.analysis.subject import Subject, subject
+from segmenter.analysis.subject import Point, Subject, pairs, subject
 from segmenter.classes import ClassSet
 from segmenter.decoder import DecoderLinear
 from segmenter.evaluation.compare import MEANINGLESS
@@ -29,7 +29,6 @@ from segmenter.model import Segmenter
 from segmenter.visualize import class_shares
 
 _LINES = "White lines: borders of the prediction."
-Point = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +118,7 @@ def attention_by_layer(
         FigureError, AnalysisError, ImageError: what is asked for does not exist, or cannot be read.
     """
     of = scene(model, image, size, dtype, classes)
-    patches = [of.of.patch_at(*p) for p in points] if points else [region.deepest for region in of.objects()]
+    patches = [of.of.patch_at(point) for point in pairs(points)] or [region.deepest for region in of.objects()]
     if len(patches) > 4:
         raise FigureError(f"{len(patches)} points are too many for one page; give at most 4")
     depth = len(of.of.layers)
@@ -160,7 +159,7 @@ def attention_by_layer(
                 }
             )
         page.rows.append(row)
-    page.bars.append(("attention on a patch, mean over heads", "0", "largest of each map"))
+    page.bars.append(("attention on a patch, mean over heads", "0 %", "largest of each map"))
     page.note = f"Framed: the patch that looks. {_LINES} Numbers: classes."
     data = {**of.facts(), "layers_of_encoder": depth, "unit": "share of the attention of a patch", "looks": looks}
     return Figure("attention-by-layer", page.picture(), data)
@@ -188,12 +187,12 @@ def field_of_view(
     """
     of = scene(model, image, size, dtype, classes)
     found = of.objects()
-    if len(found) < 2 and None in (large, small):
+    if len(found) < 2 and (large is None or small is None):
         raise MissingInput("the prediction has one region alone; give a point on a large and one on a small object")
     (number,) = of.of.chosen(layer)
     P, grid = of.patch_size, patch_labels(of.labels, of.patch_size)
     patches = [
-        of.of.patch_at(*point) if point else region.deepest
+        region.deepest if point is None else of.of.patch_at(point)
         for point, region in zip((large, small), (found * 2)[:2], strict=True)
     ]
     centres = [of.centre(patch) for patch in patches]
@@ -221,7 +220,7 @@ def field_of_view(
                 "mean_distance": mean, "mean_distance_by_head": heads.tolist(), "map": _rounded(values),
             }
         )  # fmt: skip
-    page.bars.append((f"attention on a patch in layer {number}, mean over heads", "0", "largest of each map"))
+    page.bars.append((f"attention on a patch in layer {number}, mean over heads", "0 %", "largest of each map"))
     even = even_distances(of.of.grid) * P
     for look, patch in zip(looks, patches, strict=True):
         look["mean_distance_if_even"] = float(even[patch])
@@ -258,7 +257,7 @@ def class_embeddings(
         raise MissingInput("a linear decoder has no class tokens; give a model with a mask transformer")
     of = scene(model, image, size, dtype, classes)
     decoder = subject(model, of.of.pixels, "decoder", dtype=of.dtype)
-    ids = decoder.class_ids(chosen) if chosen else [row["id"] for row in class_shares(of.labels, of.classes)[:3]]
+    ids = decoder.class_ids(chosen) or [row["id"] for row in class_shares(of.labels, of.classes)[:3]]
     if len(ids) > 4:
         raise FigureError(f"{len(ids)} classes are too many for one page; give at most 4")
     (number,) = decoder.chosen(layer)
@@ -284,7 +283,7 @@ def class_embeddings(
                 "map": _rounded(values), "mask": _rounded(mask),
             }
         )  # fmt: skip
-    page.bars += [("above: attention on a patch", "0", "largest"), ("below: probability", "0", "1")]
+    page.bars += [("above: attention on a patch", "0 %", "largest of each"), ("below: probability", "0 %", "100 %")]
     each = ", ".join(f"{look['class']} {100 * look['attention_on_its_patches']:.0f} %" for look in looks)
     beside = ", ".join(f"{100 * look['share_of_patches']:.0f} %" for look in looks)
     page.note = (

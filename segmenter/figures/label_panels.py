@@ -70,7 +70,7 @@ def patch_size(
         page.rows[0].append(label_panel(pixels, found, classes, title))
         zoom = overlay(pixels, found, classes, ALPHA)[top : top + h, left : left + w]
         page.rows[1].append(Panel(zoom, caption=caption))
-    page.note = "Below: the part in the frame, where the predictions differ most along borders. Numbers: classes."
+    page.note = f"Below: the part in the frame, where the predictions differ most along borders. {_note(truth)}"
     data = {
         "image_size": {"height": height, "width": width, "unit": "pixels"},
         "enlarged": {"top": top, "left": left, "height": h, "width": w, "unit": "pixels"},
@@ -137,7 +137,7 @@ def qualitative(
         page.rows.append(row)
         every += [found[found != ignored] for found in (*by.values(), *([] if true is None else [true]))]
     page.legend = legend(np.concatenate(every), classes)
-    page.note = "Numbers: classes. Black: not labelled." if truth is not None else "Numbers: classes."
+    page.note = _note(truth)
     data = {
         "weights": model.info.weights,
         "others": {name: str(folder) for name, folder in others.items()},
@@ -184,6 +184,10 @@ def _black_where_ignored(labels: np.ndarray, ignored: int, n_cls: int) -> np.nda
 def _legend(labels: Sequence[np.ndarray], truth: np.ndarray | None, ignored: int, classes: ClassSet) -> list:
     true = [] if truth is None else [truth[truth != ignored]]
     return legend(np.concatenate([found.ravel() for found in [*labels, *true]]), classes)
+
+
+def _note(truth: Any) -> str:
+    return "Numbers: classes." if truth is None else "Numbers: classes. Black: not labelled."
 
 
 def _warning(models: Any) -> str | None:

@@ -183,6 +183,17 @@ def test_timm_models(monkeypatch):
         attention(normed, torch.randn(1, 3, 32, 32), points=[(1, 1)])
 
 
+def test_what_is_advised_for_images_works():
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "num_classes": 0}
+    vit = timm.models.VisionTransformer(**sizes).eval()
+    advice = r"segmenter\.load_any\(model, n_cls=1, decoder='linear'\)"
+    with pytest.raises(AnalysisError, match=f"of a plain ViT, {advice}, which takes any image"):
+        attention(vit, image(40, 40), points=[(30, 20)])
+    ours = segmenter.load_any(vit, n_cls=1, decoder="linear")
+    assert ours.attention(image(40, 40), points=[(30, 20)]).maps.shape == (2, 1, 1, 5, 5)
+
+
 @pytest.mark.parametrize("kind", [Rotated, Causal])
 def test_other_kinds_of_attention_are_refused(kind):
     vit = Vit()

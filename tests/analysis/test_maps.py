@@ -48,6 +48,25 @@ def test_layers_are_chosen():
         torch.testing.assert_close(found.maps, every.maps[list(numbers)])
 
 
+def test_points_layers_and_classes_may_be_arrays_or_one_alone():
+    model, pixels = tiny_model(n_cls=11), image(50, 91)
+    model.info.classes = "camvid"
+    for points in (np.array([[40, 20], [90.5, 49]]), torch.tensor([[40, 20], [90.5, 49]]), ((40, 20), [90.5, 49])):
+        found = attention(model, pixels, points=points, layers=np.int64(1))
+        assert found.queries == ("point 40 20", "point 90.5 49") and found.patches == ((1, 2), (3, 5))
+        assert found.layers == (1,) and type(found.layers[0]) is int
+    assert attention(model, pixels, points=[(3, 3)], layers=torch.tensor([1, 0])).layers == (1, 0)
+    names = attention(model, pixels, part="decoder").queries
+    for classes in ("road", 3, np.int64(3), torch.tensor(3), torch.tensor([3]), ["Road"], ["3"]):
+        assert attention(model, pixels, part="decoder", classes=classes).queries == (names[3],)
+
+
+def test_the_last_fraction_of_a_pixel_is_in_the_last_patch():
+    """By rounding it is beyond: 105 pixels brought to 32."""
+    found = attention(tiny_model(), image(105, 105), points=[(np.nextafter(105, 0),) * 2], size=32)
+    assert found.patches == ((1, 1),)
+
+
 def test_tokens_before_the_patches():
     model, pixels, done = tiny_model(distilled=True), image(48, 64), []
     found = segmenter.attention(model, pixels, progress=done.append)
@@ -121,6 +140,14 @@ BAD = [
     ({"points": [(64, 3)]}, "point .64, 3. is outside the image of 64 x 48 pixels"),
     ({"points": [(-1, 3)]}, "outside the image"),
     ({"points": []}, "no points and no classes"),
+    ({"points": np.zeros((0, 2)), "classes": []}, "no points and no classes"),
+    ({"points": (40, 20)}, r"points must be pairs \(x, y\) in pixels such as \[\(40, 60\)\], got \(40, 20\)"),
+    ({"points": [(1, 2, 3)]}, "points must be pairs"),
+    ({"points": [(1, 2), (3,)]}, "points must be pairs"),
+    ({"points": "ab"}, "points must be pairs"),
+    ({"points": [(float("nan"), 2)]}, "point .nan, 2. is outside the image"),
+    ({"layers": 0.5}, "layers must be whole numbers, got 0.5"),
+    ({"layers": "1"}, "layers must be whole numbers, got '1'"),
     ({"layers": 2}, r"layers \[2\] are out of range: the encoder has layers 0..1"),
     ({"layers": []}, "out of range"),
     ({"part": "head"}, "part='head' is unknown; choose encoder or decoder"),

@@ -60,11 +60,12 @@ def test_even_attention_has_the_largest_entropy_and_the_middle_as_its_centre():
     torch.testing.assert_close(found.centre, torch.tensor([1.5, 2.0]).expand_as(found.centre))
 
 
-def test_no_matrix_of_4097_tokens_in_a_whole_model():
-    """Neither in the model nor in what is asked of it: maps, rollout, statistics."""
-    model, pixels = tiny_model(n_layers=1), image(1024, 1024)
+@pytest.mark.parametrize("side", [64, pytest.param(128, marks=pytest.mark.more)])
+def test_no_matrix_of_tokens_in_a_whole_model(side):
+    """Of 4,097 or 16,385. Neither in the model nor in what is asked of it: maps, rollout, statistics."""
+    model, pixels, n = tiny_model(n_layers=1), image(16 * side, 16 * side), side**2 + 1
     with Largest() as largest:
         found = segmenter.attention(model, pixels, points=[(500, 500)], rollout=True)
         numbers = attention_statistics(model, pixels)
-    assert found.maps.shape == (1, 1, 1, 64, 64) and numbers.entropy.shape == (1, 1, 4097)
-    assert 4097 * 64 < largest.numel <= max(reference_maps.BLOCK, pixels.size) < 4097**2 / 4
+    assert found.maps.shape == (1, 1, 1, side, side) and numbers.entropy.shape == (1, 1, n)
+    assert n * 64 < largest.numel <= max(reference_maps.BLOCK, pixels.size) < n**2 / 4

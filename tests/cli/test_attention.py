@@ -159,6 +159,18 @@ def test_points_and_classes_over_the_whole_image(trained, folder, photos, out):
         assert (numbers["patch_size"], *numbers["image_size"]) == (16, 70, 91)
 
 
+def test_what_is_asked_for_twice_is_drawn_once(folder, photos, out, capsys):
+    argv = ["attention", str(photos / "a.png"), "-m", folder, "-o", str(out), "--npz", "--layer", "0,0"]
+    assert main([*argv, "--point", "3", "3", "--point", "3.0", "3", "--point", "90", "3"]) == 0
+    assert files(out) == ["attention.npz", *(f"enc_layer0/point_{x}_3/mean.png" for x in (3, 90)), "input.png"]
+    assert "attention maps: 2 ->" in capsys.readouterr().out
+    with np.load(out / "attention.npz") as numbers:
+        assert numbers["queries"].tolist() == ["point 3 3", "point 90 3"] and numbers["maps"].shape[:2] == (1, 2)
+    shutil.rmtree(out)
+    assert main([*argv, "--part", "decoder", "--class", "3", "--class", "road", "--head", "0,0"]) == 0
+    assert "attention maps: 1 ->" in capsys.readouterr().out
+
+
 def test_heads_as_heat_and_their_grid(photos, out, tmp_path):
     model = tiny_model(d_model=128, n_heads=2, distilled=True)
     model.save_pretrained(tmp_path / "model")

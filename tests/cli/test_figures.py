@@ -94,7 +94,7 @@ def test_the_command_gives_what_the_functions_give(trained, argv, photos, out):
         (["--only", "qualitative"], 2, "qualitative: give label files"),
         (["--only", "nothing"], 2, "expected some of patch-size"),
         (["--other", "labels"], 2, "expected a name and a folder"),
-        (["--point", "500", "3"], 2, "attention-by-layer: point (500.0, 3.0) is outside the image of 91 x 70 pixels"),
+        (["--point", "500", "3"], 2, "attention-by-layer: point (500, 3) is outside the image of 91 x 70 pixels"),
         (["--only", "field-of-view", "--small", "3", "70"], 2, "field-of-view: point"),
         (["--only", "field-of-view", "--layer", "2"], 2, "layers 0..1"),
         (["--only", "class-embeddings", "--class", "unicorn"], 2, "class-embeddings: class 'unicorn'"),

@@ -103,6 +103,20 @@ def test_layers_and_points_are_chosen(model):
         figures.attention_by_layer(torch.nn.Identity(), PIXELS)
 
 
+def test_points_may_be_arrays_and_must_be_pairs(model):
+    scene = figures.scene(model, PIXELS)
+    found = figures.attention_by_layer(model, scene, points=np.array([[20, 40]]), layers=[0]).data
+    assert found["looks"][0]["patch"] == {"row": 2, "column": 1}
+    found = figures.field_of_view(model, scene, large=np.array([20, 40]), small=torch.tensor([85, 66])).data
+    assert [look["patch"]["column"] for look in found["looks"]] == [1, 5]
+    for make in (
+        lambda: figures.attention_by_layer(model, scene, points=(20, 40)),
+        lambda: figures.field_of_view(model, scene, large=(1, 2, 3), small=(3, 3)),
+    ):
+        with pytest.raises(AnalysisError, match="points must be pairs"):
+            make()
+
+
 def test_field_of_view(model):
     figure = figures.field_of_view(model, PIXELS, large=(20, 40), small=(85, 66), layer=0)
     numbers = attention_statistics(model, PIXELS, layers=0)
@@ -181,7 +195,10 @@ def test_distance_by_depth(model, tmp_path):
         assert row["image"] == name
         close(row["mean_distance"], expected)
     dots = figure.picture.axes[0].collections[0].get_offsets()
-    close(dots, [[layer, float(mean[layer, head])] for layer in (0, 1) for head in (0, 1)])
+    close(dots[:, 1], mean.flatten())
+    places = np.asarray(dots[:, 0])
+    assert len(set(places)) == 4, "heads that are equally far do not hide each other"
+    close(places.round(), [0, 0, 1, 1])
     even = [even_distances(grid).mean() * 16 for grid in ((5, 6), (3, 4))]
     assert figure.data["mean_distance_if_even"] == pytest.approx(np.mean(even))
     lines = {line.get_label(): line.get_ydata() for line in figure.picture.axes[1].lines}
@@ -240,6 +257,7 @@ def test_patch_size(sisters):
         assert look["bF"] == pytest.approx(100 * boundary_scores(labels.numpy(), truth, 11)["bF"], abs=0.006)
         assert any(f"mIoU {look['mIoU']:.1f} %" in text for text in texts(figure))
     assert {"patch 32", "patch 16", "patch 8", "ground truth"} <= set(texts(figure))
+    assert any("Black: not labelled" in text for text in texts(figure))
     box, zoom = figure.data["enlarged"], figure.picture.axes[5].images[0].get_array()
     np.testing.assert_array_equal(zoom, PIXELS[box["top"] :, box["left"] :][: box["height"], : box["width"]])
 

@@ -110,9 +110,17 @@ MAPS = [
         "segmenter/analysis/subject.py",
         _MAPS,
         {
-            "points_of_the_image_before_it_was_resized": ("int(y * self.scale[0])", "int(y)"),
+            "points_of_the_image_before_it_was_resized": ("(int(at * scale) //", "(int(at) //"),
+            "points_rounded_beyond_the_last_patch": ("min(row, self.grid[0] - 1)", "row"),
+            "points_of_three_numbers": ("found.ndim != 2 or found.shape[1] != 2", "found.ndim != 2"),
+            "letters_of_a_class_name": (" and not isinstance(values, str)", ""),
             "training_mode_is_no_matter": ("if model.training:", "if False:"),
         },
+    ),
+    *planted_in(
+        "segmenter/cli/commands/attention.py",
+        ("tests/cli/test_attention.py",),
+        {"drawn_twice": ("list({look.name: look for look in looks}.values())", "looks")},
     ),
     *planted_in(
         "segmenter/analysis/statistics.py",

@@ -142,7 +142,7 @@ def _looks(args: argparse.Namespace, model: Segmenter, pixels: np.ndarray) -> li
                 raise CommandError(text, DEVICE) from error
             names = maps.queries if window is None else [point_name(*args.point[len(looks)])]
             looks += [Look(maps, number, name, window) for number, name in enumerate(names)]
-    return looks
+    return list({look.name: look for look in looks}.values())  # what was asked for twice is drawn once
 
 
 def _windows(args: argparse.Namespace, model: Segmenter, pixels: np.ndarray) -> list[tuple]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from segmenter.config import DECODERS, ConfigError, ModelConfig, ModelInfo
+from segmenter.config import DECODERS, NORMALIZATION, ConfigError, ModelConfig, ModelInfo
 from segmenter.decoder import DecoderLinear, MaskTransformer
 from segmenter.encoder import VisionTransformer
 from segmenter.guard import why_not_bypass
@@ -134,8 +134,6 @@ class Segmenter(OperatorModule):
         Raises:
             ValueError, TypeError: pixels have another shape or are no bytes.
         """
-        from segmenter.inference.images import NORMALIZATION
-
         if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8:
             what = pixels.dtype if isinstance(pixels, torch.Tensor) else type(pixels).__name__
             raise TypeError(f"expected uint8 images (B, H, W, 3), got {what}; for normalised images use masks()")
@@ -221,7 +219,8 @@ class Segmenter(OperatorModule):
 
     @property
     def _n_extra_tokens(self) -> int:
-        return 1 + self.encoder.distilled
+        found = getattr(self.encoder, "n_extra_tokens", None)
+        return 1 + self.encoder.distilled if found is None else found
 
 
 def create_vit(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto") -> VisionTransformer:
@@ -251,6 +250,11 @@ def create_vit(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto") -> V
         norm_eps=config.norm_eps,
         pos_embed_mode=config.pos_embed_mode,
         pos_embed_check=config.pos_embed_check,
+        layer_scale=config.layer_scale,
+        n_registers=config.n_registers,
+        class_token=config.class_token,
+        final_norm=config.final_norm,
+        pos_embed=config.pos_embed,
         impl=impl,
     )
 

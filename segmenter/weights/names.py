@@ -17,11 +17,14 @@ DEFAULTS = {
     "mmseg": {"norm_eps": 1e-6, "pos_embed_mode": "bicubic"},
     "timm": {"norm_eps": 1e-6, "pos_embed_mode": "bilinear"},
     "npz": {"norm_eps": 1e-6, "pos_embed_mode": "bilinear"},
-    "hf": {"norm_eps": 1e-12, "pos_embed_mode": "bicubic"},
+    "hf": {"norm_eps": 1e-12, "pos_embed_mode": "bicubic", "pos_embed_check": "grid"},
 }
-_BLOCK = r"blocks\.\d{1,4}\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+# And its newer encoders: DeiT-III, DINOv2 and models with registers, all but timm's of ImageNet's statistics.
+_NEWER = {"norm_eps": 1e-6, "pos_embed_check": "grid", "normalization": "deit"}
+_RESAMPLED = "bicubic_antialias"  # their positions, by timm; by Hugging Face those of models with registers
+_BLOCK = r"blocks\.\d{1,4}\.((norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)|ls[12]\.gamma)"
 _OURS = re.compile(
-    rf"(encoder|decoder)\.{_BLOCK}$|encoder\.(cls_token|dist_token|pos_embed)$"
+    rf"(encoder|decoder)\.{_BLOCK}$|encoder\.(cls_token|dist_token|reg_token|pos_embed)$"
     r"|encoder\.(patch_embed\.proj|norm|head|head_dist)\.(weight|bias)$"
     r"|decoder\.(cls_emb|proj_patch|proj_classes)$|decoder\.(head|proj_dec|decoder_norm|mask_norm)\.(weight|bias)$"
 )
@@ -37,11 +40,9 @@ _SOURCE_DIMENSIONS = {  # of theirs, where the layout differs
     ),
     "hf": (),
 }
-_LAYER_SCALE = r"(blocks\.\d{1,4}\.)(ls[12]\.gamma|gamma_[12])"
 _REQUIRED = {  # what every plain ViT has -> what is missing without it
     "encoder.pos_embed": " (absolute positions)",
     "encoder.patch_embed.proj.weight": "",
-    "encoder.cls_token": " (a class token)",
 }
 
 
@@ -64,11 +65,11 @@ def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict
         if kind == "mmseg":
             ours = _mmseg(ours, notes)
         elif kind == "timm":
-            ours = _timm(ours, notes)
+            ours = _timm(ours, fields, notes)
         elif kind == "npz":
             ours = _npz(ours, fields)
         else:
-            ours = _hf(ours)
+            ours = _hf(ours, fields)
         for name, meaning in _REQUIRED.items():
             if name not in ours:
                 raise KeyError(name.removeprefix("encoder.") + meaning)
@@ -130,16 +131,37 @@ def _mmseg(weights: State, notes: list[str]) -> State:
     )
 
 
-def _timm(weights: State, notes: list[str]) -> State:
-    scales = [match for name in weights if (match := re.fullmatch(_LAYER_SCALE, name))]
-    for match in scales:
-        gamma = weights.pop(match[0])
-        layer = match[1] + ("attn.proj." if "1" in match[0].removeprefix(match[1]) else "mlp.fc2.")
-        weights[layer + "weight"] *= gamma[:, None]
-        weights[layer + "bias"] *= gamma
-    if scales:
-        notes.append("LayerScale folded into attn.proj and mlp.fc2")
-    return _rename(weights, [(r"^(mask_token|pre_logits\..*)$", ""), (r"^(?=.)", "encoder.")])
+def _timm(weights: State, fields: dict[str, Any], notes: list[str]) -> State:
+    """Of timm's own names, and those of facebookresearch/deit (DeiT-III) and facebookresearch/dinov2."""
+    ours = _rename(
+        weights,
+        [
+            (r"^(mask_token|pre_logits\..*)$", ""),
+            (r"^register_tokens$", "reg_token"),
+            (r"\.gamma_([12])$", r".ls\1.gamma"),
+            (r"^(?=.)", "encoder."),
+        ],
+    )
+    if "register_tokens" in weights:
+        _positions_of_patches(ours, fields)
+    if any(name.startswith("encoder.fc_norm.") for name in ours):
+        fields |= {"class_token": "encoder.cls_token" in ours, "final_norm": "encoder.norm.weight" in ours}
+        ours = {n: t for n, t in ours.items() if not n.startswith(("encoder.fc_norm.", "encoder.head."))}
+        notes.append("left out: fc_norm and the head, which are for the mean of all patches")
+    if "encoder.blocks.0.ls1.gamma" in ours or "encoder.reg_token" in ours or "encoder.cls_token" not in ours:
+        fields |= {**_NEWER, "pos_embed_mode": _RESAMPLED}
+    return ours
+
+
+def _positions_of_patches(ours: State, fields: dict[str, Any]) -> None:
+    """Adds the position of the class token to it, so that patches alone have positions, as timm converts these models.
+
+    For models that put registers, without positions, between a class token and patches that have some.
+    """
+    positions = ours["encoder.pos_embed"]
+    ours["encoder.cls_token"] = ours["encoder.cls_token"] + positions[:, :1]
+    ours["encoder.pos_embed"] = positions[:, 1:].contiguous()
+    fields["pos_embed"] = "patches"
 
 
 def _npz(weights: State, fields: dict[str, Any]) -> State:
@@ -182,13 +204,15 @@ def _npz(weights: State, fields: dict[str, Any]) -> State:
     return _join_qkv(ours)
 
 
-def _hf(weights: State) -> State:
+def _hf(weights: State, fields: dict[str, Any]) -> State:
     ours = _rename(
         weights,
         [
-            (r"^(vit|deit)\.", ""),
+            (r"^(vit|deit|dinov2|dinov2_with_registers)\.", ""),
             (r"^pooler\..*|^embeddings\.(mask_token|position_ids)$", ""),
             (r"^embeddings\.distillation_token$", "dist_token"),
+            (r"^embeddings\.register_tokens$", "reg_token"),
+            (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
             (r"^embeddings\.position_embeddings$", "pos_embed"),
             (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
             (r"^embeddings\.", ""),
@@ -205,6 +229,11 @@ def _hf(weights: State) -> State:
             (r"^(?=.)", "encoder."),
         ],
     )
+    if "encoder.blocks.0.ls1.gamma" in ours:
+        fields |= _NEWER
+    if "encoder.reg_token" in ours:
+        fields["pos_embed_mode"] = _RESAMPLED
+        _positions_of_patches(ours, fields)
     return _join_qkv(ours)
 
 
@@ -219,12 +248,12 @@ def _join_qkv(state: State) -> State:
 def _complete(state: State, notes: list[str]) -> None:
     """Adds what every published checkpoint holds and other projects leave out; zeros keep the result exact."""
     d_model = state["encoder.patch_embed.proj.weight"].shape[0]
-    n_extra = 2 if "encoder.dist_token" in state else 1
+    n_heads = 2 if "encoder.dist_token" in state else 1
     wanted = {"encoder.patch_embed.proj.bias": (d_model,)}
     for name in state:
         if name.endswith(".attn.qkv.weight"):
             wanted[name.replace("weight", "bias")] = (3 * d_model,)
-    for head in ("head", "head_dist")[:n_extra]:
+    for head in ("head", "head_dist")[:n_heads]:
         wanted[f"encoder.{head}.weight"] = (ENCODER_HEAD_CLASSES, d_model)
         wanted[f"encoder.{head}.bias"] = (ENCODER_HEAD_CLASSES,)
     absent = [name for name in wanted if name not in state]
@@ -234,6 +263,6 @@ def _complete(state: State, notes: list[str]) -> None:
         notes.append(f"not in the file, zeros: {listing(absent)}")
     if other:
         notes.append(f"replaced by zeros, an ImageNet head that segmentation does not use: {listing(other)}")
-    if n_extra == 1:
+    if n_heads == 1:
         for name in [n for n in state if n.startswith("encoder.head_dist.")]:
             del state[name]

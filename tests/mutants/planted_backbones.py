@@ -1,0 +1,71 @@
+"""The planted bugs of encoders of other projects: tokens, positions, LayerScale; see `tests.mutants.planted`."""
+
+from tests.mutants.mutant import planted_in
+
+TESTS = ("tests/test_backbones.py",)
+BACKBONES = [
+    *planted_in(
+        "segmenter/encoder.py",
+        TESTS,
+        {
+            "registers_before_the_class_token": (
+                '("cls_token", "dist_token", "reg_token")',
+                '("reg_token", "cls_token", "dist_token")',
+            ),
+            "positions_added_to_the_class_token": (
+                "F.pad(positions, (0, 0, missing, 0)) if missing",
+                "torch.cat([positions[:, :missing], positions], 1) if missing",
+            ),
+            "registers_are_decayed": (
+                '({"reg_token"} if self.n_registers else set())',
+                "set()",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/layers.py",
+        TESTS,
+        {
+            "layer_scale_of_attention_left_out": (
+                'None if ls1 is None else ls1._parameters["gamma"]',
+                "None",
+            ),
+            "layer_scale_of_the_mlp_left_out": (
+                'None if ls2 is None else ls2._parameters["gamma"]',
+                "None",
+            ),
+            "layer_scale_left_out_layer_by_layer": (
+                "x + self.drop_path(y if ls2 is None else ls2(y))",
+                "x + self.drop_path(y)",
+            ),
+            "layer_scale_never_asked_about": (
+                "in asked if scale is None else (*asked, (scale, _LAYER_SCALE)):",
+                "in asked:",
+            ),
+            "positions_resampled_without_antialiasing": (
+                "antialias=True",
+                "antialias=False",
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/weights/names.py",
+        TESTS,
+        {
+            "position_of_the_class_token_lost": (
+                '= ours["encoder.cls_token"] + positions[:, :1]',
+                '= ours["encoder.cls_token"]',
+            ),
+        },
+    ),
+    *planted_in(
+        "segmenter/export/program.py",
+        TESTS,
+        {
+            "exported_positions_not_moved_past_registers": (
+                "(0, 0, encoder.n_extra_tokens - n_extra, 0)",
+                "(0, 0, 0, encoder.n_extra_tokens - n_extra)",
+            ),
+        },
+    ),
+]

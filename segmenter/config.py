@@ -312,7 +312,9 @@ def _decoder(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ConfigError(f"net_kwargs.decoder must be a mapping with a name, found {_shown(value)}")
     if "linear" in value["name"]:
-        return {"name": "linear"}
+        if not isinstance(value.get("batch_norm", False), bool):
+            raise ConfigError(f"decoder.batch_norm must be true or false, found {_shown(value['batch_norm'])}")
+        return {"name": "linear", **({"batch_norm": True} if value.get("batch_norm") else {})}
     if value["name"] != "mask_transformer":
         raise ConfigError(f"decoder {_shown(value['name'])} is unknown; choose one of {', '.join(DECODERS)}")
     merged = {k: value.get(k, default) for k, default in DECODERS["mask_transformer"].items()}

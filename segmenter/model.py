@@ -264,7 +264,7 @@ def create_decoder(encoder: nn.Module, decoder_cfg: dict[str, Any], impl: str = 
 
     Args:
         decoder_cfg: name ("linear" or "mask_transformer"), n_cls and, of a mask transformer, n_layers, drop_path_rate,
-            dropout, with the published defaults. It is not changed.
+            dropout, with the published defaults; of a linear decoder, batch_norm (False). It is not changed.
     Raises:
         ConfigError: an unknown name. ImplementationError: impl cannot run.
     """
@@ -272,7 +272,7 @@ def create_decoder(encoder: nn.Module, decoder_cfg: dict[str, Any], impl: str = 
     name, n_cls = kwargs.pop("name"), kwargs.pop("n_cls")
     d, patch_size = encoder.d_model, encoder.patch_size
     if "linear" in name:
-        return DecoderLinear(n_cls, patch_size, d)
+        return DecoderLinear(n_cls, patch_size, d, kwargs.get("batch_norm", False))
     if name not in DECODERS:
         raise ConfigError(f"decoder {name!r} is unknown; choose one of {', '.join(DECODERS)}")
     if n_cls == 2:

@@ -55,7 +55,8 @@ def load_state(
         lines += [f"    {line}" for line in misshapen[:MAX_NAMES]]
         lines += [f"    and {len(misshapen) - MAX_NAMES} more"] if len(misshapen) > MAX_NAMES else []
         raise CheckpointError("\n".join(lines))
-    odd = [f"{name} ({state[name].dtype})" for name in shared if not state[name].is_floating_point()]
+    floating = [name for name in shared if expected[name].is_floating_point()]  # all but a batch norm's count
+    odd = [f"{name} ({state[name].dtype})" for name in floating if not state[name].is_floating_point()]
     if odd:
         raise CheckpointError(f"{source}: weights must be floating point, found {listing(odd)}")
     if any(tensor.is_meta for tensor in expected.values()):

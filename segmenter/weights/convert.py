@@ -135,6 +135,8 @@ def _decoder(
     found = arch["decoder"]
     if asked.get("name") not in (None, found["name"]):
         raise CheckpointError(f"decoder {asked['name']!r} was asked for, the file holds a {found['name']} decoder")
+    if asked.get("batch_norm") and not found.get("batch_norm"):
+        raise CheckpointError("a linear decoder with batch norm was asked for, the file holds one without")
     if n_cls not in (None, arch["n_cls"]):
         raise CheckpointError(f"{n_cls} classes were asked for, the file holds a model of {arch['n_cls']} classes")
     return arch["n_cls"], {**asked, **found}

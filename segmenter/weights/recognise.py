@@ -175,7 +175,8 @@ def architecture(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     if grid := square(tokens - sum(kinds.values())):
         arch["image_size"] = (grid[0] * arch["patch_size"], grid[1] * arch["patch_size"])
     if "decoder.head.weight" in state:
-        arch |= {"n_cls": state["decoder.head.weight"].shape[0], "decoder": {"name": "linear"}}
+        normed = {"batch_norm": True} if "decoder.norm.running_mean" in state else {}
+        arch |= {"n_cls": state["decoder.head.weight"].shape[0], "decoder": {"name": "linear", **normed}}
     elif "decoder.cls_emb" in state:
         decoder = {"name": "mask_transformer", "n_layers": layers["decoder"]}
         arch |= {"n_cls": state["decoder.cls_emb"].shape[1], "decoder": decoder}

@@ -49,6 +49,36 @@ BACKBONES = [
         },
     ),
     *planted_in(
+        "segmenter/decoder.py",
+        ("tests/test_linear_decoder.py",),
+        {
+            "folded_batch_norm_is_stale": (
+                '(("folded", norm.eps), tensors, make)',
+                '(("folded", norm.eps), tensors[:1], make)',
+            ),
+            "folded_batch_norm_of_another_epsilon": (
+                '(("folded", norm.eps), tensors, make)',
+                '(("folded",), tensors, make)',
+            ),
+            "batch_norm_folded_in_training": (
+                "(norm.training or norm.running_mean is None)",
+                "norm.running_mean is None",
+            ),
+            "folded_batch_norm_without_epsilon": (
+                "(variance + norm.eps).rsqrt()",
+                "variance.rsqrt()",
+            ),
+            "folded_batch_norm_without_the_mean": (
+                "beta - scale * mean",
+                "beta",
+            ),
+            "hooks_of_batch_norm_passed_over": (
+                "why_not_bypass(norm, _BATCH_NORM) or ",
+                "",
+            ),
+        },
+    ),
+    *planted_in(
         "segmenter/weights/names.py",
         TESTS,
         {

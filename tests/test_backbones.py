@@ -1,5 +1,7 @@
 """Encoders of timm and Hugging Face as encoders of ours, tiny and random: the tokens of the library's own code."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,13 +12,18 @@ from segmenter.config import NORMALIZATION, ConfigError
 from segmenter.export.program import trace
 from segmenter.inference.images import normalize
 from segmenter.layers import LayerScale
+from segmenter.training.loop import Run, train
 from segmenter.training.optimizer import parameter_groups
 from segmenter.training.recipe import Recipe
+from segmenter.weights.build import build
+from segmenter.weights.convert import convert
 from segmenter.weights.load import from_pretrained, load_any
-from tests.support.backbones import BACKBONES, backbone, features
+from segmenter.weights.read import CheckpointError
+from tests.support.backbones import BACKBONES, backbone, features, write_folder
 from tests.support.blocks import ATTENTION, DEVICE, MLP
 from tests.support.spies import kernels_run
 from tests.support.tiny import tiny_config, tiny_model
+from tests.support.tiny_runs import tiny_recipe
 
 LINEAR = {"n_cls": 3, "decoder": "linear"}
 SIZES = [(4, 4), (5, 7), (2, 8)]  # of patches: its own grid; a larger one; another of as many
@@ -87,6 +94,98 @@ def test_gradients_of_the_kernels(drop_path, monkeypatch):
     for name, want in gradients[0].items():
         assert want.abs().max() > 1e-3, name
         torch.testing.assert_close(gradients[1][name], want, atol=2e-4 * want.abs().max().item(), rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("name", ["DINOv2 with registers", "DeiT-III", "Hugging Face DINOv2 with registers"])
+def test_folders_of_the_hub(name, tmp_path):
+    """Weights and the JSON beside them tell all that the live model does."""
+    theirs = backbone(name)
+    live, read = (load_any(source, **LINEAR) for source in (theirs, write_folder(name, theirs, tmp_path)))
+    assert read.config == dataclasses.replace(live.config, normalization="deit") and read.info.normalization == "deit"
+    im = image(read.patch_size, 5, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(read.encoder(im, return_features=True), features(theirs, im), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["DINOv2", "Hugging Face DINOv2"])
+def test_statistics_of_the_input(name, tmp_path):
+    """Those of the source, never other ones in their place."""
+    theirs = backbone(name)
+    for key, (mean, std) in NORMALIZATION.items():
+        assert load_any(write_folder(name, theirs, tmp_path / key, mean, std), **LINEAR).info.normalization == key
+    odd = write_folder(name, theirs, tmp_path / "odd", [0.48, 0.46, 0.41], [0.27, 0.26, 0.28])
+    with pytest.raises(CheckpointError, match=r"mean \[0.48, 0.46, 0.41\] and std .* of none of vit, deit, sat493m"):
+        load_any(odd, **LINEAR)
+    assert load_any(odd, **LINEAR, normalization="deit").info.normalization == "deit"
+    if name == "DINOv2":
+        theirs.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}
+        with pytest.raises(CheckpointError, match="give normalization"):
+            load_any(theirs, **LINEAR)
+
+
+def test_names_of_facebookresearch():
+    """Their DINOv2 has a position for the class token and none for registers."""
+    theirs = backbone("DINOv2 with registers")
+    state = theirs.state_dict()
+    position = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(3))
+    state |= {"register_tokens": state.pop("reg_token"), "mask_token": torch.zeros(1, 64)}
+    state |= {"cls_token": state["cls_token"] - position, "pos_embed": torch.cat([position, state["pos_embed"]], 1)}
+    model, im = load_any_state(state), image(14, 5, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encoder(im, return_features=True), features(theirs, im), atol=1e-5, rtol=1e-5)
+
+
+def load_any_state(state):
+    return build(convert(state, n_heads=2, **LINEAR), "eager", "the file")
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("timm/vit_small_patch14_reg4_dinov2", {"decoder": "linear", "decoder_batch_norm": True}),
+        ("Hugging Face DINOv2", {"decoder_layers": 1, "layer_decay": 0.8, "optimizer": "adamw", "min_lr": 0.0}),
+    ],
+)
+def test_train(model, changes, tmp_path, monkeypatch):
+    """`segmenter train` from it: trained, evaluated, resumed, saved; nothing is downloaded."""
+    if model.startswith("timm/"):
+        timm = pytest.importorskip("timm", exc_type=Exception)
+        made = backbone("DINOv2 with registers")
+        monkeypatch.setattr(timm, "create_model", lambda name, pretrained: made)
+    else:
+        made = backbone(model)
+        model = str(write_folder(model, made, tmp_path / "hub"))
+    recipe = tiny_recipe(tmp_path, model=model, crop_size=28, freeze_backbone=False, dropout=0.0, **changes)
+    run = tmp_path / "run"
+    monkeypatch.setattr(Run, "_evaluate_if_due", killed_after(3, Run._evaluate_if_due))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, run, progress=False)
+    monkeypatch.undo()
+    outcome = train(recipe, run, progress=False)  # only the checkpoint is needed for this
+    assert outcome.step == outcome.total == 6 and outcome.best is not None
+    trained = from_pretrained(run / "final")
+    assert (trained.patch_size, trained.info.window_size, trained.info.normalization) == (14, 28, "deit")
+    assert trained.config.layer_scale and trained.config.image_size == (28, 28)
+    gamma = made.state_dict().get("blocks.0.ls1.gamma", made.state_dict().get("encoder.layer.0.layer_scale1.lambda1"))
+    assert 0 < (trained.encoder.blocks[0].ls1.gamma - gamma).abs().max() < 0.5
+    assert trained.segment(torch.zeros(40, 33, 3, dtype=torch.uint8).numpy()).shape == (40, 33)
+
+
+def killed_after(steps, function):
+    def killed(run, *args):
+        found = function(run, *args)
+        if run.step == steps:
+            raise KeyboardInterrupt
+        return found
+
+    return killed
+
+
+def test_crops_that_are_no_whole_patches(tmp_path):
+    folder = write_folder("DINOv2", backbone("DINOv2"), tmp_path / "hub")
+    recipe = tiny_recipe(tmp_path, model=str(folder), crop_size=32)
+    with pytest.raises(CheckpointError, match=r"32 .crop_size in training. must be .* patch size 14, as 28 or 42"):
+        train(recipe, tmp_path / "run", progress=False)
 
 
 def test_a_folder_keeps_the_encoder(tmp_path):

@@ -162,7 +162,10 @@ def _grids(
         raise CheckpointError(f"patch_size {new!r:.40} must be an integer from 1 to {MAX_PATCH_SIZE}")
     wanted = None if image_size is None else _cells("image_size", image_size, new)
     if wanted is not None and (wanted[0] * new, wanted[1] * new) != _pair(image_size):
-        raise CheckpointError(f"image_size {image_size} must be a multiple of the patch size {new}")
+        nearest = " or ".join(str(n * new) for n in (wanted[0], wanted[0] + 1))
+        raise CheckpointError(
+            f"image_size {image_size} (crop_size in training) must be a multiple of the patch size {new}, as {nearest}"
+        )
     if grid is None and source_size is not None:
         grid = _cells("the image size in the configuration", source_size, old)
     elif grid is not None:

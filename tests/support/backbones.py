@@ -1,12 +1,15 @@
 """Pretrained encoders of other projects, tiny and random, that `load_any` makes encoders of ours of."""
 
 import importlib
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
 
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 TIMM = {"pretrained": False, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 0, "dynamic_img_size": True}
 HF = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
 # name -> (library, what makes it, patch size, arguments); images of 4 x 4 patches
@@ -43,6 +46,24 @@ def backbone(name: str) -> nn.Module:
     transformers = importlib.import_module("transformers")
     config = getattr(transformers, f"{made}Config")(**HF, patch_size=patch, image_size=4 * patch, **more)
     return randomised(getattr(transformers, f"{made}Model")(config))
+
+
+def write_folder(name: str, model: nn.Module, folder: Path, mean: Any = IMAGENET[0], std: Any = IMAGENET[1]) -> Path:
+    """What the hub has of it: weights, and the JSON files beside them."""
+    if BACKBONES[name][0] == "transformers":
+        model.save_pretrained(folder)
+        text = json.dumps({"image_mean": mean, "image_std": std})
+        (folder / "preprocessor_config.json").write_text(text)
+        return folder
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    side = 4 * BACKBONES[name][2]
+    content = {"architecture": BACKBONES[name][1], "model_args": {"num_heads": 2}}
+    content["pretrained_cfg"] = {"input_size": [3, side, side], "mean": mean, "std": std}
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
 
 
 def features(model: nn.Module, im: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,10 @@ NORMALIZATION = {  # name -> mean and standard deviation of the three channels, 
 NORMALIZATIONS = tuple(NORMALIZATION)
 POS_EMBED_MODES = ("bilinear", "bicubic", "bicubic_antialias")
 POS_EMBED_CHECKS = ("tokens", "grid")
-POSITIONS = ("all", "patches")  # which tokens have learned positions
-_NEWER = ("layer_scale", "n_registers", "class_token", "final_norm", "pos_embed")  # fields that older versions lack
+POSITIONS = ("all", "patches", "rotary")  # which tokens have learned positions; none
+_NEWER = (  # fields that older versions lack
+    "layer_scale", "n_registers", "class_token", "final_norm", "pos_embed", "rope_theta",
+)  # fmt: skip
 IMPLEMENTATIONS = ("auto", "eager", "triton")
 
 
@@ -73,7 +75,7 @@ class ModelConfig:
     with the published model as default; see `encoder.VisionTransformer`: `norm_eps` (1e-6 for timm, mmsegmentation and
     DINOv2 weights), `pos_embed_mode` ("bilinear", "bicubic" or "bicubic_antialias"), `pos_embed_check` ("tokens":
     bug-compatible; "grid"), `layer_scale`, `n_registers`, `class_token`, `final_norm` and `pos_embed` ("all" or
-    "patches").
+    "patches", or "rotary" with the longest period `rope_theta`).
     """
 
     backbone: str
@@ -96,6 +98,7 @@ class ModelConfig:
     class_token: bool = True
     final_norm: bool = True
     pos_embed: str = "all"
+    rope_theta: float = 100.0
 
     @classmethod
     def from_dict(cls, net_kwargs: dict[str, Any]) -> "ModelConfig":
@@ -132,7 +135,7 @@ class ModelConfig:
         """
         for name in ("patch_size", "d_model", "n_heads", "n_layers", "n_cls", "n_registers"):
             object.__setattr__(self, name, _integer(name, getattr(self, name)))
-        for name in ("dropout", "drop_path_rate", "norm_eps"):
+        for name in ("dropout", "drop_path_rate", "norm_eps", "rope_theta"):
             object.__setattr__(self, name, _real(name, getattr(self, name)))
         object.__setattr__(self, "image_size", _size(self.image_size))
         object.__setattr__(self, "decoder", _decoder(self.decoder))
@@ -162,6 +165,9 @@ class ModelConfig:
         _one_of("pos_embed_check", self.pos_embed_check, POS_EMBED_CHECKS)
         _one_of("pos_embed", self.pos_embed, POSITIONS)
         _in_range("n_registers", self.n_registers, 0, 1024)
+        _in_range("rope_theta", self.rope_theta, 1.0, 1e9)
+        if self.pos_embed == "rotary" and self.d_model // self.n_heads % 4:
+            raise ConfigError(f"rotary positions need heads of a multiple of 4, not {self.d_model // self.n_heads}")
         if self.distilled and not self.class_token:
             raise ConfigError("distilled needs class_token: a distillation token stands beside a class token")
         if self.decoder["name"] == "mask_transformer":

@@ -2,9 +2,11 @@
 
 The options that no published Segmenter has are those of encoders that were trained since: LayerScale (Touvron et al.,
 "Going deeper with image transformers", ICCV 2021: DeiT-III, DINOv2), registers (Darcet et al., "Vision transformers
-need registers", ICLR 2024) and positions of patches alone. Their parameters have timm's names.
+need registers", ICLR 2024), positions of patches alone, and rotary ones (Simeoni et al., "DINOv3", 2025). Their
+parameters have timm's names.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,7 +19,7 @@ from segmenter.cache import Cache
 from segmenter.config import POSITIONS
 from segmenter.guard import why_not_bypass
 from segmenter.kernels import reference
-from segmenter.layers import Block, PatchEmbed, init_weights, resize_pos_embed, stochastic_depth
+from segmenter.layers import Block, PatchEmbed, Rotation, init_weights, resize_pos_embed, stochastic_depth
 from segmenter.ops import OperatorModule, select, what_computes
 
 EXTRA_TOKENS = ("cls_token", "dist_token", "reg_token")  # in the order of the tokens
@@ -39,7 +41,8 @@ class VisionTransformer(OperatorModule):
         layer_scale: factors for what each half of a block adds. n_registers: learned tokens that nobody reads.
         class_token: False: there is none, as in models of timm that were trained on the mean of their patches.
         final_norm: False: no norm after the blocks, as in those. pos_embed: which tokens have learned positions, "all"
-            or "patches".
+            or "patches"; or "rotary": none, queries and keys of patches are turned, see `rotary_positions`.
+        rope_theta: the longest period of these. What pos_embed_mode and _check say is for learned ones.
         impl: "eager", "triton" or "auto".
     Raises:
         ValueError: sizes that do not fit together.
@@ -68,6 +71,7 @@ class VisionTransformer(OperatorModule):
         class_token: bool = True,
         final_norm: bool = True,
         pos_embed: str = "all",
+        rope_theta: float = 100.0,
         impl: str = "auto",
     ):
         super().__init__()
@@ -99,8 +103,11 @@ class VisionTransformer(OperatorModule):
             self.head_dist = nn.Linear(d_model, n_cls)
         if n_registers:
             self.reg_token = nn.Parameter(torch.zeros(1, n_registers, d_model))
+        self.rope_theta = rope_theta if pos_embed == "rotary" else None
         self.n_extra_positions = self.n_extra_tokens if pos_embed == "all" else 0  # rows before those of the patches
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.n_extra_positions + self.patch_embed.num_patches, d_model))
+        n_positions = self.n_extra_positions + self.patch_embed.num_patches
+        learned = None if pos_embed == "rotary" else nn.Parameter(torch.zeros(1, n_positions, d_model))
+        self.register_parameter("pos_embed", learned)
         sizes = (d_model, n_heads, d_ff, dropout)
         rates = stochastic_depth(drop_path_rate, n_layers)
         self.blocks = nn.ModuleList(Block(*sizes, rate, norm_eps, ops, layer_scale) for rate in rates)
@@ -108,8 +115,8 @@ class VisionTransformer(OperatorModule):
         self.head = nn.Linear(d_model, n_cls)
         self.pre_logits = nn.Identity()  # part of the published class; neither calls it
 
-        for learned in (self.pos_embed, *self.extra_tokens()):
-            nn.init.trunc_normal_(learned, std=0.02)
+        for tokens in (*([] if learned is None else [learned]), *self.extra_tokens()):
+            nn.init.trunc_normal_(tokens, std=0.02)
         self.apply(init_weights)
 
     def extra_tokens(self) -> list[torch.Tensor]:
@@ -167,6 +174,9 @@ class VisionTransformer(OperatorModule):
 
         In evaluation, while no gradients are recorded, each grid is resampled once: see `segmenter.cache`.
         """
+        if self.pos_embed is None:
+            n, like = self.n_extra_tokens + grid[0] * grid[1], self.patch_embed.proj.weight
+            return self._cached(("none", n), (like,), lambda: like.new_zeros(1, n, self.d_model))
         differs = (
             self.n_extra_positions + grid[0] * grid[1] != self.pos_embed.shape[1]
             if self.pos_embed_check == "tokens"
@@ -183,13 +193,27 @@ class VisionTransformer(OperatorModule):
 
         return self._cached(("positions", *options, differs), (self.pos_embed,), make)
 
+    def rotation(self, grid: tuple[int, int] | None) -> Rotation | None:
+        """Rotary positions of a grid of patches; None for an encoder with learned ones."""
+        if self.rope_theta is None:
+            return None
+        if grid is None:
+            raise ValueError("this encoder has rotary positions: give the grid of patches")
+        like = next(self.parameters())
+        options = (grid, self.d_model // self.n_heads, self.rope_theta)
+        return Rotation(*self._cached(("rotary", *options), (like,), lambda: rotary_positions(*options, like.device)))
+
     def embed(self, im: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W), H and W multiples of the patch -> tokens with positions (B, n_extra + H/P * W/P, d)."""
         B, _, H, W = im.shape
         x = self.patch_embed(im)
         # token[0]: DistributedDataParallel wants gradients laid out as their parameters, which those of slices are not
         x = torch.cat([token[0].expand(B, -1, -1) for token in self.extra_tokens()] + [x], dim=1)
-        return x + self.positions((H // self.patch_size, W // self.patch_size))
+        return x if self.pos_embed is None else x + self.positions(self._grid(H, W))
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        P = self.patch_size
+        return (height - P) // P + 1, (width - P) // P + 1  # of the convolution, letter by letter, for torch.export
 
     def embed_pixels(self, pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
         """Tokens with positions of images as bytes: `embed` of the normalised and padded image.
@@ -207,7 +231,7 @@ class VisionTransformer(OperatorModule):
         P = self.patch_size
         _, *grid = reference.patch_grid(pixels, P)
         if self.why_not_bytes() is not None:
-            return self.embed(reference.normalized(pixels, mean, std, self.pos_embed.dtype, P))
+            return self.embed(reference.normalized(pixels, mean, std, next(self.parameters()).dtype, P))
         proj = self.patch_embed.proj
         tokens = [token[0] for token in self.extra_tokens()]
         extra = torch.cat(tokens) if len(tokens) > 1 else tokens[0]
@@ -229,6 +253,8 @@ class VisionTransformer(OperatorModule):
 
     def implementations(self, parameter: torch.Tensor) -> Iterator[tuple[str, str]]:
         yield "pixels_to_tokens", what_computes(self.ops.on(parameter).name, self.why_not_bytes())
+        if self.rope_theta is not None:
+            yield "rotate", self.ops.on(parameter).name
 
     def forward(self, im: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         """Normalised image (B, C, H, W), H and W multiples of the patch size.
@@ -239,13 +265,18 @@ class VisionTransformer(OperatorModule):
         Raises:
             ValueError: logits of an encoder without a class token.
         """
-        return self.forward_tokens(self.embed(im), return_features)
+        return self.forward_tokens(self.embed(im), return_features, self._grid(*im.shape[2:]))
 
-    def forward_tokens(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        """`forward` from tokens with positions on, which `embed` and `embed_pixels` make."""
-        x = self.dropout(x)
+    def forward_tokens(
+        self, x: torch.Tensor, return_features: bool = False, grid: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """`forward` from tokens with positions on, which `embed` and `embed_pixels` make.
+
+        grid: rows and columns of patches, which rotary positions need.
+        """
+        x, rotation = self.dropout(x), self.rotation(grid)
         for block in self.blocks:
-            x = block(x)
+            x = block(x) if rotation is None else block(x, rotation=rotation)
         x = self.norm(x)
         if return_features:
             return x
@@ -262,7 +293,27 @@ class VisionTransformer(OperatorModule):
         """
         if not 0 <= layer_id < self.n_layers:
             raise ValueError(f"layer_id {layer_id} is out of range: the encoder has layers 0..{self.n_layers - 1}")
-        x = self.embed(im)
+        x, rotation = self.embed(im), self.rotation(self._grid(*im.shape[2:]))
+        more = {} if rotation is None else {"rotation": rotation}
         for block in self.blocks[:layer_id]:
-            x = block(x)
-        return self.blocks[layer_id](x, return_attention=True)
+            x = block(x, **more)
+        return self.blocks[layer_id](x, return_attention=True, **more)
+
+
+def rotary_positions(
+    grid: tuple[int, int], head_dim: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of DINOv3, (rows * columns, head_dim) float32 each, for `kernels.reference_rotary.rotate`.
+
+    The centres of the patches lie in -1 to 1 along each axis, whatever the grid. A quarter of a head's columns has the
+    angles 2 pi y / period, the next 2 pi x / period, with periods from 1 up to theta, and the other half the same
+    again: pairs are columns i and i + head_dim / 2. Trained models have periods rounded to bfloat16; as in timm and
+    Hugging Face they are float32 here. In training those may draw other coordinates at random; nothing here does.
+    """
+    quarter = head_dim // 4
+    periods = theta ** (torch.arange(quarter, device=device) * (2 / (head_dim // 2)))
+    y, x = (2 * math.pi * (2 * (torch.arange(n, device=device) + 0.5) / n - 1)[:, None] / periods for n in grid)
+    rows, columns = grid
+    angles = torch.cat([y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)], dim=-1).flatten(0, 1)
+    angles = angles.repeat(1, 2)
+    return angles.cos(), angles.sin()

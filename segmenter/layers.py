@@ -151,22 +151,32 @@ class Attention(OperatorModule):
     def unwrapped(self) -> "Attention":
         return self
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, rotation: "Rotation | None" = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, N, d) -> (tokens (B, N, d), attention weights (B, heads, N, N) after their dropout).
 
-        As in the published code a mask changes nothing; here that is warned of.
+        As in the published code a mask changes nothing; here that is warned of. rotation: of queries and keys.
         """
         if mask is not None:
             warnings.warn("Attention ignores its mask, as the published code does", stacklevel=2)
-        return self._written_out(self.qkv(x))
+        return self._written_out(self._projected(x, rotation))
 
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
+    def _projected(self, x: torch.Tensor, rotation: "Rotation | None") -> torch.Tensor:
+        """Queries, keys and values (B, N, 3 d), the first two turned by `rotation` if there is one."""
+        qkv = self.qkv(x)
+        if rotation is None:
+            return qkv
+        qk, v = qkv.unflatten(2, (3 * self.heads, -1)).split((2 * self.heads, self.heads), 2)
+        return torch.cat([self.ops.on(qk).rotate(qk, *rotation), v], dim=2).flatten(2)
+
+    def attend(self, x: torch.Tensor, rotation: "Rotation | None" = None) -> torch.Tensor:
         """The tokens of `forward`, by an operator that keeps no weights unless these have to be written out.
 
         Dropout of the weights (`attn_drop` in training with a rate above 0) exists in the eager definition only, which
         is then what runs, whatever `ops` is.
         """
-        qkv = self.qkv(x)  # (B, N, 3 d)
+        qkv = self._projected(x, rotation)  # (B, N, 3 d)
         if self.why_written_out(qkv.shape[-1]) is not None:
             return self._written_out(qkv)[0]
         drop = self.attn_drop
@@ -176,9 +186,9 @@ class Attention(OperatorModule):
             x = self.ops.on(qkv).attention(qkv, self.heads)
         return self.proj_drop(self.proj(x))
 
-    def probabilities(self, x: torch.Tensor) -> torch.Tensor:
+    def probabilities(self, x: torch.Tensor, rotation: "Rotation | None" = None) -> torch.Tensor:
         """The attention map (B, heads, N, N) of `forward`, without the tokens."""
-        return self._weights(self.qkv(x))
+        return self._weights(self._projected(x, rotation))
 
     def why_written_out(self, columns: int) -> str | None:
         """Why no operator can stand for the weights and their product with the values at the moment, or None.
@@ -372,16 +382,23 @@ class Block(OperatorModule):
         self.recompute = RECOMPUTE
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None = None, return_attention: bool = False
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        return_attention: bool = False,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
-        """(B, N, d) -> (B, N, d), or the attention map (B, heads, N, N) of this block. `mask` is for `attn`."""
-        if return_attention:
-            return self._attended(self.norm1(x), mask, True)
-        if self.recompute > 2 and torch.is_grad_enabled():
-            return checkpoint(self._run, x, mask, use_reentrant=False)
-        return self._run(x, mask)
+        """(B, N, d) -> (B, N, d), or the attention map (B, heads, N, N) of this block.
 
-    def _run(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        mask: for `attn`. rotation: rotary positions of queries and keys.
+        """
+        if return_attention:
+            return self._attended(self.norm1(x), mask, True, rotation)
+        if self.recompute > 2 and torch.is_grad_enabled():
+            return checkpoint(self._run, x, mask, rotation, use_reentrant=False)
+        return self._run(x, mask, rotation)
+
+    def _run(self, x: torch.Tensor, mask: torch.Tensor | None, rotation: Rotation | None) -> torch.Tensor:
         ops, attention, mlp, drops = decision(self, x)
         layers = self._modules  # not self.attn and so on: attribute look-ups of modules are slow
         ls1, ls2 = layers.get("ls1"), layers.get("ls2")
@@ -389,10 +406,10 @@ class Block(OperatorModule):
             attn, before = layers["attn"], x
             qkv, proj = _weight_and_bias(attn._modules["qkv"]), attn._modules["proj"]
             keep, gamma = self.recompute < 2, None if ls1 is None else ls1._parameters["gamma"]
-            x = fused_attention(x, layers["norm1"], *qkv, attn.heads, proj, ops, keep, gamma)
+            x = fused_attention(x, layers["norm1"], *qkv, attn.heads, proj, ops, keep, gamma, rotation)
             x = self.drop_path.between(before, x) if drops else x
         else:
-            y = self._attended(self.norm1(x), mask, False)
+            y = self._attended(self.norm1(x), mask, False, rotation)
             x = x + self.drop_path(y if ls1 is None else ls1(y))
         if mlp is None:
             inner, gamma = layers["mlp"]._modules, None if ls2 is None else ls2._parameters["gamma"]
@@ -401,13 +418,16 @@ class Block(OperatorModule):
         y = self.mlp(self.norm2(x))
         return x + self.drop_path(y if ls2 is None else ls2(y))
 
-    def _attended(self, x: torch.Tensor, mask: torch.Tensor | None, weights: bool) -> torch.Tensor:
+    def _attended(
+        self, x: torch.Tensor, mask: torch.Tensor | None, weights: bool, rotation: Rotation | None
+    ) -> torch.Tensor:
         """The attention layer's tokens, or its weights. It is called itself if it may be more than its type says."""
         attn = self.attn
         kind = type(attn) if getattr(type(attn), "forward", None) is Attention.forward else Attention
         if mask is None and why_not_bypass(attn, (kind,)) is None:
-            return attn.probabilities(x) if weights else attn.attend(x)
-        y = attn(x) if mask is None else attn(x, mask)
+            return attn.probabilities(x, rotation) if weights else attn.attend(x, rotation)
+        more = () if mask is None and rotation is None else (mask,) if rotation is None else (mask, rotation)
+        y = attn(x, *more)
         if weights:
             return y[1]
         return y[0] if isinstance(y, tuple) else y

@@ -84,7 +84,7 @@ class Segmenter(OperatorModule):
 
         0: 20. Of 1 and 2 nothing.
         1: 12. The MLP's hidden layer, a tenth more of a block's products. This is how a model is made.
-        2: 6. Queries, keys and values as well.
+        2: 6. Queries, keys and values as well, unless positions are rotary: then it is as 1.
         3: 2. Everything: whole blocks, by torch.utils.checkpoint.
 
         From 1 on gradients are the same bit for bit. 0 to 2 are levels of the kernels; eager PyTorch keeps what it
@@ -144,7 +144,7 @@ class Segmenter(OperatorModule):
             parameter = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
             return self.masks(reference.normalized(pixels, mean, std, parameter.dtype))
         tokens = self.encoder.embed_pixels(pixels, mean, std)
-        x = self.encoder.forward_tokens(tokens, return_features=True)[:, self._n_extra_tokens :]
+        x = self.encoder.forward_tokens(tokens, True, (grid_h, grid_w))[:, self._n_extra_tokens :]
         return self.decoder(x, (grid_h * self.patch_size, grid_w * self.patch_size))
 
     def forward(self, im: torch.Tensor) -> torch.Tensor:
@@ -255,6 +255,7 @@ def create_vit(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto") -> V
         class_token=config.class_token,
         final_norm=config.final_norm,
         pos_embed=config.pos_embed,
+        rope_theta=config.rope_theta,
         impl=impl,
     )
 

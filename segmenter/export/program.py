@@ -73,6 +73,8 @@ def _embed(encoder: VisionTransformer, im: torch.Tensor) -> torch.Tensor:
     P = encoder.patch_size
     x = encoder.patch_embed(im)
     x = torch.cat([token.expand(x.shape[0], -1, -1) for token in encoder.extra_tokens()] + [x], dim=1)
+    if encoder.pos_embed is None:
+        return x
     # the formula of the convolution, letter by letter: torch.export has to see that the numbers of tokens are the same
     return x + positions(encoder, ((im.shape[2] - P) // P + 1, (im.shape[3] - P) // P + 1))
 

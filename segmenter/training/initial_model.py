@@ -23,12 +23,8 @@ TIMM, PRESET = "timm/", "Seg-"
 DECODER_LAYERS = 2
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 _STARTED = "; started from "
-_KEPT = (
-    "normalization",
-    "pos_embed",
-    "pos_embed_mode",
-    "pos_embed_check",
-)  # of an encoder, unless the recipe says otherwise
+_POSITIONS = ("pos_embed", "pos_embed_mode", "pos_embed_check", "rope_theta")
+_KEPT = ("normalization", *_POSITIONS)  # of an encoder, unless the recipe says otherwise
 
 
 def starting_model(recipe: Recipe, dataset: Dataset) -> Segmenter:

@@ -102,7 +102,7 @@ def _hint(config: ModelConfig | None, state: Mapping[str, torch.Tensor], recogni
     if not any(name.startswith("decoder.") for name in state):
         return "it is a pretrained backbone, not a segmentation checkpoint (no decoder); use `segmenter convert`"
     try:
-        found = architecture(state)
+        found = architecture(state, config is not None and config.pos_embed == "rotary")
     except CheckpointError as error:
         return str(error)
     asked = [] if config is None else [(name, getattr(config, name)) for name in _COMPARED]

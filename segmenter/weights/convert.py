@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from segmenter.config import MAX_IMAGE_SIZE, MAX_PATCH_SIZE, ConfigError, ModelConfig
 from segmenter.layers import resize_pos_embed
-from segmenter.weights.live import compare, describe, unwrapped
+from segmenter.weights.live import compare, describe, is_rotary, unwrapped
 from segmenter.weights.names import DEFAULTS, to_ours
 from segmenter.weights.read import CheckpointError, listing
 from segmenter.weights.recognise import (
@@ -26,6 +26,7 @@ from segmenter.weights.recognise import (
 from segmenter.weights.settings import normalization_of
 
 HEAD_DIM = 64
+_ROTARY_GRID = 16  # of DINOv3, if nothing tells another: it was trained on images of 256 pixels
 # Width -> size of the heads in published encoders of it (so400m, ViT-Huge, -giant, -gigantic); no shape tells.
 _UNCERTAIN_WIDTHS = {1152: 72, 1280: 80, 1408: 88, 1664: 104}
 
@@ -71,7 +72,7 @@ def convert(
     if live is not None:
         weights = {name: _on_cpu(tensor) for name, tensor in live.state_dict().items()}
     weights = {str(name): tensor for name, tensor in weights.items()}
-    odd, found = feature(weights), {}
+    odd, found = feature(weights, is_rotary(live, fields)), {}
     if live is not None:
         found = describe(live, odd)
         source_size, live_grid = found.pop("source_size", source_size), found.pop("grid", None)
@@ -83,12 +84,12 @@ def convert(
     kind = recognise(weights, kind)
     if odd:
         raise refuse(f"these {kind} weights have", odd)
-    state, implied, notes = to_ours(weights, kind)
+    state, implied, notes = to_ours(weights, kind, "rotary" in (found.get("pos_embed"), fields.get("pos_embed")))
     fields = {name: value for name, value in fields.items() if value is not None}
     if statistics is not None and "normalization" not in fields:
         found["normalization"] = normalization_of(*statistics)
     found = {**DEFAULTS[kind], **implied, **found, **fields}
-    arch = architecture(state)
+    arch = architecture(state, found.get("pos_embed") == "rotary")
     if not arch["class_token"] and found.get("class_token", True):
         raise CheckpointError(f"these {kind} weights lack cls_token (a class token)")
     found.setdefault("final_norm", True)  # a norm that is missing by mistake is found missing
@@ -164,12 +165,15 @@ def _grids(
     if wanted is not None and (wanted[0] * new, wanted[1] * new) != _pair(image_size):
         nearest = " or ".join(str(n * new) for n in (wanted[0], wanted[0] + 1))
         raise CheckpointError(
-            f"image_size {image_size} (crop_size in training) must be a multiple of the patch size {new}, as {nearest}"
+            f"image_size {image_size} must be a multiple of the patch size {new}, such as {nearest} "
+            "(in training it is crop_size)"
         )
     if grid is None and source_size is not None:
         grid = _cells("the image size in the configuration", source_size, old)
     elif grid is not None:
         grid = _cells("grid", grid, 1)
+    if having == "rotary":  # any grid: that of the images it was trained on is told by what lies beside it
+        return (grid := grid or wanted or (_ROTARY_GRID, _ROTARY_GRID)), wanted or grid, new, having
     told = grid is not None
     n_extra = sum(extra_tokens(state).values())
     grid, having = _reading(state["encoder.pos_embed"].shape[1], n_extra, grid, wanted, having)
@@ -232,7 +236,7 @@ def _resize(state: State, old: int, grid: tuple[int, int], config: ModelConfig, 
         name = "encoder.patch_embed.proj.weight"
         state[name] = _resampled(state[name].float(), new)
         notes.insert(0, f"patch size {old} -> {new} by resampling the patch embedding (an extension; fine-tune it)")
-    if wanted != grid:
+    if wanted != grid and config.pos_embed != "rotary":
         positions, mode = state["encoder.pos_embed"].float(), config.pos_embed_mode
         n_extra = positions.shape[1] - grid[0] * grid[1]
         state["encoder.pos_embed"] = resize_pos_embed(positions, grid, wanted, n_extra, mode)

@@ -1,6 +1,7 @@
 """Live models of timm, transformers and others: what only they tell, and whether the conversion does what they do."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from segmenter.weights.settings import hugging_face_fields
 
 TOLERANCE = 1e-4  # of the norm of all tokens; rounding stays below 1e-5, the approximate GELU alone makes more
 _PLAIN_CONFIG = ("backbone", "n_heads", "normalization", "dropout", "drop_path_rate", "norm_eps")
-_POSITIONS = ("pos_embed", "pos_embed_mode", "pos_embed_check")
+_POSITIONS = ("pos_embed", "pos_embed_mode", "pos_embed_check", "rope_theta")
 _WRAPPERS = (["module"], ["_orig_mod"])  # DataParallel, AveragedModel; torch.compile
+_DINOV3 = "RotaryEmbeddingDinoV3"  # its rotary positions in timm
 _FEATURES = {  # attributes of a model, or of an attention, that no weight need tell of
     "rope": "rotary positions",
     "rel_pos_bias": "relative positions",
@@ -33,6 +35,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while list(model._modules) in _WRAPPERS:
         model = next(iter(model._modules.values()))
     return model
+
+
+def is_rotary(model: nn.Module | None, fields: Mapping[str, Any]) -> bool:
+    """Whether a live model, or what is said of weights, has the rotary positions of DINOv3."""
+    return fields.get("pos_embed") == "rotary" or type(getattr(model, "rope", None)).__name__ == _DINOV3
 
 
 def describe(model: nn.Module, odd: str | None) -> dict[str, Any]:
@@ -106,7 +113,10 @@ def _timm(model: nn.Module) -> dict[str, Any]:
         heads, acts = block.attn.num_heads, [b.mlp.act for b in model.blocks]
     except (AttributeError, IndexError, TypeError) as error:
         raise CheckpointError(f"{type(model).__name__} is no plain VisionTransformer of timm ({error})") from error
+    rotary = is_rotary(model, {})
     for name, what in _FEATURES.items():
+        if rotary and name == "rope":
+            continue
         if any(getattr(part, name, None) is not None for part in (model, block, block.attn)):
             raise refuse(f"{type(model).__name__} has", what)
     if any(isinstance(act, nn.SiLU) for act in acts):
@@ -115,7 +125,9 @@ def _timm(model: nn.Module) -> dict[str, Any]:
         raise CheckpointError(f"the MLP uses {type(acts[0]).__name__}; the Segmenter encoder needs the exact GELU")
     fields = {"n_heads": heads, "norm_eps": eps, "grid": _grid(getattr(model, "patch_embed", None))}
     fields |= {"class_token": getattr(model, "cls_token", None) is not None, "final_norm": hasattr(model.norm, "eps")}
-    if (patches_only := getattr(model, "no_embed_class", None)) is not None:
+    if rotary:
+        fields |= {"pos_embed": "rotary", "rope_theta": model.rope.temperature}
+    elif (patches_only := getattr(model, "no_embed_class", None)) is not None:
         fields["pos_embed"] = "patches" if patches_only else "all"
     trained = getattr(model, "pretrained_cfg", None) or {}
     if trained.get("mean") is not None:
@@ -141,7 +153,8 @@ def _tokens(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
     if hasattr(model, "forward_features"):
         tokens = model.forward_features(image)
         if isinstance(tokens, dict):  # facebookresearch/dinov2
-            registers = tokens.get("x_norm_regtokens", tokens["x_norm_patchtokens"][:, :0])
+            none = tokens["x_norm_patchtokens"][:, :0]
+            registers = tokens.get("x_norm_regtokens", tokens.get("x_storage_tokens", none))  # DINOv2, DINOv3
             parts = (tokens["x_norm_clstoken"][:, None], registers, tokens["x_norm_patchtokens"])
             tokens = torch.cat(parts, dim=1)
         return tokens
@@ -156,4 +169,5 @@ def _tokens(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
         model.config.mask_ratio = 0.0
         n_patches = model.base_model.embeddings.patch_embeddings.num_patches
         more["noise"] = torch.arange(n_patches, dtype=torch.float32, device="cpu")[None]
-    return getattr(model, "base_model", model)(pixel_values=image, **more).last_hidden_state
+    body = model if hasattr(model, "embeddings") else getattr(model, "base_model", model)
+    return body(pixel_values=image, **more).last_hidden_state

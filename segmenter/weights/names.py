@@ -21,6 +21,7 @@ DEFAULTS = {
 }
 # And its newer encoders: DeiT-III, DINOv2 and models with registers, all but timm's of ImageNet's statistics.
 _NEWER = {"norm_eps": 1e-6, "pos_embed_check": "grid", "normalization": "deit"}
+_ROTARY = {"norm_eps": 1e-5, "pos_embed": "rotary"}  # over those, DINOv3
 _RESAMPLED = "bicubic_antialias"  # their positions, by timm; by Hugging Face those of models with registers
 _BLOCK = r"blocks\.\d{1,4}\.((norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)|ls[12]\.gamma)"
 _OURS = re.compile(
@@ -46,8 +47,12 @@ _REQUIRED = {  # what every plain ViT has -> what is missing without it
 }
 
 
-def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict[str, Any], list[str]]:
+def to_ours(
+    weights: Mapping[str, torch.Tensor], kind: str, rotary: bool = False
+) -> tuple[State, dict[str, Any], list[str]]:
     """Renames, transposes, folds and completes the weights of a `kind` of project.
+
+    rotary: they are said to be DINOv3's, which have no learned positions.
 
     Returns:
         (state dict with the names of the published Segmenter, new tensors in float32; ModelConfig fields that only
@@ -58,7 +63,7 @@ def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict
     if kind == "segmenter":
         return dict(weights), {}, []
     notes: list[str] = []
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {**_NEWER, **_ROTARY} if rotary else {}
     ours = {k: v.to(torch.float32, copy=True) if v.is_floating_point() else v for k, v in weights.items()}
     check_dimensions(ours, _SOURCE_DIMENSIONS[kind])
     try:
@@ -71,7 +76,7 @@ def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict
         else:
             ours = _hf(ours, fields)
         for name, meaning in _REQUIRED.items():
-            if name not in ours:
+            if name not in ours and (name, fields.get("pos_embed")) != ("encoder.pos_embed", "rotary"):
                 raise KeyError(name.removeprefix("encoder.") + meaning)
         odd = [name for name in ours if not _OURS.match(name)]
         if odd:
@@ -132,16 +137,27 @@ def _mmseg(weights: State, notes: list[str]) -> State:
 
 
 def _timm(weights: State, fields: dict[str, Any], notes: list[str]) -> State:
-    """Of timm's own names, and those of facebookresearch/deit (DeiT-III) and facebookresearch/dinov2."""
+    """Of timm's own names, and those of facebookresearch: deit (DeiT-III), dinov2 and dinov3."""
+    periods = weights.get("rope_embed.periods")
     ours = _rename(
         weights,
         [
-            (r"^(mask_token|pre_logits\..*)$", ""),
-            (r"^register_tokens$", "reg_token"),
+            (r"^(mask_token|pre_logits\..*|rope(_embed)?\.periods|.*\.attn\.qkv\.bias_mask|local_cls_norm\..*)$", ""),
+            (r"^(register|storage)_tokens$", "reg_token"),
             (r"\.gamma_([12])$", r".ls\1.gamma"),
             (r"^(?=.)", "encoder."),
         ],
     )
+    if periods is not None:
+        _check_periods(periods)
+        fields |= {**_NEWER, **_ROTARY}
+    for name in [n for n in ours if n.endswith((".attn.q_bias", ".attn.qkv.bias"))]:  # of DINOv3: keys have none
+        if name.endswith("q_bias"):
+            q, v = ours.pop(name), ours.pop(name.replace("q_bias", "v_bias"))
+            ours[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+        elif name.removeprefix("encoder.") + "_mask" in weights:
+            ours[name] = ours[name].nan_to_num(0.0).unflatten(0, (3, -1)) * torch.tensor([[1.0], [0.0], [1.0]])
+            ours[name] = ours[name].flatten()
     if "register_tokens" in weights:
         _positions_of_patches(ours, fields)
     if any(name.startswith("encoder.fc_norm.") for name in ours):
@@ -149,8 +165,15 @@ def _timm(weights: State, fields: dict[str, Any], notes: list[str]) -> State:
         ours = {n: t for n, t in ours.items() if not n.startswith(("encoder.fc_norm.", "encoder.head."))}
         notes.append("left out: fc_norm and the head, which are for the mean of all patches")
     if "encoder.blocks.0.ls1.gamma" in ours or "encoder.reg_token" in ours or "encoder.cls_token" not in ours:
-        fields |= {**_NEWER, "pos_embed_mode": _RESAMPLED}
+        fields |= {**_NEWER, "pos_embed_mode": _RESAMPLED, **(_ROTARY if fields.get("pos_embed") == "rotary" else {})}
     return ours
+
+
+def _check_periods(periods: torch.Tensor) -> None:
+    """Raises CheckpointError: they are not those of DINOv3, which lie rounded to bfloat16 in its files."""
+    usual = 100.0 ** (torch.arange(len(periods)) / len(periods))
+    if not torch.allclose(periods.float(), usual, rtol=1e-2):
+        raise CheckpointError(f"rotary positions with the periods {periods.tolist()!r:.80}, other ones than DINOv3's")
 
 
 def _positions_of_patches(ours: State, fields: dict[str, Any]) -> None:
@@ -214,9 +237,11 @@ def _hf(weights: State, fields: dict[str, Any]) -> State:
             (r"^embeddings\.register_tokens$", "reg_token"),
             (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
             (r"^embeddings\.position_embeddings$", "pos_embed"),
-            (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+            (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+            (r"\.mlp\.up_proj\.", ".mlp.fc1."),
+            (r"\.mlp\.down_proj\.", ".mlp.fc2."),
             (r"^embeddings\.", ""),
-            (r"^(encoder\.layer|layers)\.", "blocks."),
+            (r"^(encoder\.layer|layers|(model\.)?layer)\.", "blocks."),
             (r"\.layernorm_before\.", ".norm1."),
             (r"\.layernorm_after\.", ".norm2."),
             (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
@@ -231,15 +256,19 @@ def _hf(weights: State, fields: dict[str, Any]) -> State:
     )
     if "encoder.blocks.0.ls1.gamma" in ours:
         fields |= _NEWER
-    if "encoder.reg_token" in ours:
+    if "encoder.pos_embed" not in ours and "encoder.norm.weight" in ours:  # DINOv3
+        fields |= {**_NEWER, **_ROTARY}
+    elif "encoder.reg_token" in ours:
         fields["pos_embed_mode"] = _RESAMPLED
         _positions_of_patches(ours, fields)
     return _join_qkv(ours)
 
 
 def _join_qkv(state: State) -> State:
-    """attn.q, attn.k, attn.v -> attn.qkv, rows in this order."""
+    """attn.q, attn.k, attn.v -> attn.qkv, rows in this order. Keys without a bias, as DINOv3's, get zeros."""
     for name in [n for n in state if ".attn.q." in n]:
+        if name.endswith(".bias"):
+            state.setdefault(name.replace(".attn.q.", ".attn.k."), torch.zeros_like(state[name]))
         parts = [state.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
         state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
     return state

@@ -15,7 +15,7 @@ from segmenter.model import Segmenter
 from segmenter.text_files import read_yaml
 from segmenter.weights.read import CheckpointError, read_json_object
 
-_HF_TYPES = ("vit", "deit", "vit_msn", "vit_mae", "dinov2", "dinov2_with_registers")  # model types that are read
+_HF_TYPES = ("vit", "deit", "vit_msn", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit")  # that are read
 _CLASSES = {  # (data set, number of classes) -> key of the class set
     ("ade20k", 150): "ade20k",
     ("pascal_context", 60): "pascal_context",
@@ -122,6 +122,7 @@ def hugging_face_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if act != "gelu":
         raise CheckpointError(f"hidden_act is {act!r}; the Segmenter encoder needs the exact gelu")
     names = {"layer_norm_eps": "norm_eps", "num_attention_heads": "n_heads", "image_size": "source_size"}
+    names |= {"rope_theta": "rope_theta"} if model_type == "dinov3_vit" else {}
     return {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
 
 
@@ -133,6 +134,7 @@ def timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     name, arguments, trained = (config.get(part) for part in ("architecture", "model_args", "pretrained_cfg"))
     arguments, trained = (part if isinstance(part, dict) else {} for part in (arguments, trained))
+    fields: dict[str, Any] = {"pos_embed": "rotary"} if "dinov3" in str(name) else {}
     for part, what in (("rope", "rotary positions"), ("quickgelu", "the quick GELU")):
         if part in str(name):
             raise CheckpointError(f"{name} has {what}, which the Segmenter encoder has not")
@@ -141,7 +143,7 @@ def timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"act_layer is {act!r}; the Segmenter encoder needs the exact gelu")
     size = trained.get("input_size")
     size = arguments.get("img_size") or (size[1:] if isinstance(size, list) else None)
-    fields = {"source_size": size, "n_heads": arguments.get("num_heads")}
+    fields |= {"source_size": size, "n_heads": arguments.get("num_heads")}
     if trained.get("mean") is not None:
         fields["statistics"] = (trained["mean"], trained.get("std"))
     if arguments.get("no_embed_class") is not None:

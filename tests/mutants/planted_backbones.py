@@ -16,6 +16,18 @@ BACKBONES = [
                 "F.pad(positions, (0, 0, missing, 0)) if missing",
                 "torch.cat([positions[:, :missing], positions], 1) if missing",
             ),
+            "rotary_rows_and_columns_swapped": (
+                "[y[:, None].expand(-1, columns, -1), x[None].expand(rows, -1, -1)]",
+                "[x[None].expand(rows, -1, -1), y[:, None].expand(-1, columns, -1)]",
+            ),
+            "rotary_positions_of_corners": (
+                "torch.arange(n, device=device) + 0.5)",
+                "torch.arange(n, device=device))",
+            ),
+            "rotary_positions_of_another_grid": (
+                '(("rotary", *options), (like,)',
+                '(("rotary",), (like,)',
+            ),
             "registers_are_decayed": (
                 '({"reg_token"} if self.n_registers else set())',
                 "set()",
@@ -37,6 +49,14 @@ BACKBONES = [
             "layer_scale_left_out_layer_by_layer": (
                 "x + self.drop_path(y if ls2 is None else ls2(y))",
                 "x + self.drop_path(y)",
+            ),
+            "not_turned_layer_by_layer": (
+                "        if rotation is None:\n            return qkv\n",
+                "        if True:\n            return qkv\n",
+            ),
+            "not_turned_when_computed_again": (
+                "checkpoint(self._run, x, mask, rotation, use",
+                "checkpoint(self._run, x, mask, None, use",
             ),
             "layer_scale_never_asked_about": (
                 "in asked if scale is None else (*asked, (scale, _LAYER_SCALE)):",
@@ -82,6 +102,14 @@ BACKBONES = [
         "segmenter/weights/names.py",
         TESTS,
         {
+            "biases_of_keys_in_the_wrong_place": (
+                "torch.cat([q, torch.zeros_like(q), v])",
+                "torch.cat([q, v, torch.zeros_like(q)])",
+            ),
+            "biases_of_keys_in_files_not_masked": (
+                "torch.tensor([[1.0], [0.0], [1.0]])",
+                "torch.tensor([[1.0], [1.0], [1.0]])",
+            ),
             "position_of_the_class_token_lost": (
                 '= ours["encoder.cls_token"] + positions[:, :1]',
                 '= ours["encoder.cls_token"]',

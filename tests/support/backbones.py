@@ -24,6 +24,9 @@ BACKBONES = {
     "Hugging Face DeiT": ("transformers", "DeiT", 16, {}),
     "Hugging Face DINOv2": ("transformers", "Dinov2", 14, {}),
     "Hugging Face DINOv2 with registers": ("transformers", "Dinov2WithRegisters", 14, {}),
+    "DINOv3": ("timm", "vit_small_patch16_dinov3", 16, {}),
+    "DINOv3, biases": ("timm", "vit_small_patch16_dinov3_qkvb", 16, {}),
+    "Hugging Face DINOv3": ("transformers", "DINOv3ViT", 16, {"num_register_tokens": 3}),
 }  # fmt: skip
 
 

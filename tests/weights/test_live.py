@@ -71,6 +71,7 @@ def test_exact_is_said_of_compared_conversions_only(tmp_path):
     assert 0 <= convert(vit, n_cls=3).difference < 1e-5
 
 
+GATED = {"embed_dim": 64, "num_heads": 2, "mlp_ratio": 4}
 ROPE = "vit_small_patch16_rope_ape_224"
 
 
@@ -89,7 +90,9 @@ ROPE = "vit_small_patch16_rope_ape_224"
         (lambda: named("eva02_tiny_patch14_336", img_size=56), "biases of queries and values alone"),
         (lambda: named("eva02_base_patch16_clip_224", img_size=64), r"a gated MLP \(SwiGLU\)"),
         (lambda: named("beit3_base_patch16_224", img_size=64), "norms inside attention or MLP"),
-        (lambda: named("vit_giant_patch14_reg4_dinov2", img_size=56, embed_dim=64, num_heads=2), "a gated MLP"),
+        (lambda: named("vit_giant_patch14_reg4_dinov2", img_size=56, **GATED), "a gated MLP .*sizes S, B and L"),
+        (lambda: named("vit_small_plus_patch16_dinov3", img_size=64, **GATED), "a gated MLP .*sizes S, B and L"),
+        (lambda: named("vit_small_patch16_dinov3", qk_norm=True, img_size=64, **GATED), "qk-norm"),
         (lambda: plain(norm_layer=timm.layers.RmsNorm), r"norms without bias \(RMSNorm\)"),
         (lambda: plain(block_fn=timm.models.vision_transformer.ParallelScalingBlock), "parallel attention and MLP"),
         (lambda: plain(attn_layer="diff"), "differential attention"),

@@ -59,7 +59,7 @@ class DecoderLinear(nn.Module):
         elif self.why_not_folded() is None:
             masks = F.linear(x, *self.folded())
         else:
-            masks = self.head(norm(x.transpose(1, 2)).transpose(1, 2))
+            masks = self.head(norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
         return to_grid(masks, im_size, self.patch_size)
 
     def why_not_folded(self) -> str | None:

@@ -1,7 +1,6 @@
 """The planted bugs: one text edit each, in a file of the kernels, and the tests that should find it."""
 
 from tests.mutants.mutant import Mutant, planted_in
-from tests.mutants.planted_backbones import BACKBONES
 from tests.mutants.planted_backward import ATTENTION_BACKWARD
 from tests.mutants.planted_blocks import BLOCKS_OF_OTHERS
 from tests.mutants.planted_figures import FIGURES
@@ -466,7 +465,6 @@ MUTANTS = [
     *BLOCKS,
     *LAYERNORM_MLP,
     *BLOCKS_OF_OTHERS,
-    *BACKBONES,
     *MASK_HEAD,
     *PIXELS_TO_TOKENS,
     *FOLDING,

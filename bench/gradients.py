@@ -12,7 +12,7 @@ import torch
 from bench import gate, operations, providers, shapes
 from bench.operations import Operation, Tensors, compiled, random_tensor
 from bench.shapes import Shape, Work
-from segmenter.inference.images import NORMALIZATION
+from segmenter.config import NORMALIZATION
 from segmenter.kernels import reference
 from segmenter.layers import attention_half
 from segmenter.ops import load_kernels

@@ -13,9 +13,8 @@ from bench import gate, providers
 from bench.machine import ROOT
 from bench.operations import full_labels, fused_loss, labels_by, segmentation_loss, upsampled
 from bench.shapes import Shape
-from segmenter.config import preset
+from segmenter.config import NORMALIZATION, preset
 from segmenter.inference import pruned_argmax
-from segmenter.inference.images import NORMALIZATION
 from segmenter.layers import RECOMPUTE
 from segmenter.model import Segmenter, create_segmenter
 from segmenter.ops import EAGER, Operators

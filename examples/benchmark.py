@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from segmenter import load_any
-from segmenter.inference.images import NORMALIZATION
+from segmenter.config import NORMALIZATION
 from segmenter.kernels.reference import explicit_attention, normalized
 from segmenter.ops import EAGER
 

@@ -14,7 +14,18 @@ MAX_IMAGE_SIZE = 16_384
 MAX_PATCH_SIZE = 256
 MIN_NORM_EPS = 1e-30  # of LayerNorm; below, rows of equal values divide zero by zero in float32
 MAX_STRETCH = 16  # windows may be so many times as long as the image size; positions stretched further mean nothing
-NORMALIZATIONS = ("vit", "deit")
+NORMALIZATION = {  # name -> mean and standard deviation of the three channels, in units of pixel / 255
+    "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # of ImageNet
+    "sat493m": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),  # of the satellite images of DINOv3
+}
+NORMALIZATIONS = tuple(NORMALIZATION)
+POS_EMBED_MODES = ("bilinear", "bicubic", "bicubic_antialias")
+POS_EMBED_CHECKS = ("tokens", "grid")
+POSITIONS = ("all", "patches", "rotary")  # which tokens have learned positions; none
+_NEWER = (  # fields that older versions lack
+    "layer_scale", "n_registers", "class_token", "final_norm", "pos_embed", "rope_theta",
+)  # fmt: skip
 IMPLEMENTATIONS = ("auto", "eager", "triton")
 
 
@@ -60,9 +71,11 @@ DECODERS = {
 class ModelConfig:
     """The network part (`net_kwargs`) of a variant.yml, checked.
 
-    All fields but the last three are those of the published files. Those describe encoders trained elsewhere:
-    `norm_eps` (1e-6 for timm, mmsegmentation and DINOv2 weights), `pos_embed_mode` ("bilinear" or "bicubic") and
-    `pos_embed_check` ("tokens": bug-compatible; "grid": see `encoder.VisionTransformer`).
+    The fields up to `drop_path_rate` are those of the published files. The others describe encoders trained elsewhere,
+    with the published model as default; see `encoder.VisionTransformer`: `norm_eps` (1e-6 for timm, mmsegmentation and
+    DINOv2 weights), `pos_embed_mode` ("bilinear", "bicubic" or "bicubic_antialias"), `pos_embed_check` ("tokens":
+    bug-compatible; "grid"), `layer_scale`, `n_registers`, `class_token`, `final_norm` and `pos_embed` ("all" or
+    "patches", or "rotary" with the longest period `rope_theta`).
     """
 
     backbone: str
@@ -80,6 +93,12 @@ class ModelConfig:
     norm_eps: float = 1e-5
     pos_embed_mode: str = "bilinear"
     pos_embed_check: str = "tokens"
+    layer_scale: bool = False
+    n_registers: int = 0
+    class_token: bool = True
+    final_norm: bool = True
+    pos_embed: str = "all"
+    rope_theta: float = 100.0
 
     @classmethod
     def from_dict(cls, net_kwargs: dict[str, Any]) -> "ModelConfig":
@@ -101,8 +120,12 @@ class ModelConfig:
         return cls(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only; `from_dict` reads it back."""
-        return {**dataclasses.asdict(self), "image_size": list(self.image_size)}
+        """Plain types only; `from_dict` reads it back. Fields that only newer encoders have are left out where they are
+        as in the published model, so that its files stay what they were."""
+        known = {f.name: f.default for f in dataclasses.fields(self) if f.name in _NEWER}
+        values = dataclasses.asdict(self)
+        kept = {name: value for name, value in values.items() if name not in known or value != known[name]}
+        return {**kept, "image_size": list(self.image_size)}
 
     def __post_init__(self) -> None:
         """Brings every value to its type and checks it.
@@ -110,14 +133,15 @@ class ModelConfig:
         Raises:
             ConfigError: a value has the wrong type or is out of range.
         """
-        for name in ("patch_size", "d_model", "n_heads", "n_layers", "n_cls"):
+        for name in ("patch_size", "d_model", "n_heads", "n_layers", "n_cls", "n_registers"):
             object.__setattr__(self, name, _integer(name, getattr(self, name)))
-        for name in ("dropout", "drop_path_rate", "norm_eps"):
+        for name in ("dropout", "drop_path_rate", "norm_eps", "rope_theta"):
             object.__setattr__(self, name, _real(name, getattr(self, name)))
         object.__setattr__(self, "image_size", _size(self.image_size))
         object.__setattr__(self, "decoder", _decoder(self.decoder))
-        if not isinstance(self.distilled, bool):
-            raise ConfigError(f"distilled must be true or false, found {_shown(self.distilled)}")
+        for name in ("distilled", "layer_scale", "class_token", "final_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, found {_shown(getattr(self, name))}")
         self._check_ranges()
 
     def _check_ranges(self) -> None:
@@ -137,8 +161,15 @@ class ModelConfig:
             _in_range(f"decoder.{name}", self.decoder.get(name, 0.0), 0.0, 0.999)
         _in_range("norm_eps", self.norm_eps, MIN_NORM_EPS, 1.0)
         _one_of("normalization", self.normalization, NORMALIZATIONS)
-        _one_of("pos_embed_mode", self.pos_embed_mode, ("bilinear", "bicubic"))
-        _one_of("pos_embed_check", self.pos_embed_check, ("tokens", "grid"))
+        _one_of("pos_embed_mode", self.pos_embed_mode, POS_EMBED_MODES)
+        _one_of("pos_embed_check", self.pos_embed_check, POS_EMBED_CHECKS)
+        _one_of("pos_embed", self.pos_embed, POSITIONS)
+        _in_range("n_registers", self.n_registers, 0, 1024)
+        _in_range("rope_theta", self.rope_theta, 1.0, 1e9)
+        if self.pos_embed == "rotary" and self.d_model // self.n_heads % 4:
+            raise ConfigError(f"rotary positions need heads of a multiple of 4, not {self.d_model // self.n_heads}")
+        if self.distilled and not self.class_token:
+            raise ConfigError("distilled needs class_token: a distillation token stands beside a class token")
         if self.decoder["name"] == "mask_transformer":
             if self.d_model % 64:
                 raise ConfigError(f"the mask transformer has heads of 64: d_model {self.d_model} is no multiple of 64")
@@ -152,7 +183,7 @@ class ModelInfo:
     """What goes with the weights and is no part of the network. Attribute `info` of a model.
 
     Attributes:
-        normalization: "vit" or "deit", the statistics of the input.
+        normalization: key of NORMALIZATION, the statistics of the input.
         window_size, window_stride: sliding windows in pixels.
         classes: key of the class names and palette ("ade20k", "camvid" ...), path of a class file, or None.
         weights: "random", "encoder" (pretrained encoder, random decoder) or "trained".
@@ -287,7 +318,9 @@ def _decoder(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ConfigError(f"net_kwargs.decoder must be a mapping with a name, found {_shown(value)}")
     if "linear" in value["name"]:
-        return {"name": "linear"}
+        if not isinstance(value.get("batch_norm", False), bool):
+            raise ConfigError(f"decoder.batch_norm must be true or false, found {_shown(value['batch_norm'])}")
+        return {"name": "linear", **({"batch_norm": True} if value.get("batch_norm") else {})}
     if value["name"] != "mask_transformer":
         raise ConfigError(f"decoder {_shown(value['name'])} is unknown; choose one of {', '.join(DECODERS)}")
     merged = {k: value.get(k, default) for k, default in DECODERS["mask_transformer"].items()}

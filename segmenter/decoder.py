@@ -1,10 +1,12 @@
 """The two decoders of the paper: a linear layer per patch (3.2) and the mask transformer (3.2.1)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
+from segmenter.cache import Cache
 from segmenter.guard import why_not_bypass
 from segmenter.kernels import reference
 from segmenter.layers import Block, init_weights, stochastic_depth
@@ -17,22 +19,82 @@ def to_grid(tokens: torch.Tensor, im_size: tuple[int, int], patch_size: int) -> 
 
 
 class DecoderLinear(nn.Module):
-    """A linear classifier on every patch token."""
+    """A linear classifier on every patch token.
 
-    def __init__(self, n_cls: int, patch_size: int, d_encoder: int):
+    batch_norm: first normalises each column over all patches of the batch, as the linear head of DINOv2 does (Oquab et
+        al., "DINOv2", TMLR 2024). In evaluation the two are one product: see `folded`.
+    """
+
+    def __init__(self, n_cls: int, patch_size: int, d_encoder: int, batch_norm: bool = False):
         super().__init__()
         self.n_cls = n_cls
         self.patch_size = patch_size
         self.d_encoder = d_encoder
+        if batch_norm:
+            self.norm, self.cache = nn.BatchNorm1d(d_encoder), Cache()
         self.head = nn.Linear(d_encoder, n_cls)
         self.apply(init_weights)
 
     def no_weight_decay(self) -> set[str]:
         return set()
 
+    def train(self, mode: bool = True) -> "DecoderLinear":
+        """As of every module. What was computed from the weights is forgotten."""
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "DecoderLinear":
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _forget(self) -> None:
+        if "cache" in self.__dict__:
+            self.cache.clear()
+
     def forward(self, x: torch.Tensor, im_size: tuple[int, int]) -> torch.Tensor:
         """Patch tokens (B, N, d_encoder) of a padded image of im_size (H, W) -> masks (B, n_cls, H/P, W/P)."""
-        return to_grid(self.head(x), im_size, self.patch_size)
+        norm = self._modules.get("norm")
+        if norm is None:
+            masks = self.head(x)
+        elif self.why_not_folded() is None:
+            masks = F.linear(x, *self.folded())
+        else:
+            masks = self.head(norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+        return to_grid(masks, im_size, self.patch_size)
+
+    def why_not_folded(self) -> str | None:
+        """Why batch norm and head have to be called one after the other, or None: statistics of this batch, hooks,
+        replaced layers."""
+        norm, head = self._modules["norm"], self._modules["head"]
+        reason = why_not_bypass(norm, _BATCH_NORM) or why_not_bypass(head, (nn.Linear,))
+        if reason is None and (norm.training or norm.running_mean is None):
+            return "statistics of the batch"
+        return reason
+
+    def folded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight (n_cls, d) and bias (n_cls,) of the head for tokens that are not normalised.
+
+        With s = gamma / sqrt(variance + eps): W diag(s) and b + W (beta - s mean), computed in float32 or wider and
+        rounded to the type of W. Computed once, until anything it depends on changes (`segmenter.cache`). In half types
+        the products are larger than those of normalised tokens by the ratio of a column's mean and deviation, and so is
+        their rounding.
+        """
+        norm, head = self.norm, self.head
+        read = (head.weight, head.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        tensors = tuple(t for t in (*read, norm.num_batches_tracked) if t is not None)
+
+        def make() -> tuple[torch.Tensor, torch.Tensor]:
+            wide = torch.promote_types(head.weight.dtype, torch.float32)
+            weight, bias, gamma, beta, mean, variance = (None if t is None else t.to(wide) for t in read)
+            scale = (variance + norm.eps).rsqrt() * (1 if gamma is None else gamma)
+            shift = -scale * mean if beta is None else beta - scale * mean
+            offset = weight @ shift if bias is None else bias + weight @ shift
+            return (weight * scale).to(head.weight.dtype), offset.to(head.weight.dtype)
+
+        return self.cache(("folded", norm.eps), tensors, make)
+
+
+_BATCH_NORM = (nn.BatchNorm1d, nn.SyncBatchNorm)  # the second is what PyTorch makes of the first for several processes
 
 
 class MaskTransformer(OperatorModule):

@@ -49,8 +49,10 @@ def resize_pos_embed(
 ) -> torch.Tensor:
     """Resamples a position embedding (1, n_extra + gh*gw, d) to another grid.
 
-    The leading `n_extra` rows (CLS, DIST) are kept. `grid_old=None` means square. Resampling is without antialiasing
-    and with align_corners=False: bilinear in the published Segmenter, bicubic in mmsegmentation and DINOv2.
+    The leading `n_extra` rows (CLS, DIST) are kept. `grid_old=None` means square. Resampling has align_corners=False.
+
+    mode: "bilinear", as the published Segmenter; "bicubic", as mmsegmentation and Hugging Face's ViT, DeiT and DINOv2;
+        "bicubic_antialias", in float32, as timm and Hugging Face's DINOv2 with registers.
     """
     extra, grid = pos_embed[:, :n_extra], pos_embed[:, n_extra:]
     if grid_old is None:
@@ -59,7 +61,11 @@ def resize_pos_embed(
     if grid_old[0] * grid_old[1] != grid.shape[1]:
         raise ValueError(f"the position embedding has {grid.shape[1]} patches, which is not a {grid_old} grid")
     grid = grid.reshape(1, *grid_old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=grid_new, mode=mode, align_corners=False)
+    if mode == "bicubic_antialias":
+        resized = F.interpolate(grid.float(), size=grid_new, mode="bicubic", align_corners=False, antialias=True)
+        grid = resized.to(grid.dtype)
+    else:
+        grid = F.interpolate(grid, size=grid_new, mode=mode, align_corners=False)
     return torch.cat([extra, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -103,6 +109,20 @@ class DropPath(nn.Module):
         return x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each column of what a residual branch adds: (..., d) -> (..., d).
+
+    1e-5 at first, as in DINOv2; weights of every kind bring their own.
+    """
+
+    def __init__(self, dim: int, value: float = 1e-5):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
 class Attention(OperatorModule):
     """Multi-head self-attention with a fused qkv projection.
 
@@ -131,22 +151,32 @@ class Attention(OperatorModule):
     def unwrapped(self) -> "Attention":
         return self
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, rotation: "Rotation | None" = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, N, d) -> (tokens (B, N, d), attention weights (B, heads, N, N) after their dropout).
 
-        As in the published code a mask changes nothing; here that is warned of.
+        As in the published code a mask changes nothing; here that is warned of. rotation: of queries and keys.
         """
         if mask is not None:
             warnings.warn("Attention ignores its mask, as the published code does", stacklevel=2)
-        return self._written_out(self.qkv(x))
+        return self._written_out(self._projected(x, rotation))
 
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
+    def _projected(self, x: torch.Tensor, rotation: "Rotation | None") -> torch.Tensor:
+        """Queries, keys and values (B, N, 3 d), the first two turned by `rotation` if there is one."""
+        qkv = self.qkv(x)
+        if rotation is None:
+            return qkv
+        qk, v = qkv.unflatten(2, (3 * self.heads, -1)).split((2 * self.heads, self.heads), 2)
+        return torch.cat([self.ops.on(qk).rotate(qk, *rotation), v], dim=2).flatten(2)
+
+    def attend(self, x: torch.Tensor, rotation: "Rotation | None" = None) -> torch.Tensor:
         """The tokens of `forward`, by an operator that keeps no weights unless these have to be written out.
 
         Dropout of the weights (`attn_drop` in training with a rate above 0) exists in the eager definition only, which
         is then what runs, whatever `ops` is.
         """
-        qkv = self.qkv(x)  # (B, N, 3 d)
+        qkv = self._projected(x, rotation)  # (B, N, 3 d)
         if self.why_written_out(qkv.shape[-1]) is not None:
             return self._written_out(qkv)[0]
         drop = self.attn_drop
@@ -156,9 +186,9 @@ class Attention(OperatorModule):
             x = self.ops.on(qkv).attention(qkv, self.heads)
         return self.proj_drop(self.proj(x))
 
-    def probabilities(self, x: torch.Tensor) -> torch.Tensor:
+    def probabilities(self, x: torch.Tensor, rotation: "Rotation | None" = None) -> torch.Tensor:
         """The attention map (B, heads, N, N) of `forward`, without the tokens."""
-        return self._weights(self.qkv(x))
+        return self._weights(self._projected(x, rotation))
 
     def why_written_out(self, columns: int) -> str | None:
         """Why no operator can stand for the weights and their product with the values at the moment, or None.
@@ -318,7 +348,8 @@ def _mlp_half(ops: Operators, x: torch.Tensor, *arguments) -> torch.Tensor:
 
 
 class Block(OperatorModule):
-    """Pre-norm transformer block: x += attn(norm1(x)); x += mlp(norm2(x)).
+    """Pre-norm transformer block: x += attn(norm1(x)); x += mlp(norm2(x)), what is added by `ls1` and `ls2` if there
+    is a LayerScale.
 
     Each half runs as fused operators that read the parameters of its layers, or layer by layer where that would pass
     something over: active dropout, hooks, replaced or adapted layers, without kernels stochastic depth (see
@@ -337,6 +368,7 @@ class Block(OperatorModule):
         drop_path: float,
         eps: float = 1e-5,
         ops: Operators | Automatic | None = None,
+        layer_scale: bool = False,
     ):
         super().__init__()
         self.ops = ops or select("auto")
@@ -344,42 +376,58 @@ class Block(OperatorModule):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads, dropout, self.ops)
         self.mlp = Mlp(dim, mlp_dim, dropout)
+        if layer_scale:
+            self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.recompute = RECOMPUTE
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None = None, return_attention: bool = False
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        return_attention: bool = False,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
-        """(B, N, d) -> (B, N, d), or the attention map (B, heads, N, N) of this block. `mask` is for `attn`."""
-        if return_attention:
-            return self._attended(self.norm1(x), mask, True)
-        if self.recompute > 2 and torch.is_grad_enabled():
-            return checkpoint(self._run, x, mask, use_reentrant=False)
-        return self._run(x, mask)
+        """(B, N, d) -> (B, N, d), or the attention map (B, heads, N, N) of this block.
 
-    def _run(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        mask: for `attn`. rotation: rotary positions of queries and keys.
+        """
+        if return_attention:
+            return self._attended(self.norm1(x), mask, True, rotation)
+        if self.recompute > 2 and torch.is_grad_enabled():
+            return checkpoint(self._run, x, mask, rotation, use_reentrant=False)
+        return self._run(x, mask, rotation)
+
+    def _run(self, x: torch.Tensor, mask: torch.Tensor | None, rotation: Rotation | None) -> torch.Tensor:
         ops, attention, mlp, drops = decision(self, x)
         layers = self._modules  # not self.attn and so on: attribute look-ups of modules are slow
+        ls1, ls2 = layers.get("ls1"), layers.get("ls2")
         if attention is None and mask is None:
             attn, before = layers["attn"], x
             qkv, proj = _weight_and_bias(attn._modules["qkv"]), attn._modules["proj"]
-            x = fused_attention(x, layers["norm1"], *qkv, attn.heads, proj, ops, self.recompute < 2)
+            keep, gamma = self.recompute < 2, None if ls1 is None else ls1._parameters["gamma"]
+            x = fused_attention(x, layers["norm1"], *qkv, attn.heads, proj, ops, keep, gamma, rotation)
             x = self.drop_path.between(before, x) if drops else x
         else:
-            x = x + self.drop_path(self._attended(self.norm1(x), mask, False))
+            y = self._attended(self.norm1(x), mask, False, rotation)
+            x = x + self.drop_path(y if ls1 is None else ls1(y))
         if mlp is None:
-            inner = layers["mlp"]._modules
-            y = fused_mlp(x, layers["norm2"], inner["fc1"], inner["fc2"], ops, self.recompute < 1)
+            inner, gamma = layers["mlp"]._modules, None if ls2 is None else ls2._parameters["gamma"]
+            y = fused_mlp(x, layers["norm2"], inner["fc1"], inner["fc2"], ops, self.recompute < 1, gamma)
             return self.drop_path.between(x, y) if drops else y
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        y = self.mlp(self.norm2(x))
+        return x + self.drop_path(y if ls2 is None else ls2(y))
 
-    def _attended(self, x: torch.Tensor, mask: torch.Tensor | None, weights: bool) -> torch.Tensor:
+    def _attended(
+        self, x: torch.Tensor, mask: torch.Tensor | None, weights: bool, rotation: Rotation | None
+    ) -> torch.Tensor:
         """The attention layer's tokens, or its weights. It is called itself if it may be more than its type says."""
         attn = self.attn
         kind = type(attn) if getattr(type(attn), "forward", None) is Attention.forward else Attention
         if mask is None and why_not_bypass(attn, (kind,)) is None:
-            return attn.probabilities(x) if weights else attn.attend(x)
-        y = attn(x) if mask is None else attn(x, mask)
+            return attn.probabilities(x, rotation) if weights else attn.attend(x, rotation)
+        more = () if mask is None and rotation is None else (mask,) if rotation is None else (mask, rotation)
+        y = attn(x, *more)
         if weights:
             return y[1]
         return y[0] if isinstance(y, tuple) else y
@@ -411,8 +459,9 @@ class Block(OperatorModule):
         inner = layers["attn" if half == "attention" else "mlp"]
         if any(layer.training and getattr(layer, "p", 0) > 0 for layer in inner._modules.values()):
             return "dropout"
-        norm = layers["norm1" if half == "attention" else "norm2"]
-        for module, kinds in ((inner, _HALVES), (norm, _NORM), (layers["drop_path"], _DROP_PATH)):
+        norm, scale = (layers.get(name + ("1" if half == "attention" else "2")) for name in ("norm", "ls"))
+        asked = ((inner, _HALVES), (norm, _NORM), (layers["drop_path"], _DROP_PATH))
+        for module, kinds in asked if scale is None else (*asked, (scale, _LAYER_SCALE)):
             reason = why_not_bypass(module, kinds)
             if reason is not None:
                 return reason
@@ -424,6 +473,7 @@ class Block(OperatorModule):
 
 
 _HALVES, _NORM, _DROP_PATH = (Attention, Mlp), (nn.LayerNorm,), (DropPath, nn.Identity)
+_LAYER_SCALE = (LayerScale,)
 _LINEAR, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
 _LAYERS = {
     **dict.fromkeys(("qkv", "proj", "fc1", "fc2"), _LINEAR),

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from segmenter.config import DECODERS, ConfigError, ModelConfig, ModelInfo
+from segmenter.config import DECODERS, NORMALIZATION, ConfigError, ModelConfig, ModelInfo
 from segmenter.decoder import DecoderLinear, MaskTransformer
 from segmenter.encoder import VisionTransformer
 from segmenter.guard import why_not_bypass
@@ -84,7 +84,7 @@ class Segmenter(OperatorModule):
 
         0: 20. Of 1 and 2 nothing.
         1: 12. The MLP's hidden layer, a tenth more of a block's products. This is how a model is made.
-        2: 6. Queries, keys and values as well.
+        2: 6. Queries, keys and values as well, unless positions are rotary: then it is as 1.
         3: 2. Everything: whole blocks, by torch.utils.checkpoint.
 
         From 1 on gradients are the same bit for bit. 0 to 2 are levels of the kernels; eager PyTorch keeps what it
@@ -134,8 +134,6 @@ class Segmenter(OperatorModule):
         Raises:
             ValueError, TypeError: pixels have another shape or are no bytes.
         """
-        from segmenter.inference.images import NORMALIZATION
-
         if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8:
             what = pixels.dtype if isinstance(pixels, torch.Tensor) else type(pixels).__name__
             raise TypeError(f"expected uint8 images (B, H, W, 3), got {what}; for normalised images use masks()")
@@ -146,7 +144,7 @@ class Segmenter(OperatorModule):
             parameter = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
             return self.masks(reference.normalized(pixels, mean, std, parameter.dtype))
         tokens = self.encoder.embed_pixels(pixels, mean, std)
-        x = self.encoder.forward_tokens(tokens, return_features=True)[:, self._n_extra_tokens :]
+        x = self.encoder.forward_tokens(tokens, True, (grid_h, grid_w))[:, self._n_extra_tokens :]
         return self.decoder(x, (grid_h * self.patch_size, grid_w * self.patch_size))
 
     def forward(self, im: torch.Tensor) -> torch.Tensor:
@@ -227,7 +225,8 @@ class Segmenter(OperatorModule):
 
     @property
     def _n_extra_tokens(self) -> int:
-        return 1 + self.encoder.distilled
+        found = getattr(self.encoder, "n_extra_tokens", None)
+        return 1 + self.encoder.distilled if found is None else found
 
 
 def create_vit(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto") -> VisionTransformer:
@@ -257,6 +256,12 @@ def create_vit(model_cfg: dict[str, Any] | ModelConfig, impl: str = "auto") -> V
         norm_eps=config.norm_eps,
         pos_embed_mode=config.pos_embed_mode,
         pos_embed_check=config.pos_embed_check,
+        layer_scale=config.layer_scale,
+        n_registers=config.n_registers,
+        class_token=config.class_token,
+        final_norm=config.final_norm,
+        pos_embed=config.pos_embed,
+        rope_theta=config.rope_theta,
         impl=impl,
     )
 
@@ -266,7 +271,7 @@ def create_decoder(encoder: nn.Module, decoder_cfg: dict[str, Any], impl: str = 
 
     Args:
         decoder_cfg: name ("linear" or "mask_transformer"), n_cls and, of a mask transformer, n_layers, drop_path_rate,
-            dropout, with the published defaults. It is not changed.
+            dropout, with the published defaults; of a linear decoder, batch_norm (False). It is not changed.
     Raises:
         ConfigError: an unknown name. ImplementationError: impl cannot run.
     """
@@ -274,7 +279,7 @@ def create_decoder(encoder: nn.Module, decoder_cfg: dict[str, Any], impl: str = 
     name, n_cls = kwargs.pop("name"), kwargs.pop("n_cls")
     d, patch_size = encoder.d_model, encoder.patch_size
     if "linear" in name:
-        return DecoderLinear(n_cls, patch_size, d)
+        return DecoderLinear(n_cls, patch_size, d, kwargs.get("batch_norm", False))
     if name not in DECODERS:
         raise ConfigError(f"decoder {name!r} is unknown; choose one of {', '.join(DECODERS)}")
     if n_cls == 2:

@@ -97,11 +97,13 @@ def _queries(args: argparse.Namespace, model: Segmenter, grid: int) -> dict[str,
         x, y = args.patch
         if x >= grid or y >= grid:
             raise CommandError(f"--patch {x} {y} is out of range: the image has {grid} x {grid} patches, from 0")
-        first = 1 + model.encoder.distilled if args.part == "encoder" else 0
+        first = model.encoder.n_extra_tokens if args.part == "encoder" else 0
         return {f"patch_{x}_{y}": first + grid * y + x}
     if args.part == "encoder":
         if args.cls != "all":
             raise CommandError(f"the encoder knows no classes: --cls alone, or --part decoder --cls {args.cls}")
+        if not hasattr(model.encoder, "cls_token"):
+            raise CommandError("this model's encoder has no class token: give --patch, or --part decoder")
         return {"cls": 0}
     wanted = range(model.n_cls) if args.cls == "all" else [_class_id(args.cls, model)]
     return {f"cls_{c}": grid * grid + c for c in wanted}

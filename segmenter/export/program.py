@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from segmenter.config import NORMALIZATION
 from segmenter.dropin.accelerate import restore
 from segmenter.encoder import VisionTransformer
-from segmenter.inference.images import NORMALIZATION
 from segmenter.kernels.reference import label_dtype
 from segmenter.layers import resize_pos_embed
 from segmenter.model import Segmenter
@@ -72,26 +72,27 @@ def _embed(encoder: VisionTransformer, im: torch.Tensor) -> torch.Tensor:
     """`VisionTransformer.embed` without a branch: (B, 3, H + P - 1, W + P - 1) -> tokens (B, n_extra + gh * gw, d)."""
     P = encoder.patch_size
     x = encoder.patch_embed(im)
-    extra = [encoder.cls_token] + ([encoder.dist_token] if encoder.distilled else [])
-    x = torch.cat([token.expand(x.shape[0], -1, -1) for token in extra] + [x], dim=1)
+    x = torch.cat([token.expand(x.shape[0], -1, -1) for token in encoder.extra_tokens()] + [x], dim=1)
+    if encoder.pos_embed is None:
+        return x
     # the formula of the convolution, letter by letter: torch.export has to see that the numbers of tokens are the same
     return x + positions(encoder, ((im.shape[2] - P) // P + 1, (im.shape[3] - P) // P + 1))
 
 
 def positions(encoder: VisionTransformer, grid: Size) -> torch.Tensor:
-    """The encoder's position embedding for a grid of patches (gh, gw), (1, n_extra + gh * gw, d), without a branch.
+    """The encoder's `positions` for a grid of patches (gh, gw), (1, n_extra + gh * gw, d), without a branch.
 
     It is always resampled, which changes no bit at the model's own grid. Where pos_embed_check="tokens" takes the rows
     as they are, because their number fits, they are picked by their number, at the price of one gather.
     """
-    embedding, n_extra, old = encoder.pos_embed, encoder.n_extra_tokens, encoder.patch_embed.grid_size
+    embedding, n_extra, old = encoder.pos_embed, encoder.n_extra_positions, encoder.patch_embed.grid_size
     # in float32 always: the interpolation of half types cannot be traced for all sizes at once, and rounds more
     resampled = resize_pos_embed(embedding.float(), old, grid, n_extra, encoder.pos_embed_mode).to(embedding.dtype)
-    if encoder.pos_embed_check == "grid":
-        return resampled
-    last = embedding.shape[1] - 1
-    rows = torch.arange(n_extra + grid[0] * grid[1], device=embedding.device)
-    return torch.where((rows[-1:] == last)[:, None], embedding[:, rows.clamp(max=last)], resampled)
+    if encoder.pos_embed_check == "tokens":
+        last = embedding.shape[1] - 1
+        rows = torch.arange(n_extra + grid[0] * grid[1], device=embedding.device)
+        resampled = torch.where((rows[-1:] == last)[:, None], embedding[:, rows.clamp(max=last)], resampled)
+    return F.pad(resampled, (0, 0, encoder.n_extra_tokens - n_extra, 0))
 
 
 def eager_twin(model: Segmenter, dtype: torch.dtype | None = None) -> Segmenter:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms
 
+from segmenter.config import NORMALIZATION
 from segmenter.errors import cause
 from segmenter.inference.image_files import (
     FORMATS,
@@ -21,10 +22,6 @@ from segmenter.inference.image_files import (
     samples_of,
 )
 
-NORMALIZATION = {
-    "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
 _TENSORS = {torch.uint8, torch.uint16, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _WANTED = "give uint8, uint16, bool or floats in 0..1"
 
@@ -88,7 +85,7 @@ def normalize(image: np.ndarray, stats: str, rounded: bool = False) -> torch.Ten
     """RGB bytes (H, W, 3) -> the network's input (3, H, W), float32.
 
     Args:
-        image: uint8. stats: "vit" or "deit", a key of NORMALIZATION.
+        image: uint8. stats: a key of NORMALIZATION.
         rounded: False as in the published demo: image / 255, then exact statistics. True as in the published training
             and evaluation: statistics times 255, rounded to two decimals, applied to the bytes.
     Raises:

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from segmenter.config import NORMALIZATION
 from segmenter.inference import pruned_argmax
-from segmenter.inference.images import NORMALIZATION, read_image
+from segmenter.inference.images import read_image
 from segmenter.inference.merge import View, fill_labels, row_blocks
 from segmenter.inference.network_graphs import network_of, release
 from segmenter.inference.precision import compute_dtype

@@ -23,7 +23,8 @@ TIMM, PRESET = "timm/", "Seg-"
 DECODER_LAYERS = 2
 _BLOCK = re.compile(r"encoder\.blocks\.(\d+)\.")
 _STARTED = "; started from "
-_KEPT = ("normalization", "pos_embed_mode", "pos_embed_check")  # of an encoder, unless the recipe says otherwise
+_POSITIONS = ("pos_embed", "pos_embed_mode", "pos_embed_check", "rope_theta")
+_KEPT = ("normalization", *_POSITIONS)  # of an encoder, unless the recipe says otherwise
 
 
 def starting_model(recipe: Recipe, dataset: Dataset) -> Segmenter:
@@ -48,6 +49,8 @@ def starting_model(recipe: Recipe, dataset: Dataset) -> Segmenter:
     else:
         fields |= {"decoder": _decoder(recipe), "patch_size": recipe.patch_size}
         model = _pretrained(recipe, fields)
+    if recipe.decoder_batch_norm and not model.config.decoder.get("batch_norm"):
+        raise RecipeError("decoder_batch_norm is of a linear decoder, which this model has not: say decoder linear")
     if recipe.n_layers is not None:
         model = first_layers(model, recipe.n_layers, recipe.impl)
     return prepare(model, recipe, dataset)
@@ -104,7 +107,7 @@ def first_layers(model: Segmenter, n_layers: int, impl: str = "auto") -> Segment
 def _decoder(recipe: Recipe) -> dict[str, Any]:
     """That of files that have none; of others, a name that is not None must agree."""
     if recipe.decoder == "linear":
-        return {"name": "linear"}
+        return {"name": "linear", "batch_norm": recipe.decoder_batch_norm}
     named = {} if recipe.decoder is None else {"name": recipe.decoder}
     layers = DECODER_LAYERS if recipe.decoder_layers is None else recipe.decoder_layers
     return {**named, "n_layers": layers, "dropout": recipe.decoder_dropout}
@@ -122,6 +125,8 @@ def _random(recipe: Recipe, fields: dict[str, Any]) -> Segmenter:
             raise RecipeError(f"{name} {asked}: the preset {recipe.model} has {found}; take the preset of that name")
     if config.decoder["name"] == "mask_transformer":
         config = dataclasses.replace(config, decoder={"name": "mask_transformer", **_decoder(recipe)})
+    elif recipe.decoder_batch_norm:
+        config = dataclasses.replace(config, decoder={"name": "linear", "batch_norm": True})
     return create_segmenter(config, recipe.impl)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segmenter.config import IMPLEMENTATIONS, NORMALIZATIONS
+from segmenter.config import IMPLEMENTATIONS, NORMALIZATIONS, POS_EMBED_CHECKS, POS_EMBED_MODES
 from segmenter.errors import InputError
 from segmenter.text_files import read_yaml
 from segmenter.training.loss_terms import CROSS_ENTROPY, LossError, LossTerm, parse_loss
@@ -35,6 +35,7 @@ class Recipe:
             pretrained weights), or the path of weights of any kind that `segmenter convert` reads.
         new_decoder: put a random decoder on a model that has one already. decoder, decoder_layers: kind and depth of a
             decoder that is not in the file; None: a mask transformer of 2 blocks, or what a preset's name says.
+            decoder_batch_norm: of a linear one, see `segmenter.decoder.DecoderLinear`.
         patch_size: resamples the patch embedding. n_layers: keeps only the first blocks of the encoder.
         dropout, drop_path: of the encoder (drop_path is stochastic depth). decoder_dropout: of the mask transformer.
         freeze_backbone: train the decoder alone.
@@ -69,6 +70,7 @@ class Recipe:
     new_decoder: bool = False
     decoder: str | None = None
     decoder_layers: int | None = None
+    decoder_batch_norm: bool = False
     patch_size: int | None = None
     n_layers: int | None = None
     dropout: float = 0.0
@@ -192,8 +194,8 @@ _ALLOWED = {
     "impl": IMPLEMENTATIONS,
     "bad_samples": BAD_SAMPLES,
     "normalization": NORMALIZATIONS,
-    "pos_embed_mode": ("bilinear", "bicubic"),
-    "pos_embed_check": ("tokens", "grid"),
+    "pos_embed_mode": POS_EMBED_MODES,
+    "pos_embed_check": POS_EMBED_CHECKS,
 }
 _INFINITY = math.inf
 _RANGES = {

@@ -55,7 +55,8 @@ def load_state(
         lines += [f"    {line}" for line in misshapen[:MAX_NAMES]]
         lines += [f"    and {len(misshapen) - MAX_NAMES} more"] if len(misshapen) > MAX_NAMES else []
         raise CheckpointError("\n".join(lines))
-    odd = [f"{name} ({state[name].dtype})" for name in shared if not state[name].is_floating_point()]
+    floating = [name for name in shared if expected[name].is_floating_point()]  # all but a batch norm's count
+    odd = [f"{name} ({state[name].dtype})" for name in floating if not state[name].is_floating_point()]
     if odd:
         raise CheckpointError(f"{source}: weights must be floating point, found {listing(odd)}")
     if any(tensor.is_meta for tensor in expected.values()):
@@ -101,7 +102,7 @@ def _hint(config: ModelConfig | None, state: Mapping[str, torch.Tensor], recogni
     if not any(name.startswith("decoder.") for name in state):
         return "it is a pretrained backbone, not a segmentation checkpoint (no decoder); use `segmenter convert`"
     try:
-        found = architecture(state)
+        found = architecture(state, config is not None and config.pos_embed == "rotary")
     except CheckpointError as error:
         return str(error)
     asked = [] if config is None else [(name, getattr(config, name)) for name in _COMPARED]

@@ -17,11 +17,15 @@ DEFAULTS = {
     "mmseg": {"norm_eps": 1e-6, "pos_embed_mode": "bicubic"},
     "timm": {"norm_eps": 1e-6, "pos_embed_mode": "bilinear"},
     "npz": {"norm_eps": 1e-6, "pos_embed_mode": "bilinear"},
-    "hf": {"norm_eps": 1e-12, "pos_embed_mode": "bicubic"},
+    "hf": {"norm_eps": 1e-12, "pos_embed_mode": "bicubic", "pos_embed_check": "grid"},
 }
-_BLOCK = r"blocks\.\d{1,4}\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+# And its newer encoders: DeiT-III, DINOv2 and models with registers, all but timm's of ImageNet's statistics.
+_NEWER = {"norm_eps": 1e-6, "pos_embed_check": "grid", "normalization": "deit"}
+_ROTARY = {"norm_eps": 1e-5, "pos_embed": "rotary"}  # over those, DINOv3
+_RESAMPLED = "bicubic_antialias"  # their positions, by timm; by Hugging Face those of models with registers
+_BLOCK = r"blocks\.\d{1,4}\.((norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)|ls[12]\.gamma)"
 _OURS = re.compile(
-    rf"(encoder|decoder)\.{_BLOCK}$|encoder\.(cls_token|dist_token|pos_embed)$"
+    rf"(encoder|decoder)\.{_BLOCK}$|encoder\.(cls_token|dist_token|reg_token|pos_embed)$"
     r"|encoder\.(patch_embed\.proj|norm|head|head_dist)\.(weight|bias)$"
     r"|decoder\.(cls_emb|proj_patch|proj_classes)$|decoder\.(head|proj_dec|decoder_norm|mask_norm)\.(weight|bias)$"
 )
@@ -37,16 +41,18 @@ _SOURCE_DIMENSIONS = {  # of theirs, where the layout differs
     ),
     "hf": (),
 }
-_LAYER_SCALE = r"(blocks\.\d{1,4}\.)(ls[12]\.gamma|gamma_[12])"
 _REQUIRED = {  # what every plain ViT has -> what is missing without it
     "encoder.pos_embed": " (absolute positions)",
     "encoder.patch_embed.proj.weight": "",
-    "encoder.cls_token": " (a class token)",
 }
 
 
-def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict[str, Any], list[str]]:
+def to_ours(
+    weights: Mapping[str, torch.Tensor], kind: str, rotary: bool = False
+) -> tuple[State, dict[str, Any], list[str]]:
     """Renames, transposes, folds and completes the weights of a `kind` of project.
+
+    rotary: they are said to be DINOv3's, which have no learned positions.
 
     Returns:
         (state dict with the names of the published Segmenter, new tensors in float32; ModelConfig fields that only
@@ -57,20 +63,20 @@ def to_ours(weights: Mapping[str, torch.Tensor], kind: str) -> tuple[State, dict
     if kind == "segmenter":
         return dict(weights), {}, []
     notes: list[str] = []
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {**_NEWER, **_ROTARY} if rotary else {}
     ours = {k: v.to(torch.float32, copy=True) if v.is_floating_point() else v for k, v in weights.items()}
     check_dimensions(ours, _SOURCE_DIMENSIONS[kind])
     try:
         if kind == "mmseg":
             ours = _mmseg(ours, notes)
         elif kind == "timm":
-            ours = _timm(ours, notes)
+            ours = _timm(ours, fields, notes)
         elif kind == "npz":
             ours = _npz(ours, fields)
         else:
-            ours = _hf(ours)
+            ours = _hf(ours, fields)
         for name, meaning in _REQUIRED.items():
-            if name not in ours:
+            if name not in ours and (name, fields.get("pos_embed")) != ("encoder.pos_embed", "rotary"):
                 raise KeyError(name.removeprefix("encoder.") + meaning)
         odd = [name for name in ours if not _OURS.match(name)]
         if odd:
@@ -130,16 +136,55 @@ def _mmseg(weights: State, notes: list[str]) -> State:
     )
 
 
-def _timm(weights: State, notes: list[str]) -> State:
-    scales = [match for name in weights if (match := re.fullmatch(_LAYER_SCALE, name))]
-    for match in scales:
-        gamma = weights.pop(match[0])
-        layer = match[1] + ("attn.proj." if "1" in match[0].removeprefix(match[1]) else "mlp.fc2.")
-        weights[layer + "weight"] *= gamma[:, None]
-        weights[layer + "bias"] *= gamma
-    if scales:
-        notes.append("LayerScale folded into attn.proj and mlp.fc2")
-    return _rename(weights, [(r"^(mask_token|pre_logits\..*)$", ""), (r"^(?=.)", "encoder.")])
+def _timm(weights: State, fields: dict[str, Any], notes: list[str]) -> State:
+    """Of timm's own names, and those of facebookresearch: deit (DeiT-III), dinov2 and dinov3."""
+    periods = weights.get("rope_embed.periods")
+    ours = _rename(
+        weights,
+        [
+            (r"^(mask_token|pre_logits\..*|rope(_embed)?\.periods|.*\.attn\.qkv\.bias_mask|local_cls_norm\..*)$", ""),
+            (r"^(register|storage)_tokens$", "reg_token"),
+            (r"\.gamma_([12])$", r".ls\1.gamma"),
+            (r"^(?=.)", "encoder."),
+        ],
+    )
+    if periods is not None:
+        _check_periods(periods)
+        fields |= {**_NEWER, **_ROTARY}
+    for name in [n for n in ours if n.endswith((".attn.q_bias", ".attn.qkv.bias"))]:  # of DINOv3: keys have none
+        if name.endswith("q_bias"):
+            q, v = ours.pop(name), ours.pop(name.replace("q_bias", "v_bias"))
+            ours[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+        elif name.removeprefix("encoder.") + "_mask" in weights:
+            ours[name] = ours[name].nan_to_num(0.0).unflatten(0, (3, -1)) * torch.tensor([[1.0], [0.0], [1.0]])
+            ours[name] = ours[name].flatten()
+    if "register_tokens" in weights:
+        _positions_of_patches(ours, fields)
+    if any(name.startswith("encoder.fc_norm.") for name in ours):
+        fields |= {"class_token": "encoder.cls_token" in ours, "final_norm": "encoder.norm.weight" in ours}
+        ours = {n: t for n, t in ours.items() if not n.startswith(("encoder.fc_norm.", "encoder.head."))}
+        notes.append("left out: fc_norm and the head, which are for the mean of all patches")
+    if "encoder.blocks.0.ls1.gamma" in ours or "encoder.reg_token" in ours or "encoder.cls_token" not in ours:
+        fields |= {**_NEWER, "pos_embed_mode": _RESAMPLED, **(_ROTARY if fields.get("pos_embed") == "rotary" else {})}
+    return ours
+
+
+def _check_periods(periods: torch.Tensor) -> None:
+    """Raises CheckpointError: they are not those of DINOv3, which lie rounded to bfloat16 in its files."""
+    usual = 100.0 ** (torch.arange(len(periods)) / len(periods))
+    if not torch.allclose(periods.float(), usual, rtol=1e-2):
+        raise CheckpointError(f"rotary positions with the periods {periods.tolist()!r:.80}, other ones than DINOv3's")
+
+
+def _positions_of_patches(ours: State, fields: dict[str, Any]) -> None:
+    """Adds the position of the class token to it, so that patches alone have positions, as timm converts these models.
+
+    For models that put registers, without positions, between a class token and patches that have some.
+    """
+    positions = ours["encoder.pos_embed"]
+    ours["encoder.cls_token"] = ours["encoder.cls_token"] + positions[:, :1]
+    ours["encoder.pos_embed"] = positions[:, 1:].contiguous()
+    fields["pos_embed"] = "patches"
 
 
 def _npz(weights: State, fields: dict[str, Any]) -> State:
@@ -182,17 +227,21 @@ def _npz(weights: State, fields: dict[str, Any]) -> State:
     return _join_qkv(ours)
 
 
-def _hf(weights: State) -> State:
+def _hf(weights: State, fields: dict[str, Any]) -> State:
     ours = _rename(
         weights,
         [
-            (r"^(vit|deit)\.", ""),
+            (r"^(vit|deit|dinov2|dinov2_with_registers)\.", ""),
             (r"^pooler\..*|^embeddings\.(mask_token|position_ids)$", ""),
             (r"^embeddings\.distillation_token$", "dist_token"),
+            (r"^embeddings\.register_tokens$", "reg_token"),
+            (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
             (r"^embeddings\.position_embeddings$", "pos_embed"),
-            (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+            (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+            (r"\.mlp\.up_proj\.", ".mlp.fc1."),
+            (r"\.mlp\.down_proj\.", ".mlp.fc2."),
             (r"^embeddings\.", ""),
-            (r"^(encoder\.layer|layers)\.", "blocks."),
+            (r"^(encoder\.layer|layers|(model\.)?layer)\.", "blocks."),
             (r"\.layernorm_before\.", ".norm1."),
             (r"\.layernorm_after\.", ".norm2."),
             (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
@@ -205,12 +254,21 @@ def _hf(weights: State) -> State:
             (r"^(?=.)", "encoder."),
         ],
     )
+    if "encoder.blocks.0.ls1.gamma" in ours:
+        fields |= _NEWER
+    if "encoder.pos_embed" not in ours and "encoder.norm.weight" in ours:  # DINOv3
+        fields |= {**_NEWER, **_ROTARY}
+    elif "encoder.reg_token" in ours:
+        fields["pos_embed_mode"] = _RESAMPLED
+        _positions_of_patches(ours, fields)
     return _join_qkv(ours)
 
 
 def _join_qkv(state: State) -> State:
-    """attn.q, attn.k, attn.v -> attn.qkv, rows in this order."""
+    """attn.q, attn.k, attn.v -> attn.qkv, rows in this order. Keys without a bias, as DINOv3's, get zeros."""
     for name in [n for n in state if ".attn.q." in n]:
+        if name.endswith(".bias"):
+            state.setdefault(name.replace(".attn.q.", ".attn.k."), torch.zeros_like(state[name]))
         parts = [state.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
         state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
     return state
@@ -219,12 +277,12 @@ def _join_qkv(state: State) -> State:
 def _complete(state: State, notes: list[str]) -> None:
     """Adds what every published checkpoint holds and other projects leave out; zeros keep the result exact."""
     d_model = state["encoder.patch_embed.proj.weight"].shape[0]
-    n_extra = 2 if "encoder.dist_token" in state else 1
+    n_heads = 2 if "encoder.dist_token" in state else 1
     wanted = {"encoder.patch_embed.proj.bias": (d_model,)}
     for name in state:
         if name.endswith(".attn.qkv.weight"):
             wanted[name.replace("weight", "bias")] = (3 * d_model,)
-    for head in ("head", "head_dist")[:n_extra]:
+    for head in ("head", "head_dist")[:n_heads]:
         wanted[f"encoder.{head}.weight"] = (ENCODER_HEAD_CLASSES, d_model)
         wanted[f"encoder.{head}.bias"] = (ENCODER_HEAD_CLASSES,)
     absent = [name for name in wanted if name not in state]
@@ -234,6 +292,6 @@ def _complete(state: State, notes: list[str]) -> None:
         notes.append(f"not in the file, zeros: {listing(absent)}")
     if other:
         notes.append(f"replaced by zeros, an ImageNet head that segmentation does not use: {listing(other)}")
-    if n_extra == 1:
+    if n_heads == 1:
         for name in [n for n in state if n.startswith("encoder.head_dist.")]:
             del state[name]

@@ -250,6 +250,8 @@ def _stored(
 
 
 def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if not tensor.is_floating_point():  # of a batch norm: how many batches it has seen
+        return tensor
     stored = tensor.to(dtype or tensor.dtype)
     if dtype is not None and not torch.isfinite(stored).all() and torch.isfinite(tensor).all():
         raise CheckpointError(f"{name} overflows in {dtype}; store float32 or bfloat16")

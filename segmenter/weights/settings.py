@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from segmenter.config import NORMALIZATIONS, ConfigError, ModelConfig, ModelInfo, check_windows
+from segmenter.config import NORMALIZATION, ConfigError, ModelConfig, ModelInfo, check_windows
 from segmenter.errors import InputError
 from segmenter.model import Segmenter
 from segmenter.text_files import read_yaml
 from segmenter.weights.read import CheckpointError, read_json_object
 
-_HF_TYPES = ("vit", "deit", "vit_msn", "vit_mae")  # model types that are plain ViTs with these names
+_HF_TYPES = ("vit", "deit", "vit_msn", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit")  # that are read
 _CLASSES = {  # (data set, number of classes) -> key of the class set
     ("ade20k", 150): "ade20k",
     ("pascal_context", 60): "pascal_context",
@@ -67,7 +67,7 @@ def published_info(settings: dict[str, Any], config: ModelConfig, source: str, p
         check_windows(size, stride, config.image_size)
     normalization = dataset.get("normalization")
     return ModelInfo(
-        normalization=normalization if normalization in NORMALIZATIONS else config.normalization,
+        normalization=normalization if normalization in NORMALIZATION else config.normalization,
         window_size=size,
         window_stride=stride,
         classes=_CLASSES.get((str(dataset.get("dataset")), config.n_cls)),
@@ -104,7 +104,7 @@ def fields_beside(directory: Path, kind: str) -> dict[str, Any]:
     if kind == "hf" and os.path.isfile(path):
         content = read_json_object(path)
         if content.get("image_mean") is not None:
-            fields["normalization"] = normalization_of(content["image_mean"])
+            fields["statistics"] = (content["image_mean"], content.get("image_std"))
     return fields
 
 
@@ -123,6 +123,7 @@ def hugging_face_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if act != "gelu":
         raise CheckpointError(f"hidden_act is {act!r}; the Segmenter encoder needs the exact gelu")
     names = {"layer_norm_eps": "norm_eps", "num_attention_heads": "n_heads", "image_size": "source_size"}
+    names |= {"rope_theta": "rope_theta"} if model_type == "dinov3_vit" else {}
     return {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
 
 
@@ -134,6 +135,7 @@ def timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     name, arguments, trained = (config.get(part) for part in ("architecture", "model_args", "pretrained_cfg"))
     arguments, trained = (part if isinstance(part, dict) else {} for part in (arguments, trained))
+    fields: dict[str, Any] = {"pos_embed": "rotary"} if "dinov3" in str(name) else {}
     for part, what in (("rope", "rotary positions"), ("quickgelu", "the quick GELU")):
         if part in str(name):
             raise CheckpointError(f"{name} has {what}, which the Segmenter encoder has not")
@@ -142,15 +144,33 @@ def timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"act_layer is {act!r}; the Segmenter encoder needs the exact gelu")
     size = trained.get("input_size")
     size = arguments.get("img_size") or (size[1:] if isinstance(size, list) else None)
-    fields = {"source_size": size, "n_heads": arguments.get("num_heads")}
+    fields |= {"source_size": size, "n_heads": arguments.get("num_heads")}
     if trained.get("mean") is not None:
-        fields["normalization"] = normalization_of(trained["mean"])
+        fields["statistics"] = (trained["mean"], trained.get("std"))
+    if arguments.get("no_embed_class") is not None:
+        fields["pos_embed"] = "patches" if arguments["no_embed_class"] else "all"
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def normalization_of(mean: Any) -> str:
-    """ "vit" or "deit" by the mean of the three channels."""
-    return "vit" if isinstance(mean, list | tuple) and tuple(mean) == (0.5, 0.5, 0.5) else "deit"
+def normalization_of(mean: Any, std: Any = None) -> str:
+    """The key of NORMALIZATION with these statistics of the three channels; an std that is not said may be any.
+
+    Raises:
+        CheckpointError: none has them.
+    """
+    for name, known in NORMALIZATION.items():
+        if all(given is None or _near(given, values) for given, values in zip((mean, std), known, strict=True)):
+            return name
+    raise CheckpointError(
+        f"the input was normalised by mean {mean!r:.80} and std {std!r:.80}, which are the statistics of none of "
+        f"{', '.join(NORMALIZATION)}; give normalization to take one of these all the same"
+    )
+
+
+def _near(given: Any, values: tuple[float, ...]) -> bool:
+    if not isinstance(given, list | tuple) or len(given) != 3 or not all(isinstance(v, int | float) for v in given):
+        return False
+    return all(abs(a - b) < 1e-3 for a, b in zip(given, values, strict=True))
 
 
 def mmseg_classes(extra: Mapping[str, Any], n_cls: int) -> str | None:

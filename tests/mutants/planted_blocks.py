@@ -1,10 +1,12 @@
 """The planted bugs of LayerScale, in kernels, and of blocks that others built; see `tests.mutants.planted`."""
 
 from tests.mutants.mutant import planted_in
+from tests.mutants.planted_backbones import BACKBONES
 
 SCALED = "acc = acc * tl.load(LayerScale + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]"
 
 BLOCKS_OF_OTHERS = [
+    *BACKBONES,
     *planted_in(
         "kernels/linear.py",
         ("tests/kernels/test_linear.py",),

@@ -55,8 +55,8 @@ RECOMPUTE = [
                 "if ops.layernorm_mlp_hidden",
             ),
             "qkv_kept_at_level_2": (
-                "self.recompute < 2)",
-                "self.recompute < 3)",
+                "self.recompute < 2, None if ls1",
+                "self.recompute < 3, None if ls1",
             ),
             "blocks_kept_at_level_3": (
                 "if self.recompute > 2 and torch",

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m tests.support.sharded_step triton 1
 
 import os
 import sys
+from typing import Any
 
 from tests import conftest  # noqa: F401  # sets up the interpreter  # isort: skip
 import torch
@@ -19,9 +20,9 @@ from tests.support.tiny import tiny_model
 BATCH, SIZE = 2, 32
 
 
-def make(impl: str, level: int) -> Segmenter:
-    """A tiny model without dropout, the same each time."""
-    base = tiny_model()
+def make(impl: str, level: int, **changes: Any) -> Segmenter:
+    """A tiny model without dropout, the same each time. changes: of its configuration."""
+    base = tiny_model(**changes)
     model = create_segmenter(base.config, impl)
     model.load_state_dict(base.state_dict())
     for module in model.modules():
@@ -52,9 +53,9 @@ def distance(ours: Segmenter, plain: Segmenter) -> float:
     return worst
 
 
-def sharded_distance(impl: str, level: int) -> float:
+def sharded_distance(impl: str, level: int, **changes: Any) -> float:
     """Of the gradients of a step by the processes of the default group from those of the plain step."""
-    plain, ours = make(impl, level), make(impl, level)
+    plain, ours = make(impl, level, **changes), make(impl, level, **changes)
     images, labels = data(plain.n_cls)
     mean_loss(plain, impl, images, labels).backward()
     shard(ours, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))

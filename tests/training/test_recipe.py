@@ -11,7 +11,8 @@ from segmenter.training.recipe import Recipe, RecipeError, flag_kinds, make_reci
 
 OTHERS = {  # a value other than the default for every setting
     "data": "streets", "model": "weights.pth", "kind": "folder", "split": "trainval", "val_split": "test",
-    "new_decoder": True, "decoder": "linear", "decoder_layers": 3, "patch_size": 8, "n_layers": 6, "dropout": 0.25,
+    "new_decoder": True, "decoder": "linear", "decoder_layers": 3, "decoder_batch_norm": True,
+    "patch_size": 8, "n_layers": 6, "dropout": 0.25,
     "drop_path": 0.0, "decoder_dropout": 0.0, "freeze_backbone": True, "im_size": 360, "max_ratio": 3.0,
     "scale": (0.75, 1.5), "crop_size": 224, "cat_max_ratio": 1.0, "flip": 0.0, "photometric": False,
     "normalization": "deit", "pos_embed_mode": "bicubic", "pos_embed_check": "grid", "epochs": 7, "batch_size": 3,

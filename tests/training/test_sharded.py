@@ -18,6 +18,7 @@ from tests.support.processes import torchrun
 from tests.support.sharded_step import data, distance, make, mean_loss, sharded_distance
 
 WAYS = [("eager", 1), ("triton", 1), *(pytest.param("triton", level, marks=pytest.mark.more) for level in (0, 2, 3))]
+BATCH_NORM = {"name": "linear", "batch_norm": True}
 BACKWARD = {"attention_backward", "layernorm_linear_backward", "layernorm_mlp_backward", "mask_head_backward"}
 
 
@@ -35,6 +36,12 @@ def test_one_process_has_the_plain_gradients(impl, level, one_process, monkeypat
     monkeypatch.setattr(layers, "fused_mlp", lambda *args: halves.append(args[1].weight) or fused(*args))
     assert sharded_distance(impl, level) == 0
     assert len(halves) >= 2 * 3 and all(type(weight) is torch.nn.Parameter for weight in halves)
+
+
+@pytest.mark.parametrize("changes", [{"pos_embed": "patches"}, {"pos_embed": "rotary", "decoder": BATCH_NORM}])
+def test_encoders_of_other_projects(changes, one_process):
+    """LayerScale, registers and rotary positions; batch norm too."""
+    assert sharded_distance("triton", 1, layer_scale=True, n_registers=2, **changes) == 0
 
 
 def test_saved_once_its_weights_are_gathered(one_process, tmp_path):
@@ -104,6 +111,21 @@ def test_one_graph_has_the_plain_gradients(impl, level, whole):
     assert operators.keys() >= BACKWARD if impl == "triton" else not operators
     if impl == "triton":
         assert operators["attention_half"] == (6 if level == 3 else 3) and operators["upsample_cross_entropy"] == 1
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("changes", [{"pos_embed": "patches"}, {"pos_embed": "rotary", "decoder": BATCH_NORM}])
+def test_one_graph_of_encoders_of_other_projects(changes):
+    changes = {"layer_scale": True, "n_registers": 2, **changes}
+    plain, model = (make("triton", 1, **changes) for _ in range(2))
+    images, labels = data(plain.n_cls)
+    expected = mean_loss(plain, "triton", images, labels)
+    expected.backward()
+    torch._dynamo.reset()
+    loss = torch.compile(partial(mean_loss, model, "triton"), backend="aot_eager", fullgraph=True)(images, labels)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert distance(model, plain) < 1e-4
 
 
 @pytest.mark.more

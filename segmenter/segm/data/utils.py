@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from segmenter.classes import ClassesError
-from segmenter.inference.images import NORMALIZATION
+from segmenter.config import NORMALIZATION
 from segmenter.text_files import read_yaml
 
 IGNORE_LABEL = 255

@@ -135,8 +135,8 @@ def test_every_layer_and_the_labels_run_on_kernels(kind, folders, monkeypatch):
     assert len(model.report.swapped) == layers
     ran.clear()
     model.segment(image(32, 32))
-    attended = layers if kind == "eomt" else ran.count("attention")  # rotary positions may be the library's
-    assert ran.count("attention") == attended
+    assert ran.count("attention") == layers
+    assert ran.count("rotate") == (0 if kind == "eomt" else 2 * layers), "queries and keys"
     assert ran.count("layernorm_mlp") == layers
     assert ran.count("queries_argmax") == 1
     ran.clear()

@@ -55,7 +55,7 @@ class Supported:
             transformers = importlib.import_module("transformers")
             config, cls = (getattr(transformers, name) for name in self.made)
             modeling = importlib.import_module(cls.__module__)
-            with mock.patch.object(modeling, "EomtLoss", NoLoss, create=True):
+            with mock.patch.multiple(modeling, create=True, EomtLoss=NoLoss, EomtDinov3Loss=NoLoss):
                 model = cls(config(**{**HF, **self.arguments}))
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -108,6 +108,9 @@ SUPPORTED = (
     _of("DINOv3", "DINOv3ViT", half="separate rotary", arguments={"num_register_tokens": 2}),
     Supported("EoMT", "transformers", ("EomtConfig", "EomtForUniversalSegmentation"), arguments=EOMT, example=True,
               half="separate", why="`example` shows that no mask is passed; with a mask, MLP"),
+    Supported("EoMT with DINOv3", "transformers", ("EomtDinov3Config", "EomtDinov3ForUniversalSegmentation"),
+              arguments=EOMT, example=True, half="separate rotary",
+              why="`example` shows that no mask is passed; with a mask, MLP"),
 )  # fmt: skip
 
 

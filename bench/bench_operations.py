@@ -1,13 +1,13 @@
 """The operations that are timed alone, each by every provider that has it.
 
-bench/operations.py, bench/gradients.py and bench/maps.py say what they are.
+bench/operations.py, bench/gradients.py, bench/maps.py and bench/encoders.py say what they are.
 """
 
 from collections.abc import Callable
 
 import pytest
 
-from bench import gradients, maps, operations
+from bench import encoders, gradients, maps, operations
 
 
 def _benchmark(operation: operations.Operation) -> Callable:
@@ -35,3 +35,5 @@ bench_attention_half_backward = _benchmark(gradients.ATTENTION_HALF)
 bench_maps_rows = _benchmark(maps.ROWS)
 bench_maps_statistics = _benchmark(maps.STATISTICS_OF_ROWS)
 bench_maps_transposed = _benchmark(maps.TRANSPOSED)
+bench_rotate = _benchmark(encoders.ROTATE)
+bench_queries_to_labels = _benchmark(encoders.QUERIES_TO_LABELS)

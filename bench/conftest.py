@@ -23,7 +23,8 @@ ORDER = (
     "bench_mask_head", "bench_masks_to_labels", "bench_noise_to_labels", "bench_peers", "bench_eomt", "bench_loss",
     "bench_train_step", "bench_attention_half_backward", "bench_layernorm_mlp_backward", "bench_linear_backward",
     "bench_layernorm_backward", "bench_mask_head_backward", "bench_pixels_to_tokens_backward",
-    "bench_layernorm_mlp_scaled", "bench_maps_statistics", "bench_maps_transposed", "bench_maps_rows",
+    "bench_layernorm_mlp_scaled", "bench_rotate", "bench_queries_to_labels",
+    "bench_maps_statistics", "bench_maps_transposed", "bench_maps_rows",
 )  # fmt: skip
 
 

@@ -28,6 +28,8 @@ OPERATIONS = {
     "mask-head-backward": ("Mask head with its gradients", "Of tokens, projections and the LayerNorm over classes."),
     "pixels-to-tokens-backward": ("Bytes to tokens with gradients", "Of all but the bytes."),
     "layernorm-mlp-scaled": ("LayerNorm and MLP with LayerScale", "x + s fc2(gelu(fc1(layer_norm(x)))), as in DINOv2."),
+    "rotate": ("Rotary positions", "Queries and keys of one layer, turned by the angles of their patches."),
+    "queries-to-labels": ("Queries to labels", "Masks and classes of 100 queries, as EoMT's, to a label a pixel."),
     "attention-statistics": ("Attention statistics", "Six numbers of every row of the attention matrix."),
     "attention-transposed": ("Sums over queries", "The transposed attention matrix times 16 columns."),
     "attention-rows": ("Attention rows", "Those of 16 queries of each head."),

@@ -27,7 +27,8 @@ LONG_MODEL, LONG_PATCH = {"cuda": "S", "cpu": "T"}, 8
 # Tests -> the operations that they are of. Others are of no single one, and whole models have a check of their own.
 OPERATIONS = {
     "test_attention_on_gpu": ("attention", "attention-backward"),
-    "test_layers_on_gpu": ("layernorm-mlp", "layernorm-mlp-scaled", "mask-head"),
+    "test_layers_on_gpu": ("layernorm-mlp", "layernorm-mlp-scaled", "mask-head", "rotate"),
+    "test_queries_on_gpu": ("queries-to-labels",),
     "test_maps_on_gpu": ("attention-rows", "attention-statistics", "attention-transposed"),
     "test_gradients_on_gpu": (
         "attention-backward", "attention-half-backward", "layernorm-backward", "linear-backward",

@@ -18,6 +18,7 @@ WIDTHS = {  # d_model and layers; heads have 64 columns
 }
 HEAD_DIM = 64
 DECODER_LAYERS = 2
+QUERIES, CELLS = 100, 4  # of EoMT: masks, and their cells along the side of a patch of 16
 MAP_ROWS = 16  # queries whose attention rows are looked at, and columns of what is summed over queries
 PATCHES = (8, 16, 32)
 SIZES = (512, 640, 768, 1024)
@@ -129,6 +130,19 @@ def attention_transposed(shape: Shape, item: int) -> Work:
 def layernorm_mlp_scaled(shape: Shape, item: int) -> Work:
     """`layernorm_mlp` whose branch has a factor a column."""
     return layernorm_mlp(shape, item) + Work(0, item * shape.d_model)
+
+
+def rotate(shape: Shape, item: int) -> Work:
+    """Queries and keys of one layer turned by the tables of their patches; no matrix products."""
+    B, N, d = shape.batch, shape.tokens, shape.d_model
+    return Work(0, item * (4 * B * N * d + 2 * shape.patches * HEAD_DIM))
+
+
+def queries_to_labels(shape: Shape, item: int) -> Work:
+    """Masks and classes of QUERIES queries to one byte (two above 256 classes) a pixel."""
+    B, pixels, K, label = shape.batch, shape.size**2, shape.n_cls, 1 if shape.n_cls <= 256 else 2
+    inputs = B * QUERIES * (CELLS**2 * shape.patches + K + 1)
+    return Work(2 * B * QUERIES * K * pixels, item * inputs + label * B * pixels)
 
 
 def layernorm(shape: Shape, item: int) -> Work:

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from bench import gradients, harness, machine, maps, operations, providers, run_all, timing
+from bench import encoders, gradients, harness, machine, maps, operations, providers, run_all, timing
 from bench import steps as steps_module
 from bench.results import ResultsFile, load
 from tests.bench.test_harness import CPU, MACHINE, row
@@ -85,7 +85,8 @@ def test_tests_that_did_not_run_let_nothing_be_timed(monkeypatch, tmp_path, caps
 
 def test_every_operation_has_tests_on_a_gpu():
     tested = {kind for kinds in run_all.OPERATIONS.values() for kind in kinds}
-    known = [*vars(operations).values(), *vars(gradients).values(), *vars(maps).values()]
+    modules = (encoders, gradients, maps, operations)
+    known = [value for module in modules for value in vars(module).values()]
     assert tested == {o.kind for o in known if isinstance(o, operations.Operation)}
     for file in run_all.OPERATIONS:
         assert (machine.ROOT / "tests" / "gpu" / f"{file}.py").exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import gradients, maps, models, operations, shapes
+from bench import encoders, gradients, maps, models, operations, shapes
 from bench.providers import PUBLISHED, using
 from bench.shapes import Shape, Work
 from bench.timing import tensor_bytes
@@ -51,6 +51,8 @@ OPERATIONS = [
     operations.MASKS_TO_LABELS,
     maps.ROWS,
     maps.TRANSPOSED,
+    encoders.ROTATE,
+    encoders.QUERIES_TO_LABELS,
 ]
 
 

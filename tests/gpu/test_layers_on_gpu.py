@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segmenter.kernels import configs, layernorm, layernorm_mlp, linear, mask_head, reference
+from segmenter.kernels import configs, layernorm, layernorm_mlp, linear, mask_head, reference, reference_rotary
+from segmenter.kernels.rotate import rotate
 from segmenter.layers import fused_separate_attention
 from segmenter.ops import EAGER, load_kernels
 from tests.gpu.conftest import size
@@ -99,6 +100,22 @@ def test_attention_of_separate_projections(dtype, scaled, device):
         assert_parity(found, exact, half(EAGER, dtype), frobenius=1.1, context=f"{dtype} scaled={scaled}")
         for _ in range(size(20, 1)):
             assert torch.equal(half(load_kernels(), dtype), found)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("heads", size((3, 12, 16), (2,)))
+def test_rotary_positions(heads, dtype, interleaved, device):
+    """Queries and keys of packed qkv, after CLS and four registers, and their gradient."""
+    B, n = size((8, 1024), (2, 9))
+    qkv = randn(B, n + 5, 3 * heads * 64, device=device).to(dtype)
+    angles = randn(n, 32, device=device, seed=1)
+    angles = angles.repeat_interleave(2, 1) if interleaved else angles.repeat(1, 2)
+    x = qkv.unflatten(2, (3 * heads, 64))[:, :, : 2 * heads]
+    inputs = (x, angles.cos().to(dtype), angles.sin().to(dtype))
+    for transposed in (False, True):
+        run, of = ((lambda *a, f=f, t=transposed: f(*a, interleaved, t)) for f in (rotate, reference_rotary.rotate))
+        check(run(*inputs), of, inputs, f"{dtype} transposed={transposed}", size(20, 1), lambda r=run: r(*inputs))
 
 
 def runs_here(config, device):

@@ -67,7 +67,7 @@ DECODERS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelConfig:
     """The network part (`net_kwargs`) of a variant.yml, checked.
 
@@ -122,10 +122,19 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; `from_dict` reads it back. Fields that only newer encoders have are left out where they are
         as in the published model, so that its files stay what they were."""
-        known = {f.name: f.default for f in dataclasses.fields(self) if f.name in _NEWER}
-        values = dataclasses.asdict(self)
-        kept = {name: value for name, value in values.items() if name not in known or value != known[name]}
-        return {**kept, "image_size": list(self.image_size)}
+        kept = self._named()
+        return {name: value for name, value in dataclasses.asdict(self).items() if name in kept} | {
+            "image_size": list(self.image_size)
+        }
+
+    def __repr__(self) -> str:
+        """Of the same fields: fingerprints of models, by which work is resumed, are taken of it."""
+        return f"ModelConfig({', '.join(f'{name}={value!r}' for name, value in self._named().items())})"
+
+    def _named(self) -> dict[str, Any]:
+        known = {field.name: field.default for field in dataclasses.fields(self) if field.name in _NEWER}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if name not in known or value != known[name]}
 
     def __post_init__(self) -> None:
         """Brings every value to its type and checks it.

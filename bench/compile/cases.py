@@ -342,13 +342,12 @@ def _loss(dtype: torch.dtype, n_cls: int, patch: int = 16, side: int = 512, weig
     return partial(upsample_cross_entropy, masks, labels, weight, patch, label_smoothing=smoothing)
 
 
-def _queries(dtype: torch.dtype, n_cls: int, resized: bool = True) -> partial:
+def _queries(dtype: torch.dtype, n_cls: int, resized: bool = True, queries: int = 100, side: int = 512) -> partial:
     """Of EoMT for ADE20K: an image of 384 x 683 pixels, resized to 512 x 910, in two windows."""
-    masks, classes = _empty(dtype, (2, 2, 100, 128, 128), (2, 2, 100, n_cls + 1))
-    canvas = (512, 910)
-    return partial(
-        queries_argmax, masks, classes, (0,), (0, 398), (512, 512), canvas, (384, 683) if resized else canvas
-    )
+    masks, classes = _empty(dtype, (2, 2, queries, side // 4, side // 4), (2, 2, queries, n_cls + 1))
+    canvas, image = (side, side * 910 // 512), (side * 3 // 4, side * 683 // 512)
+    lefts = (0, canvas[1] - side)
+    return partial(queries_argmax, masks, classes, (0,), lefts, (side, side), canvas, image if resized else canvas)
 
 
 def _pixels(dtype: torch.dtype, batch: int = 32, side: int = 512, patch: int = 16, d: int = 768, stream="") -> partial:

@@ -24,7 +24,9 @@ from bench.tuning.buckets import Bucket
 from segmenter.kernels import launch, reference
 from segmenter.kernels.attention import padded
 from segmenter.kernels.operators import REFERENCES
+from segmenter.kernels.reference_queries import queries_scores
 
+_TF32 = 2**-9  # of the largest score, in sums of products whose operands are cut to 10 bits
 SECONDS = 0.2  # what the rounds of one configuration take
 _EAGER = {  # the function that a public one is checked by, where that is not `reference`'s of the same name
     "attention": lambda qkv, n_heads, lse: reference.explicit_attention(qkv, n_heads),
@@ -98,6 +100,9 @@ def references(bucket: Bucket, arguments: tuple) -> tuple[Any, Any]:
     if name == "upsample_argmax":
         masks, size = arguments[:2]
         return F.interpolate(masks.permute(0, 3, 1, 2).float(), size, mode="bilinear"), eager(*arguments)
+    if name == "queries_argmax":
+        masks, classes, *geometry = arguments
+        return queries_scores(masks.float(), classes.float(), *geometry), eager(*arguments)
     floats = (isinstance(value, torch.Tensor) and value.is_floating_point() for value in arguments)
     wide = (value.double() if is_float else value for value, is_float in zip(arguments, floats, strict=True))
     return eager(*wide), eager(*arguments)
@@ -114,6 +119,7 @@ def check(bucket: Bucket, result: Any, exact: Any, eager: Any) -> tuple[str, flo
         return max(found, key=lambda one: one[1])
     if not result.is_floating_point():
         floor = 4 * torch.finfo(DTYPES[bucket.case.dtype]).eps
+        floor = max(floor, _TF32) if bucket.row.kind == "tf32" else floor
         said = gate.check_labels("triton", result, exact, eager, floor)
         ours, theirs = (gate.shortfall(labels, exact).max().item() for labels in (result, eager))
     else:

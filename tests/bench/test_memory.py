@@ -40,7 +40,7 @@ def training(shape, way, dropout=False):
     images = torch.randn(shape.batch, 3, shape.size, shape.size)
     labels = torch.randint(0, shape.n_cls, (shape.batch, shape.size, shape.size))
     impl = "eager" if way.level is None else "triton"
-    loss = SegmentationLoss(255, None, 0.0, shape.patch, impl)
+    loss = SegmentationLoss(255, patch_size=shape.patch, impl=impl)
 
     def forward():
         with torch.autocast("cpu", torch.bfloat16):

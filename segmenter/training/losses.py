@@ -64,6 +64,8 @@ class SegmentationLoss:
         self.ignore_index, self.weight = ignore_index, weight
         self.patch_size, self.impl = patch_size, impl
         self._cross_entropy = next((term for term in terms if term.name == CROSS_ENTROPY), None)
+        if self._cross_entropy is not None:  # numbers, which torch.compile knows, not terms
+            self._share, self._smoothing = self._cross_entropy.weight, self._cross_entropy.argument("label_smoothing")
         self._others = [(term, self._made(term)) for term in terms if term.name != CROSS_ENTROPY]
 
     def denominator(self, labels: torch.Tensor) -> torch.Tensor:
@@ -83,10 +85,9 @@ class SegmentationLoss:
         denominator = max(float(denominator), 1e-12)
         loss = None
         if self._cross_entropy is not None:
-            smoothing = self._cross_entropy.argument("label_smoothing")
-            options = (self.patch_size, self.weight, self.ignore_index, smoothing)
+            options = (self.patch_size, self.weight, self.ignore_index, self._smoothing)
             loss = upsample_cross_entropy(masks, labels, *options, impl=self.impl).loss / denominator
-            loss = loss if self._cross_entropy.weight == 1 else self._cross_entropy.weight * loss
+            loss = loss if self._share == 1 else self._share * loss
         if self._others:
             added = self._added(masks, labels)
             loss = part * added if loss is None else loss + part * added

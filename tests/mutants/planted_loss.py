@@ -131,7 +131,7 @@ LOSS = [
                 "sum(compute(",
             ),
             "weight_of_cross_entropy_left_out": (
-                "else self._cross_entropy.weight * loss",
+                "else self._share * loss",
                 "else loss",
             ),
             "arguments_left_out": (

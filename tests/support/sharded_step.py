@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m tests.support.sharded_step triton 1
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tests import conftest  # noqa: F401  # sets up the interpreter  # isort: skip
@@ -37,9 +38,10 @@ def data(n_cls: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(0, n_cls, (BATCH, SIZE, SIZE), generator=generator)
 
 
-def mean_loss(model: Segmenter, impl: str, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def mean_loss_of(model: Segmenter, impl: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(images, labels) -> the loss, which is made before: torch.compile would have to trace that too."""
     loss = SegmentationLoss(255, patch_size=model.patch_size, impl=impl)
-    return loss(model.masks(images), labels, float(labels.numel()))
+    return lambda images, labels: loss(model.masks(images), labels, float(labels.numel()))
 
 
 def distance(ours: Segmenter, plain: Segmenter) -> float:
@@ -57,12 +59,12 @@ def sharded_distance(impl: str, level: int, **changes: Any) -> float:
     """Of the gradients of a step by the processes of the default group from those of the plain step."""
     plain, ours = make(impl, level, **changes), make(impl, level, **changes)
     images, labels = data(plain.n_cls)
-    mean_loss(plain, impl, images, labels).backward()
+    mean_loss_of(plain, impl)(images, labels).backward()
     shard(ours, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
     weights = next(m for m in ours.modules() if isinstance(m, Block)).mlp.fc1.weight
     assert type(weights).__name__ == "DTensor" and weights.to_local().numel() * dist.get_world_size() == weights.numel()
     mine = [t.chunk(dist.get_world_size())[dist.get_rank()] for t in (images, labels)]
-    mean_loss(ours, impl, *mine).backward()
+    mean_loss_of(ours, impl)(*mine).backward()
     return distance(ours, plain)
 
 

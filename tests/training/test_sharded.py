@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from segmenter import create_segmenter, guard, layers
 from segmenter.training.distributed import shard
 from segmenter.weights.load import from_pretrained
 from tests.support.processes import torchrun
-from tests.support.sharded_step import data, distance, make, mean_loss, sharded_distance
+from tests.support.sharded_step import data, distance, make, mean_loss_of, sharded_distance
 
 WAYS = [("eager", 1), ("triton", 1), *(pytest.param("triton", level, marks=pytest.mark.more) for level in (0, 2, 3))]
 BATCH_NORM = {"name": "linear", "batch_norm": True}
@@ -88,11 +87,12 @@ def test_one_graph_has_the_plain_gradients(impl, level, whole):
     """No graph break in model and loss, nor where PyTorch can trace it in the backward pass; kernels are in it."""
     plain, model, graphs = make(impl, level), make(impl, level), []
     images, labels = data(plain.n_cls)
-    expected = mean_loss(plain, impl, images, labels)
+    expected = mean_loss_of(plain, impl)(images, labels)
     expected.backward()
+    mean_loss = mean_loss_of(model, impl)
 
     def step(images, labels):
-        loss = mean_loss(model, impl, images, labels)
+        loss = mean_loss(images, labels)
         if whole:
             loss.backward()
         return loss.detach() if whole else loss
@@ -119,10 +119,10 @@ def test_one_graph_of_encoders_of_other_projects(changes):
     changes = {"layer_scale": True, "n_registers": 2, **changes}
     plain, model = (make("triton", 1, **changes) for _ in range(2))
     images, labels = data(plain.n_cls)
-    expected = mean_loss(plain, "triton", images, labels)
+    expected = mean_loss_of(plain, "triton")(images, labels)
     expected.backward()
     torch._dynamo.reset()
-    loss = torch.compile(partial(mean_loss, model, "triton"), backend="aot_eager", fullgraph=True)(images, labels)
+    loss = torch.compile(mean_loss_of(model, "triton"), backend="aot_eager", fullgraph=True)(images, labels)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     assert distance(model, plain) < 1e-4
@@ -135,11 +135,11 @@ def test_one_graph_for_sizes_that_vary(monkeypatch):
         monkeypatch.delitem(guard.METHODS, cls)
     plain, model = make("triton", 1), make("triton", 1)
     torch._dynamo.reset()
-    compiled = torch.compile(partial(mean_loss, model, "triton"), backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(mean_loss_of(model, "triton"), backend="aot_eager", fullgraph=True, dynamic=True)
     for height, width in ((32, 48), (37, 29)):
         images, labels = torch.randn(2, 3, height, width), torch.randint(0, plain.n_cls, (2, height, width))
         model.zero_grad(), plain.zero_grad()
-        loss, expected = compiled(images, labels), mean_loss(plain, "triton", images, labels)
+        loss, expected = compiled(images, labels), mean_loss_of(plain, "triton")(images, labels)
         loss.backward(), expected.backward()
         torch.testing.assert_close(loss, expected)
         assert distance(model, plain) < 1e-4

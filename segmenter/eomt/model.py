@@ -186,8 +186,23 @@ def _decide_masks(network: nn.Module) -> None:
     """Makes numbers of the probabilities with which the last blocks mask their attention.
 
     They are 0 once training has ended. The network looks at them in every call, and each look at a buffer would wait
-    for the device, which no CUDA graph can; of what they decide nothing changes.
+    for the device, which no CUDA graph can; of what they decide nothing changes. Its state has them as before: what is
+    saved without them would be read with 1.
     """
     probabilities: Sequence[float] = tuple(torch.as_tensor(network.attn_mask_probs).tolist())
     del network.attn_mask_probs
     network.attn_mask_probs = probabilities
+    network.register_state_dict_post_hook(_write_masks)
+    network.register_load_state_dict_pre_hook(_read_masks)
+
+
+def _write_masks(network: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    state[f"{prefix}attn_mask_probs"] = torch.tensor(network.attn_mask_probs)
+
+
+def _read_masks(network: nn.Module, state: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list, *__: Any):
+    name = f"{prefix}attn_mask_probs"
+    if name in state:
+        network.attn_mask_probs = tuple(state.pop(name).tolist())
+    elif strict:
+        missing.append(name)

@@ -5,12 +5,14 @@ long side. For instance and panoptic segmentation it is resized to fit into one 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from segmenter.inference.images import ImageError
 from segmenter.weights.read import CheckpointError
 
 
@@ -69,8 +71,18 @@ class Preprocessing(nn.Module):
             raise CheckpointError(f"its preprocessor_config.json has {', '.join(problems)}; that is not EoMT's")
         self.window = window
         scale = 1.0 / processor.rescale_factor
-        for name, values in (("mean", processor.image_mean), ("std", processor.image_std)):
-            self.register_buffer(name, (torch.tensor(values) * scale).view(3, 1, 1), persistent=False)
+        self.statistics = {
+            name: (torch.tensor(values) * scale).view(3, 1, 1)
+            for name, values in (("mean", processor.image_mean), ("std", processor.image_std))
+        }
+        for name, values in self.statistics.items():
+            self.register_buffer(name, values, persistent=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Preprocessing":
+        super()._apply(fn, recurse)
+        for name, values in self.statistics.items():  # a network in a half type still gets images as they are
+            setattr(self, name, values.to(getattr(self, name).device))
+        return self
 
     def settings(self) -> dict[str, Any]:
         """What it does, for people and to tell whether it is still the same."""
@@ -85,8 +97,15 @@ class Preprocessing(nn.Module):
             pixels: (B, H, W, 3) uint8.
         Returns:
             (windows (B * n, 3, h, w) normalised float32, image by image, how they lie).
+        Raises:
+            ImageError: an image so narrow that nothing of it is left once it fits into a window.
         """
         (h, w), shape = self.window, tuple(pixels.shape[1:3])
+        if not self.split and round(h * min(shape) / max(shape)) == 0:
+            raise ImageError(
+                f"an image of {shape[0]} x {shape[1]} pixels is too narrow: made as long as the window ({h} pixels), "
+                "nothing is left of its short side; cut it into parts"
+            )
         x = pixels.permute(0, 3, 1, 2).contiguous()
         x = self.processor.resize(image=x, size=self.processor.size, resample=self.processor.resample)
         canvas = tuple(x.shape[-2:])
@@ -99,4 +118,4 @@ class Preprocessing(nn.Module):
             x = F.pad(x, (0, w - canvas[1], 0, h - canvas[0]))
         windows = [x[..., top : top + h, left : left + w] for top in tops for left in lefts]
         x = torch.stack(windows, 1).flatten(0, 1).float()
-        return x.sub_(self.mean.float()).div_(self.std.float()), Geometry(tops, lefts, (h, w), canvas, shape)
+        return x.sub_(self.mean).div_(self.std), Geometry(tops, lefts, (h, w), canvas, shape)

@@ -62,7 +62,7 @@ class LossTerm:
         return self.arguments.get(name, LOSSES[self.name][name].default)
 
     def __str__(self) -> str:
-        weight = "" if self.weight == 1 else f"{self.weight:g} "
+        weight = "" if self.weight == 1 else f"{self.weight:.15g} "
         given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
         return f"{weight}{self.name}" + (f"({given})" if given else "")
 

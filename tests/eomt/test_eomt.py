@@ -157,6 +157,43 @@ def test_masked_attention_stays_what_it_is(impl, masked, folders):
     assert (plain - scores).abs().max() > 1e-3
 
 
+def test_masked_attention_is_in_the_state(folders, tmp_path):
+    """What is saved after loading is read as it was: without these numbers it would be read with 1."""
+    folder, network = folders()
+    model = load_eomt(folder)
+    labels, name = model.segment(image(40, 70)), "network.attn_mask_probs"
+    assert model.state_dict()[name].tolist() == [0.0, 0.0]
+    model.network.save_pretrained(tmp_path)
+    eomt.processor().save_pretrained(tmp_path)
+    assert torch.equal(load_eomt(tmp_path).segment(image(40, 70)), labels)
+    state = {f"network.{key}": value for key, value in network.state_dict().items()}
+    model.load_state_dict({**state, name: torch.tensor([0.0, 1.0])})
+    masked, _ = their_scores(folders(masked=(0.0, 1.0))[1], image(40, 70))
+    assert_labels(model.segment(image(40, 70))[None], None, None, scores=masked, limit=1e-4)
+    del state[name]
+    with pytest.raises(RuntimeError, match="Missing.*attn_mask_probs"):
+        model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)
+    assert model.state_dict()[name].tolist() == [0.0, 1.0]
+
+
+def test_images_are_normalised_in_float32_for_any_network(folders):
+    preprocessing = load_eomt(folders()[0]).preprocessing
+    pixels = torch.from_numpy(image(40, 70))[None]
+    want = preprocessing(pixels)[0]
+    for dtype in (torch.bfloat16, torch.float64):
+        found = preprocessing.to(dtype)(pixels)[0]
+        assert found.dtype == torch.float32 and torch.equal(found, want)
+
+
+@pytest.mark.parametrize("size", [(1, 200), (200, 1)])
+def test_images_that_vanish_when_they_are_resized_are_refused(size, folders):
+    model = load_eomt(folders(split=False)[0])
+    with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} pixels is too narrow"):
+        model.segment(image(*size))
+    assert model.segment(image(3, 190)).shape == (3, 190)  # the narrowest that is not
+
+
 def test_padded_images_have_labels_without_the_padding(folders):
     """Of a folder for panoptic segmentation. (transformers' semantic post-processing stretches the padding as well.)"""
     folder, network = folders(split=False)

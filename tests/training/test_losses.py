@@ -197,7 +197,8 @@ def test_names_weights_and_arguments():
         assert parse_loss(text) == (LossTerm("cross_entropy"), dice)
     assert parse_loss("1e-1 focal(gamma=1e+1)") == (LossTerm("focal", 0.1, {"gamma": 10.0}),)
     assert parse_loss(" + ".join(LOSSES)) == tuple(map(LossTerm, LOSSES))
-    assert parse_loss(str(dice)) == (dice,)
+    for term in (dice, LossTerm("dice", 0.123456789)):
+        assert parse_loss(str(term)) == (term,)
     assert math.isclose(LossTerm("ohem").argument("min_share"), 1 / 16)
 
 

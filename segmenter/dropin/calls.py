@@ -6,6 +6,7 @@ module whose forward has further arguments is taken to get them (`expected`).
 """
 
 import inspect
+import itertools
 import re
 from typing import Any, NamedTuple
 
@@ -91,11 +92,12 @@ def observed(model: nn.Module, example: Any, modules: list[nn.Module]) -> dict[n
         names = dict.fromkeys((*before.arguments, *found))
         seen[module] = Call(tuple(names), True, before.tokens and isinstance(x, torch.Tensor) and x.ndim == 3)
 
+    devices = sorted({t.get_device() for t in itertools.chain(model.parameters(), model.buffers()) if t.is_cuda})
     training = {module: module.training for module in model.modules()}
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(devices):  # by itself it would wake up every GPU
             model(*example) if isinstance(example, tuple) else model(example)
     finally:
         for hook in hooks:

@@ -243,6 +243,13 @@ def test_an_example_tells_that_positions_are_not_passed():
     assert not any("_segmenter" in name for m in model.modules() for name in m.__dict__)
 
 
+def test_an_example_wakes_up_no_gpu_that_the_model_is_not_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch warns of states of random numbers on all GPUs
+        assert accelerate(Looping([RotaryBlock()]), example=tokens().cpu()) is not None
+
+
 def test_masks_of_the_model_and_blocks_that_are_not_called():
     x = tokens()
     masked = on_device(Masked([PlainBlock()]))

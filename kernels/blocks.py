@@ -105,7 +105,8 @@ def gelu_and_derivative(x, FORM: tl.constexpr):
     if FORM == "tanh rcp" or FORM == "tanh divide":
         s, rest = _sigmoid_of_tanh(x, FORM)
         y = x * s
-        derivative = s + y * rest * (1.5957691216 + 0.2140644488 * x * x)
+        x = tl.maximum(x, -1e4)  # s is 2^-126 at least, which x^3 would make large from -1e13 on
+        derivative = s + x * s * rest * (1.5957691216 + 0.2140644488 * x * x)
     else:
         y, derivative = _exact_gelu_and_derivative(x, FORM)
     return y, derivative

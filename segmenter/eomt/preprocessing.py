@@ -108,6 +108,8 @@ class Preprocessing(nn.Module):
             )
         x = pixels.permute(0, 3, 1, 2).contiguous()
         x = self.processor.resize(image=x, size=self.processor.size, resample=self.processor.resample)
+        if not self.split:  # transformers leaves images whose short side fits already a pixel or two too long
+            x = x[..., :h, :w]
         canvas = tuple(x.shape[-2:])
         tops = lefts = (0,)
         if self.split and canvas[0] > canvas[1]:

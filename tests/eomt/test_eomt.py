@@ -194,6 +194,13 @@ def test_images_that_vanish_when_they_are_resized_are_refused(size, folders):
     assert model.segment(image(3, 190)).shape == (3, 190)  # the narrowest that is not
 
 
+@pytest.mark.parametrize("size", [(10, 33), (33, 10)])
+def test_images_that_the_resize_leaves_too_long_lie_in_their_window(size, folders):
+    """Pixels that no window covered would have no score at all."""
+    windows, geometry = load_eomt(folders(split=False)[0]).preprocessing(torch.from_numpy(image(*size))[None])
+    assert windows.shape == (1, 3, SIDE, SIDE) and geometry.canvas == tuple(min(n, SIDE) for n in size)
+
+
 def test_padded_images_have_labels_without_the_padding(folders):
     """Of a folder for panoptic segmentation. (transformers' semantic post-processing stretches the padding as well.)"""
     folder, network = folders(split=False)
